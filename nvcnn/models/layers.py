@@ -1,0 +1,106 @@
+"""The layers every model is made of.
+
+Activations are in the compute dtype (fp32, fp16, bf16), channels-last. Parameters of two or more dimensions are in the
+compute dtype too; gamma, beta and biases stay fp32, and so do their gradients, which are sums over N, H, W.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvcnn.errors import InputError
+
+
+class AddBias(torch.autograd.Function):
+    """y + bias, in place on y: (N, C, ...) in fp16 or bf16, bias: (C,) fp32. Adds, and sums the gradient, in fp32.
+
+    Left to autograd, the sum would be rounded to y's dtype, where 1 000 gradients of 100 are an infinity in fp16.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        return y.add_(bias.view(-1, *[1] * (y.dim() - 2)))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.sum([d for d in range(grad.dim()) if d != 1], dtype=torch.float32)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d whose bias, if any, may be fp32 under fp16 or bf16 weights. (N, C_in, H, W) -> (N, C_out, H', W')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None or self.bias.dtype == x.dtype:
+            return super().forward(x)
+        return AddBias.apply(self._conv_forward(x, self.weight, None), self.bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose bias may be fp32 under fp16 or bf16 weights. (N, in) -> (N, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias.dtype == x.dtype:
+            return super().forward(x)
+        return AddBias.apply(F.linear(x, self.weight), self.bias)
+
+
+class Classifier(nn.Linear):
+    """The last layer: (N, in) in the compute dtype -> logits (N, num_classes) in the bias's fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight).to(self.bias.dtype) + self.bias
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose running statistics wait for the optimizer. (N, C, H, W) -> the same.
+
+    Training normalises with the batch's statistics and writes them to `batch_mean` and `batch_var` (unbiased), fp32 of
+    shape (C,). The optimizer's update folds them into `running_mean` and `running_var` if the step was finite, and sets
+    them to zero either way. Evaluation uses the running ones. `momentum` is 1 - decay.
+    """
+
+    batch_mean: Tensor
+    batch_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-4, momentum: float = 0.1):
+        super().__init__(channels, eps, momentum)
+        self.register_buffer("batch_mean", torch.zeros(channels), persistent=False)
+        self.register_buffer("batch_var", torch.zeros(channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        # PyTorch's running average with a momentum of 1 is this batch's statistics.
+        return F.batch_norm(x, self.batch_mean, self.batch_var, self.weight, self.bias, True, 1.0, self.eps)
+
+
+def flatten(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H * W * C), a view where x is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def global_average(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C), the mean over H and W.
+
+    As a mean over rows, because the gradient of nn.AdaptiveAvgPool2d, or of a mean over two dimensions, comes back NCHW
+    and drags all skip connections of the last stage along.
+    """
+    return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+
+
+def check_size(model: str, x: Tensor, size: int) -> None:
+    """InputError unless x is (N, 3, size, size): for models whose first Linear fixes the size of the image."""
+    if x.shape[1:] != (3, size, size):
+        raise InputError(f"--model={model} takes images of 3 x {size} x {size} (C x H x W), got {tuple(x.shape[1:])}")
+
+
+def cast_matrices(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts parameters of two or more dimensions to `dtype`, four-dimensional ones channels-last; in place.
+
+    Gamma, beta, biases and all buffers keep their dtype. For evaluation: training has the arena. Returns `model`.
+    """
+    for p in model.parameters():
+        if p.dim() >= 2:
+            p.data = p.data.to(dtype, memory_format=torch.channels_last if p.dim() == 4 else torch.preserve_format)
+    return model

@@ -1,0 +1,97 @@
+"""ResNet: He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385.
+
+Names of parameters, architecture and initialisation are torchvision's, so its published weights load. The bottleneck is
+v1.5, with the stride in the 3x3 convolution; `v1` puts it into the first 1x1, as the paper has it.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d, global_average
+
+
+def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> Conv2d:
+    return Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a skip connection. (N, c_in, H, W) -> (N, width, H / stride, W / stride)."""
+
+    expansion = 1
+
+    def __init__(self, c_in: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = conv(c_in, width, 3, stride)
+        self.bn1 = BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3)
+        self.bn2 = BatchNorm2d(width)
+        self.downsample = downsample(c_in, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y.add_(self.downsample(x)), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1 down to `width`, 3x3, 1x1 up to 4 * width, and a skip connection. (N, c_in, H, W) -> (N, 4 * width, ...)."""
+
+    expansion = 4
+
+    def __init__(self, c_in: int, width: int, stride: int, v1: bool = False):
+        super().__init__()
+        c_out = self.expansion * width
+        self.conv1 = conv(c_in, width, 1, stride if v1 else 1)
+        self.bn1 = BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3, 1 if v1 else stride)
+        self.bn2 = BatchNorm2d(width)
+        self.conv3 = conv(width, c_out, 1)
+        self.bn3 = BatchNorm2d(c_out)
+        self.downsample = downsample(c_in, c_out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        return F.relu(y.add_(self.downsample(x)), inplace=True)
+
+
+def downsample(c_in: int, c_out: int, stride: int) -> nn.Module:
+    """What a skip connection passes through: nothing where the shape stays, else a 1x1 convolution and BatchNorm."""
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    return nn.Sequential(conv(c_in, c_out, 1, stride), BatchNorm2d(c_out))
+
+
+class ResNet(nn.Module):
+    """(N, 3, H, W) -> (N, num_classes). `depths`: blocks in each of the four stages; `options` go to every block."""
+
+    def __init__(
+        self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], *, num_classes: int, **options: bool
+    ):
+        super().__init__()
+        self.conv1 = conv(3, 64, 7, stride=2)
+        self.bn1 = BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+
+        def stage(c_in: int, width: int, depth: int, stride: int) -> nn.Sequential:
+            first = block(c_in, width, stride, **options)
+            return nn.Sequential(first, *(block(e * width, width, 1, **options) for _ in range(depth - 1)))
+
+        e = block.expansion
+        self.layer1 = stage(64, 64, depths[0], stride=1)
+        self.layer2 = stage(e * 64, 128, depths[1], stride=2)
+        self.layer3 = stage(e * 128, 256, depths[2], stride=2)
+        self.layer4 = stage(e * 256, 512, depths[3], stride=2)
+        self.fc = Classifier(e * 512, num_classes)
+
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(global_average(x))
