@@ -1,0 +1,11 @@
+"""Triton kernels, one op a file: docstring (math, bytes, source), reference, kernel, launcher.
+
+Imports torch and triton only, and asks for no GPU. NVCNN_KERNELS=auto|reference|triton decides what runs.
+"""
+
+from kernels.blocks import BLOCK
+from kernels.gradient_statistics import gradient_statistics
+from kernels.larc_update import larc_update, refresh
+from kernels.trust_ratio import trust_ratio
+
+__all__ = ["BLOCK", "gradient_statistics", "larc_update", "refresh", "trust_ratio"]

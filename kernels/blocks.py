@@ -1,0 +1,43 @@
+"""The blocks of a parameter arena, and the checks of the ops that work on them.
+
+An arena is a flat buffer of M elements of tensors with two or more dimensions, then V elements of the others. Every
+tensor starts on a block, so a block belongs to exactly one tensor. Padding is zero.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 2048  # elements; a program of 128 threads handles one, with 16-byte loads
+CHUNK = (
+    256  # blocks a reference works on at a time: 2 MiB of fp32, so that what one operator writes the next finds cached
+)
+
+
+def chunks(matrix_gradient: Tensor, vector_gradient: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """Both segments of the gradient in pieces of at most CHUNK rows of BLOCK elements, each with its blocks."""
+    first = 0
+    for gradient in (matrix_gradient, vector_gradient):
+        for rows in gradient.view(-1, BLOCK).split(CHUNK):
+            yield rows, slice(first, first + len(rows))
+            first += len(rows)
+
+
+def count_blocks(op: str, matrix: Tensor, vector: Tensor) -> tuple[int, int]:
+    """Blocks of the first segment and of both. ValueError unless both are whole blocks, and not both empty."""
+    sizes = matrix.numel(), vector.numel()
+    if any(n % BLOCK for n in sizes) or not sum(sizes):
+        raise ValueError(f"{op}: the segments must be multiples of {BLOCK} elements, not both 0, got {sizes}")
+    return sizes[0] // BLOCK, sum(sizes) // BLOCK
+
+
+def check(op: str, device: torch.device, **expected: tuple[Tensor, int, tuple[torch.dtype, ...]]) -> None:
+    """ValueError for the first tensor that is not flat, contiguous, on `device`, of its size and one of its dtypes."""
+    for name, (tensor, elements, dtypes) in expected.items():
+        good = tensor.shape == (elements,) and tensor.dtype in dtypes and tensor.device == device
+        if not (good and tensor.is_contiguous()):
+            raise ValueError(
+                f"{op}: {name} must be ({elements},), {' or '.join(map(str, dtypes))}, contiguous, on {device}; "
+                f"got {tuple(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}, on {tensor.device}"
+            )

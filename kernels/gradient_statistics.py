@@ -1,0 +1,111 @@
+"""square_sums[b] = sum over block b of (g / (S R) + d v)^2: the first of the optimizer step's three launches.
+
+g is the gradient of the loss times the loss scale S, summed over R ranks; v the weight; d the weight decay, part of the
+gradient whose norm LARC takes (You, Gitman and Ginsburg 2017, arXiv:1708.03888; NVIDIA's nvcnn_hvd.py). A sum is finite
+unless an element is not, or a finite one's square leaves fp32: both are overflows, and their step is skipped.
+
+Bytes: reads g and v once, 6 per parameter with an fp16 gradient; without decay g alone, 2. Writes 4 per block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
+from kernels.implementation import runs_triton
+
+
+def reference(
+    matrix_gradient: Tensor,
+    vector_gradient: Tensor,
+    weight: Tensor,
+    loss_scale: Tensor,
+    *,
+    ranks: int,
+    weight_decay: float,
+    square_sums: Tensor,
+) -> None:
+    """The formula in plain PyTorch, in the precision of `weight`. Arguments as in `gradient_statistics`."""
+    inverse = 1 / (loss_scale * ranks)
+    weights = weight.view(-1, BLOCK)
+    scratch = torch.empty_like(weights[:CHUNK])
+    for gradient, blocks in chunks(matrix_gradient, vector_gradient):
+        g = torch.mul(gradient, inverse, out=scratch[: len(gradient)])
+        if weight_decay:
+            g.add_(weights[blocks], alpha=weight_decay)
+        torch.sum(g.square_(), 1, out=square_sums[blocks])
+
+
+@triton.jit
+def kernel(
+    matrix_gradient,
+    vector_gradient,
+    weight,
+    loss_scale,
+    square_sums,
+    matrix_blocks,
+    ranks,
+    weight_decay,
+    DECAY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one block."""
+    block = tl.program_id(0)
+    element = tl.arange(0, BLOCK)
+    if block < matrix_blocks:
+        g = tl.load(matrix_gradient + block.to(tl.int64) * BLOCK + element).to(tl.float32)
+    else:
+        g = tl.load(vector_gradient + (block - matrix_blocks).to(tl.int64) * BLOCK + element)
+    g *= tl.div_rn(1.0, tl.load(loss_scale) * ranks)
+    if DECAY:
+        g += weight_decay * tl.load(weight + block.to(tl.int64) * BLOCK + element)
+    tl.store(square_sums + block, tl.sum(g * g))
+
+
+CONFIG = {"num_warps": 4}
+
+
+def gradient_statistics(
+    matrix_gradient: Tensor,
+    vector_gradient: Tensor,
+    weight: Tensor,
+    loss_scale: Tensor,
+    *,
+    ranks: int,
+    weight_decay: float,
+    square_sums: Tensor,
+) -> None:
+    """Per block, the sum of squares of the averaged, unscaled, decayed gradient.
+
+    matrix_gradient: (M,), fp16, bf16 or fp32. vector_gradient: (V,), fp32. M and V are multiples of BLOCK, either may
+    be 0. weight: (M + V,), fp32, read only if weight_decay is not 0. loss_scale: (1,), fp32.
+    square_sums: ((M + V) / BLOCK,), fp32, written. Raises ValueError for other shapes, dtypes or devices.
+    """
+    op, float32 = "gradient_statistics", (torch.float32,)
+    matrix_blocks, blocks = count_blocks(op, matrix_gradient, vector_gradient)
+    check(
+        op,
+        weight.device,
+        matrix_gradient=(matrix_gradient, matrix_blocks * BLOCK, (torch.float16, torch.bfloat16, torch.float32)),
+        vector_gradient=(vector_gradient, (blocks - matrix_blocks) * BLOCK, float32),
+        weight=(weight, blocks * BLOCK, float32),
+        loss_scale=(loss_scale, 1, float32),
+        square_sums=(square_sums, blocks, float32),
+    )
+    if ranks < 1:
+        raise ValueError(f"{op}: ranks must be at least 1, got {ranks}")
+    inputs = (matrix_gradient, vector_gradient, weight, loss_scale)
+    if runs_triton(weight.device):
+        kernel[(blocks,)](
+            *inputs,
+            square_sums,
+            matrix_blocks,
+            ranks,
+            weight_decay,
+            DECAY=weight_decay != 0,
+            BLOCK=BLOCK,
+            **CONFIG,
+        )
+    else:
+        reference(*inputs, ranks=ranks, weight_decay=weight_decay, square_sums=square_sums)

@@ -1,0 +1,22 @@
+"""Which implementation of an op runs, by the environment variable NVCNN_KERNELS.
+
+`auto` (default): the Triton kernel for CUDA tensors, the reference for CPU tensors. `reference` and `triton`: that one
+everywhere; Triton's interpreter runs kernels on CPU tensors where TRITON_INTERPRET=1.
+"""
+
+import os
+
+import torch
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)  # as it was when the kernels were decorated: they do not follow a change
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether the Triton kernel (else the reference) is for tensors on `device`. ValueError if it cannot run there."""
+    choice = os.environ.get("NVCNN_KERNELS", "auto")
+    if choice not in ("auto", "reference", "triton"):
+        raise ValueError(f"NVCNN_KERNELS={choice}: it must be auto, reference or triton")
+    if choice == "triton" and device.type == "cpu" and not INTERPRETED:
+        raise ValueError("NVCNN_KERNELS=triton: tensors on the CPU need TRITON_INTERPRET=1, set before Python starts")
+    return choice == "triton" or (choice == "auto" and device.type == "cuda")

@@ -1,0 +1,297 @@
+"""The update itself, and everything that follows from it: the last of the optimizer step's three launches.
+
+With t a block's tensor, i = 1 / (loss scale x ranks) and lr from `trust_ratio`:
+    d = ratio[t] (g i + decay v);  m = mu m + d;  v = v - lr (d + mu m)
+Nesterov momentum in gradient units, as torch.optim.SGD and TensorFlow keep it (Sutskever et al. 2013, ICML, in the form
+of Bengio et al. 2012, arXiv:1212.0901). Then the copy of v in the model's dtype, and the sum of its squares per block,
+which is the next step's weight norm. Only if the step is finite: an overflow leaves all of it bit-identical.
+
+In the same launch: BatchNorm's running statistics r = (1 - s) r + s b, committed by a finite step only, with b, this
+step's own, set to zero for the next; the step counters; and the dynamic loss scale with the rule of
+torch.amp.GradScaler (doubled after `growth_interval` finite steps in a row, halved by an overflow), kept between 1 and
+MAX_LOSS_SCALE.
+
+Bytes: 20 per parameter with fp16 gradients and model weights: reads g, v, m, writes v, m and the copy.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
+from kernels.implementation import runs_triton
+
+MAX_LOSS_SCALE = tl.constexpr(2.0**24)  # lifts fp16's smallest number, 2^-24, to 1: no gradient needs more
+
+
+def reference(
+    matrix_gradient: Tensor,
+    vector_gradient: Tensor,
+    weight: Tensor,
+    momentum: Tensor,
+    model_weight: Tensor | None,
+    tensor_of_block: Tensor,
+    ratio: Tensor,
+    scalars: Tensor,
+    weight_square_sums: Tensor,
+    running: Tensor,
+    batch: Tensor,
+    counters: Tensor,
+    loss_scale: Tensor,
+    *,
+    momentum_factor: float,
+    weight_decay: float,
+    statistics_momentum: float,
+    growth_interval: int,
+) -> None:
+    """The formulas in plain PyTorch, in the precision of `weight`. Arguments as in `larc_update`.
+
+    Waits for the finite flag, which costs nothing on the CPU.
+    """
+    learning_rate, inverse, finite = scalars.tolist()
+    counters[0] += 1
+    if finite:
+        ratio_of_block = ratio[tensor_of_block].unsqueeze(1)
+        of_gradient, of_weight = ratio_of_block * inverse, ratio_of_block * weight_decay
+        weights, momenta = weight.view(-1, BLOCK), momentum.view(-1, BLOCK)
+        scratch = torch.empty_like(weights[:CHUNK])
+        for gradient, blocks in chunks(matrix_gradient, vector_gradient):
+            w, m, d = weights[blocks], momenta[blocks], scratch[: len(gradient)]
+            torch.mul(gradient, of_gradient[blocks], out=d).addcmul_(w, of_weight[blocks])
+            torch.add(d, m, alpha=momentum_factor, out=m)
+            w.sub_(d.add_(m, alpha=momentum_factor), alpha=learning_rate)
+            torch.sum(torch.square(w, out=d), 1, out=weight_square_sums[blocks])
+            if model_weight is not None and blocks.start * BLOCK < len(model_weight):
+                model_weight.view(-1, BLOCK)[blocks].copy_(w)
+        running.mul_(1 - statistics_momentum).add_(batch, alpha=statistics_momentum)
+        counters[1:] += 1
+    else:
+        counters[2] = 0
+    batch.zero_()
+    if growth_interval and not finite:
+        loss_scale.copy_(torch.minimum(loss_scale, (loss_scale / 2).clamp(min=1)))
+    elif growth_interval and counters[2] >= growth_interval:
+        loss_scale.copy_(torch.maximum(loss_scale, (loss_scale * 2).clamp(max=MAX_LOSS_SCALE.value)))
+        counters[2] = 0
+
+
+def refresh_reference(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
+    """`refresh` in plain PyTorch, with the sums of `reference`."""
+    weights = weight.view(-1, BLOCK)
+    scratch = torch.empty_like(weights[:CHUNK])
+    for w, sums in zip(weights.split(CHUNK), weight_square_sums.split(CHUNK), strict=True):
+        torch.sum(torch.square(w, out=scratch[: len(w)]), 1, out=sums)
+    if model_weight is not None:
+        model_weight.copy_(weight[: len(model_weight)])
+
+
+@triton.jit
+def store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLOCK: tl.constexpr):
+    """What follows from a block of new weights."""
+    tl.store(weight_square_sums + block, tl.sum(w * w))
+    if model_weight is not None:  # noqa: SIM102 (decided by the compiler; the next at run time)
+        if block < matrix_blocks:
+            at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            tl.store(model_weight + at, w.to(model_weight.dtype.element_ty))
+
+
+@triton.jit
+def refresh_kernel(weight, model_weight, weight_square_sums, matrix_blocks, BLOCK: tl.constexpr):
+    """One program: one block."""
+    block = tl.program_id(0)
+    w = tl.load(weight + block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
+    store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLOCK)
+
+
+@triton.jit
+def advance(counters, loss_scale, finite, growth_interval):
+    """Counters and loss scale, one step on."""
+    good = tl.where(finite, tl.load(counters + 2) + 1, 0)
+    if growth_interval > 0:
+        scale = tl.load(loss_scale)
+        grown = tl.maximum(scale, tl.minimum(scale * 2, MAX_LOSS_SCALE))
+        halved = tl.minimum(scale, tl.maximum(scale * 0.5, 1.0))
+        grows = good >= growth_interval
+        tl.store(loss_scale, tl.where(finite, tl.where(grows, grown, scale), halved))
+        good = tl.where(grows, 0, good)
+    tl.store(counters, tl.load(counters) + 1)
+    tl.store(counters + 1, tl.load(counters + 1) + finite.to(tl.int64))
+    tl.store(counters + 2, good)
+
+
+@triton.jit
+def kernel(
+    matrix_gradient,
+    vector_gradient,
+    weight,
+    momentum,
+    model_weight,
+    tensor_of_block,
+    ratio,
+    scalars,
+    weight_square_sums,
+    running,
+    batch,
+    counters,
+    loss_scale,
+    matrix_blocks,
+    blocks,
+    statistics,
+    momentum_factor,
+    weight_decay,
+    statistics_momentum,
+    growth_interval,
+    BLOCK: tl.constexpr,
+):
+    """One program: one block of the arena, or of the running statistics, which come last. Program 0 also counts."""
+    block = tl.program_id(0)
+    element = tl.arange(0, BLOCK)
+    finite = tl.load(scalars + 2) != 0
+    if block >= blocks:
+        at = (block - blocks) * BLOCK + element
+        inside = at < statistics
+        if finite:
+            r = tl.load(running + at, mask=inside) * (1 - statistics_momentum)
+            tl.store(running + at, r + statistics_momentum * tl.load(batch + at, mask=inside), mask=inside)
+        tl.store(batch + at, tl.zeros((BLOCK,), tl.float32), mask=inside)
+    else:
+        # Loaded before the flag is known: an overflow is rare, and waiting for it would cost every step.
+        at = block.to(tl.int64) * BLOCK + element
+        w = tl.load(weight + at)
+        m = tl.load(momentum + at)
+        if block < matrix_blocks:
+            g = tl.load(matrix_gradient + at).to(tl.float32)
+        else:
+            g = tl.load(vector_gradient + (block - matrix_blocks).to(tl.int64) * BLOCK + element)
+        r = tl.load(ratio + tl.load(tensor_of_block + block))
+        learning_rate, inverse = tl.load(scalars), tl.load(scalars + 1)
+        if finite:
+            d = r * (g * inverse + weight_decay * w)
+            m = momentum_factor * m + d
+            w -= learning_rate * (d + momentum_factor * m)
+            tl.store(momentum + at, m)
+            tl.store(weight + at, w)
+            store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLOCK)
+        if block == 0:
+            advance(counters, loss_scale, finite, growth_interval)
+
+
+# Without fused multiply-adds, which a compiler may place differently in the two kernels, the sums of `refresh` are the
+# update's to the bit. Both wait for memory: it costs nothing.
+CONFIG = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def larc_update(
+    matrix_gradient: Tensor,
+    vector_gradient: Tensor,
+    weight: Tensor,
+    momentum: Tensor,
+    model_weight: Tensor | None,
+    tensor_of_block: Tensor,
+    ratio: Tensor,
+    scalars: Tensor,
+    weight_square_sums: Tensor,
+    running: Tensor,
+    batch: Tensor,
+    counters: Tensor,
+    loss_scale: Tensor,
+    *,
+    momentum_factor: float,
+    weight_decay: float,
+    statistics_momentum: float,
+    growth_interval: int,
+) -> None:
+    """One step of SGD with LARC, Nesterov momentum and weight decay, in place, and all that goes with it.
+
+    matrix_gradient: (M,), fp16, bf16 or fp32. vector_gradient: (V,), fp32. M and V are multiples of BLOCK, either may
+    be 0; B = (M + V) / BLOCK. weight, momentum: (M + V,), fp32. model_weight: (M,), fp16 or bf16, or None where the
+    model computes in fp32; matrix_gradient has its dtype or fp32. tensor_of_block: (B,), int32, values below T.
+    ratio: (T,), and scalars: (3,), fp32, from `trust_ratio`. weight_square_sums: (B,), fp32, written.
+    running, batch: (R,), fp32, any R. counters: (3,), int64: steps, applied updates, finite steps since the loss scale
+    last changed. loss_scale: (1,), fp32.
+    growth_interval: finite steps after which the loss scale doubles; 0 keeps it as it is. statistics_momentum: the
+    weight of `batch` in the new running statistics. Raises ValueError for other shapes, dtypes or devices.
+    """
+    op, float32 = "larc_update", (torch.float32,)
+    matrix_blocks, blocks = count_blocks(op, matrix_gradient, vector_gradient)
+    elements, statistics = blocks * BLOCK, running.numel()
+    check_model_weight(op, model_weight, matrix_blocks * BLOCK, weight.device)
+    check(
+        op,
+        weight.device,
+        matrix_gradient=(
+            matrix_gradient,
+            matrix_blocks * BLOCK,
+            float32 if model_weight is None else (model_weight.dtype, torch.float32),
+        ),
+        vector_gradient=(vector_gradient, elements - matrix_blocks * BLOCK, float32),
+        weight=(weight, elements, float32),
+        momentum=(momentum, elements, float32),
+        tensor_of_block=(tensor_of_block, blocks, (torch.int32,)),
+        ratio=(ratio, ratio.numel(), float32),
+        scalars=(scalars, 3, float32),
+        weight_square_sums=(weight_square_sums, blocks, float32),
+        running=(running, statistics, float32),
+        batch=(batch, statistics, float32),
+        counters=(counters, 3, (torch.int64,)),
+        loss_scale=(loss_scale, 1, float32),
+    )
+    if growth_interval < 0:
+        raise ValueError(f"{op}: growth_interval must be 0 (a static loss scale) or more, got {growth_interval}")
+    tensors = (
+        matrix_gradient,
+        vector_gradient,
+        weight,
+        momentum,
+        model_weight,
+        tensor_of_block,
+        ratio,
+        scalars,
+        weight_square_sums,
+        running,
+        batch,
+        counters,
+        loss_scale,
+    )
+    factors: dict[str, Any] = {
+        "momentum_factor": momentum_factor,
+        "weight_decay": weight_decay,
+        "statistics_momentum": statistics_momentum,
+        "growth_interval": growth_interval,
+    }
+    if runs_triton(weight.device):
+        grid = (blocks + triton.cdiv(statistics, BLOCK),)
+        kernel[grid](*tensors, matrix_blocks, blocks, statistics, **factors, BLOCK=BLOCK, **CONFIG)
+    else:
+        reference(*tensors, **factors)
+
+
+def refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
+    """Rebuilds what `larc_update` derives from the weights, to the same bits. For every write that is not the update.
+
+    weight: (M + V,), fp32. model_weight: (M,), fp16 or bf16, or None; weight_square_sums: (B,), fp32; both written.
+    Raises ValueError for other shapes, dtypes or devices.
+    """
+    op = "refresh"
+    matrix = weight[:0] if model_weight is None else model_weight
+    matrix_blocks, blocks = count_blocks(op, matrix, weight[len(matrix) :])
+    check_model_weight(op, model_weight, matrix_blocks * BLOCK, weight.device)
+    check(
+        op,
+        weight.device,
+        weight=(weight, blocks * BLOCK, (torch.float32,)),
+        weight_square_sums=(weight_square_sums, blocks, (torch.float32,)),
+    )
+    if runs_triton(weight.device):
+        refresh_kernel[(blocks,)](weight, model_weight, weight_square_sums, matrix_blocks, BLOCK=BLOCK, **CONFIG)
+    else:
+        refresh_reference(weight, model_weight, weight_square_sums)
+
+
+def check_model_weight(op: str, model_weight: Tensor | None, elements: int, device: torch.device) -> None:
+    """ValueError unless the copy in the model's dtype fits, where there is one."""
+    if model_weight is not None:
+        check(op, device, model_weight=(model_weight, elements, (torch.float16, torch.bfloat16)))

@@ -1,0 +1,165 @@
+"""Norms and LARC multiplier of every tensor, the finite flag, the learning rate: the second of the step's launches.
+
+With v a tensor's weight and g its gradient (averaged, unscaled, decayed): q = eta ||v|| / ||g|| if both norms are
+non-zero, else 1. The update multiplies g by 1 (mode `off`), min(q / learning rate, 1) (`clip`) or q (`scale`).
+LARC is LARS (You, Gitman and Ginsburg 2017, arXiv:1708.03888) with the clip; this is nvcnn_hvd.py's. Others differ:
+apex and timm add the decay to the denominator after the norms, MLPerf leaves gamma, beta and biases to plain SGD.
+
+The finite flag is that of the sum of all gradients' square sums. Bytes: 8 per block, out of the L2 cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.blocks import check
+from kernels.implementation import runs_triton
+
+MODES = ("off", "clip", "scale")
+
+
+def reference(
+    gradient_square_sums: Tensor,
+    weight_square_sums: Tensor,
+    first_block: Tensor,
+    counters: Tensor,
+    loss_scale: Tensor,
+    schedule: Tensor,
+    *,
+    ranks: int,
+    mode: str,
+    eta: float,
+    ratio: Tensor,
+    gradient_norm: Tensor,
+    weight_norm: Tensor,
+    scalars: Tensor,
+) -> None:
+    """The formulas in plain PyTorch, in the precision of `scalars`. Arguments as in `trust_ratio`."""
+    learning_rate = schedule[counters[:1].clamp(max=len(schedule) - 1)]
+    finite = gradient_square_sums.sum(0, keepdim=True).isfinite()
+    scalars.copy_(torch.cat((learning_rate, 1 / (loss_scale * ranks), finite)))
+
+    offsets = first_block.long()
+    for norm, square_sums in ((gradient_norm, gradient_square_sums), (weight_norm, weight_square_sums)):
+        norm.copy_(torch.segment_reduce(square_sums.double(), "sum", offsets=offsets).sqrt_())
+    q = torch.where((gradient_norm != 0) & (weight_norm != 0), eta * weight_norm / gradient_norm, 1)
+    if mode == "off":
+        ratio.fill_(1)
+    elif mode == "clip":
+        ratio.copy_(torch.where(q < learning_rate, q / learning_rate, 1))
+    else:
+        ratio.copy_(q)
+
+
+@triton.jit
+def sum_range(values, first, last, CHUNK: tl.constexpr):
+    """The sum of values[first:last], always in the same order."""
+    at = tl.arange(0, CHUNK)
+    total = tl.zeros((CHUNK,), tl.float32)
+    for start in range(first, last, CHUNK):
+        total += tl.load(values + start + at, mask=start + at < last, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def kernel(
+    gradient_square_sums,
+    weight_square_sums,
+    first_block,
+    counters,
+    loss_scale,
+    schedule,
+    ratio,
+    gradient_norm,
+    weight_norm,
+    scalars,
+    tensors,
+    blocks,
+    steps,
+    ranks,
+    eta,
+    MODE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program: one tensor; the last one: the scalars. None reads what another writes."""
+    t = tl.program_id(0)
+    learning_rate = tl.load(schedule + tl.minimum(tl.load(counters), steps - 1))
+    if t == tensors:
+        total = sum_range(gradient_square_sums, 0, blocks, CHUNK)
+        finite = (tl.abs(total) < float("inf")).to(tl.float32)  # false for NaN
+        tl.store(scalars, learning_rate)
+        tl.store(scalars + 1, tl.div_rn(1.0, tl.load(loss_scale) * ranks))
+        tl.store(scalars + 2, finite)
+    else:
+        first, last = tl.load(first_block + t), tl.load(first_block + t + 1)
+        g = tl.sqrt_rn(sum_range(gradient_square_sums, first, last, CHUNK))
+        w = tl.sqrt_rn(sum_range(weight_square_sums, first, last, CHUNK))
+        q = tl.where((g != 0) & (w != 0), tl.div_rn(eta * w, g), 1.0)
+        if MODE == "off":
+            r = 1.0
+        elif MODE == "clip":
+            r = tl.where(q < learning_rate, tl.div_rn(q, learning_rate), 1.0)
+        else:
+            r = q
+        tl.store(ratio + t, r)
+        tl.store(gradient_norm + t, g)
+        tl.store(weight_norm + t, w)
+
+
+CONFIG = {"CHUNK": 4096, "num_warps": 8}
+
+
+def trust_ratio(
+    gradient_square_sums: Tensor,
+    weight_square_sums: Tensor,
+    first_block: Tensor,
+    counters: Tensor,
+    loss_scale: Tensor,
+    schedule: Tensor,
+    *,
+    ranks: int,
+    mode: str,
+    eta: float,
+    ratio: Tensor,
+    gradient_norm: Tensor,
+    weight_norm: Tensor,
+    scalars: Tensor,
+) -> None:
+    """LARC multiplier and norms per tensor, and [learning rate, 1 / (loss scale x ranks), finite (1 or 0)].
+
+    gradient_square_sums, weight_square_sums: (B,), fp32, sums of squares per block. first_block: (T + 1,), int32, the
+    blocks of tensor t are first_block[t] to first_block[t + 1] - 1. counters: (3,), int64, the first is the step.
+    loss_scale: (1,), fp32. schedule: (steps,), fp32, the learning rate of every step; later steps keep the last one.
+    mode: off, clip or scale. ratio, gradient_norm, weight_norm: (T,), fp32, and scalars: (3,), fp32, are written.
+    Where the step is not finite, ratio and gradient_norm may not be either. Raises ValueError for anything else.
+    """
+    op, float32 = "trust_ratio", (torch.float32,)
+    blocks, tensors, steps = gradient_square_sums.numel(), first_block.numel() - 1, schedule.numel()
+    check(
+        op,
+        scalars.device,
+        gradient_square_sums=(gradient_square_sums, blocks, float32),
+        weight_square_sums=(weight_square_sums, blocks, float32),
+        first_block=(first_block, tensors + 1, (torch.int32,)),
+        counters=(counters, 3, (torch.int64,)),
+        loss_scale=(loss_scale, 1, float32),
+        schedule=(schedule, steps, float32),
+        ratio=(ratio, tensors, float32),
+        gradient_norm=(gradient_norm, tensors, float32),
+        weight_norm=(weight_norm, tensors, float32),
+        scalars=(scalars, 3, float32),
+    )
+    if mode not in MODES or min(tensors, steps, ranks) < 1:
+        raise ValueError(
+            f"{op}: needs at least one tensor, step and rank and a mode of {', '.join(MODES)}, "
+            f"got {tensors} tensors, {steps} steps, {ranks} ranks, mode {mode}"
+        )
+    inputs = (gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule)
+    outputs = {"ratio": ratio, "gradient_norm": gradient_norm, "weight_norm": weight_norm, "scalars": scalars}
+    if runs_triton(scalars.device):
+        kernel[(tensors + 1,)](
+            *inputs, **outputs, tensors=tensors, blocks=blocks, steps=steps, ranks=ranks, eta=eta, MODE=mode, **CONFIG
+        )
+    else:
+        reference(*inputs, ranks=ranks, mode=mode, eta=eta, **outputs)
