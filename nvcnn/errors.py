@@ -2,4 +2,4 @@
 
 
 class InputError(Exception):
-    """Bad usage or bad input. The message is one line that names the flag, file or value and says what to do; exit 2."""
+    """Bad usage or bad input. The message is one line that names the flag, file or value and says what to do."""

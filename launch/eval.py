@@ -1,0 +1,23 @@
+"""Evaluate a checkpoint on the validation images: `python launch/eval.py --help`."""
+
+import nvcnn
+from nvcnn.evaluate import Evaluation, evaluate
+from nvcnn.program import run
+from nvcnn.settings import Parser
+
+
+def parse() -> Evaluation:
+    parser = Parser(prog="eval.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")
+    parser.add_argument("--data_dir", required=True, help="TFRecord files validation-*")
+    parser.add_argument("--log_dir", default="", help="a training's directory: its newest checkpoint is evaluated")
+    parser.add_argument("--checkpoint", metavar="FILE", help="evaluate this file")
+    parser.add_argument("-m", "--model", help="checked against the checkpoint's")
+    parser.add_argument("-b", "--batch_size", type=int, default=64, help="images per device (default 64)")
+    parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
+    parser.add_argument("--transport", choices=("horovod", "torch"), default="horovod", help="how ranks talk")
+    return Evaluation(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    run(lambda: evaluate(parse()))

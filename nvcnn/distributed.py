@@ -1,0 +1,234 @@
+"""How ranks talk: the only file that imports Horovod, mpi4py or torch.distributed.
+
+`connect` returns a `Transport`. The base class is that of a single rank, which needs none of the three.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from nvcnn.errors import InputError
+
+# Launchers, a variable that only they set, and those of size, rank, and rank and number of ranks on this machine.
+LAUNCHERS = {
+    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "Open MPI": (
+        "OMPI_COMM_WORLD_SIZE",
+        *(f"OMPI_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
+    ),
+    "MPICH or Intel MPI": ("PMI_SIZE", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said."""
+
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str = "none"
+    variable: str = ""
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launch:
+    for launcher, (mark, size, rank, local_rank, local_size) in LAUNCHERS.items():
+        if mark in environment and size in environment:
+            given = {
+                name: int(environment[name]) for name in (size, rank, local_rank, local_size) if name in environment
+            }
+            return Launch(
+                size=given[size],
+                rank=given.get(rank, 0),
+                local_rank=given.get(local_rank, 0),
+                local_size=given.get(local_size, given[size]),
+                launcher=launcher,
+                variable=f"{size}={given[size]}",
+            )
+    return Launch()
+
+
+class Transport:
+    """A single rank."""
+
+    name = "none"
+    bfloat16 = True  # sums bfloat16
+
+    def __init__(self, launch: Launch):
+        self.size, self.rank = launch.size, launch.rank
+        self.local_size, self.local_rank = launch.local_size, launch.local_rank
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Rank 0's values into everybody's `tensor`, in place."""
+
+    def all_reduce(self, tensor: Tensor, name: str) -> Callable[[], None]:
+        """Starts the sum over ranks, in place, unscaled. Returns what waits for it. `name`: the same on all ranks."""
+        return lambda: None
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's `value`, in order of rank; to be used on rank 0 only."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Returns when all ranks have come here."""
+        for value in self.gather(None):
+            assert value is None
+
+
+class Horovod(Transport):
+    name = "horovod"
+    bfloat16 = False  # Horovod 0.28.1 refuses it
+
+    def __init__(self, launch: Launch):
+        super().__init__(launch)
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")  # the arena's buckets are the fusion
+        if torch.cuda.is_available():
+            os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")  # `synchronize` orders the stream, no spin
+        try:
+            import horovod.torch as hvd
+
+            hvd.init()
+        except ImportError as error:
+            raise InputError(
+                f"{launch.size} ranks need Horovod ({error}): run `make horovod`, or give --transport=torch"
+            ) from None
+        self.hvd = hvd
+        agree(launch, hvd.size(), f"Horovod's MPI, {mpi_library()}")
+        self.rank, self.local_rank = hvd.rank(), hvd.local_rank()
+        if torch.cuda.is_available() and not hvd.nccl_built():
+            raise InputError(
+                "this Horovod was built without NCCL, so it cannot sum on GPUs: "
+                "run `python -m nvcnn.install_horovod --force`, or give --transport=torch"
+            )
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self.hvd.broadcast_(tensor, root_rank=0)
+
+    def all_reduce(self, tensor: Tensor, name: str) -> Callable[[], None]:
+        handle = self.hvd.allreduce_async_(tensor, op=self.hvd.Sum, name=name)
+        return lambda: self.hvd.synchronize(handle)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.hvd.allgather_object(value)
+
+
+class Torch(Transport):
+    """torch.distributed: gloo for what is on the host, NCCL for what is on a GPU. From torchrun, mpiexec or srun."""
+
+    name = "torch"
+
+    def __init__(self, launch: Launch):
+        super().__init__(launch)
+        import torch.distributed as dist
+
+        self.dist = dist
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if launch.launcher == "torchrun":
+            dist.init_process_group(backend)
+        else:
+            address, port = self.rendezvous(launch)
+            method = f"tcp://{address}:{port}"
+            dist.init_process_group(backend, init_method=method, rank=self.rank, world_size=self.size)
+
+    def rendezvous(self, launch: Launch) -> tuple[str, int]:
+        """Rank 0's address and a free port of it, told to all by MPI."""
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise InputError(
+                f"--transport=torch under {launch.launcher} needs mpi4py ({error}): "
+                "`pip install mpi4py`, or start with torchrun"
+            ) from None
+        agree(launch, MPI.COMM_WORLD.Get_size(), f"mpi4py's MPI, {mpi_library()}")
+        self.rank = MPI.COMM_WORLD.Get_rank()
+        import socket
+
+        one_machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == self.size
+        place = None
+        if self.rank == 0:
+            with socket.socket() as s:
+                s.bind(("", 0))
+                place = "127.0.0.1" if one_machine else socket.gethostbyname(socket.getfqdn()), s.getsockname()[1]
+        return MPI.COMM_WORLD.bcast(place)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self.dist.broadcast(tensor, src=0)
+
+    def all_reduce(self, tensor: Tensor, name: str) -> Callable[[], None]:
+        work = self.dist.all_reduce(tensor, op=self.dist.ReduceOp.SUM, async_op=True)
+        return lambda: work.wait() and None
+
+    def gather(self, value: Any) -> list[Any]:
+        values = [None] * self.size
+        self.dist.all_gather_object(values, value)
+        return values
+
+
+def connect(transport: str) -> Transport:
+    """The transport of this process: none for one rank, else "horovod" or "torch".
+
+    Raises InputError if it is missing, or if another MPI's launcher started us: then each process would be alone.
+    """
+    launch = launched()
+    if launch.size == 1:
+        return Transport(launch)
+    return Horovod(launch) if transport == "horovod" else Torch(launch)
+
+
+def agree(launch: Launch, size: int, library: str) -> None:
+    if size != launch.size:
+        raise InputError(
+            f"{launch.launcher} started {launch.size} ranks ({launch.variable}), but {library}, sees {size}: "
+            "start with the mpiexec of that library"
+        )
+
+
+def mpi_library() -> str:
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        return "of unknown version (no mpi4py)"
+    return MPI.Get_library_version().split(",")[0].strip()
+
+
+def abort(code: int) -> NoReturn:
+    """Ends this process, and with it the whole job, at once: a rank that waited for the others would wait for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if launched().size > 1 and "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
+    os._exit(code)  # the launcher ends the others
+
+
+def wait_for_rank_0(seconds: float = 3.0) -> None:
+    """A rank whose error is everybody's lets rank 0 say it: if it is, rank 0 ends the job before this returns."""
+    if launched().rank != 0:
+        time.sleep(seconds)
+
+
+class Vote:
+    """What any rank asked for at one step, known to all ranks at the next, without waiting for a device.
+
+    Clocks and signals differ by a step between ranks; acting on the answer, all of them act at the same step.
+    """
+
+    def __init__(self, transport: Transport, questions: int):
+        self.transport, self.questions = transport, questions
+        self.asked = torch.zeros(questions, dtype=torch.int32)
+        self.wait: Callable[[], None] = lambda: None
+
+    def __call__(self, *asks: bool) -> list[bool]:
+        """Asks now; returns which of the questions any rank asked the last time."""
+        self.wait()
+        answer = [bool(n) for n in self.asked]
+        self.asked = torch.tensor(asks, dtype=torch.int32)
+        self.wait = self.transport.all_reduce(self.asked, "vote")
+        return answer

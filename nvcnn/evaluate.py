@@ -1,0 +1,129 @@
+"""Evaluation: top-1 and top-5 accuracy over each validation image exactly once, on one rank or many."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nvcnn import checkpoint
+from nvcnn.arena import misfit
+from nvcnn.data import EvaluationData, find_dataset, prepare_input
+from nvcnn.distributed import Transport, connect
+from nvcnn.errors import InputError
+from nvcnn.machine import compute_dtype, use_device
+from nvcnn.models import MODELS, build_model
+from nvcnn.models.layers import cast_matrices
+
+
+@torch.no_grad()
+def count_hits(model: nn.Module, data: EvaluationData, dtype: torch.dtype, normalize: str) -> Tensor:
+    """int64 (3,): images, top-1 hits, top-5 hits of this rank's shard, on the CPU.
+
+    An image whose logits are not all finite is no hit; among equal logits topk decides, so that a model that says the
+    same of every class does not hit them all.
+    """
+    model.eval()
+    counts: Tensor | int = 0
+    for images, labels, flip in data:
+        logits = model(prepare_input(images, flip, dtype=dtype, normalize=normalize))
+        best = logits.topk(min(5, logits.shape[1])).indices
+        hits = (best == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
+        counts = counts + torch.stack([torch.tensor(len(labels), device=hits.device), hits[:, 0].sum(), hits.sum()])
+    return torch.as_tensor(counts).cpu().expand(3).clone()
+
+
+def accuracy(counts: Tensor) -> dict[str, float]:
+    """Percentages of the summed counts."""
+    images, top1, top5 = (int(n) for n in counts)
+    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The original's two lines; the uncertainty is the standard error of a share of that many images."""
+
+    def line(name: str) -> str:
+        percent = result[name.lower().replace("-", "")]
+        error = math.sqrt(percent * (100 - percent) / result["images"])
+        return f"Validation {name}: {percent:.3f} % +/- {error:.2f}"
+
+    return ["-" * 64, line("Top-1"), line("Top-5"), "-" * 64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `launch/eval.py` asks for. All else (model, dtype, crop, pixels) comes from the checkpoint."""
+
+    data_dir: str
+    log_dir: str = ""
+    checkpoint: str | None = None
+    model: str | None = None
+    batch_size: int = 64
+    json: bool = False
+    transport: str = "horovod"
+
+    def __post_init__(self) -> None:
+        if bool(self.log_dir) == bool(self.checkpoint):
+            raise InputError("give one of --log_dir (its newest checkpoint) and --checkpoint=FILE")
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size={self.batch_size}: must be at least 1")
+        if self.model is not None and self.model not in MODELS:
+            raise InputError(f"--model={self.model}: unknown, choose one of {', '.join(MODELS)}")
+
+
+def find_checkpoint(asked: Evaluation) -> tuple[Path, dict[str, Any]]:
+    if asked.checkpoint:
+        return Path(asked.checkpoint), checkpoint.load(Path(asked.checkpoint))
+    log_dir = Path(asked.log_dir)
+    if not log_dir.is_dir():
+        raise InputError(f"--log_dir={log_dir}: no such directory")
+    if found := checkpoint.newest(log_dir):
+        return found
+    raise InputError(f"--log_dir={log_dir}: no checkpoint there; train first, with the same --log_dir")
+
+
+def evaluate(asked: Evaluation) -> int:
+    """Evaluates a checkpoint, prints the result on rank 0, and appends it to the metrics.jsonl of its directory."""
+    path, state = find_checkpoint(asked)
+    stored = state["settings"]
+    if asked.model is not None and asked.model != state["model"]:
+        raise InputError(f"--model={asked.model}: {path} holds {state['model']}")
+    dataset = find_dataset(asked.data_dir, num_classes=state["num_classes"], label_base=None, split="validation")
+    transport = connect(asked.transport)
+    device, threads = use_device(transport)
+    dtype = compute_dtype(stored["fp16"], stored["bf16"])
+
+    model = build_model(
+        state["model"], num_classes=state["num_classes"], resnet_v1=stored["resnet_v1"], seed=stored["seed"]
+    )
+    if problem := misfit(model.state_dict(), state["weights"]):
+        raise InputError(f"{path}: does not fit {state['model']}: {problem}")
+    model.load_state_dict(state["weights"])
+    model = cast_matrices(model.to(device), dtype)
+    data = EvaluationData(
+        dataset,
+        batch_size=asked.batch_size,
+        image_size=MODELS[state["model"]].image_size,
+        crop=stored["eval_crop"],
+        rank=transport.rank,
+        ranks=transport.size,
+        device=device,
+        threads=threads,
+    )
+    result = summed(count_hits(model, data, dtype, stored["normalize"]), transport)
+    result |= {"step": int(state["optimizer"]["counters"][0]), "checkpoint": str(path)}
+    if transport.rank == 0:
+        print(*lines(result), sep="\n")
+        with (path.parent / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"event": "eval"} | result) + "\n")
+        if asked.json:
+            print(json.dumps(result))
+    return 0
+
+
+def summed(counts: Tensor, transport: Transport) -> dict[str, float]:
+    transport.all_reduce(counts, "evaluation")()
+    return accuracy(counts)

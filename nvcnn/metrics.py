@@ -1,0 +1,185 @@
+"""What a run shows and writes: the original's table, a progress bar, metrics.jsonl, TensorBoard, a curve. Rank 0 only.
+
+metrics.jsonl: one JSON object a line, `event` is "start", "train", "checkpoint", "eval" or "end". A resumed run
+appends; where steps come twice, the later line holds.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+BURN_IN = 20  # steps left out of the closing throughput, as in the original
+
+
+class Throughput:
+    """Images per second of all ranks, over spans of steps."""
+
+    def __init__(self, images_per_step: int):
+        self.images_per_step = images_per_step
+        self.steps = 0
+        self.spans: list[tuple[int, float]] = []  # steps, images per second; after burn-in
+        self.mark = time.perf_counter()
+
+    def lap(self, steps: int) -> float:
+        """Ends a span of `steps` steps; returns its images per second."""
+        now = time.perf_counter()
+        speed = steps * self.images_per_step / (now - self.mark)
+        if self.steps >= BURN_IN:
+            self.spans.append((steps, speed))
+        self.mark = now
+        self.steps += steps
+        return speed
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes time that was not training (a checkpoint, say) out of the present span."""
+        self.mark += seconds
+
+    def summary(self) -> tuple[float, float, float] | None:
+        """Mean, its standard error, and jitter (1.4826 x the median absolute deviation) of the spans after burn-in."""
+        if not self.spans:
+            return None
+        steps, speeds = zip(*self.spans, strict=True)
+        middle = median(speeds)
+        error = stdev(speeds) / math.sqrt(len(speeds)) if len(speeds) > 2 else math.nan
+        return fmean(speeds, steps), error, 1.4826 * median(abs(s - middle) for s in speeds)
+
+
+class Metrics:
+    """Opens `log_dir` ("" for none) for a run of `steps` steps. Does nothing on ranks other than 0."""
+
+    def __init__(self, log_dir: str, *, steps: int, first_step: int, rank: int):
+        self.log_dir = Path(log_dir) if log_dir and rank == 0 else None
+        self.quiet = rank != 0
+        self.file = self.board = self.bar = None
+        if self.log_dir:
+            self.file = open_to_append(self.log_dir / "metrics.jsonl")
+            self.board = tensorboard_writer(self.log_dir)
+        if rank == 0 and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+
+    def say(self, line: str) -> None:
+        if self.quiet:
+            return
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def write(self, event: str, **values: Any) -> None:
+        if self.file:
+            # Not a number is null: JSON has no word for it.
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self.file.write(json.dumps({"event": event, "time": time.time()} | values) + "\n")
+
+    def table_head(self) -> None:
+        self.say("  Step Epoch Img/sec   Loss   LR")
+
+    def step(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def train(self, *, step, epoch, images_per_second, loss, learning_rate, **values: Any) -> None:
+        """A table line and a line of metrics.jsonl; images of all ranks."""
+        self.say(f"{step:6d} {epoch:5d} {images_per_second:7.1f} {loss:7.3f} {learning_rate:7.5f}")
+        self.write(
+            "train",
+            step=step,
+            epoch=epoch,
+            loss=loss,
+            learning_rate=learning_rate,
+            images_per_second=images_per_second,
+            **values,
+        )
+
+    def summarize(self, step: int, **scalars: float) -> None:
+        if self.board:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+    def evaluation(self, result: dict[str, Any]) -> None:
+        self.write("eval", **result)
+        self.summarize(result["step"], top1=result["top1"], top5=result["top5"])
+
+    def end(self, step: int, throughput: Throughput) -> None:
+        """The closing throughput line, the end event, the curve."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        summary = throughput.summary()
+        self.say("-" * 64)
+        if summary:
+            self.say("Images/sec: {:.1f} +/- {:.1f} (jitter = {:.1f})".format(*summary))
+        else:
+            self.say(f"No throughput: the run did not get past its first {BURN_IN} steps")
+        self.say("-" * 64)
+        speeds = dict(zip(("images_per_second", "uncertainty", "jitter"), summary or (None,) * 3, strict=True))
+        self.write("end", step=step, **speeds)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        for open_one in (self.file, self.board):
+            if open_one:
+                open_one.close()
+        if self.log_dir:
+            draw_curve(self.log_dir)
+
+
+def open_to_append(path: Path):
+    """Cuts off a last line that a killed run left unfinished."""
+    file = path.open("a+", buffering=1)
+    file.seek(0)
+    text = file.read()
+    file.truncate(len(text[: text.rfind("\n") + 1].encode()))
+    return file
+
+
+def tensorboard_writer(log_dir: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("TensorBoard is not installed, so no event files: pip install tensorboard", file=sys.stderr)
+        return None
+    return SummaryWriter(str(log_dir))
+
+
+def read(log_dir: Path) -> list[dict[str, Any]]:
+    """The events of a run."""
+    return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw_curve(log_dir: Path) -> None:
+    """`curve.png`: loss and learning rate over steps, and the evaluations."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("matplotlib is not installed, so no curve.png: pip install matplotlib", file=sys.stderr)
+        return
+    events = read(log_dir)
+    train = {e["step"]: e for e in events if e["event"] == "train"}
+    if not train:
+        return
+    rows = [train[step] for step in sorted(train)]
+    steps = [e["step"] for e in rows]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, [e["loss"] for e in rows], color="tab:blue")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (running mean)", color="tab:blue")
+    axes.set_ylim(bottom=0)
+    right = axes.twinx()
+    right.plot(steps, [e["learning_rate"] for e in rows], color="tab:orange", linestyle="--")
+    right.set_ylabel("learning rate", color="tab:orange")
+    right.set_ylim(bottom=0)
+    evaluations = [e for e in events if e["event"] == "eval"]
+    if evaluations:
+        last = evaluations[-1]
+        axes.set_title(f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % after step {last['step']}")
+    figure.savefig(log_dir / "curve.png", dpi=120)

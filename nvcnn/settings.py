@@ -1,0 +1,167 @@
+"""The one source of flags and `config.json`: a frozen dataclass, from which the command line is built.
+
+Names, meanings and defaults of the first group are those of NVIDIA's `nvcnn_hvd.py` 1.1.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
+from typing import Any, get_type_hints
+
+import nvcnn
+from nvcnn.errors import InputError
+
+
+def flag(default: Any, help: str, *, group: str, short: str | None = None, choices=(), may_differ: bool = False) -> Any:
+    """A setting. `may_differ`: a resumed run may change it, since it does not touch what is computed."""
+    metadata = {"help": help, "group": group, "short": short, "choices": choices, "may_differ": may_differ}
+    return field(default=default, metadata=metadata)
+
+
+original = partial(flag, group="as in nvcnn_hvd.py")
+numeric = partial(flag, group="precision")
+image = partial(flag, group="input")
+run = partial(flag, group="run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: str = original(MISSING, "network to train, e.g. resnet50", short="-m")
+    data_dir: str | None = original(None, "TFRecord files train-*, validation-*; none: synthetic data", may_differ=True)
+    batch_size: int = original(64, "images per device and step", short="-b")
+    num_batches: int = original(50, "steps to run")
+    num_epochs: int | None = original(None, "epochs to run; overrides --num_batches")
+    log_dir: str = original(
+        "", "checkpoints and summaries; a run resumes from the newest checkpoint there", may_differ=True
+    )
+    display_every: int = original(1, "steps between table lines", may_differ=True)
+    save_interval: int = original(43200, "seconds between checkpoints", may_differ=True)
+    summary_interval: int = original(3600, "seconds between TensorBoard summaries", may_differ=True)
+    loss_scale: float | str = original(1.0, "factor on the loss against fp16 underflow, or 'dynamic'")
+    larc_eta: float | None = original(None, "LARC trust coefficient; none: LARC off")
+    larc_mode: str = original(
+        "clip", "LARC caps the learning rate (clip) or multiplies it (scale)", choices=("clip", "scale")
+    )
+    learning_rate: float | None = original(None, "initial learning rate; none: the model's own")
+    eval: bool = original(False, "evaluate the newest checkpoint of --log_dir, do not train", may_differ=True)
+    fp16: bool = original(False, "compute in float16")
+
+    bf16: bool = numeric(False, "compute in bfloat16")
+
+    crop_area: tuple[float, float] = image((0.1, 1.0), "training crop, share of the image's area: LO,HI")
+    crop_aspect: tuple[float, float] = image((0.8, 1.25), "training crop, width / height: LO,HI")
+    eval_crop: float = image(0.875, "evaluation crop, share of height and width")
+    normalize: str = image(
+        "signed", "pixels to [-1, 1] (signed) or by ImageNet's mean and deviation", choices=("signed", "imagenet")
+    )
+    num_classes: int | None = image(None, "classes; none: from the data's dataset.json, else 1000")
+    label_base: int | None = image(None, "lowest label in the records; none: from dataset.json, else 1")
+
+    resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
+    seed: int = run(1, "weights, crops, order")
+    keep: int = run(3, "checkpoints to keep", may_differ=True)
+    transport: str = run("horovod", "how ranks talk", choices=("horovod", "torch"))
+    dry_run: bool = run(False, "print settings, steps and memory, then stop", may_differ=True)
+
+    def __post_init__(self) -> None:
+        def check(right: bool, name: str, must: str) -> None:
+            if not right:
+                raise InputError(f"--{name}={getattr(self, name)}: must be {must}")
+
+        for name in ("batch_size", "num_batches", "display_every", "keep"):
+            check(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("num_epochs", "num_classes"):
+            check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+        for name in ("learning_rate", "larc_eta"):
+            value = getattr(self, name)
+            check(value is None or (math.isfinite(value) and value > 0), name, "a positive number")
+        for name in ("save_interval", "summary_interval", "seed"):
+            check(getattr(self, name) >= 0, name, "0 or more")
+        for name, top in (("crop_area", 1.0), ("crop_aspect", math.inf)):
+            low, high = getattr(self, name)
+            check(
+                0 < low <= high <= top and math.isfinite(high), name, "LO,HI with 0 < LO <= HI" + " <= 1" * (top == 1)
+            )
+        check(0 < self.eval_crop <= 1, "eval_crop", "above 0 and at most 1")
+        scale = self.loss_scale
+        right = scale == "dynamic" if isinstance(scale, str) else math.isfinite(scale) and scale > 0
+        check(right, "loss_scale", "a positive number or 'dynamic'")
+        if self.fp16 and self.bf16:
+            raise InputError("--fp16 and --bf16: choose one")
+        if self.num_epochs is not None and self.data_dir is None:
+            raise InputError("--num_epochs needs --data_dir; on synthetic data give --num_batches")
+        if self.eval and self.data_dir is None:
+            raise InputError("--eval needs --data_dir")
+        if self.eval and not self.log_dir:
+            raise InputError("--eval needs --log_dir, where the checkpoint is")
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """What `config.json` and checkpoints hold: JSON's own types only, so that it compares equal after a round trip."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
+
+
+def differences(settings: Settings, stored: dict[str, Any]) -> list[str]:
+    """One 'flag: there X, here Y' for each setting that a resumed run may not change but did."""
+    here = as_json(settings)
+    return [
+        f"--{f.name}: there {stored.get(f.name)}, here {here[f.name]}"
+        for f in fields(settings)
+        if not f.metadata["may_differ"] and stored.get(f.name) != here[f.name]
+    ]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def number_or_dynamic(text: str) -> float | str:
+    try:
+        return text if text == "dynamic" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'dynamic'") from None
+
+
+def pair(text: str) -> tuple[float, float]:
+    try:
+        low, high = text.split(",")
+        return float(low), float(high)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers LO,HI") from None
+
+
+READERS: dict[Any, Any] = {float | str: number_or_dynamic, tuple[float, float]: pair}
+READERS |= {kind | None: kind for kind in (str, int, float)}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    kinds = get_type_hints(Settings)
+    groups = {f.metadata["group"]: parser.add_argument_group(f.metadata["group"]) for f in fields(Settings)}
+    for f in fields(Settings):
+        kind, meta, group = kinds[f.name], f.metadata, groups[f.metadata["group"]]
+        names = [n for n in (meta["short"], f"--{f.name}") if n]
+        if kind is bool:
+            group.add_argument(*names, dest=f.name, action="store_true", default=f.default, help=meta["help"])
+            group.add_argument(f"--no{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
+            continue
+        required = f.default is MISSING
+        group.add_argument(
+            *names,
+            type=READERS.get(kind, kind),
+            default=None if required else f.default,
+            required=required,
+            choices=meta["choices"] or None,
+            metavar="LO,HI" if kind == tuple[float, float] else f.name.upper(),
+            help=meta["help"] + ("" if required or f.default is None else f" (default {f.default})"),
+        )
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """The command line of `launch/train.py`. Raises InputError for anything that is not a valid one."""
+    parser = Parser(prog="train.py", description="Train a convolutional network.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")
+    add_flags(parser)
+    return Settings(**vars(parser.parse_args(arguments)))
