@@ -151,12 +151,13 @@ def kernel(
     element = tl.arange(0, BLOCK)
     finite = tl.load(scalars + 2) != 0
     if block >= blocks:
-        at = (block - blocks) * BLOCK + element
-        inside = at < statistics
+        index = (block - blocks) * BLOCK + element
+        inside = index < statistics
         if finite:
-            r = tl.load(running + at, mask=inside) * (1 - statistics_momentum)
-            tl.store(running + at, r + statistics_momentum * tl.load(batch + at, mask=inside), mask=inside)
-        tl.store(batch + at, tl.zeros((BLOCK,), tl.float32), mask=inside)
+            kept = tl.load(running + index, mask=inside) * (1 - statistics_momentum)
+            new = statistics_momentum * tl.load(batch + index, mask=inside)
+            tl.store(running + index, kept + new, mask=inside)
+        tl.store(batch + index, tl.zeros((BLOCK,), tl.float32), mask=inside)
     else:
         # Loaded before the flag is known: an overflow is rare, and waiting for it would cost every step.
         at = block.to(tl.int64) * BLOCK + element

@@ -1,0 +1,39 @@
+"""What every benchmark prints and writes: a table, and {"machine", "versions", "command", "rows"} as JSON."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from nvcnn.machine import versions
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows, which share their keys, under a header line."""
+    if not rows:
+        return "no rows"
+    lines = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def write(file: str, name: str, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows with what ran, and on what, to a JSON file."""
+    content = {
+        "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()},
+        "versions": versions(),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "rows": rows,
+    }
+    Path(file).write_text(json.dumps(content, indent=1) + "\n")
