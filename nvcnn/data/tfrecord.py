@@ -1,0 +1,207 @@
+"""TFRecord files of tf.train.Example, and the index files that DALI's reader wants, without TensorFlow.
+
+A record is: uint64 length, uint32 masked CRC-32C of those 8 bytes, the data, uint32 masked CRC-32C of the data, all
+little-endian (tensorflow/core/lib/io/record_writer.h). The data is a protocol buffer (tensorflow/core/example):
+
+    Example { Features features = 1; }     Features { map<string, Feature> feature = 1; }
+    Feature { oneof: BytesList = 1, FloatList = 2, Int64List = 3 }, each a list { repeated value = 1; }
+
+An index file has one line "offset size" per record, size including the 16 bytes of framing.
+"""
+
+import os
+import struct
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from nvcnn.errors import InputError
+
+Values = Sequence[bytes] | Sequence[float] | Sequence[int]
+FRAMING = 16  # bytes around the data of a record
+
+
+def masked_crc(data: bytes) -> int:
+    """CRC-32C, rotated right by 15 bits, plus a constant: TFRecord's guard against CRCs of data that hold CRCs."""
+    try:
+        import google_crc32c
+    except ImportError:
+        raise InputError("TFRecord files need google-crc32c: pip install nvcnn[dali]") from None
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _varint(n: int) -> bytes:
+    n &= 0xFFFFFFFFFFFFFFFF  # negative numbers are their 64-bit two's complement
+    out = bytearray()
+    while n > 0x7F:
+        out.append(n & 0x7F | 0x80)
+        n >>= 7
+    out.append(n)
+    return bytes(out)
+
+
+def _field(number: int, data: bytes) -> bytes:
+    """A field of wire type 2: tag, length, bytes."""
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _feature(values: Values) -> bytes:
+    if not values:
+        return b""
+    if isinstance(values[0], bytes):
+        return _field(1, b"".join(_field(1, v) for v in values))  # type: ignore[arg-type]
+    if isinstance(values[0], float):
+        return _field(2, _field(1, struct.pack(f"<{len(values)}f", *values)))
+    return _field(3, _field(1, b"".join(_varint(v) for v in values)))  # type: ignore[arg-type]
+
+
+def encode_example(features: Mapping[str, Values]) -> bytes:
+    """tf.train.Example with the given lists of bytes, floats or ints; an empty list is a Feature without a value."""
+    entries = (_field(1, _field(1, name.encode()) + _field(2, _feature(v))) for name, v in features.items())
+    return _field(1, b"".join(entries))
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    n = shift = 0
+    while True:
+        byte = data[at]
+        n |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return n, at
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """(number, value) of each field of a message: bytes for wire types 1, 2 and 5, int for wire type 0."""
+    at = 0
+    while at < len(data):
+        tag, at = _read_varint(data, at)
+        if tag & 7 == 0:
+            value, at = _read_varint(data, at)
+            yield tag >> 3, value
+            continue
+        size = {1: 8, 5: 4}.get(tag & 7)
+        if size is None:
+            if tag & 7 != 2:
+                raise ValueError(f"wire type {tag & 7}")
+            size, at = _read_varint(data, at)
+        if at + size > len(data):
+            raise ValueError("a field passes the end")
+        yield tag >> 3, data[at : at + size]
+        at += size
+
+
+def _values(feature: bytes) -> list:
+    values: list = []
+    for kind, data in _fields(feature):
+        for _, value in _fields(data):  # type: ignore[arg-type]
+            if kind == 1:
+                values.append(value)
+            elif kind == 2:  # packed, or one by one
+                values += struct.unpack(f"<{len(value) // 4}f", value)  # type: ignore[arg-type]
+            elif isinstance(value, int):
+                values.append(value - (value >> 63 << 64))
+            else:
+                at = 0
+                while at < len(value):
+                    n, at = _read_varint(value, at)
+                    values.append(n - (n >> 63 << 64))
+    return values
+
+
+def decode_example(data: bytes) -> dict[str, list]:
+    """The lists of a tf.train.Example. Raises ValueError when `data` is none."""
+    example: dict[str, list] = {}
+    try:
+        for _, features in _fields(data):
+            for _, entry in _fields(features):  # type: ignore[arg-type]
+                pair = dict(_fields(entry))  # type: ignore[arg-type]
+                example[pair[1].decode()] = _values(pair.get(2, b""))  # type: ignore[union-attr, arg-type]
+    except (IndexError, KeyError, TypeError, AttributeError, struct.error, UnicodeDecodeError) as error:
+        raise ValueError(f"not a tf.train.Example: {error}") from error
+    return example
+
+
+def write_record(file: BinaryIO, data: bytes) -> int:
+    """Appends one record; returns its size in the file."""
+    length = struct.pack("<Q", len(data))
+    file.write(length + struct.pack("<I", masked_crc(length)) + data + struct.pack("<I", masked_crc(data)))
+    return len(data) + FRAMING
+
+
+def _length(path: Path, header: bytes, at: int) -> int:
+    """Bytes of data that a record's 12-byte header announces."""
+    if len(header) == 12 and struct.unpack("<I", header[8:])[0] == masked_crc(header[:8]):
+        return struct.unpack("<Q", header[:8])[0]
+    raise InputError(f"{path}: no TFRecord at byte {at}: the file is truncated, damaged or of another format")
+
+
+def read_records(path: Path) -> Iterator[bytes]:
+    """The data of each record. Raises InputError at the first whose CRCs do not match, or that is cut short."""
+    with open(path, "rb") as file:
+        at = 0
+        while header := file.read(12):
+            length = _length(path, header, at)
+            data, crc = file.read(length), file.read(4)
+            if len(crc) < 4:
+                raise InputError(f"{path}: the record at byte {at} is cut short: copy or make the file again")
+            if struct.unpack("<I", crc)[0] != masked_crc(data):
+                raise InputError(f"{path}: the record at byte {at} is damaged (its CRC differs): make the file again")
+            yield data
+            at += length + FRAMING
+
+
+def scan(path: Path) -> list[tuple[int, int]]:
+    """(offset, size) of each record, from the headers alone. Raises InputError where the file is cut short."""
+    records, at = [], 0
+    end = path.stat().st_size
+    with open(path, "rb") as file:
+        while at < end:
+            file.seek(at)
+            size = _length(path, file.read(12), at) + FRAMING
+            if at + size > end:
+                raise InputError(f"{path}: the record at byte {at} is cut short: copy or make the file again")
+            records.append((at, size))
+            at += size
+    return records
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".idx")
+
+
+def index_text(records: Sequence[tuple[int, int]]) -> str:
+    return "".join(f"{offset} {size}\n" for offset, size in records)
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name complete or not at all; any number of processes may write it at once."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_index(shard: Path, records: Sequence[tuple[int, int]]) -> None:
+    with atomic_writer(index_path(shard)) as file:
+        file.write(index_text(records).encode())
+
+
+def write_shard(path: Path, examples: Iterator[bytes]) -> None:
+    """A shard and its index; the shard appears last, so one that is there is complete."""
+    records, at = [], 0
+    with atomic_writer(path) as file:
+        for example in examples:
+            size = write_record(file, example)
+            records.append((at, size))
+            at += size
+        write_index(path, records)
