@@ -1,0 +1,111 @@
+"""The ResNets against torchvision's: names, architecture, initialisation, outputs, gradients, statistics."""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from nvcnn.models import build_model, resnet
+from nvcnn.models.layers import BatchNorm2d, cast_matrices
+from nvcnn.models.resnet import ResNet
+
+NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+def peer(name: str, seed: int = 1) -> nn.Module:
+    """torchvision's model with our epsilon, and a momentum of 1: its running statistics are those of one batch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return getattr(torchvision.models, name)(norm_layer=partial(nn.BatchNorm2d, eps=1e-4, momentum=1.0))
+
+
+def images(dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
+    return x.to(dtype).to(memory_format=torch.channels_last)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    return ((actual.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_shapes_and_dtypes_are_torchvision_s(name):
+    with torch.device("meta"):
+        ours, theirs = build_model(name, num_classes=1000, seed=1).state_dict(), peer(name).state_dict()
+    assert [(k, v.shape, v.dtype) for k, v in ours.items()] == [(k, v.shape, v.dtype) for k, v in theirs.items()]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_initialisation_is_torchvision_s(name):
+    """Not only in distribution: one seed gives the same bits."""
+    ours, theirs = build_model(name, num_classes=1000, seed=7), peer(name, seed=7)
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])  # the others differ in depth alone
+def test_computes_what_torchvision_computes(name, training):
+    """Output and every gradient in float64, where rounding cannot hide a difference."""
+    ours, theirs = build_model(name, num_classes=1000, seed=1).double(), peer(name, seed=2).double()
+    ours.load_state_dict(theirs.state_dict())
+    ours.to(memory_format=torch.channels_last).train(training)
+    theirs.train(training)
+    x = images(torch.float64)
+    actual, expected = ours(x), theirs(x)
+    assert relative_error(actual, expected) < 1e-12
+    direction = torch.randn_like(expected)
+    actual.backward(direction)
+    expected.backward(direction)
+    for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert relative_error(p.grad, q.grad) < 1e-9, key
+    if training:
+        for key, norm in ours.named_modules():
+            if isinstance(norm, BatchNorm2d):
+                one_batch = theirs.get_submodule(key)
+                torch.testing.assert_close(norm.batch_mean, one_batch.running_mean)
+                torch.testing.assert_close(norm.batch_var, one_batch.running_var)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
+def test_rounds_no_more_than_torchvision(block, dtype):
+    """Four blocks in `dtype`, with fp32 vectors, against torchvision's all in `dtype`; both against float64."""
+    norm = partial(nn.BatchNorm2d, eps=1e-4)
+    torch.manual_seed(0)
+    theirs = torchvision.models.ResNet(getattr(torchvision.models.resnet, block), [1] * 4, norm_layer=norm).to(dtype)
+    exact = deepcopy(theirs).double()
+    ours = ResNet(getattr(resnet, block), [1] * 4, num_classes=1000)
+    ours.load_state_dict(theirs.state_dict())
+    cast_matrices(ours, dtype)
+
+    x, direction = images(dtype), torch.randn(2, 1000).to(dtype)
+    outputs = [model(x.to(model.conv1.weight.dtype)) for model in (ours, theirs, exact)]
+    for output in outputs:
+        output.backward(direction.to(output.dtype))
+    assert outputs[0].dtype == torch.float32
+    assert relative_error(outputs[0], outputs[2]) <= 2 * relative_error(outputs[1], outputs[2])
+    for (key, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == (dtype if p.dim() >= 2 else torch.float32), key
+        print(key, relative_error(p.grad, r.grad), relative_error(q.grad, r.grad))
+        assert relative_error(p.grad, r.grad) <= 2 * relative_error(q.grad, r.grad), key
+
+
+def strides(model: nn.Module) -> list[tuple[int, int, int]]:
+    """Of the three convolutions in the first block of each stage."""
+    stages = [model.get_submodule(f"layer{i}") for i in (1, 2, 3, 4)]
+    return [(stage[0].conv1.stride[0], stage[0].conv2.stride[0], stage[0].conv3.stride[0]) for stage in stages]
+
+
+def test_v1_has_the_stride_in_the_first_1x1():
+    with torch.device("meta"):
+        v1 = build_model("resnet50", num_classes=10, resnet_v1=True, seed=1)
+        v15 = build_model("resnet50", num_classes=10, seed=1)
+    assert strides(v1) == [(1, 1, 1)] + 3 * [(2, 1, 1)]
+    assert strides(v15) == [(1, 1, 1)] + 3 * [(1, 2, 1)]
+    assert [p.shape for p in v1.parameters()] == [p.shape for p in v15.parameters()]
+    assert v1(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 10)
