@@ -1,0 +1,1 @@
+import benchmarks.peers  # noqa: F401 (makes torchvision importable)

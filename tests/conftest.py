@@ -1,0 +1,21 @@
+"""What every test has: kernels that run without a GPU, torchvision that imports without one, and the device."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of kernels, which are decorated for good
+
+import benchmarks.peers  # noqa: F401 (makes torchvision importable)
+
+settings.register_profile("default", deadline=None, max_examples=25)
+settings.register_profile("full", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=full
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

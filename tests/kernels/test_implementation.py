@@ -1,0 +1,45 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import implementation
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("choice", "cpu", "cuda"), [(None, False, True), ("auto", False, True), ("reference", False, False)]
+)
+def test_choice(monkeypatch, choice, cpu, cuda):
+    monkeypatch.delenv("NVCNN_KERNELS", raising=False)
+    if choice:
+        monkeypatch.setenv("NVCNN_KERNELS", choice)
+    assert (implementation.runs_triton(CPU), implementation.runs_triton(CUDA)) == (cpu, cuda)
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch, interpreted):
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    monkeypatch.setattr(implementation, "INTERPRETED", interpreted)
+    assert implementation.runs_triton(CUDA)
+    if interpreted:
+        assert implementation.runs_triton(CPU)
+    else:
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            implementation.runs_triton(CPU)
+
+
+def test_refuses_an_unknown_choice(monkeypatch):
+    monkeypatch.setenv("NVCNN_KERNELS", "Triton")
+    with pytest.raises(ValueError, match="NVCNN_KERNELS=Triton: it must be auto, reference or triton"):
+        implementation.runs_triton(CPU)
+
+
+def test_import_asks_for_no_gpu():
+    """Neither a CUDA context nor Triton's driver, which would raise where there is none."""
+    code = "import kernels, torch, triton\nassert not torch.cuda.is_initialized() and not triton.runtime.driver._active"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

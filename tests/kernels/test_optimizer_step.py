@@ -1,0 +1,180 @@
+"""The three launches together, against optimizers of another make."""
+
+import pytest
+import torch
+
+from kernels import BLOCK, gradient_statistics, larc_update, refresh, trust_ratio
+
+U = 2.0**-24  # half a unit in the last place of fp32
+SHAPES = [(20, 3, 5, 5), (33, 70), (64,), (1,), (9,)]
+STEPS, LEARNING_RATES, WEIGHT_DECAY, MOMENTUM, ETA = 6, (0.5, 0.4, 0.3, 0.2, 0.1), 1e-2, 0.9, 0.05
+
+
+class Optimizer:
+    """Tensors of SHAPES in an arena of their own."""
+
+    def __init__(self, device, mode, dtype=torch.float32, ranks=1, loss_scale=1.0, growth_interval=0):
+        self.device, self.mode, self.ranks, self.growth_interval = device, mode, ranks, growth_interval
+        blocks = torch.tensor([-(-torch.Size(shape).numel() // BLOCK) for shape in SHAPES])
+        n, m = int(blocks.sum()) * BLOCK, int(blocks[:2].sum()) * BLOCK
+        self.first_block = torch.cat((torch.zeros(1, dtype=torch.int64), blocks.cumsum(0)))
+        self.weight, self.momentum = torch.zeros(2, n, device=device)
+        self.model_weight = None if dtype == torch.float32 else torch.zeros(m, device=device, dtype=dtype)
+        self.matrix_gradient = torch.zeros(m, device=device, dtype=dtype)
+        self.vector_gradient = torch.zeros(n - m, device=device)
+        self.square_sums, self.weight_square_sums = torch.zeros(2, n // BLOCK, device=device)
+        self.ratio, self.gradient_norm, self.weight_norm = torch.zeros(3, len(SHAPES), device=device)
+        self.scalars, self.schedule = torch.zeros(3, device=device), torch.tensor(LEARNING_RATES, device=device)
+        self.counters = torch.zeros(3, device=device, dtype=torch.int64)
+        self.loss_scale = torch.tensor([loss_scale], device=device)
+
+    def views(self, flat):
+        starts = (self.first_block * BLOCK).tolist()
+        return [flat[start:][: torch.Size(s).numel()].view(s) for start, s in zip(starts, SHAPES, strict=False)]
+
+    def load(self, weights):
+        for view, weight in zip(self.views(self.weight), weights, strict=True):
+            view.copy_(weight)
+        refresh(self.weight, self.model_weight, self.weight_square_sums)
+
+    def step(self, gradients):
+        flat = torch.zeros_like(self.weight)
+        for view, gradient in zip(self.views(flat), gradients, strict=True):
+            view.copy_(gradient)
+        self.matrix_gradient.copy_(flat[: len(self.matrix_gradient)])
+        self.vector_gradient.copy_(flat[len(self.matrix_gradient) :])
+        gradient_statistics(
+            self.matrix_gradient,
+            self.vector_gradient,
+            self.weight,
+            self.loss_scale,
+            ranks=self.ranks,
+            weight_decay=WEIGHT_DECAY,
+            square_sums=self.square_sums,
+        )
+        trust_ratio(
+            self.square_sums,
+            self.weight_square_sums,
+            self.first_block.to(self.device, torch.int32),
+            self.counters,
+            self.loss_scale,
+            self.schedule,
+            ranks=self.ranks,
+            mode=self.mode,
+            eta=ETA,
+            ratio=self.ratio,
+            gradient_norm=self.gradient_norm,
+            weight_norm=self.weight_norm,
+            scalars=self.scalars,
+        )
+        larc_update(
+            self.matrix_gradient,
+            self.vector_gradient,
+            self.weight,
+            self.momentum,
+            self.model_weight,
+            torch.repeat_interleave(torch.arange(len(SHAPES)), self.first_block.diff()).to(self.device, torch.int32),
+            self.ratio,
+            self.scalars,
+            self.weight_square_sums,
+            torch.zeros(0, device=self.device),
+            torch.zeros(0, device=self.device),
+            self.counters,
+            self.loss_scale,
+            momentum_factor=MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
+            statistics_momentum=0.1,
+            growth_interval=self.growth_interval,
+        )
+
+
+def data(dtype=torch.float32):
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for shape in SHAPES]
+    return weights, [[torch.randn(shape).to(dtype).float() for shape in SHAPES] for _ in range(STEPS)]
+
+
+def assert_close(views, expected, roundings):
+    """To so many roundings a step of values that stay below 2^4 here."""
+    for view, value in zip(views, expected, strict=True):
+        assert value.abs().max() < 2**4
+        assert (view.cpu().double() - value).abs().max() <= roundings * STEPS * U * 2**4
+
+
+def larc(mode, weights, all_gradients):
+    """As one would write it for a list of tensors, in double. Returns weights and ratios."""
+    weights = [w.double() for w in weights]
+    momenta = [torch.zeros_like(w) for w in weights]
+    for step, gradients in enumerate(all_gradients):
+        learning_rate = LEARNING_RATES[min(step, len(LEARNING_RATES) - 1)]
+        for w, m, g in zip(weights, momenta, gradients, strict=True):
+            g = g.double() + WEIGHT_DECAY * w
+            norms = w.norm().item(), g.norm().item()
+            ratio = ETA * norms[0] / norms[1] if all(norms) else 1.0
+            g *= min(ratio / learning_rate, 1.0) if mode == "clip" else ratio
+            m.mul_(MOMENTUM).add_(g)
+            w.sub_(learning_rate * (g + MOMENTUM * m))
+    return weights
+
+
+def test_without_larc_it_is_sgd(implementation, device):
+    weights, all_gradients = data()
+    ours = Optimizer(device, "off")
+    ours.load(weights)
+    theirs = [torch.nn.Parameter(w.double()) for w in weights]
+    sgd = torch.optim.SGD(theirs, lr=1.0, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
+    for step, gradients in enumerate(all_gradients):
+        ours.step(gradients)
+        sgd.param_groups[0]["lr"] = LEARNING_RATES[min(step, len(LEARNING_RATES) - 1)]
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient.double()
+        sgd.step()
+    assert_close(ours.views(ours.weight), [p.detach() for p in theirs], roundings=10)
+    assert_close(ours.views(ours.momentum), [sgd.state[p]["momentum_buffer"] for p in theirs], roundings=10)
+
+
+@pytest.mark.parametrize("mode", ["clip", "scale"])
+def test_larc_is_that_of_a_loop_over_tensors(implementation, device, mode):
+    weights, all_gradients = data()
+    weights[3].zero_()  # a norm of zero: q is 1
+    ours = Optimizer(device, mode)
+    ours.load(weights)
+    for gradients in all_gradients:
+        ours.step(gradients)
+    assert_close(ours.views(ours.weight), larc(mode, weights, all_gradients), roundings=10 + 70 + 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loss_scale_and_ranks_divide_out(implementation, device, dtype):
+    """Powers of two leave no trace: the same bits as without them."""
+    weights, all_gradients = data(dtype)
+    plain, scaled = Optimizer(device, "clip", dtype), Optimizer(device, "clip", dtype, ranks=4, loss_scale=256.0)
+    plain.load(weights)
+    scaled.load(weights)
+    for gradients in all_gradients:
+        plain.step(gradients)
+        scaled.step([1024 * g for g in gradients])
+    assert torch.equal(plain.weight, scaled.weight)
+    assert torch.equal(plain.model_weight, scaled.model_weight)
+    assert plain.weight.isfinite().all()
+
+
+def test_an_overflow_is_skipped_and_the_next_step_is_not(implementation, device):
+    weights, all_gradients = data(torch.float16)
+    ours = Optimizer(device, "clip", torch.float16, loss_scale=8.0, growth_interval=2)
+    undisturbed = Optimizer(device, "clip", torch.float16, loss_scale=8.0, growth_interval=2)
+    for optimizer in (ours, undisturbed):
+        optimizer.load(weights)
+        optimizer.schedule.fill_(0.1)  # the step advances, and the learning rate must not follow here
+    poisoned = [g.clone() for g in all_gradients[0]]
+    poisoned[1][7, 7] = torch.inf
+    ours.step(poisoned)
+    assert torch.equal(ours.weight, undisturbed.weight)
+    assert not ours.momentum.any()
+    assert (ours.counters.tolist(), ours.loss_scale.item()) == ([1, 0, 0], 4.0)
+    ours.step([4 * g for g in all_gradients[1]])
+    undisturbed.step([8 * g for g in all_gradients[1]])
+    assert torch.equal(ours.weight, undisturbed.weight)
+    assert ours.counters.tolist() == [2, 1, 1]
+    ours.step([4 * g for g in all_gradients[2]])
+    assert (ours.counters.tolist(), ours.loss_scale.item()) == ([3, 2, 0], 8.0)

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import trust_ratio
+from kernels.trust_ratio import CONFIG, MODES, reference
+
+U = 2.0**-24  # half a unit in the last place of fp32
+
+
+def outputs(tensors, device, dtype=torch.float32):
+    sizes = {"ratio": tensors, "gradient_norm": tensors, "weight_norm": tensors, "scalars": 3}
+    return {name: torch.full((n,), torch.nan, dtype=dtype, device=device) for name, n in sizes.items()}
+
+
+def inputs(device, gradient, weight, blocks, schedule=(0.5, 0.25), step=0, loss_scale=1.0):
+    first_block = torch.tensor([0, *blocks]).cumsum(0)
+    return (
+        torch.as_tensor(gradient, dtype=torch.float32, device=device),
+        torch.as_tensor(weight, dtype=torch.float32, device=device),
+        first_block.to(device, torch.int32),
+        torch.tensor([step, 3, 5], device=device),
+        torch.tensor([loss_scale], device=device),
+        torch.tensor(schedule, device=device),
+    )
+
+
+def ratios(tensors, mode="clip", eta=1.0, ranks=1):
+    out = outputs(len(tensors[2]) - 1, tensors[0].device)
+    trust_ratio(*tensors, ranks=ranks, mode=mode, eta=eta, **out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    # norms (3, 4), (2, 1), (0, 1), (1, 0), with eta 3 and learning rate 4: q is 4, 1.5, 1, 1
+    [("off", [1, 1, 1, 1]), ("clip", [1, 0.375, 0.25, 0.25]), ("scale", [4, 1.5, 1, 1])],
+)
+def test_is_exact_on_integers(implementation, device, mode, expected):
+    tensors = inputs(device, [4, 5, 1, 2, 1, 0, 1], [9, 7, 0, 0, 1, 1, 0], [2, 3, 1, 1], schedule=[4.0])
+    out = ratios(tensors, mode, eta=3.0)
+    assert out["gradient_norm"].tolist() == [3, 2, 0, 1]
+    assert out["weight_norm"].tolist() == [4, 1, 1, 0]
+    assert out["ratio"].tolist() == expected
+
+
+def test_scalars(implementation, device):
+    for step, learning_rate in ((0, 0.5), (1, 0.25), (2, 0.125), (3, 0.125), (10**12, 0.125)):
+        tensors = inputs(device, [1.0], [1.0], [1], [0.5, 0.25, 0.125], step, loss_scale=64.0)
+        assert ratios(tensors, ranks=4)["scalars"].tolist() == [learning_rate, 1 / 256, 1]
+        assert tensors[3].tolist() == [step, 3, 5]
+
+
+@pytest.mark.parametrize("sums", [[1, torch.nan], [torch.inf, 1], [torch.inf, -torch.inf], [3e38, 3e38]])
+def test_finite_is_that_of_the_sum_of_all(implementation, device, sums):
+    tensors = inputs(device, sums, [1, 1], [1, 1])
+    assert ratios(tensors)["scalars"][2] == 0
+    assert ratios((torch.ones_like(tensors[0]), *tensors[1:]))["scalars"][2] == 1
+
+
+@pytest.mark.parametrize("learning_rate", [0.0, 1e-45])
+def test_clip_has_no_trouble_with_a_learning_rate_of_nothing(implementation, device, learning_rate):
+    assert ratios(inputs(device, [1, 0], [4, 0], [1, 1], [learning_rate]))["ratio"].tolist() == [1, 1]
+
+
+@given(
+    blocks=st.lists(st.sampled_from([1, 2, 3, 50, CONFIG["CHUNK"] - 1, CONFIG["CHUNK"] + 1]), min_size=1, max_size=4),
+    mode=st.sampled_from(MODES),
+    eta=st.sampled_from([1e-3, 0.02, 1.0]),
+    learning_rate=st.sampled_from([1e-6, 1e-3, 0.1, 3.0]),
+    magnitude=st.sampled_from([1.0, 2.0**-40, 2.0**40]),
+    ranks=st.integers(1, 7),
+    seed=st.integers(0, 2**32),
+)
+def test_is_as_close_as_fp32_allows(implementation, device, blocks, mode, eta, learning_rate, magnitude, ranks, seed):
+    torch.manual_seed(seed)
+    gradient, weight = torch.rand(2, sum(blocks)) * magnitude
+    tensors = inputs(device, gradient, weight, blocks, [learning_rate], loss_scale=3.7)
+    exact = outputs(len(blocks), device, torch.float64)
+    in_double = [t.double() if t.is_floating_point() else t for t in tensors]
+    reference(*in_double, ranks=ranks, mode=mode, eta=eta, **exact)
+    # No element passes through more than 64 additions; the root halves their error, the ratio has two of them, and
+    # four roundings of its own.
+    roundings = {"gradient_norm": 33, "weight_norm": 33, "ratio": 70, "scalars": 3}
+    for name, value in ratios(tensors, mode, eta, ranks).items():
+        assert bool(((value.double() - exact[name]).abs() <= roundings[name] * U * exact[name]).all()), name
+
+
+def test_many_tensors_against_a_loop(implementation, device):
+    torch.manual_seed(0)
+    blocks = torch.randint(1, 9, (40,)).tolist()
+    gradient, weight = torch.rand(2, sum(blocks))
+    gradient[: blocks[0]] = 0
+    out = ratios(inputs(device, gradient, weight, blocks, schedule=[0.01]), eta=0.02)
+    for t, (g, w) in enumerate(zip(gradient.split(blocks), weight.split(blocks), strict=True)):
+        g_norm, w_norm = g.double().sum().sqrt().item(), w.double().sum().sqrt().item()
+        q = 0.02 * w_norm / g_norm if g_norm and w_norm else 1
+        assert out["ratio"][t].item() == pytest.approx(min(q / 0.01, 1), rel=100 * U)
+
+
+def test_two_runs_give_the_same_bits(implementation, device):
+    tensors = inputs(device, torch.rand(70), torch.rand(70), [30, 40])
+    first, second = ratios(tensors), ratios(tensors)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "message"),
+    [
+        (0, lambda t: t.half(), "gradient_square_sums must be .* got .*float16"),
+        (1, lambda t: t[1:], r"weight_square_sums must be \(3,\)"),
+        (2, lambda t: t.long(), "first_block must be .*int32.* got .*int64"),
+        (2, lambda t: t[:1], "at least one tensor.* got 0 tensors"),
+        (3, lambda t: t.int(), "counters must be .*int64"),
+        (4, lambda t: t.to("meta"), "loss_scale must be .* on meta"),
+        (5, lambda t: t[:0], "at least one tensor, step.* 0 steps"),
+    ],
+)
+def test_refuses(device, position, change, message):
+    tensors = list(inputs(device, [1, 1, 1], [1, 1, 1], [2, 1]))
+    tensors[position] = change(tensors[position])
+    with pytest.raises(ValueError, match=message):
+        trust_ratio(*tensors, ranks=1, mode="off", eta=1.0, **outputs(len(tensors[2]) - 1, device))
+
+
+def test_refuses_an_unknown_mode(device):
+    with pytest.raises(ValueError, match=r"mode of off, clip, scale, got .* mode larc"):
+        ratios(inputs(device, [1], [1], [1]), mode="larc")
