@@ -53,9 +53,11 @@ def find_dataset(data_dir: str | Path, *, num_classes: int | None, label_base: i
     """
     directory = Path(data_dir)
     flag = f"--data_dir={data_dir}"
-    if not directory.is_dir():
-        raise InputError(f"{flag}: no such directory: prepare a data set there, or correct the path")
-    if not any(directory.iterdir()):
+    try:
+        empty = not any(directory.iterdir())
+    except OSError as error:
+        raise InputError(f"{flag}: {error.strerror}: prepare a data set there, or correct the path") from None
+    if empty:
         raise InputError(f"{flag}: is empty: prepare a data set there, or correct the path")
 
     declared = read_dataset_json(directory / "dataset.json")
@@ -69,9 +71,12 @@ def find_dataset(data_dir: str | Path, *, num_classes: int | None, label_base: i
         declared.get("label_base", 1 if label_base is None else label_base),
         None if names is None else tuple(names),
     )
-    for shard in dataset.shards(split):
-        check_index(shard)
-        check_first_record(dataset, shard)
+    try:
+        for shard in dataset.shards(split):
+            check_index(shard)
+            check_first_record(dataset, shard)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
     images, promised = dataset.images(split), declared.get("images", {}).get(split)
     if images == 0:
         raise InputError(f"{flag}: its {split}-* files hold no images: prepare the data set again")
@@ -115,7 +120,7 @@ def check_index(shard: Path) -> None:
     index = index_path(shard)
     if not index.exists():
         print(f"{shard}: no index, building it", file=sys.stderr, flush=True)
-        records = scan(shard)
+        records = list(scan(shard))
         try:
             write_index(shard, records)
         except OSError as error:

@@ -5,7 +5,9 @@ torchvision when it makes an image smaller.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ class Pipeline:
                 "to train on synthetic data"
             ) from None
         self.dataset = dataset
+        self.split = split
         self.device = device
         on_gpu = device.type == "cuda"
         shards = dataset.shards(split)
@@ -77,18 +80,35 @@ class Pipeline:
                 self.pipeline.set_outputs(images, labels.gpu(), flip.gpu(), labels)
             else:
                 self.pipeline.set_outputs(images, labels, flip, labels)
-        self.pipeline.build()
+        with self.naming_the_input():
+            self.pipeline.build()
 
     def run(self) -> Batch:
         """The next batch. Raises InputError for a label outside the classes, RuntimeError for an unreadable image."""
         # Bound to this stream, outputs need no synchronisation; DALI reuses a buffer only when its tensor is freed.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        outputs = self.pipeline.run(stream)
+        with self.naming_the_input():
+            outputs = self.pipeline.run(stream)
         on_cpu = outputs[3].as_array()
         for label in (on_cpu.min(), on_cpu.max()):
             self.dataset.zero_based(int(label))
         images, labels, flip = (torch.from_dlpack(output.as_tensor()) for output in outputs[:3])
         return Batch(images, labels.view(-1) - self.dataset.label_base, flip)
+
+    @contextmanager
+    def naming_the_input(self) -> Iterator[None]:
+        """Turns DALI's error about a file or an image into an InputError of one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            found = re.search(r"dali\.fn\.(readers|decoders)\..*encountered:\s*(.+?)\s*(\n|$)", str(error), re.DOTALL)
+            if found is None or "CUDA" in found[2]:
+                raise
+            what = {"readers": "a file cannot be read", "decoders": "an image cannot be decoded"}[found[1]]
+            raise InputError(
+                f"--data_dir={self.dataset.directory}: {what} in {self.split}-* ({found[2]}): "
+                "copy or make the data set again"
+            ) from error
 
 
 def reader_device(device: torch.device) -> dict[str, str]:
@@ -129,6 +149,11 @@ class TrainingData:
             raise InputError(
                 f"--data_dir={dataset.directory}: {self.images} training images are fewer than one total batch of "
                 f"{total} ({ranks} ranks x --batch_size={batch_size}): lower --batch_size"
+            )
+        if state is not None and state.get("images") != self.images:
+            raise InputError(
+                f"--data_dir={dataset.directory}: {self.images} training images, but the run to resume had "
+                f"{state.get('images', 'synthetic ones')}: give its data, or another --log_dir"
             )
         # The reader pads each rank's share to the largest and then to full batches; what is padded is dropped here.
         share = -(-self.images // ranks)
@@ -180,7 +205,7 @@ class TrainingData:
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch handed out, the `batch`-th of epoch `epoch`, and the reader's own state."""
         reader = torch.frombuffer(bytearray(self.pipeline.pipeline.checkpoint()), dtype=torch.uint8)
-        return {"epoch": self.epoch, "batch": self.batch, "reader": reader}
+        return {"images": self.images, "epoch": self.epoch, "batch": self.batch, "reader": reader}
 
     def close(self) -> None:
         """Ends the threads and frees the buffers; batches handed out stay valid."""

@@ -9,16 +9,26 @@ from nvcnn.errors import InputError
 
 
 class SyntheticData:
-    """One random batch for ever, with the interface of TrainingData. An epoch is `images` images."""
+    """One random batch for ever, with the interface of TrainingData. An epoch is `images` images of all ranks."""
 
     def __init__(
-        self, *, batch_size: int, image_size: int, num_classes: int, images: int, seed: int, device: torch.device
+        self,
+        *,
+        batch_size: int,
+        image_size: int,
+        num_classes: int,
+        images: int,
+        seed: int,
+        device: torch.device,
+        ranks: int = 1,
     ) -> None:
-        """`images` and `batch_size` are both per rank, or both of all ranks. Raises InputError if no batch fits."""
         self.images = images
-        self.steps_per_epoch = images // batch_size
+        self.steps_per_epoch = images // (batch_size * ranks)
         if self.steps_per_epoch == 0:
-            raise InputError(f"--batch_size={batch_size}: more than the {images} synthetic images: lower it")
+            raise InputError(
+                f"--batch_size={batch_size}: a total batch of {batch_size * ranks} is more than the {images} images: "
+                "lower it"
+            )
         generator = torch.Generator(device).manual_seed(seed)
         size = (batch_size, image_size, image_size, 3)
         self.batch = Batch(

@@ -12,7 +12,7 @@ An index file has one line "offset size" per record, size including the 16 bytes
 import os
 import struct
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -120,7 +120,7 @@ def decode_example(data: bytes) -> dict[str, list]:
             for _, entry in _fields(features):  # type: ignore[arg-type]
                 pair = dict(_fields(entry))  # type: ignore[arg-type]
                 example[pair[1].decode()] = _values(pair.get(2, b""))  # type: ignore[union-attr, arg-type]
-    except (IndexError, KeyError, TypeError, AttributeError, struct.error, UnicodeDecodeError) as error:
+    except (IndexError, KeyError, TypeError, AttributeError, struct.error, ValueError) as error:
         raise ValueError(f"not a tf.train.Example: {error}") from error
     return example
 
@@ -139,24 +139,9 @@ def _length(path: Path, header: bytes, at: int) -> int:
     raise InputError(f"{path}: no TFRecord at byte {at}: the file is truncated, damaged or of another format")
 
 
-def read_records(path: Path) -> Iterator[bytes]:
-    """The data of each record. Raises InputError at the first whose CRCs do not match, or that is cut short."""
-    with open(path, "rb") as file:
-        at = 0
-        while header := file.read(12):
-            length = _length(path, header, at)
-            data, crc = file.read(length), file.read(4)
-            if len(crc) < 4:
-                raise InputError(f"{path}: the record at byte {at} is cut short: copy or make the file again")
-            if struct.unpack("<I", crc)[0] != masked_crc(data):
-                raise InputError(f"{path}: the record at byte {at} is damaged (its CRC differs): make the file again")
-            yield data
-            at += length + FRAMING
-
-
-def scan(path: Path) -> list[tuple[int, int]]:
+def scan(path: Path) -> Iterator[tuple[int, int]]:
     """(offset, size) of each record, from the headers alone. Raises InputError where the file is cut short."""
-    records, at = [], 0
+    at = 0
     end = path.stat().st_size
     with open(path, "rb") as file:
         while at < end:
@@ -164,16 +149,26 @@ def scan(path: Path) -> list[tuple[int, int]]:
             size = _length(path, file.read(12), at) + FRAMING
             if at + size > end:
                 raise InputError(f"{path}: the record at byte {at} is cut short: copy or make the file again")
-            records.append((at, size))
+            yield at, size
             at += size
-    return records
+
+
+def read_records(path: Path) -> Iterator[bytes]:
+    """The data of each record. Raises InputError at the first whose CRCs do not match, or that is cut short."""
+    with open(path, "rb") as file:
+        for at, size in scan(path):
+            file.seek(at + 12)
+            data, crc = file.read(size - FRAMING), file.read(4)
+            if struct.unpack("<I", crc)[0] != masked_crc(data):
+                raise InputError(f"{path}: the record at byte {at} is damaged (its CRC differs): make the file again")
+            yield data
 
 
 def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".idx")
 
 
-def index_text(records: Sequence[tuple[int, int]]) -> str:
+def index_text(records: Iterable[tuple[int, int]]) -> str:
     return "".join(f"{offset} {size}\n" for offset, size in records)
 
 
@@ -191,7 +186,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_index(shard: Path, records: Sequence[tuple[int, int]]) -> None:
+def write_index(shard: Path, records: Iterable[tuple[int, int]]) -> None:
     with atomic_writer(index_path(shard)) as file:
         file.write(index_text(records).encode())
 

@@ -1,0 +1,95 @@
+"""The network's input against the formula in float64, and synthetic batches."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvcnn.data import SyntheticData, prepare_input
+from nvcnn.errors import InputError
+
+EPSILON = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative error of one rounding
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)
+
+
+def formula(images: torch.Tensor, flip: torch.Tensor, normalize: str) -> torch.Tensor:
+    x = images.cpu().double() / 255
+    mean, deviation = (0.5, 0.5) if normalize == "signed" else IMAGENET
+    x = (x - mean) / deviation
+    return torch.stack([image.flip(1) if f else image for image, f in zip(x, flip.tolist(), strict=True)]).permute(
+        0, 3, 1, 2
+    )
+
+
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+@pytest.mark.parametrize("normalize", ["signed", "imagenet"])
+@given(n=st.integers(1, 4), h=st.integers(1, 9), w=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_is_mirrored_and_normalised(device, dtype, normalize, n, h, w, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (n, h, w, 3), dtype=torch.uint8, generator=generator).to(device)
+    flip = torch.randint(2, (n,), generator=generator).bool().to(device)
+    before = images.clone()
+    x = prepare_input(images, flip, dtype=dtype, normalize=normalize)
+    assert x.shape == (n, 3, h, w)
+    assert x.dtype == dtype
+    assert x.stride() == (3 * h * w, 1, 3 * w, 3)
+    assert torch.equal(images, before)
+    exact = formula(images, flip, normalize)
+    # In fp32 scale, shift, product and sum are rounded, of terms up to 4.9; then once to dtype.
+    bound = 3 * 2**-24 * (exact.abs() + 2 * 2.2) + EPSILON[dtype] * exact.abs()
+    assert bool(((x.cpu().double() - exact).abs() <= bound).all())
+
+
+def synthetic(device, **changes) -> SyntheticData:
+    values = {"batch_size": 8, "image_size": 10, "num_classes": 5, "images": 100, "seed": 1, "device": device}
+    return SyntheticData(**values | changes)
+
+
+def test_synthetic_data_has_the_interface_of_training_data(device):
+    data = synthetic(device)
+    images, labels, flip = batch = next(data)
+    assert images.shape == (8, 10, 10, 3)
+    assert (images.dtype, labels.dtype, flip.dtype) == (torch.uint8, torch.int64, torch.bool)
+    assert labels.shape == flip.shape == (8,)
+    assert {t.device.type for t in batch} == {device.type}
+    assert next(iter(data)).images is images  # made once
+    assert (data.images, data.steps_per_epoch) == (100, 12)
+    assert synthetic(device, ranks=3).steps_per_epoch == 4
+    assert data.state_dict() == {}
+    data.close()
+
+
+def test_synthetic_data_follows_its_seed(device):
+    wide = {"batch_size": 500, "images": 500}
+    images, labels, flip = next(synthetic(device, **wide))
+    assert labels.unique().tolist() == [0, 1, 2, 3, 4]
+    assert images.unique().numel() == 256
+    assert 0 < flip.sum() < 500
+    assert torch.equal(images, next(synthetic(device, **wide)).images)
+    assert not torch.equal(images, next(synthetic(device, seed=2, **wide)).images)
+
+
+def test_synthetic_data_smaller_than_a_batch(device):
+    with pytest.raises(InputError, match="--batch_size=8: a total batch of 24 is more than the 20 images"):
+        synthetic(device, images=20, ranks=3)
+
+
+def test_importing_the_data_path_needs_torch_alone():
+    code = """
+import sys
+for name in ("nvidia", "google_crc32c", "numpy", "PIL", "tqdm"):
+    sys.modules[name] = None
+import torch
+import nvcnn.data
+data = nvcnn.data.SyntheticData(
+    batch_size=2, image_size=4, num_classes=3, images=4, seed=1, device=torch.device("cpu")
+)
+batch = next(data)
+print(nvcnn.data.prepare_input(batch.images, batch.flip, dtype=torch.float32, normalize="imagenet").shape)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "[2, 3, 4, 4]" in result.stdout
