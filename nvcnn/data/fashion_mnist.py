@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from nvcnn.data.tfrecord import atomic_writer, encode_example, index_path, write_shard
@@ -134,7 +135,7 @@ def read_source(source: Path | None) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory() as directory:
             try:
                 found = fetch(Path(directory))
-            except (OSError, subprocess.TimeoutExpired) as error:
+            except (OSError, HTTPException, subprocess.TimeoutExpired) as error:
                 failures.append(f"{what}: {error}")
                 continue
             return {name: read_idx(found, name) for name in SHA256}
@@ -206,13 +207,18 @@ def prepare(out: Path, source: Path | None = None, workers: int = 1) -> None:
             pending = {pool.submit(_write, *task): task[0] for task in tasks}
             for done in as_completed(pending):
                 update(done.result(), pending[done])
+        with atomic_writer(summary) as file:
+            text = {
+                "num_classes": len(CLASS_NAMES),
+                "label_base": LABEL_BASE,
+                "class_names": CLASS_NAMES,
+                "images": images,
+            }
+            file.write((json.dumps(text, indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(
             f"--out={out}: {error.strerror}: make room or give another directory, then run again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    with atomic_writer(summary) as file:
-        text = {"num_classes": len(CLASS_NAMES), "label_base": LABEL_BASE, "class_names": CLASS_NAMES, "images": images}
-        file.write((json.dumps(text, indent=2) + "\n").encode())
     print(f"Fashion-MNIST in {out}: {', '.join(f'{n} {split} images' for split, n in images.items())}")
