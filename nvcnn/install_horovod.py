@@ -85,10 +85,16 @@ def require_tools(gpu: bool) -> None:
 
 
 def cuda_home() -> Path | None:
-    nvcc = find_program("nvcc")
-    named = os.environ.get("HOROVOD_CUDA_HOME") or os.environ.get("CUDA_HOME")
-    homes = [named, Path(nvcc).resolve().parent.parent if nvcc else None, "/usr/local/cuda"]
-    return next((Path(home) for home in homes if home and (Path(home) / "bin" / "nvcc").is_file()), None)
+    """The CUDA toolkit's folder: as named in the environment, or as nvcc tells, which on PATH may be a mere script."""
+    if named := os.environ.get("HOROVOD_CUDA_HOME") or os.environ.get("CUDA_HOME"):
+        home = Path(named)
+    elif nvcc := find_program("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
+        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+        home = Path(top[1] if top else f"{nvcc}/../..").resolve()
+    else:
+        return None
+    return home if (home / "bin" / "nvcc").is_file() else None
 
 
 def nccl_wheel() -> Path | None:
@@ -124,7 +130,9 @@ def build_environment(gpu: bool, torch_version: str, work: Path) -> dict[str, st
     }
     if not gpu:
         return environment
-    environment |= {"HOROVOD_GPU": "CUDA", "HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_CUDA_HOME": str(cuda_home())}
+    cuda = str(cuda_home())  # CUDA_HOME is what torch tells the build about its own headers
+    environment |= {"HOROVOD_CUDA_HOME": cuda, "CUDA_HOME": cuda, "PATH": f"{cuda}/bin{os.pathsep}{search_path()}"}
+    environment |= {"HOROVOD_GPU": "CUDA", "HOROVOD_GPU_OPERATIONS": "NCCL"}
     wheel = nccl_wheel()
     if wheel and "HOROVOD_NCCL_HOME" not in os.environ and "HOROVOD_NCCL_INCLUDE" not in os.environ:
         home = work / "nccl"
@@ -136,12 +144,15 @@ def build_environment(gpu: bool, torch_version: str, work: Path) -> dict[str, st
 
 
 def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
-    """Runs a command into the log. Raises RuntimeError with the log's last lines when it fails."""
+    """Runs a command into the log. Raises RuntimeError with what the log says from its first error on."""
     with log.open("a") as file:
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment).returncode
     if code:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise RuntimeError(f"{tail}\n`{' '.join(command)}` ended with {code}; all of its output: {log}")
+        lines = log.read_text(errors="replace").splitlines()
+        errors = (i for i, line in enumerate(lines) if re.search(r"\berror:|CMake Error", line, re.IGNORECASE))
+        start = next(errors, max(0, len(lines) - 20))
+        told = "\n".join(lines[start : start + 20])
+        raise RuntimeError(f"{told}\n`{' '.join(command)}` ended with {code}; all of its output: {log}")
 
 
 def install(gpu: bool, torch_version: str) -> None:
@@ -165,7 +176,7 @@ def install(gpu: bool, torch_version: str) -> None:
         operations = "NCCL for GPUs, MPI" if gpu else "MPI"
         print(f"horovod 2/3: compiles it with {operations} (3 minutes on 2 cores; log: {log})", flush=True)
         environment = build_environment(gpu, torch_version, work)
-        run([*pip, "install", *source_only, "--no-cache-dir", "--force-reinstall", str(source)], log, environment)
+        run([*pip, "install", "-v", *source_only, "--no-cache-dir", "--force-reinstall", str(source)], log, environment)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -173,12 +173,34 @@ def test_a_gpu_build_has_nccl_and_a_cpu_build_has_not(monkeypatch, tmp_path):
     assert (home / "lib" / "libnccl.so").is_file()
 
 
-def test_a_failing_step_shows_the_end_of_its_log(tmp_path):
+@pytest.mark.parametrize(
+    ("output", "shown"),
+    [
+        ([*map(str, range(100))], "80\n81\n"),
+        (["fine", "a.cc:3: error: no such type", "more", *["noise"] * 99], "a.cc:3: error: no such type\nmore\n"),
+        (["fine", "CMake Error at x (message):", "  no CUDA", "Traceback"], "CMake Error at x (message):\n  no CUDA\n"),
+    ],
+)
+def test_a_failing_step_shows_its_first_error(tmp_path, output, shown):
     log = tmp_path / "log"
-    code = "print(*range(100), sep='\\n'); raise SystemExit(3)"
-    with pytest.raises(RuntimeError, match=r"\n98\n99\n.*ended with 3; all of its output: .*log"):
-        install_horovod.run([sys.executable, "-c", code], log)
-    assert log.read_text().startswith("0\n1\n")
+    with pytest.raises(RuntimeError, match=r"ended with 3; all of its output: .*log$") as error:
+        install_horovod.run([sys.executable, "-c", f"print(*{output!r}, sep='\\n'); raise SystemExit(3)"], log)
+    assert str(error.value).startswith(shown)
+    assert log.read_text().splitlines() == output
+
+
+def test_cuda_is_where_nvcc_says(monkeypatch, tmp_path):
+    for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    script, toolkit = tmp_path / "nvcc", tmp_path / "cuda"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "bin" / "nvcc").touch()
+    script.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(install_horovod, "find_program", lambda name: str(script))
+    assert install_horovod.cuda_home() == toolkit
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert install_horovod.cuda_home() is None
 
 
 # The doctor
