@@ -15,13 +15,12 @@ CHUNK = (
 )
 
 
-def chunks(matrix_gradient: Tensor, vector_gradient: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """Both segments of the gradient in pieces of at most CHUNK rows of BLOCK elements, each with its blocks."""
-    first = 0
-    for gradient in (matrix_gradient, vector_gradient):
-        for rows in gradient.view(-1, BLOCK).split(CHUNK):
-            yield rows, slice(first, first + len(rows))
-            first += len(rows)
+def chunks(matrix_gradient: Tensor, vector_gradient: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The gradient, as (blocks, BLOCK), and what has as many blocks in its first dimension, in pieces of CHUNK."""
+    segments = (matrix_gradient.view(-1, BLOCK), vector_gradient.view(-1, BLOCK))
+    gradients = [rows for segment in segments for rows in segment.split(CHUNK) if len(rows)]
+    sizes = [len(rows) for rows in gradients]
+    return zip(gradients, *(other.split(sizes) for other in others), strict=True)
 
 
 def count_blocks(op: str, matrix: Tensor, vector: Tensor) -> tuple[int, int]:

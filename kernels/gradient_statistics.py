@@ -1,8 +1,9 @@
-"""square_sums[b] = sum over block b of (g / (S R) + d v)^2: the first of the optimizer step's three launches.
+"""square_sums[b] = sum over block b of (g + S R d v)^2, over (S R)^2: the first of the optimizer step's three launches.
 
 g is the gradient of the loss times the loss scale S, summed over R ranks; v the weight; d the weight decay, part of the
-gradient whose norm LARC takes (You, Gitman and Ginsburg 2017, arXiv:1708.03888; NVIDIA's nvcnn_hvd.py). A sum is finite
-unless an element is not, or a finite one's square leaves fp32: both are overflows, and their step is skipped.
+gradient whose norm LARC takes (You, Gitman and Ginsburg 2017, arXiv:1708.03888; NVIDIA's nvcnn_hvd.py): the sum is that
+of (g / (S R) + d v)^2 with one division a block. It is finite unless an element is not, or the square of a finite one,
+scaled as it is, leaves fp32: both are overflows, and their step is skipped.
 
 Bytes: reads g and v once, 6 per parameter with an fp16 gradient; without decay g alone, 2. Writes 4 per block.
 """
@@ -27,14 +28,17 @@ def reference(
     square_sums: Tensor,
 ) -> None:
     """The formula in plain PyTorch, in the precision of `weight`. Arguments as in `gradient_statistics`."""
-    inverse = 1 / (loss_scale * ranks)
+    scale = loss_scale.item() * ranks
     weights = weight.view(-1, BLOCK)
     scratch = torch.empty_like(weights[:CHUNK])
-    for gradient, blocks in chunks(matrix_gradient, vector_gradient):
-        g = torch.mul(gradient, inverse, out=scratch[: len(gradient)])
+    for gradient, w, sums in chunks(matrix_gradient, vector_gradient, weights, square_sums):
+        g = scratch[: len(gradient)]
         if weight_decay:
-            g.add_(weights[blocks], alpha=weight_decay)
-        torch.sum(g.square_(), 1, out=square_sums[blocks])
+            torch.add(gradient, w, alpha=scale * weight_decay, out=g).square_()
+        else:
+            g.copy_(gradient).square_()
+        torch.sum(g, 1, out=sums)
+    square_sums.mul_(1 / scale).mul_(1 / scale)
 
 
 @triton.jit
@@ -57,10 +61,11 @@ def kernel(
         g = tl.load(matrix_gradient + block.to(tl.int64) * BLOCK + element).to(tl.float32)
     else:
         g = tl.load(vector_gradient + (block - matrix_blocks).to(tl.int64) * BLOCK + element)
-    g *= tl.div_rn(1.0, tl.load(loss_scale) * ranks)
+    scale = tl.load(loss_scale) * ranks
     if DECAY:
-        g += weight_decay * tl.load(weight + block.to(tl.int64) * BLOCK + element)
-    tl.store(square_sums + block, tl.sum(g * g))
+        g += (scale * weight_decay) * tl.load(weight + block.to(tl.int64) * BLOCK + element)
+    inverse = tl.div_rn(1.0, scale)
+    tl.store(square_sums + block, tl.sum(g * g) * inverse * inverse)
 
 
 CONFIG = {"num_warps": 4}

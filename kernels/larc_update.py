@@ -54,18 +54,16 @@ def reference(
     learning_rate, inverse, finite = scalars.tolist()
     counters[0] += 1
     if finite:
-        ratio_of_block = ratio[tensor_of_block].unsqueeze(1)
-        of_gradient, of_weight = ratio_of_block * inverse, ratio_of_block * weight_decay
         weights, momenta = weight.view(-1, BLOCK), momentum.view(-1, BLOCK)
+        factor = (ratio * inverse)[tensor_of_block].unsqueeze(1)
         scratch = torch.empty_like(weights[:CHUNK])
-        for gradient, blocks in chunks(matrix_gradient, vector_gradient):
-            w, m, d = weights[blocks], momenta[blocks], scratch[: len(gradient)]
-            torch.mul(gradient, of_gradient[blocks], out=d).addcmul_(w, of_weight[blocks])
+        for g, w, m, f, sums in chunks(matrix_gradient, vector_gradient, weights, momenta, factor, weight_square_sums):
+            d = torch.add(g, w, alpha=weight_decay / inverse, out=scratch[: len(g)]).mul_(f)
             torch.add(d, m, alpha=momentum_factor, out=m)
             w.sub_(d.add_(m, alpha=momentum_factor), alpha=learning_rate)
-            torch.sum(torch.square(w, out=d), 1, out=weight_square_sums[blocks])
-            if model_weight is not None and blocks.start * BLOCK < len(model_weight):
-                model_weight.view(-1, BLOCK)[blocks].copy_(w)
+            torch.sum(torch.square(w, out=d), 1, out=sums)
+        if model_weight is not None:
+            model_weight.copy_(weight[: len(model_weight)])
         running.mul_(1 - statistics_momentum).add_(batch, alpha=statistics_momentum)
         counters[1:] += 1
     else:

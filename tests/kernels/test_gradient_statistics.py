@@ -57,10 +57,10 @@ def test_is_as_close_as_fp32_allows(
         reference(*(change(t.double()) for t in tensors), ranks=ranks, weight_decay=weight_decay, square_sums=sums)
         return sums
 
-    # A term carries 5 roundings (loss scale x ranks, its inverse, two products and their sum; the decay is one more),
-    # its square doubles them; no element passes through more than 128 additions. Where terms cancel, the bound is on
-    # their absolute values.
-    bound = (2 * 6 + 1 + 128) * U * in_double(torch.abs)
+    # A term carries 5 roundings (loss scale x ranks, the decay, their product, that with the weight, the sum), its square
+    # doubles them and adds one; no element passes through more than 128 additions; the inverse has 2, and comes twice,
+    # with a product each. Where terms cancel, the bound is on their absolute values.
+    bound = (2 * 5 + 1 + 128 + 2 * 3) * U * in_double(torch.abs)
     assert bool(((statistics(tensors, ranks, weight_decay) - in_double()).abs() <= bound).all())
 
 
@@ -75,9 +75,10 @@ def test_a_value_that_is_not_finite_shows_in_its_block_alone(implementation, dev
     assert torch.equal(statistics(tensors, weight_decay=1e-4).isfinite().cpu(), expected)
 
 
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**24])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_finite_value_whose_square_is_not_counts_as_overflow(implementation, device, dtype):
-    tensors = inputs(device, 1, 1, dtype)
+def test_a_finite_value_whose_square_is_not_counts_as_overflow(implementation, device, dtype, loss_scale):
+    tensors = inputs(device, 1, 1, dtype, loss_scale)
     tensors[0][5] = 1e20
     assert statistics(tensors).isfinite().tolist() == [False, True]
 
