@@ -34,7 +34,8 @@ def gradient_order(model: nn.Module, image_size: int) -> list[str]:
     """The names of the parameters in the order in which backward finishes their gradients, found without computing."""
     model = copy.deepcopy(model).to("meta").train()
     order: list[str] = []
-    for name, parameter in model.named_parameters():
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    for name, parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     model(images.to(memory_format=torch.channels_last)).sum().backward()
@@ -88,12 +89,14 @@ class Arena:
         for slot in self.slots:
             master = self.view(self.weight, slot)
             master.copy_(slot.parameter.data)
-            in_model = self.model_weight is not None and slot.start < m
-            slot.parameter.data = self.view(self.model_weight, slot) if in_model else master
+            if self.model_weight is None or slot.start >= m:
+                slot.parameter.data = master
+            else:
+                slot.parameter.data = self.view(self.model_weight, slot)
             slot.parameter.grad = None
 
         self.batch_norms = [module for module in model.modules() if isinstance(module, BatchNorm2d)]
-        momenta = {bn.momentum for bn in self.batch_norms} or {0.0}
+        momenta = {bn.momentum or 0.0 for bn in self.batch_norms} or {0.0}
         if len(momenta) > 1:
             raise ValueError(f"BatchNorm layers of different momentum: {sorted(momenta)}; one launch commits them all")
         self.statistics_momentum = momenta.pop()

@@ -30,11 +30,14 @@ def path_of(log_dir: Path, step: int) -> Path:
 def save(path: Path, state: dict[str, Any], keep: int) -> None:
     """Writes `state` to `path` and removes all but the `keep` newest checkpoints beside it."""
     temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION} | state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION} | state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)  # the rename, too, outlives a power cut
     os.close(directory)

@@ -117,7 +117,7 @@ class Horovod(Transport):
         return lambda: self.hvd.synchronize(handle)
 
     def gather(self, value: Any) -> list[Any]:
-        return self.hvd.allgather_object(value)
+        return self.hvd.allgather_object(value, name="gather")  # its default name is the type, which may differ
 
 
 class Torch(Transport):

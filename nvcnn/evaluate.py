@@ -15,7 +15,7 @@ from nvcnn.data import EvaluationData, find_dataset, prepare_input
 from nvcnn.distributed import Transport, connect
 from nvcnn.errors import InputError
 from nvcnn.machine import compute_dtype, use_device
-from nvcnn.models import MODELS, build_model
+from nvcnn.models import build_model, find_model
 from nvcnn.models.layers import cast_matrices
 
 
@@ -36,7 +36,7 @@ def count_hits(model: nn.Module, data: EvaluationData, dtype: torch.dtype, norma
     return torch.as_tensor(counts).cpu().expand(3).clone()
 
 
-def accuracy(counts: Tensor) -> dict[str, float]:
+def accuracy(counts: Tensor) -> dict[str, Any]:
     """Percentages of the summed counts."""
     images, top1, top5 = (int(n) for n in counts)
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
@@ -70,8 +70,8 @@ class Evaluation:
             raise InputError("give one of --log_dir (its newest checkpoint) and --checkpoint=FILE")
         if self.batch_size < 1:
             raise InputError(f"--batch_size={self.batch_size}: must be at least 1")
-        if self.model is not None and self.model not in MODELS:
-            raise InputError(f"--model={self.model}: unknown, choose one of {', '.join(MODELS)}")
+        if self.model is not None:
+            find_model(self.model)
 
 
 def find_checkpoint(asked: Evaluation) -> tuple[Path, dict[str, Any]]:
@@ -106,7 +106,7 @@ def evaluate(asked: Evaluation) -> int:
     data = EvaluationData(
         dataset,
         batch_size=asked.batch_size,
-        image_size=MODELS[state["model"]].image_size,
+        image_size=find_model(state["model"]).image_size,
         crop=stored["eval_crop"],
         rank=transport.rank,
         ranks=transport.size,
@@ -124,6 +124,6 @@ def evaluate(asked: Evaluation) -> int:
     return 0
 
 
-def summed(counts: Tensor, transport: Transport) -> dict[str, float]:
+def summed(counts: Tensor, transport: Transport) -> dict[str, Any]:
     transport.all_reduce(counts, "evaluation")()
     return accuracy(counts)

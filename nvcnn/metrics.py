@@ -16,22 +16,23 @@ BURN_IN = 20  # steps left out of the closing throughput, as in the original
 
 
 class Throughput:
-    """Images per second of all ranks, over spans of steps."""
+    """Images per second of all ranks, over spans of steps that end at each lap."""
 
-    def __init__(self, images_per_step: int):
+    def __init__(self, images_per_step: int, first_step: int = 0):
         self.images_per_step = images_per_step
-        self.steps = 0
+        self.step = first_step
+        self.burnt_in = first_step + BURN_IN
         self.spans: list[tuple[int, float]] = []  # steps, images per second; after burn-in
         self.mark = time.perf_counter()
 
-    def lap(self, steps: int) -> float:
-        """Ends a span of `steps` steps; returns its images per second."""
+    def lap(self, step: int) -> float:
+        """Ends a span after step number `step`; returns its images per second."""
         now = time.perf_counter()
+        steps = step - self.step
         speed = steps * self.images_per_step / (now - self.mark)
-        if self.steps >= BURN_IN:
+        if self.step >= self.burnt_in:
             self.spans.append((steps, speed))
-        self.mark = now
-        self.steps += steps
+        self.step, self.mark = step, now
         return speed
 
     def leave_out(self, seconds: float) -> None:
@@ -84,18 +85,13 @@ class Metrics:
         if self.bar is not None:
             self.bar.update()
 
-    def train(self, *, step, epoch, images_per_second, loss, learning_rate, **values: Any) -> None:
+    def train(self, step: int, epoch: int, **shown: float) -> None:
         """A table line and a line of metrics.jsonl; images of all ranks."""
-        self.say(f"{step:6d} {epoch:5d} {images_per_second:7.1f} {loss:7.3f} {learning_rate:7.5f}")
-        self.write(
-            "train",
-            step=step,
-            epoch=epoch,
-            loss=loss,
-            learning_rate=learning_rate,
-            images_per_second=images_per_second,
-            **values,
-        )
+        self.say("{:6d} {:5d} {images_per_second:7.1f} {loss:7.3f} {learning_rate:7.5f}".format(step, epoch, **shown))
+        if shown["skipped"]:
+            scale = f"at loss scale {shown['loss_scale']:g}"
+            self.say(f"  {shown['skipped']} step(s) skipped: gradients not finite {scale}")
+        self.write("train", step=step, epoch=epoch, **shown)
 
     def summarize(self, step: int, **scalars: float) -> None:
         if self.board:

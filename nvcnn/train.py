@@ -5,6 +5,7 @@ starts as soon as it is full; three launches that update everything, or nothing 
 """
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -19,22 +20,22 @@ from torch import Tensor
 from kernels.implementation import runs_triton
 from nvcnn import checkpoint
 from nvcnn.arena import Arena, gradient_order
-from nvcnn.data import SyntheticData, TrainingData, find_dataset, prepare_input
+from nvcnn.data import Batch, SyntheticData, TrainingData, find_dataset, prepare_input
 from nvcnn.data.dataset import Dataset
 from nvcnn.distributed import Transport, Vote, connect, launched
 from nvcnn.errors import InputError
 from nvcnn.evaluate import Evaluation, evaluate
 from nvcnn.gradients import Gradients
 from nvcnn.larc import Larc
-from nvcnn.machine import compute_dtype, use_device, versions
-from nvcnn.memory import activation_bytes
-from nvcnn.metrics import BURN_IN, Metrics, Throughput
-from nvcnn.models import MODELS, build_model
+from nvcnn.machine import use_device, versions
+from nvcnn.metrics import Metrics, Throughput
+from nvcnn.models import build_model, find_model
+from nvcnn.plan import describe, dry_run, plan
+from nvcnn.resume import restore
 from nvcnn.schedule import poly
-from nvcnn.settings import Settings, as_json, differences
+from nvcnn.settings import Settings, as_json
 
 SAVED_AND_STOPPED = 3
-DEFAULT_CLASSES = 1000
 
 
 def train(settings: Settings) -> int:
@@ -42,7 +43,7 @@ def train(settings: Settings) -> int:
 
     Raises InputError for bad usage or input before anything is written.
     """
-    build_model(settings.model, num_classes=1, resnet_v1=settings.resnet_v1, seed=0)  # refuses what is wrong
+    find_model(settings.model, settings.resnet_v1)
     if settings.eval:
         return evaluate(
             Evaluation(
@@ -55,82 +56,20 @@ def train(settings: Settings) -> int:
         )
     dataset = None
     if settings.data_dir is not None:
-        dataset = find_dataset(
-            settings.data_dir, num_classes=settings.num_classes, label_base=settings.label_base, split="train"
-        )
+        flags = {"num_classes": settings.num_classes, "label_base": settings.label_base}
+        dataset = find_dataset(settings.data_dir, **flags, split="train")
+    expected = plan(settings, dataset, launched().size)
     if settings.dry_run:
-        return dry_run(settings, dataset)
-    transport = connect(settings.transport)
-    restored = restore(settings, transport)
-    run = Run(settings, dataset, transport, restored)
-    if run.step == run.steps:
-        run.metrics.say(f"{settings.log_dir} is trained: {run.steps} of {run.steps} steps; evaluate it with eval.py")
+        if launched().rank == 0:
+            dry_run(settings, expected)
         return 0
-    return run.loop()
-
-
-def total_steps(settings: Settings, steps_per_epoch: int) -> int:
-    return settings.num_batches if settings.num_epochs is None else settings.num_epochs * steps_per_epoch
-
-
-def open_data(
-    settings: Settings, dataset: Dataset | None, transport: Transport, device: torch.device, threads: int, state: Any
-) -> TrainingData | SyntheticData:
-    image_size = MODELS[settings.model].image_size
-    if dataset is None:
-        return SyntheticData(
-            batch_size=settings.batch_size,
-            image_size=image_size,
-            num_classes=settings.num_classes or DEFAULT_CLASSES,
-            images=settings.num_batches * settings.batch_size * transport.size,
-            seed=settings.seed + transport.rank,
-            device=device,
-        )
-    return TrainingData(
-        dataset,
-        batch_size=settings.batch_size,
-        image_size=image_size,
-        crop_area=settings.crop_area,
-        crop_aspect=settings.crop_aspect,
-        seed=settings.seed,
-        rank=transport.rank,
-        ranks=transport.size,
-        device=device,
-        threads=threads,
-        state=state,
-    )
-
-
-def restore(settings: Settings, transport: Transport) -> dict[str, Any] | None:
-    """On rank 0: the newest checkpoint of the log directory, once it is sure that this is the run it belongs to."""
-    if transport.rank != 0 or not settings.log_dir:
-        return None
-    log_dir = Path(settings.log_dir)
-    if log_dir.exists() and not log_dir.is_dir():
-        raise InputError(f"--log_dir={log_dir}: is a file; give a directory")
-    config = log_dir / "config.json"
-    if config.exists():
-        try:
-            stored = json.loads(config.read_text())
-            there, ranks = stored["settings"], stored["ranks"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{config}: not a config.json of nvcnn; give another --log_dir") from None
-        check_same_run(settings, transport, there, ranks, config)
-    found = checkpoint.newest(log_dir, warn=lambda line: print(line, flush=True))
-    if found is None:
-        return None
-    path, state = found
-    check_same_run(settings, transport, state["settings"], len(state["ranks"]), path)
-    print(f"Restored checkpoint {path}", flush=True)
-    return state
-
-
-def check_same_run(settings: Settings, transport: Transport, stored: dict, ranks: int, where: Path) -> None:
-    different = differences(settings, stored)
-    if ranks != transport.size:
-        different.append(f"ranks: there {ranks}, here {transport.size}")
-    if different:
-        raise InputError(f"{where} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
+    transport = connect(settings.transport)
+    run = Run(settings, dataset, transport, restore(settings, transport))
+    if run.step < run.plan.steps:
+        return run.loop()
+    if transport.rank == 0:
+        print(f"{settings.log_dir} is trained: all {run.step} steps are done; evaluate it with eval.py")
+    return 0
 
 
 class Run:
@@ -141,29 +80,23 @@ class Run:
     ):
         self.settings, self.transport = settings, transport
         self.device, threads = use_device(transport)
-        self.dtype = compute_dtype(settings.fp16, settings.bf16)
+        self.plan = plan(settings, dataset, transport.size)
+        self.dtype = self.plan.dtype
         # What rank 0 read from the checkpoint for each rank: the reader's position and the random generators.
         ranks = transport.gather(restored and restored["ranks"])[0]
-        mine = ranks[transport.rank] if ranks else {"reader": None}
-        self.data = open_data(settings, dataset, transport, self.device, threads, mine["reader"])
-        self.steps = total_steps(settings, self.data.steps_per_epoch)
-        self.num_classes = dataset.num_classes if dataset else settings.num_classes or DEFAULT_CLASSES
-        self.class_names = dataset.class_names if dataset else None
-
-        spec = MODELS[settings.model]
-        total_batch = settings.batch_size * transport.size
-        learning_rate = settings.learning_rate or spec.learning_rate(total_batch)
+        mine: dict[str, Any] = ranks[transport.rank] if ranks else {"reader": None}
+        self.data = self.open_data(dataset, threads, mine["reader"])
         self.model = build_model(
-            settings.model, num_classes=self.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed
+            settings.model, num_classes=self.plan.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed
         )
         self.arena = Arena(
             self.model,
-            gradient_order(self.model, spec.image_size),
+            gradient_order(self.model, self.plan.image_size),
             device=self.device,
             dtype=self.dtype,
             gradient_dtype=None if self.dtype != torch.bfloat16 or transport.bfloat16 else torch.float32,
         )
-        self.schedule = poly(learning_rate, self.steps)
+        self.schedule = poly(self.plan.learning_rate, self.plan.steps)
         self.optimizer = Larc(
             self.arena,
             schedule=self.schedule,
@@ -189,65 +122,77 @@ class Run:
             transport.broadcast(tensor)
         self.arena.refresh()
         self.step = int(self.optimizer.counters[0])
-        if transport.rank == 0 and settings.log_dir:
-            self.write_config()
-        self.metrics = Metrics(settings.log_dir, steps=self.steps, first_step=self.step, rank=transport.rank)
+
+    def open_data(self, dataset: Dataset | None, threads: int, state: dict | None) -> TrainingData | SyntheticData:
+        settings, transport = self.settings, self.transport
+        common: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": self.plan.image_size}
+        common |= {"device": self.device, "ranks": transport.size}
+        if dataset is None:
+            return SyntheticData(
+                **common,
+                num_classes=self.plan.num_classes,
+                images=self.plan.images,
+                seed=settings.seed + transport.rank,
+            )
+        return TrainingData(
+            dataset,
+            **common,
+            crop_area=settings.crop_area,
+            crop_aspect=settings.crop_aspect,
+            seed=settings.seed,
+            rank=transport.rank,
+            threads=threads,
+            state=state,
+        )
 
     def loop(self) -> int:
-        settings, metrics, optimizer = self.settings, self.metrics, self.optimizer
-        self.announce()
+        settings, optimizer = self.settings, self.optimizer
+        if self.transport.rank == 0 and settings.log_dir:
+            self.write_config()
+        metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=self.transport.rank)
+        self.announce(metrics)
         signals: list[int] = []
         vote = Vote(self.transport, questions=2)
-        throughput = Throughput(settings.batch_size * self.transport.size)
+        throughput = Throughput(settings.batch_size * self.transport.size, self.step)
         saved = summarized = time.monotonic()
-        shown = self.step  # the last step of a table line, or of the burn-in
-        updates = int(optimizer.counters[1])
+        skipped = self.step - int(optimizer.counters[1])
         self.model.train()
         with caught(signals):
-            while self.step < self.steps:
+            while self.step < self.plan.steps:
                 loss = self.train_step(next(self.data))
                 self.step += 1
                 metrics.step()
-                last = self.step == self.steps
+                last = self.step == self.plan.steps
                 if self.step == 1 or self.step % settings.display_every == 0 or last:
-                    average, weight, now, scale, done = self.read(loss)
-                    speed = throughput.lap(self.step - shown)
-                    skipped = self.step - shown - int(done - updates)
-                    shown, updates = self.step, int(done)
-                    rate = float(self.schedule[self.step - 1])
-                    metrics.train(
-                        step=self.step,
-                        epoch=(self.step - 1) // self.data.steps_per_epoch + 1,
-                        images_per_second=speed,
-                        loss=average / weight if weight and now == now else now,
-                        learning_rate=rate,
-                        loss_scale=scale,
-                        skipped=skipped,
-                    )
-                    if skipped:
-                        metrics.say(f"  {skipped} step(s) skipped: gradients not finite at loss scale {scale:g}")
+                    average, now, scale, updates = self.read(loss)
+                    shown: dict[str, float] = {
+                        "loss": average if math.isfinite(now) else now,
+                        "learning_rate": float(self.schedule[self.step - 1]),
+                        "loss_scale": scale,
+                        "images_per_second": throughput.lap(self.step),
+                        "skipped": self.step - int(updates) - skipped,
+                    }
+                    skipped = self.step - int(updates)
+                    metrics.train(self.step, (self.step - 1) // self.plan.steps_per_epoch + 1, **shown)
                     if last or time.monotonic() - summarized > settings.summary_interval:
                         summarized = time.monotonic()
-                        metrics.summarize(
-                            self.step, loss=now, learning_rate=rate, loss_scale=scale, images_per_second=speed
-                        )
-                elif throughput.steps + self.step - shown == BURN_IN:
+                        metrics.summarize(self.step, **shown)
+                elif self.step == throughput.burnt_in:
                     self.read(loss)
-                    throughput.lap(self.step - shown)
-                    shown = self.step
+                    throughput.lap(self.step)
                 save_due = self.transport.rank == 0 and time.monotonic() - saved > settings.save_interval
+                saved = time.monotonic() if save_due else saved
                 save, stop = vote(save_due, bool(signals))
                 if last or save or stop:
                     start = time.perf_counter()
-                    self.save()
-                    saved = time.monotonic()
+                    self.save(metrics)
                     throughput.leave_out(time.perf_counter() - start)
                 if stop and not last:
                     break
             vote.wait()
         metrics.end(self.step, throughput)
         self.data.close()
-        stopped = self.step < self.steps
+        stopped = self.step < self.plan.steps
         if stopped:
             kept = "saved" if settings.log_dir else "nothing saved, since there is no --log_dir"
             metrics.say(f"Stopped by a signal after step {self.step}: {kept}")
@@ -255,7 +200,7 @@ class Run:
         self.transport.barrier()
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
 
-    def train_step(self, batch) -> Tensor:
+    def train_step(self, batch: Batch) -> Tensor:
         """One step; returns this rank's loss, a tensor that nobody has waited for."""
         images = prepare_input(batch.images, batch.flip, dtype=self.dtype, normalize=self.settings.normalize)
         loss = F.cross_entropy(self.model(images), batch.labels)
@@ -269,11 +214,12 @@ class Run:
         return loss
 
     def read(self, loss: Tensor) -> list[float]:
-        """Average loss and its weight, this loss, loss scale, updates: the one point where the host waits."""
-        rest = [loss.reshape(1), self.optimizer.loss_scale, self.optimizer.counters[1:2]]
-        return torch.cat([self.average, *(t.double() for t in rest)]).tolist()
+        """Average loss, this loss, loss scale, updates: the one point where the host waits."""
+        average = self.average[:1] / self.average[1:]
+        rest = (loss.reshape(1), self.optimizer.loss_scale, self.optimizer.counters[1:2])
+        return torch.cat([average, *(t.double() for t in rest)]).tolist()
 
-    def save(self) -> None:
+    def save(self, metrics: Metrics) -> None:
         """Gathers every rank's position to rank 0, which writes the checkpoint with its own BatchNorm statistics."""
         settings = self.settings
         if not settings.log_dir:
@@ -287,10 +233,10 @@ class Run:
         path = checkpoint.path_of(Path(settings.log_dir), self.step)
         state = {
             "model": settings.model,
-            "num_classes": self.num_classes,
-            "class_names": self.class_names and list(self.class_names),
+            "num_classes": self.plan.num_classes,
+            "class_names": list(self.plan.class_names or []),
             "preprocessing": {
-                "image_size": MODELS[settings.model].image_size,
+                "image_size": self.plan.image_size,
                 "normalize": settings.normalize,
                 "eval_crop": settings.eval_crop,
             },
@@ -302,8 +248,8 @@ class Run:
             "ranks": ranks,
         }
         checkpoint.save(path, state, settings.keep)
-        self.metrics.write("checkpoint", step=self.step, path=str(path))
-        self.metrics.say(f"Checkpoint written to {path}")
+        metrics.write("checkpoint", step=self.step, path=str(path))
+        metrics.say(f"Checkpoint written to {path}")
 
     def write_config(self) -> None:
         log_dir = Path(self.settings.log_dir)
@@ -315,67 +261,33 @@ class Run:
         except OSError as error:
             raise InputError(f"--log_dir={log_dir}: cannot be written to ({error.strerror})") from None
 
-    def announce(self) -> None:
-        say, settings = self.metrics.say, self.settings
-        for line in description(settings, self.transport.size, self.steps, self.data.images, self.dtype):
+    def announce(self, metrics: Metrics) -> None:
+        say, settings = metrics.say, self.settings
+        for line in describe(settings, self.plan):
             say(line)
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {self.transport.name}")
         if self.device.type == "cpu" and self.dtype != torch.float32:
             say(f"  {str(self.dtype).removeprefix('torch.')} on a CPU is for trying things out: it can be slow")
         if self.arena.matrix_gradient.dtype != self.dtype:
             say(f"  {self.transport.name} has no bfloat16: gradients travel in fp32")
-        self.metrics.write("start", step=self.step, steps=self.steps, ranks=self.transport.size)
+        metrics.write("start", step=self.step, steps=self.plan.steps, ranks=self.transport.size)
         say("Training")
-        self.metrics.table_head()
-
-
-def description(settings: Settings, ranks: int, steps: int, images: int, dtype: torch.dtype) -> list[str]:
-    total = settings.batch_size * ranks
-    return [
-        f"Num ranks:   {ranks}",
-        f"Num images:  {images if settings.data_dir else 'Synthetic'}",
-        f"Model:       {settings.model}",
-        f"Batch size:  {settings.batch_size} per device, {total} total",
-        f"Data type:   {str(dtype).removeprefix('torch.')}",
-        f"Steps:       {steps}",
-    ]
-
-
-def dry_run(settings: Settings, dataset: Dataset | None) -> int:
-    """Prints what a run would be, on the launcher's rank 0, and stops."""
-    launch = launched()
-    if launch.rank != 0:
-        return 0
-    spec, dtype = MODELS[settings.model], compute_dtype(settings.fp16, settings.bf16)
-    total_batch = settings.batch_size * launch.size
-    images = dataset.images("train") if dataset else settings.num_batches * total_batch
-    num_classes = dataset.num_classes if dataset else settings.num_classes or DEFAULT_CLASSES
-    model = build_model(settings.model, num_classes=num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed)
-    parameters = sum(p.numel() for p in model.parameters())
-    for name, value in as_json(settings).items():
-        print(f"--{name}={value}")
-    steps = total_steps(settings, images // total_batch)
-    print(*description(settings, launch.size, steps, images, dtype), sep="\n")
-    rate = settings.learning_rate or spec.learning_rate(total_batch)
-    state = parameters * 12  # master, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight
-    activations = activation_bytes(model, settings.batch_size, spec.image_size, dtype)
-    print(f"Learning rate: {rate:g}")
-    print(f"Parameters:    {parameters:,}")
-    print(f"Memory:        about {(state + activations) / 2**30:.2f} GiB a device", end=" ")
-    print(f"({state / 2**30:.2f} weights and optimizer, {activations / 2**30:.2f} activations)")
-    return 0
+        metrics.table_head()
 
 
 @contextmanager
 def caught(signals: list[int]) -> Iterator[None]:
-    """SIGTERM and SIGINT append themselves to `signals`; a second one ends the process at once, as always."""
+    """SIGTERM and SIGINT append themselves to `signals`. One that comes a second after the first ends the process."""
     asked = (signal.SIGTERM, signal.SIGINT)
     before = {s: signal.getsignal(s) for s in asked}
+    first: list[float] = []
 
     def note(number: int, _: Any) -> None:
+        if first and time.monotonic() - first[0] > 1:  # a launcher may pass on at once what the terminal sent to all
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        first.append(time.monotonic())
         signals.append(number)
-        for s in asked:
-            signal.signal(s, before[s])
 
     for s in asked:
         signal.signal(s, note)

@@ -45,19 +45,22 @@ MODELS: dict[str, Model] = {
 }
 
 
+def find_model(name: str, resnet_v1: bool = False) -> Model:
+    """Raises InputError for an unknown name, and for `resnet_v1` on a model without bottlenecks."""
+    if name not in MODELS:
+        raise InputError(f"--model={name}: unknown, choose one of {', '.join(MODELS)}")
+    if resnet_v1 and not MODELS[name].has_v1:
+        having = ", ".join(n for n, m in MODELS.items() if m.has_v1)
+        raise InputError(f"--resnet_v1 is for {having}; --model={name} has no bottleneck blocks, leave the flag out")
+    return MODELS[name]
+
+
 def build_model(name: str, *, num_classes: int, resnet_v1: bool = False, seed: int) -> nn.Module:
     """The model in fp32, on the CPU, in training mode: (N, 3, H, W) -> (N, num_classes).
 
-    One seed, one set of weights, whatever was drawn before; the global generator is left as it was.
-
-    Raises InputError for an unknown name, and for `resnet_v1` on a model without bottlenecks.
+    One seed, one set of weights, whatever was drawn before. Raises InputError as `find_model`.
     """
-    if name not in MODELS:
-        raise InputError(f"--model={name}: unknown, choose one of {', '.join(MODELS)}")
-    model = MODELS[name]
-    if resnet_v1 and not model.has_v1:
-        having = ", ".join(n for n, m in MODELS.items() if m.has_v1)
-        raise InputError(f"--resnet_v1 is for {having}; --model={name} has no bottleneck blocks, leave the flag out")
+    model = find_model(name, resnet_v1)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
         return model.build(num_classes=num_classes, **({"v1": True} if resnet_v1 else {}))

@@ -1,0 +1,81 @@
+"""What a run will be: all that follows from its settings, its data and the number of ranks."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nvcnn.data.dataset import Dataset
+from nvcnn.errors import InputError
+from nvcnn.machine import compute_dtype
+from nvcnn.memory import activation_bytes
+from nvcnn.models import MODELS, build_model
+from nvcnn.settings import Settings, as_json
+
+SYNTHETIC_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    ranks: int
+    images: int  # per epoch, of all ranks
+    total_batch: int
+    steps_per_epoch: int
+    steps: int
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    image_size: int
+    learning_rate: float
+    dtype: torch.dtype
+
+
+def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
+    """Raises InputError when the data set is smaller than one total batch."""
+    total_batch = settings.batch_size * ranks
+    images = dataset.images("train") if dataset else settings.num_batches * total_batch
+    if images < total_batch:
+        raise InputError(
+            f"--data_dir={settings.data_dir}: {images} training images are fewer than one total batch of {total_batch} "
+            f"({ranks} ranks x --batch_size={settings.batch_size}): lower --batch_size"
+        )
+    steps_per_epoch = images // total_batch
+    model = MODELS[settings.model]
+    return Plan(
+        ranks=ranks,
+        images=images,
+        total_batch=total_batch,
+        steps_per_epoch=steps_per_epoch,
+        steps=settings.num_batches if settings.num_epochs is None else settings.num_epochs * steps_per_epoch,
+        num_classes=dataset.num_classes if dataset else settings.num_classes or SYNTHETIC_CLASSES,
+        class_names=dataset.class_names if dataset else None,
+        image_size=model.image_size,
+        learning_rate=settings.learning_rate or model.learning_rate(total_batch),
+        dtype=compute_dtype(settings.fp16, settings.bf16),
+    )
+
+
+def describe(settings: Settings, run: Plan) -> list[str]:
+    """The lines a run starts with, as the original's."""
+    return [
+        f"Num ranks:   {run.ranks}",
+        f"Num images:  {run.images if settings.data_dir else 'Synthetic'}",
+        f"Model:       {settings.model}",
+        f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
+        f"Data type:   {str(run.dtype).removeprefix('torch.')}",
+        f"Steps:       {run.steps}",
+    ]
+
+
+def dry_run(settings: Settings, run: Plan) -> None:
+    """Prints the resolved settings, steps, parameter count and a memory estimate."""
+    model = build_model(settings.model, num_classes=run.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    state = parameters * 12  # master, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight
+    activations = activation_bytes(model, settings.batch_size, run.image_size, run.dtype)
+    resolved = as_json(settings) | {"learning_rate": run.learning_rate, "num_classes": run.num_classes}
+    print(*(f"--{name}={value}" for name, value in resolved.items()), sep="\n")
+    print(*describe(settings, run), sep="\n")
+    print(f"Parameters:  {parameters:,}")
+    print(
+        f"Memory:      about {(state + activations) / 2**30:.2f} GiB a device: {state / 2**30:.2f} weights and "
+        f"optimizer, {activations / 2**30:.2f} activations; cuDNN's workspaces come on top"
+    )

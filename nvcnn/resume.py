@@ -1,0 +1,42 @@
+"""Which checkpoint a run goes on from, and whether it is its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nvcnn import checkpoint
+from nvcnn.distributed import Transport
+from nvcnn.errors import InputError
+from nvcnn.settings import Settings, differences
+
+
+def restore(settings: Settings, transport: Transport) -> dict[str, Any] | None:
+    """On rank 0: the newest checkpoint of the log directory, once it is sure that this is the run it belongs to."""
+    if transport.rank != 0 or not settings.log_dir:
+        return None
+    log_dir = Path(settings.log_dir)
+    if log_dir.exists() and not log_dir.is_dir():
+        raise InputError(f"--log_dir={log_dir}: is a file; give a directory")
+    config = log_dir / "config.json"
+    if config.exists():
+        try:
+            stored = json.loads(config.read_text())
+            there, ranks = stored["settings"], stored["ranks"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{config}: not a config.json of nvcnn; give another --log_dir") from None
+        check_same_run(settings, transport, there, ranks, config)
+    found = checkpoint.newest(log_dir, warn=lambda line: print(line, flush=True))
+    if found is None:
+        return None
+    path, state = found
+    check_same_run(settings, transport, state["settings"], len(state["ranks"]), path)
+    print(f"Restored checkpoint {path}", flush=True)
+    return state
+
+
+def check_same_run(settings: Settings, transport: Transport, stored: dict, ranks: int, where: Path) -> None:
+    different = differences(settings, stored)
+    if ranks != transport.size:
+        different.append(f"ranks: there {ranks}, here {transport.size}")
+    if different:
+        raise InputError(f"{where} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")

@@ -1,0 +1,54 @@
+"""Who started us, and what is refused. What needs several ranks is in tests/test_end_to_end.py."""
+
+import pytest
+import torch
+
+from nvcnn.distributed import Launch, Transport, Vote, agree, launched
+from nvcnn.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch()),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+            | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            Launch(4, 3, 1, 2, "Open MPI", "OMPI_COMM_WORLD_SIZE=4"),
+        ),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, Launch(2, 1, 0, 2, "MPICH or Intel MPI", "PMI_SIZE=2")),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"},
+            Launch(8, 5, 5, 8, "torchrun", "WORLD_SIZE=8"),
+        ),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"},
+            Launch(16, 9, 1, 16, "srun", "SLURM_NTASKS=16"),
+        ),
+        ({"SLURM_NTASKS": "16"}, Launch()),  # sbatch without srun is one process
+    ],
+)
+def test_launchers(environment, expected):
+    assert launched(environment) == expected
+
+
+def test_an_mpiexec_of_another_library_is_refused():
+    with pytest.raises(InputError, match=r"MPICH .* 2 ranks \(PMI_SIZE=2\), but Open MPI v5, sees 1"):
+        agree(launched({"PMI_SIZE": "2", "PMI_RANK": "1"}), 1, "Open MPI v5")
+
+
+def test_a_vote_is_known_one_step_later():
+    vote = Vote(Transport(Launch()), questions=2)
+    assert vote(False, True) == [False, False]
+    assert vote(True, False) == [False, True]
+    assert vote(False, False) == [True, False]
+
+
+def test_a_single_rank_needs_no_partner():
+    one = Transport(Launch())
+    x = torch.arange(3.0)
+    one.broadcast(x)
+    one.all_reduce(x, "x")()
+    one.barrier()
+    assert x.tolist() == [0, 1, 2]
+    assert one.gather("me") == ["me"]

@@ -1,0 +1,146 @@
+"""Gradients reach their slices by either way, and buckets start when they are full."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nvcnn.arena import Arena, gradient_order
+from nvcnn.distributed import Launch, Transport
+from nvcnn.gradients import Gradients, buckets_of
+from nvcnn.models import build_model
+
+CPU = torch.device("cpu")
+
+
+class Recorder(Transport):
+    """A single rank that notes what is reduced and when it is waited for."""
+
+    def __init__(self):
+        super().__init__(Launch())
+        self.events = []
+
+    def all_reduce(self, tensor, name):
+        self.events.append(("start", name))
+        return lambda: self.events.append(("wait", name))
+
+
+def lenet(dtype=torch.float32, **options):
+    model = build_model("lenet", num_classes=10, seed=1)
+    arena = Arena(model, gradient_order(model, 28), device=CPU, dtype=dtype, **options)
+    return model, arena
+
+
+def loss_of(model, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 3, 28, 28, generator=generator).to(dtype).to(memory_format=torch.channels_last)
+    return F.cross_entropy(model(x), torch.randint(0, 10, (4,), generator=generator))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_slices_hold_autograds_gradients(dtype):
+    model, arena = lenet(dtype)
+    loss_of(model, dtype).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    gradients = Gradients(arena, Recorder())
+    for slot in arena.slots:
+        arena.gradient(slot).fill_(float("nan"))  # nothing needs zeroing
+    for _ in range(2):
+        loss_of(model, dtype).backward()
+        gradients.finish()
+        for slot in arena.slots:
+            assert torch.equal(arena.gradient(slot), expected[slot.name]), slot.name
+            assert slot.parameter.grad is None
+    for buffer in (arena.matrix_gradient, arena.vector_gradient):
+        assert buffer.isfinite().all()
+
+
+def test_bfloat16_is_staged_in_fp32():
+    model, arena = lenet(torch.bfloat16, gradient_dtype=torch.float32)
+    gradients = Gradients(arena, Recorder())
+    loss_of(model, torch.bfloat16).backward()
+    gradients.finish()
+    staged = arena.matrix_gradient
+    assert staged.dtype == torch.float32
+    assert torch.equal(staged, staged.bfloat16().float())
+    assert staged.abs().sum() > 0
+
+
+def test_micro_batches_add_up():
+    model, arena = lenet()
+    gradients = Gradients(arena, Recorder(), accumulate=2)
+    loss_of(model, seed=1).backward()
+    loss_of(model, seed=2).backward()
+    gradients.finish()
+    added = arena.matrix_gradient.clone()
+    model, arena = lenet()
+    gradients = Gradients(arena, Recorder())
+    (loss_of(model, seed=1) + loss_of(model, seed=2)).backward()
+    gradients.finish()
+    torch.testing.assert_close(added, arena.matrix_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_buckets_start_during_backward_in_order():
+    model, arena = lenet()
+    recorder = Recorder()
+    gradients = Gradients(arena, recorder, bucket_bytes=1)
+    started = []
+    model.conv1.weight.register_hook(lambda g: started.extend(recorder.events))  # before the last gradient is stored
+    loss_of(model).backward()
+    assert ("start", "gradient.0") in started
+    assert ("start", f"gradient.{len(gradients.sizes) - 1}") not in started
+    gradients.finish()
+    waits = [name for event, name in recorder.events if event == "wait"]
+    assert waits == [name for event, name in recorder.events if event == "start"]
+    assert len(waits) == len(gradients.slices) == len(set(waits))
+
+
+def test_every_parameter_is_in_one_bucket():
+    _, arena = lenet()
+    for elements in (1, 5000, 10**9):
+        buckets = buckets_of(arena.slots, elements)
+        assert [s for b in buckets for s in b] == arena.slots
+        assert all(sum(s.elements for s in b) >= elements for b in buckets[:-1])
+
+
+def test_a_missing_gradient_is_not_waited_for():
+    model, arena = lenet()
+    gradients = Gradients(arena, Recorder())
+    model.conv1.weight.sum().backward()
+    with pytest.raises(RuntimeError, match="left gradients out"):
+        gradients.finish()
+
+
+class StoresItself(torch.autograd.Function):
+    """What a weight-gradient kernel does: writes into the preset `.grad` and returns None."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        ctx.slice = weight.grad
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, _ = ctx.saved_tensors
+        torch.mm(g.t(), x, out=ctx.slice)
+        return None, None
+
+
+def test_a_kernel_may_store_its_gradient_itself():
+    """The contract with torch: the hook fires, with `.grad` untouched, when the Function returns None."""
+    model = torch.nn.Linear(3, 2, bias=False)
+    arena = Arena(model, ["weight"], device=CPU)
+    recorder = Recorder()
+    gradients = Gradients(arena, recorder)
+    slice = arena.gradient(arena.slots[0])
+    model.weight.grad = slice
+    x = torch.randn(5, 3)
+    for _ in range(2):
+        slice.fill_(float("nan"))
+        StoresItself.apply(x, model.weight).sum().backward()
+        gradients.finish()
+        torch.testing.assert_close(slice, torch.ones(5, 2).t() @ x)
+        assert model.weight.grad is slice
+    assert [event for event, _ in recorder.events] == ["start", "wait"] * 2

@@ -1,0 +1,83 @@
+"""The table, the throughput line, and files that other programs read."""
+
+import json
+import math
+
+import pytest
+
+from nvcnn import metrics
+from nvcnn.metrics import Metrics, Throughput
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_throughput_leaves_the_burn_in_out(clock):
+    throughput = Throughput(images_per_step=64)
+    clock[0] += 100  # a slow start
+    assert throughput.lap(20) == pytest.approx(64 * 20 / 100)
+    assert throughput.summary() is None
+    for step, seconds in ((30, 1.0), (40, 2.0), (50, 1.0)):
+        clock[0] += seconds
+        throughput.lap(step)
+    mean, error, jitter = throughput.summary()
+    assert mean == pytest.approx((640 + 320 + 640) / 3)
+    assert error == pytest.approx(math.sqrt(((640 - mean) ** 2 * 2 + (320 - mean) ** 2) / 2 / 3))
+    assert jitter == 0
+
+
+def test_time_for_a_checkpoint_is_left_out(clock):
+    throughput = Throughput(images_per_step=10)
+    clock[0] += 5
+    throughput.leave_out(4)
+    assert throughput.lap(1) == pytest.approx(10)
+
+
+VALUES = {"loss": 1.0, "learning_rate": 0.1, "loss_scale": 1.0, "images_per_second": 1000.0, "skipped": 0}
+
+
+def fill(log_dir, steps=3):
+    shown = Metrics(str(log_dir), steps=steps, first_step=0, rank=0)
+    shown.table_head()
+    for step in range(1, steps + 1):
+        shown.train(step, 1, **VALUES | {"loss": 2.5 / step if step != 2 else math.nan})
+    shown.summarize(steps, loss=1.0)
+    shown.end(steps, Throughput(1))
+    shown.close()
+
+
+def test_table_and_files(tmp_path, capsys):
+    fill(tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["Step", "Epoch", "Img/sec", "Loss", "LR"]
+    assert out[1] == "     1     1  1000.0   2.500 0.10000"
+    assert "nan" in out[2]
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events] == ["train"] * 3 + ["end"]
+    assert events[0] | {"time": 0} == {"event": "train", "time": 0, "step": 1, "epoch": 1} | VALUES | {"loss": 2.5}
+    assert events[1]["loss"] is None
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_a_resumed_run_appends_after_the_last_whole_line(tmp_path):
+    fill(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"event": "train", "st')
+    fill(tmp_path)
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 8
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    quiet = Metrics(str(tmp_path), steps=3, first_step=0, rank=1)
+    quiet.table_head()
+    quiet.train(1, 1, **VALUES)
+    quiet.end(1, Throughput(1))
+    quiet.close()
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,115 @@
+"""Flags: the original's names and defaults, frozen; and every bad value with its own line."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from nvcnn.errors import InputError
+from nvcnn.settings import Settings, as_json, differences, parse
+
+ORIGINAL = {
+    "data_dir": None,
+    "batch_size": 64,
+    "num_batches": 50,
+    "num_epochs": None,
+    "log_dir": "",
+    "display_every": 1,
+    "save_interval": 43200,
+    "summary_interval": 3600,
+    "loss_scale": 1.0,
+    "larc_eta": None,
+    "larc_mode": "clip",
+    "learning_rate": None,
+    "eval": False,
+    "fp16": False,
+}
+NEWER = {
+    "bf16": False,
+    "crop_area": (0.1, 1.0),
+    "crop_aspect": (0.8, 1.25),
+    "eval_crop": 0.875,
+    "normalize": "signed",
+    "num_classes": None,
+    "label_base": None,
+    "resnet_v1": False,
+    "seed": 1,
+    "keep": 3,
+    "transport": "horovod",
+    "dry_run": False,
+}
+
+
+def test_names_and_defaults_are_frozen():
+    settings = parse(["--model=lenet"])
+    assert {f.name: getattr(settings, f.name) for f in fields(Settings)} == {"model": "lenet"} | ORIGINAL | NEWER
+
+
+def test_the_originals_command():
+    command = (
+        "--model=resnet50 --data_dir=/data/imagenet_tfrecord --batch_size=256 --fp16 --larc_mode=clip --larc_eta=0.003 "
+        "--loss_scale=128 --log_dir=./checkpoint-dir --save_interval=3600 --num_epochs=90 --display_every=100 "
+        "--learning_rate=2.0"
+    )
+    s = parse(command.split())
+    assert (s.model, s.batch_size, s.fp16, s.larc_eta, s.loss_scale) == ("resnet50", 256, True, 0.003, 128.0)
+    assert (s.save_interval, s.num_epochs, s.display_every, s.learning_rate) == (3600, 90, 100, 2.0)
+
+
+def test_short_and_negative_forms():
+    s = parse(["-m", "lenet", "-b", "7", "--fp16", "--nofp16", "--noeval"])
+    assert (s.model, s.batch_size, s.fp16, s.eval) == ("lenet", 7, False, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("--num_epoch=3", "--num_epoch"),  # unknown, not an abbreviation
+        ("--batch_size=0", "--batch_size=0"),
+        ("--batch_size=x", "--batch_size"),
+        ("--num_batches=-1", "--num_batches"),
+        ("--learning_rate=nan", "--learning_rate=nan"),
+        ("--learning_rate=inf", "--learning_rate"),
+        ("--learning_rate=0", "--learning_rate"),
+        ("--larc_eta=-1", "--larc_eta"),
+        ("--larc_mode=trust", "--larc_mode"),
+        ("--loss_scale=0", "--loss_scale"),
+        ("--loss_scale=sometimes", "--loss_scale"),
+        ("--loss_scale=nan", "--loss_scale"),
+        ("--crop_area=0,1", "--crop_area"),
+        ("--crop_area=0.5", "--crop_area"),
+        ("--crop_area=0.5,2", "--crop_area"),
+        ("--crop_aspect=2,1", "--crop_aspect"),
+        ("--eval_crop=1.5", "--eval_crop"),
+        ("--seed=-1", "--seed"),
+        ("--keep=0", "--keep"),
+        ("--fp16 --bf16", "--fp16 and --bf16"),
+        ("--num_epochs=2", "--data_dir"),
+        ("--eval", "--data_dir"),
+        ("--eval --data_dir=x", "--log_dir"),
+        ("--transport=pigeon", "--transport"),
+    ],
+)
+def test_bad_flags_are_named_in_one_line(arguments, names):
+    with pytest.raises(InputError) as error:
+        parse(["--model=lenet", *arguments.split()])
+    assert names in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_model_is_required():
+    with pytest.raises(InputError, match="--model"):
+        parse([])
+
+
+def test_what_a_resumed_run_may_change():
+    one = parse(["--model=lenet", "--crop_area=0.5,1"])
+    stored = json.loads(json.dumps(as_json(one)))
+    free = ["--display_every=7", "--save_interval=1", "--summary_interval=1", "--keep=9", "--data_dir=d", "--log_dir=e"]
+    assert differences(one, stored) == []
+    assert differences(parse(["--model=lenet", "--crop_area=0.5,1", *free]), stored) == []
+    other = parse(["--model=trivial", "--crop_area=0.6,1"])
+    assert differences(other, stored) == [
+        "--model: there lenet, here trivial",
+        "--crop_area: there [0.5, 1.0], here [0.6, 1.0]",
+    ]
