@@ -277,8 +277,11 @@ class Run:
 
 @contextmanager
 def caught(signals: list[int]) -> Iterator[None]:
-    """SIGTERM and SIGINT append themselves to `signals`. One that comes a second after the first ends the process."""
-    asked = (signal.SIGTERM, signal.SIGINT)
+    """SIGTERM, SIGINT and SIGUSR1 append themselves to `signals`. A second one, a second later, ends the process.
+
+    SIGUSR1 because mpiexec hands it on as it is, while Open MPI 5 kills its ranks half a second after SIGTERM.
+    """
+    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {s: signal.getsignal(s) for s in asked}
     first: list[float] = []
 
