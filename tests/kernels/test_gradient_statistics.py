@@ -57,7 +57,7 @@ def test_is_as_close_as_fp32_allows(
         reference(*(change(t.double()) for t in tensors), ranks=ranks, weight_decay=weight_decay, square_sums=sums)
         return sums
 
-    # A term carries 5 roundings (loss scale x ranks, the decay, their product, that with the weight, the sum), its square
+    # A term carries 5 roundings (loss scale x ranks, decay, their product, that with the weight, the sum), its square
     # doubles them and adds one; no element passes through more than 128 additions; the inverse has 2, and comes twice,
     # with a product each. Where terms cancel, the bound is on their absolute values.
     bound = (2 * 5 + 1 + 128 + 2 * 3) * U * in_double(torch.abs)

@@ -45,6 +45,16 @@ def test_is_exact_on_integers(implementation, device, mode, expected):
     assert out["ratio"].tolist() == expected
 
 
+def test_a_tensor_of_more_blocks_than_a_program_takes_at_once(implementation, device):
+    blocks = 4 * CONFIG["CHUNK"]
+    tensors = inputs(device, torch.ones(blocks + 1), torch.ones(blocks + 1), [1, blocks])
+    norms = [1, blocks**0.5]
+    assert ratios(tensors)["gradient_norm"].tolist() == norms
+    assert ratios(tensors)["weight_norm"].tolist() == norms
+    tensors[0][-1] = torch.inf
+    assert ratios(tensors)["scalars"][2] == 0
+
+
 def test_scalars(implementation, device):
     for step, learning_rate in ((0, 0.5), (1, 0.25), (2, 0.125), (3, 0.125), (10**12, 0.125)):
         tensors = inputs(device, [1.0], [1.0], [1], [0.5, 0.25, 0.125], step, loss_scale=64.0)
