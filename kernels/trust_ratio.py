@@ -57,8 +57,11 @@ def sum_range(values, first, last, CHUNK: tl.constexpr):
     """The sum of values[first:last], always in the same order."""
     at = tl.arange(0, CHUNK)
     total = tl.zeros((CHUNK,), tl.float32)
-    for start in range(first, last, CHUNK):
-        total += tl.load(values + start + at, mask=start + at < last, other=0.0)
+    at += first
+    while first < last:  # Triton 3.6's interpreter cannot take `range` of loaded values with numpy 2.4
+        total += tl.load(values + at, mask=at < last, other=0.0)
+        at += CHUNK
+        first += CHUNK
     return tl.sum(total)
 
 
@@ -75,7 +78,6 @@ def kernel(
     weight_norm,
     scalars,
     tensors,
-    blocks,
     steps,
     ranks,
     eta,
@@ -86,7 +88,7 @@ def kernel(
     t = tl.program_id(0)
     learning_rate = tl.load(schedule + tl.minimum(tl.load(counters), steps - 1))
     if t == tensors:
-        total = sum_range(gradient_square_sums, 0, blocks, CHUNK)
+        total = sum_range(gradient_square_sums, tl.load(first_block), tl.load(first_block + tensors), CHUNK)
         finite = (tl.abs(total) < float("inf")).to(tl.float32)  # false for NaN
         tl.store(scalars, learning_rate)
         tl.store(scalars + 1, tl.div_rn(1.0, tl.load(loss_scale) * ranks))
@@ -159,7 +161,7 @@ def trust_ratio(
     outputs = {"ratio": ratio, "gradient_norm": gradient_norm, "weight_norm": weight_norm, "scalars": scalars}
     if runs_triton(scalars.device):
         kernel[(tensors + 1,)](
-            *inputs, **outputs, tensors=tensors, blocks=blocks, steps=steps, ranks=ranks, eta=eta, MODE=mode, **CONFIG
+            *inputs, **outputs, tensors=tensors, steps=steps, ranks=ranks, eta=eta, MODE=mode, **CONFIG
         )
     else:
         reference(*inputs, ranks=ranks, mode=mode, eta=eta, **outputs)

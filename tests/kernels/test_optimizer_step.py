@@ -1,9 +1,15 @@
 """The three launches together, against optimizers of another make."""
 
+import inspect
+from dataclasses import fields
+from importlib import import_module
+
 import pytest
 import torch
+from triton.backends.nvidia.compiler import CUDAOptions
 
 from kernels import BLOCK, gradient_statistics, larc_update, refresh, trust_ratio
+from kernels.implementation import INTERPRETED
 
 U = 2.0**-24  # half a unit in the last place of fp32
 SHAPES = [(20, 3, 5, 5), (33, 70), (64,), (1,), (9,)]
@@ -178,3 +184,41 @@ def test_an_overflow_is_skipped_and_the_next_step_is_not(implementation, device)
     assert ours.counters.tolist() == [2, 1, 1]
     ours.step([4 * g for g in all_gradients[2]])
     assert (ours.counters.tolist(), ours.loss_scale.item()) == ([3, 2, 0], 8.0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the compiler itself refuses what it does not know")
+def test_launches_name_what_the_compiler_knows(device, monkeypatch):
+    """The interpreter drops a keyword it does not know; a GPU refuses the launch."""
+    launched = []
+
+    class Strict:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **keywords):
+                parameters = inspect.signature(self.kernel.fn).parameters
+                options = keywords.keys() - parameters.keys()
+                assert options <= {field.name for field in fields(CUDAOptions)}
+                inspect.signature(self.kernel.fn).bind(
+                    *arguments, **{k: v for k, v in keywords.items() if k not in options}
+                )
+                launched.append(self.kernel.fn.__name__)
+                self.kernel[grid](*arguments, **keywords)
+
+            return launch
+
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    for op, name in (
+        ("gradient_statistics", "kernel"),
+        ("trust_ratio", "kernel"),
+        ("larc_update", "kernel"),
+        ("larc_update", "refresh_kernel"),
+    ):
+        module = import_module(f"kernels.{op}")
+        monkeypatch.setattr(module, name, Strict(getattr(module, name)))
+    weights, all_gradients = data()
+    ours = Optimizer(device, "clip", torch.float16)
+    ours.load(weights)
+    ours.step(all_gradients[0])
+    assert launched == ["refresh_kernel", "kernel", "kernel", "kernel"]
