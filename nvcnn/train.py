@@ -80,6 +80,10 @@ class Run:
     ):
         self.settings, self.transport = settings, transport
         self.device, threads = use_device(transport)
+        try:
+            self.kernels = "triton" if runs_triton(self.device) else "reference"
+        except ValueError as error:
+            raise InputError(str(error)) from None
         self.plan = plan(settings, dataset, transport.size)
         self.dtype = self.plan.dtype
         # What rank 0 read from the checkpoint for each rank: the reader's position and the random generators.
@@ -241,7 +245,7 @@ class Run:
                 "eval_crop": settings.eval_crop,
             },
             "settings": as_json(settings),
-            "kernels": "triton" if runs_triton(self.device) else "reference",
+            "kernels": self.kernels,
             "weights": self.arena.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "loss_average": self.average.cpu(),

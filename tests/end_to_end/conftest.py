@@ -1,0 +1,141 @@
+"""The programs of launch/, started as users start them: real processes, real mpiexec, real records."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvcnn.data.fashion_mnist import png
+from nvcnn.data.tfrecord import encode_example, write_shard
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 240  # seconds; a run here takes 10
+
+
+@dataclass
+class Program:
+    """A started program: `wait()` for its exit code, `text()` for what it printed so far, errors included."""
+
+    process: subprocess.Popen
+    output: Path
+
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"hangs after {timeout} s:\n{self.text()}")
+
+    def until(self, pattern: str, timeout: float = TIMEOUT) -> None:
+        """Waits until a line that matches `pattern` is there."""
+        end = time.monotonic() + timeout
+        while not re.search(pattern, self.text(), re.MULTILINE):
+            if self.process.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"ended, or {timeout} s passed, without {pattern!r}:\n{self.text()}")
+            time.sleep(0.05)
+
+    def ranks(self) -> list[int]:
+        """The process numbers of the ranks that mpiexec started."""
+        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        return [int(pid) for pid in found]
+
+
+@dataclass
+class Launcher:
+    """Starts programs; the session's environment without what the tests themselves set."""
+
+    directory: Path
+    started: list[Program] = field(default_factory=list)
+
+    def start(self, script: str, *arguments: object, ranks: int = 1, environment: dict[str, str] | None = None):
+        env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NVCNN_KERNELS")}
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1"}
+        env |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONUNBUFFERED": "1"} | (environment or {})
+        program = [sys.executable, ROOT / script, *arguments]
+        if ranks > 1:
+            program = [mpiexec(), "--bind-to", "none", "--oversubscribe", "-np", ranks, *program]
+        output = self.directory / f"output-{len(self.started)}.txt"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                list(map(str, program)), stdout=file, stderr=subprocess.STDOUT, env=env, cwd=self.directory
+            )
+        self.started.append(Program(process, output))
+        return self.started[-1]
+
+    def run(self, script: str, *arguments: object, ranks: int = 1, code: int = 0, **options) -> str:
+        """Runs to the end and checks the exit code; returns what was printed."""
+        program = self.start(script, *arguments, ranks=ranks, **options)
+        assert program.wait() == code, program.text()
+        return program.text()
+
+    def train(self, *arguments: object, **options) -> str:
+        return self.run("launch/train.py", *arguments, **options)
+
+
+def mpiexec() -> str:
+    found = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert found, "no mpiexec in the environment or on PATH: run make env"
+    return found
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path)
+    yield launcher
+    for program in launcher.started:
+        if program.process.poll() is None:
+            program.process.send_signal(signal.SIGKILL)
+
+
+def picture(seed: int, label: int) -> bytes:
+    """A 28 x 28 PNG of noise with a bright bar whose place is the label: LeNet learns it in a few steps."""
+    pixels = torch.randint(0, 100, (28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    pixels[2 * label + 4 : 2 * label + 6] = 250
+    return png(pixels.numpy().tobytes(), 28, 28)
+
+
+def write_records(directory: Path, *, train: int, validation: int, classes: int = 10, shards: int = 2) -> Path:
+    """Records without dataset.json: give --num_classes."""
+    directory.mkdir()
+    for split, images in (("train", train), ("validation", validation)):
+        for s in range(shards):
+            part = range(images * s // shards, images * (s + 1) // shards)
+            examples = (
+                encode_example({"image/encoded": [picture(i, i % classes)], "image/class/label": [i % classes + 1]})
+                for i in part
+            )
+            write_shard(directory / f"{split}-{s:05d}-of-{shards:05d}", examples)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """640 training and 100 validation images of 10 classes."""
+    return write_records(tmp_path_factory.mktemp("records") / "bars", train=640, validation=100)
+
+
+def last_checkpoint(log_dir: Path) -> dict:
+    return torch.load(max(log_dir.glob("checkpoint-*.pt")), weights_only=True)
+
+
+def assert_same_bits(one: dict, other: dict) -> None:
+    """Weights, momentum, statistics, counters and loss scale of two checkpoints."""
+    assert one["weights"].keys() == other["weights"].keys()
+    for name, value in one["weights"].items():
+        assert torch.equal(value, other["weights"][name]), name
+    for name, value in one["optimizer"]["momentum"].items():
+        assert torch.equal(value, other["optimizer"]["momentum"][name]), f"momentum of {name}"
+    for name in ("counters", "loss_scale"):
+        assert torch.equal(one["optimizer"][name], other["optimizer"][name]), name
+    assert torch.equal(one["loss_average"], other["loss_average"])

@@ -1,0 +1,207 @@
+"""Training as users start it: loss falls, ranks agree, stopped runs resume to the same bits."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+
+from .conftest import assert_same_bits, last_checkpoint, write_records
+
+COMMON = ("--model=lenet", "--num_classes=10", "--crop_area=0.9,1", "--eval_crop=1", "--learning_rate=0.05")
+
+
+def events(log_dir, kind):
+    lines = (log_dir / "metrics.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+@pytest.mark.parametrize("transport", ["horovod", "torch"])
+@pytest.mark.parametrize("precision", [(), ("--bf16",), ("--fp16", "--loss_scale=dynamic")])
+def test_loss_falls_and_ranks_agree(launch, records, tmp_path, transport, precision):
+    text = launch.run(
+        "tests/end_to_end/digest.py",
+        *COMMON,
+        *precision,
+        f"--data_dir={records}",
+        f"--log_dir={tmp_path}/run",
+        f"--transport={transport}",
+        "--batch_size=16",
+        "--num_batches=40",
+        "--display_every=10",
+        ranks=2,
+    )
+    losses = [e["loss"] for e in events(tmp_path / "run", "train")]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] / 2, text
+    digests = dict(re.findall(r"rank (\d) holds (\w+)", text))
+    assert len(digests) == 2
+    assert digests["0"] == digests["1"]
+    staged = "horovod has no bfloat16: gradients travel in fp32" in text
+    assert staged == (transport == "horovod" and precision == ("--bf16",))
+
+
+def test_two_ranks_equal_one(launch, tmp_path):
+    """2 ranks x batch 8 and 1 rank x batch 16 on the same fixed tensors: equal up to fp32 rounding."""
+    for ranks in (1, 2):
+        launch.run("tests/end_to_end/fixed_tensors.py", tmp_path / f"{ranks}.pt", ranks=ranks)
+    one, two = (torch.load(tmp_path / f"{ranks}.pt") for ranks in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one:
+        start, a, b = one[name]["start"], one[name]["end"], two[name]["end"]
+        moved = (a - start).norm()
+        assert moved > 0
+        assert (a - b).norm() < 1e-4 * moved, name
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_a_stopped_run_resumes_to_the_same_bits(launch, records, tmp_path, how):
+    arguments = (*COMMON, f"--data_dir={records}", "--batch_size=16", "--num_batches=60", "--display_every=1")
+    launch.train(*arguments, f"--log_dir={tmp_path}/whole", ranks=2)
+    interval = ["--save_interval=0"] if how == signal.SIGKILL else []
+    program = launch.start("launch/train.py", *arguments, *interval, f"--log_dir={tmp_path}/stopped", ranks=2)
+    program.until(r"^ +25 ")  # in the second epoch: 20 steps are one
+    if how == signal.SIGTERM:  # as srun and torchrun do: to the ranks; here to one of them, and both must stop
+        os.kill(program.ranks()[1], how)
+        assert program.wait() == 3, program.text()
+    elif how == signal.SIGUSR1:  # through mpiexec
+        program.process.send_signal(how)
+        assert program.wait() == 3, program.text()
+    else:
+        for pid in program.ranks():
+            os.kill(pid, how)
+        assert program.wait() not in (0, 3)
+    stopped_at = int(last_checkpoint(tmp_path / "stopped")["optimizer"]["counters"][0])
+    assert 20 < stopped_at < 60
+    text = launch.train(*arguments, f"--log_dir={tmp_path}/stopped", ranks=2)
+    assert f"Restored checkpoint {tmp_path}/stopped/checkpoint-{stopped_at:08d}.pt" in text
+    assert_same_bits(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "stopped"))
+    # The printed losses of the steps after the stop are the undisturbed run's.
+    whole, stopped = ({e["step"]: e["loss"] for e in events(tmp_path / d, "train")} for d in ("whole", "stopped"))
+    assert whole == stopped
+    assert "is trained" in launch.train(*arguments, f"--log_dir={tmp_path}/stopped", ranks=2)
+
+
+def test_batchnorm_and_loss_scale_resume_to_the_same_bits(launch, records, tmp_path):
+    arguments = (
+        *("--model=resnet18", "--num_classes=10", "--learning_rate=0.02", "--larc_eta=0.01", "--loss_scale=dynamic"),
+        *(f"--data_dir={records}", "--batch_size=2", "--num_batches=6"),
+    )
+    launch.train(*arguments, f"--log_dir={tmp_path}/whole")
+    program = launch.start("launch/train.py", *arguments, f"--log_dir={tmp_path}/stopped")
+    program.until(r"^ +2 ")
+    program.process.send_signal(signal.SIGTERM)
+    assert program.wait() == 3, program.text()
+    launch.train(*arguments, f"--log_dir={tmp_path}/stopped")
+    assert_same_bits(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "stopped"))
+
+
+def test_saving_does_not_change_training(launch, records, tmp_path):
+    arguments = (*COMMON, f"--data_dir={records}", "--batch_size=16", "--num_batches=12")
+    launch.train(*arguments, f"--log_dir={tmp_path}/seldom", ranks=2)
+    launch.train(*arguments, f"--log_dir={tmp_path}/often", "--save_interval=0", "--keep=2", ranks=2)
+    assert len(list((tmp_path / "often").glob("checkpoint-*"))) == 2
+    assert_same_bits(last_checkpoint(tmp_path / "seldom"), last_checkpoint(tmp_path / "often"))
+
+
+def test_evaluation_counts_each_image_once(launch, tmp_path):
+    data = write_records(tmp_path / "data", train=320, validation=101)
+    arguments = (*COMMON, f"--data_dir={data}", f"--log_dir={tmp_path}/run", "--batch_size=32")
+    launch.train(*arguments, "--num_batches=30", "--display_every=30")
+    results = []
+    for ranks in (1, 2, 3):
+        text = launch.run(
+            "launch/eval.py",
+            f"--data_dir={data}",
+            f"--log_dir={tmp_path}/run",
+            "--batch_size=7",
+            "--json",
+            ranks=ranks,
+        )
+        results.append(json.loads(text.splitlines()[-1]))
+        top1, images = results[-1]["top1"], results[-1]["images"]
+        assert re.search(rf"^Validation Top-1: {top1:.3f} % \+/- \d", text, re.MULTILINE)
+        assert images == 101
+    assert results[0] == results[1] == results[2]
+    assert results[0]["top1"] > 80
+    assert results[0] | {"top1": 0, "top5": 0} == {
+        "top1": 0,
+        "top5": 0,
+        "images": 101,
+        "step": 30,
+        "checkpoint": f"{tmp_path}/run/checkpoint-00000030.pt",
+    }
+    text = launch.train(*arguments, "--num_batches=30", "--eval")
+    assert f"Validation Top-1: {results[0]['top1']:.3f} %" in text
+    assert len(events(tmp_path / "run", "eval")) == 4
+
+
+def test_what_a_log_directory_holds(launch, records, tmp_path):
+    launch.train(*COMMON, f"--data_dir={records}", f"--log_dir={tmp_path}/run", "--batch_size=16", "--num_batches=25")
+    names = sorted(re.sub(r"tfevents.*", "tfevents", p.name) for p in (tmp_path / "run").iterdir())
+    assert names == [
+        "checkpoint-00000025.pt",
+        "config.json",
+        "curve.png",
+        "events.out.tfevents",
+        "metrics.jsonl",
+    ]
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["settings"]["model"] == "lenet"
+    assert {"nvcnn", "torch", "triton", "python"} <= config["versions"].keys()
+    state = last_checkpoint(tmp_path / "run")
+    assert state["preprocessing"] == {"image_size": 28, "normalize": "signed", "eval_crop": 1.0}
+    assert state["kernels"] == "reference"
+    assert state["num_classes"] == 10
+
+
+def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path):
+    """20 real steps of a tiny model through Triton's interpreter, losses compared with those of the references."""
+    losses = {}
+    for kernels in ("reference", "triton"):
+        launch.train(
+            "--model=lenet",
+            "--num_classes=10",
+            "--learning_rate=0.02",
+            "--larc_eta=0.01",
+            "--loss_scale=128",
+            f"--data_dir={records}",
+            f"--log_dir={tmp_path}/{kernels}",
+            "--batch_size=8",
+            "--num_batches=20",
+            environment={"NVCNN_KERNELS": kernels} | ({"TRITON_INTERPRET": "1"} if kernels == "triton" else {}),
+        )
+        assert last_checkpoint(tmp_path / kernels)["kernels"] == kernels
+        losses[kernels] = [e["loss"] for e in events(tmp_path / kernels, "train")]
+    assert len(losses["triton"]) == 20
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-4)
+    assert losses["triton"] != [losses["triton"][0]] * 20
+
+
+def test_the_originals_command(launch, records, tmp_path):
+    """Flag for flag, on two ranks, with only data, log directory, batch and epochs replaced."""
+    data = write_records(tmp_path / "data", train=8, validation=2, classes=2)
+    command = (
+        "--model=resnet50 --fp16 --larc_mode=clip --larc_eta=0.003 --loss_scale=128 --save_interval=3600 "
+        f"--display_every=100 --learning_rate=2.0 --data_dir={data} --log_dir={tmp_path}/run "
+        "--batch_size=2 --num_epochs=1"
+    ).split()
+    text = launch.train(*command, "--dry_run", ranks=2)
+    assert text.count("Steps:       2") == 1
+    assert "Parameters:  25,557,032" in text
+    assert not (tmp_path / "run").exists()
+    launch.train(*command, ranks=2)
+    state = last_checkpoint(tmp_path / "run")
+    assert state["optimizer"]["counters"].tolist() == [2, 2, 2]
+    assert all(w.isfinite().all() for w in state["weights"].values())
+
+
+def test_one_process_needs_torch_and_triton_alone(launch, tmp_path):
+    arguments = ("--model=lenet", "--batch_size=8", "--num_batches=25", f"--log_dir={tmp_path}/run")
+    text = launch.run("tests/end_to_end/blocked.py", *arguments)
+    assert "Images/sec:" in text
+    assert "TensorBoard is not installed" in text
+    assert "matplotlib is not installed" in text
+    assert len(events(tmp_path / "run", "train")) == 25
