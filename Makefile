@@ -40,7 +40,7 @@ env: .venv/.packages .venv/.horovod  ## everything, in .venv/: 5 minutes on 2 co
 	@[ -t 1 ] || quiet=-qq; \
 	$(activate) \
 	if [ $(MPI) = own ]; then \
-	  echo "env 2/3: mpi4py for $$(command -v mpiexec) (1 minute)"; \
+	  echo "env 2/3: mpi4py for $$(command -v mpiexec) (4 minutes, it is compiled)"; \
 	  pip install $${quiet:-} -c constraints.txt --no-cache-dir --no-binary=mpi4py mpi4py; \
 	fi; \
 	echo 'env 2/3: the packages of constraints.txt, MPI: $(MPI) (2 minutes; with a GPU build of torch 4 GB to fetch)'; \
@@ -74,10 +74,10 @@ lint: env  ## ruff and mypy
 	@$(activate) ruff check .; ruff format --check .; mypy
 
 test: lint  ## env, lint, types, every test
-	@$(activate) pytest -n 2
+	@$(activate) pytest -n 2 -m 'not full'
 
 test-full: lint  ## the same tests with larger parameters, and the long ones: hours
-	@$(activate) NVCNN_FULL=1 pytest -n 2
+	@$(activate) pytest -n 2 --hypothesis-profile=full
 
 bench: env  ## the kernels and their peers, timed on this machine
 	@$(activate) pytest benchmarks/ --benchmark-only
