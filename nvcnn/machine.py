@@ -34,6 +34,7 @@ def use_device(transport: Transport) -> tuple[torch.device, int]:
             "start at most that many ranks on it"
         )
     torch.cuda.set_device(transport.local_rank)
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True  # the fastest of the deterministic
     return torch.device("cuda", transport.local_rank), threads
 
 
