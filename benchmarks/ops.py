@@ -1,0 +1,181 @@
+"""The optimizer's ops on ResNet-50's parameters against the floor that memory sets, and the whole step against others.
+
+python -m benchmarks.ops [--device=cpu|cuda] [--json FILE]
+
+The floor of an op is the bytes it must move, over the copy bandwidth of the same rounds: a `ratio` of 0.9 is 90 % of
+it. On a GPU gradients and model weights are fp16, each op is timed as a CUDA graph over several arenas in turn, which
+together exceed any cache; whole optimizer steps are timed as their users call them.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+
+import kernels
+from benchmarks import report, timing
+from nvcnn.arena import Arena
+from nvcnn.larc import Larc
+from nvcnn.models import build_model
+
+OPS = ("gradient_statistics", "trust_ratio", "larc_update")
+ARENAS = 3
+Rows = list[dict[str, Any]]
+
+
+def copy(size: int, device: torch.device) -> timing.Step:
+    """Copies `size` bytes: reads and writes as many."""
+    source, target = torch.randn(2, size // 4, device=device)
+    return partial(target.copy_, source)
+
+
+def matmul(n: int, dtype: torch.dtype, device: torch.device) -> timing.Step:
+    """2 n^3 FLOPs, on random values: zeros draw less power, and run faster."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return partial(torch.mm, a, b, out=torch.empty_like(a))
+
+
+def ceilings(device: torch.device, dtypes: Iterable[torch.dtype], *, size: int, n: int, rounds: int) -> Rows:
+    """What this machine does at best: its copy bandwidth, bytes read and written, and its matrix rate."""
+    work = {f"ceiling: copy of {size >> 20} MiB": (2 * size / 1e9, "GB/s", copy(size, device))}
+    for dtype in dtypes:
+        name = f"ceiling: {n} x {n} matmul, {str(dtype).removeprefix('torch.')}"
+        work[name] = 2 * n**3 / 1e12, "TFLOP/s", matmul(n, dtype, device)
+    steps = {name: step for name, (_, _, step) in work.items()}
+    times = timing.alternate(steps, device, rounds=rounds, repeat=10, warm_up=3)
+    return [
+        timing.missing(name, unit, "") | {"peer": timing.significant(amount / median(times[name]) * 1e3)}
+        for name, (amount, unit, _) in work.items()
+    ]
+
+
+def optimizer(model: str, device: torch.device, dtype: torch.dtype) -> Larc:
+    network = build_model(model, num_classes=1000, seed=0)
+    names = [name for name, _ in network.named_parameters()]
+    arena = Arena(network, reversed(names), device=device, dtype=dtype)
+    for slot in arena.slots:
+        arena.gradient(slot).normal_(std=1e-3)
+    return Larc(arena, schedule=torch.tensor([1e-4]), mode="clip", eta=1e-3)
+
+
+def launches(larc: Larc) -> dict[str, timing.Step]:
+    """The three launches of `larc.step`, with its very arguments, each on its own."""
+    with mock.patch.multiple(kernels, **dict.fromkeys(OPS, mock.DEFAULT)) as calls:
+        larc.step()
+    return {op: partial(getattr(kernels, op), *calls[op].call_args.args, **calls[op].call_args.kwargs) for op in OPS}
+
+
+def bytes_of(arena: Arena) -> dict[str, int]:
+    """What the ops must move, without the arena's padding: master weight and momentum are fp32."""
+    sizes = [slot.parameter.numel() for slot in arena.slots]
+    matrix = sum(n for n, slot in zip(sizes, arena.slots, strict=True) if slot.start < arena.matrix_elements)
+    vector = sum(sizes) - matrix
+    gradient = arena.matrix_gradient.element_size()
+    weight_copy = 0 if arena.model_weight is None else arena.model_weight.element_size()
+    return {
+        "gradient_statistics": matrix * (gradient + 4) + vector * (4 + 4),
+        "larc_update": matrix * (gradient + 16 + weight_copy) + vector * (4 + 16),
+    }
+
+
+def amp_unscale(arena: Arena) -> timing.Step:
+    """What a GradScaler does to the fp32 gradients of as many parameters: the same check, and no norms."""
+    gradients = [torch.randn_like(slot.parameter, dtype=torch.float32) for slot in arena.slots]
+    found, inverse = torch.zeros(1, device=gradients[0].device), torch.ones(1, device=gradients[0].device)
+    return partial(torch._amp_foreach_non_finite_check_and_unscale_, gradients, found, inverse)
+
+
+def measure_ops(model: str, device: torch.device, dtype: torch.dtype, *, size: int, rounds: int) -> Rows:
+    """Each op over ARENAS arenas in turn, between copies of `size` bytes. Raises RuntimeError if a step was skipped."""
+    optimizers = [optimizer(model, device, dtype) for _ in range(ARENAS)]
+    for larc in optimizers:
+        larc.step()
+    steps = {"copy": timing.captured(copy(size, device), device)}
+    for op in OPS:
+        steps[op] = timing.captured(in_turn([launches(larc)[op] for larc in optimizers]), device)
+    unscale = "_amp_foreach_non_finite_check_and_unscale_"
+    steps[unscale] = timing.captured(in_turn([amp_unscale(larc.arena) for larc in optimizers]), device)
+    times = timing.alternate(steps, device, rounds=rounds, repeat=5, warm_up=3)
+    if any(larc.scalars[2] != 1 for larc in optimizers):
+        raise RuntimeError("the measured step was skipped as an overflow: its time says nothing")
+
+    per_op = {name: [ms / ARENAS for ms in values] for name, values in times.items()}
+    head = f"{model}, {str(dtype).removeprefix('torch.')}:"
+    rows = []
+    for op, needed in bytes_of(optimizers[0].arena).items():
+        floor = [ms * needed / (2 * size) for ms in times["copy"]]
+        row = timing.row(f"{head} {op} / floor", "us", per_op[op], floor)
+        rows.append(row | {"note": f"{timing.significant(needed / row['ours'] / 1e3)} GB/s"})
+    statistics, ratio = per_op["gradient_statistics"], timing.significant(median(per_op["trust_ratio"]) * 1e3)
+    rows.append(timing.missing(f"{head} trust_ratio", "us", "8 bytes a block, out of the cache") | {"ours": ratio})
+    rows.append(timing.row(f"{head} gradient_statistics / {unscale}", "us", statistics, per_op[unscale]))
+    return rows
+
+
+def in_turn(steps: list[timing.Step]) -> timing.Step:
+    def step() -> None:
+        for one in steps:
+            one()
+
+    return step
+
+
+def measure_steps(
+    ours: dict[str, Callable[[], timing.Step]],
+    peers: dict[str, Callable[[], timing.Step]],
+    device: torch.device,
+    *,
+    rounds: int,
+    repeat: int,
+) -> Rows:
+    """Whole optimizer steps, all contenders in each round; a peer that fails has a row that says why."""
+    failed: Rows = []
+    steps = {name: make() for name, make in ours.items()}
+    for name, make in peers.items():
+        try:
+            step = make()
+            step()
+            steps[name] = step
+        except Exception as error:  # whatever a peer raises is its result
+            failed.append(timing.missing(f"optimizer step: {' and '.join(ours)} / {name}", "us", error))
+    times = timing.alternate(steps, device, rounds=rounds, repeat=repeat, warm_up=3)
+    pairs = [(our, peer) for our in ours for peer in peers if peer in times]
+    return [timing.row(f"optimizer step: {a} / {b}", "us", times[a], times[b]) for a, b in pairs] + failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device=cuda: no GPU here")
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    from benchmarks.bench_larc_update import OURS, PEERS  # it asks for the device as it is imported
+
+    rows: Rows = []
+    size, n, rounds = (1 << 30, 8192, 20) if gpu else (1 << 28, 1024, 9)
+    dtypes = (torch.float16, torch.bfloat16) if gpu else (torch.float32, torch.bfloat16)
+    for part in (
+        partial(ceilings, device, dtypes, size=size, n=n, rounds=rounds),
+        partial(measure_ops, "resnet50", device, dtypes[0], size=size, rounds=rounds),
+        partial(measure_steps, OURS, PEERS, device, rounds=rounds, repeat=20 if gpu else 1),
+    ):
+        rows += part()
+        if arguments.json:
+            report.write(arguments.json, "ops", rows)
+    print(report.table(timing.shown(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

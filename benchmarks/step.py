@@ -1,0 +1,186 @@
+"""The whole training step on synthetic data (forward, backward, optimizer) against what one would otherwise write.
+
+python -m benchmarks.step [--device=cpu|cuda] [--json FILE]
+
+On a GPU: ResNet-50, batch 256, 224 x 224, fp16. On the CPU, to prove the script: ResNet-18, batch 4, 64 x 64, fp32.
+The peers are plain channels-last loops with SGD(fused=True), on a GPU with automatic mixed precision, GradScaler and
+cudnn.benchmark. They get normalised fp32 images; ours starts from uint8, as from a decoder, and has LARC.
+"""
+
+import argparse
+import gc
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import benchmarks.peers  # noqa: F401 (makes torchvision importable)
+from benchmarks import report, timing
+from nvcnn.data import SyntheticData
+from nvcnn.distributed import connect
+from nvcnn.larc import MOMENTUM, WEIGHT_DECAY
+from nvcnn.settings import Settings
+from nvcnn.train import Run
+
+LEARNING_RATE = 1e-3  # small: the batch is always the same, and no contender may diverge while it is timed
+
+
+@dataclass(frozen=True)
+class Case:
+    device: torch.device
+    model: str
+    batch: int
+    size: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"step, {self.model}, batch {self.batch}, {self.size} x {self.size}, {dtype}"
+
+
+CPU = Case(torch.device("cpu"), "resnet18", 4, 64, torch.float32)
+GPU = Case(torch.device("cuda"), "resnet50", 256, 224, torch.float16)
+
+
+def ours(case: Case) -> timing.Step:
+    """The trainer's own step."""
+    half = case.dtype == torch.float16
+    settings = Settings(
+        model=case.model,
+        batch_size=case.batch,
+        fp16=half,
+        bf16=case.dtype == torch.bfloat16,
+        loss_scale="dynamic" if half else 1.0,
+        larc_eta=1e-3,
+        learning_rate=LEARNING_RATE,
+    )
+    run = Run(settings, None, connect(settings.transport), None)
+    if run.device.type != case.device.type:
+        raise RuntimeError(f"the trainer runs on {run.device}, not on {case.device}")
+    run.model.train()
+    data = SyntheticData(
+        batch_size=case.batch, image_size=case.size, num_classes=1000, images=case.batch, seed=0, device=run.device
+    )
+    return lambda: run.train_step(next(data))
+
+
+def plain_loop(
+    model: nn.Module, *, device: torch.device, dtype: torch.dtype, compile_mode: str | None = None, **sgd: Any
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A training step as PyTorch's documentation has it: images (fp32, channels-last) and labels in, loss out.
+
+    `dtype` other than fp32 is automatic mixed precision. `sgd`: options of torch.optim.SGD.
+    """
+    model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    options: dict[str, Any] = {"momentum": MOMENTUM, "nesterov": True, "weight_decay": WEIGHT_DECAY}
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, **options, **sgd)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(images), labels)
+
+    forward = torch.compile(loss_of, mode=compile_mode) if compile_mode else loss_of
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = forward(images, labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    return step
+
+
+def synthetic(case: Case, model: nn.Module, compile_mode: str | None = None) -> timing.Step:
+    generator = torch.Generator(case.device).manual_seed(0)
+    images = torch.randn(case.batch, 3, case.size, case.size, device=case.device, generator=generator)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (case.batch,), device=case.device, generator=generator)
+    step = plain_loop(model, device=case.device, dtype=case.dtype, compile_mode=compile_mode, fused=True)
+
+    def benchmarked() -> None:
+        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
+            step(images, labels)
+
+    return benchmarked
+
+
+def torchvision(case: Case, compile_mode: str | None = None) -> timing.Step:
+    import torchvision.models
+
+    return synthetic(case, getattr(torchvision.models, case.model)(), compile_mode)
+
+
+def timm(case: Case) -> timing.Step:
+    from timm import create_model
+
+    return synthetic(case, create_model(case.model))
+
+
+PEERS: dict[str, Callable[[Case], timing.Step]] = {"torchvision": torchvision, "timm": timm}
+# Last: on a GPU it tunes for minutes, and what stands by then is kept.
+COMPILED = {"torchvision, max-autotune": lambda case: torchvision(case, "max-autotune")}
+
+
+def compare(
+    case: Case,
+    peers: dict[str, Callable[[Case], timing.Step]],
+    *,
+    rounds: int,
+    repeat: int,
+    write: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """A row for every peer, each in turns with ours. `write` gets all of them whenever one is added."""
+    rows: list[dict[str, Any]] = []
+    own = ours(case)
+    for peer, make in peers.items():
+        name = f"{case.name}: nvcnn / {peer}"
+        write([*rows, timing.missing(name, "images/s", "the benchmark ended while this was measured")])
+        try:
+            steps = {"nvcnn": own, peer: make(case)}
+            times = timing.alternate(steps, case.device, rounds=rounds, repeat=repeat, warm_up=5)
+            package = peer.split(",")[0]
+            note = f"{package} {metadata.version(package)}"
+            rows.append(timing.row(name, "images/s", times["nvcnn"], times[peer], images=case.batch, note=note))
+        except Exception as error:  # whatever a peer raises is its result
+            rows.append(timing.missing(name, "images/s", error))
+        write(rows)
+        steps = {}
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device=cuda: no GPU here")
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        if arguments.json:
+            report.write(arguments.json, "step", rows)
+
+    if torch.cuda.is_available():
+        rows = compare(GPU, PEERS | COMPILED, rounds=8, repeat=10, write=write)
+    else:
+        rows = compare(CPU, PEERS, rounds=9, repeat=3, write=write)
+    print(report.table(timing.shown(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""How benchmarks measure: contenders take turns, so that all of them see the same machine; ratios are of one round."""
+
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+Step = Callable[[], object]
+
+
+def milliseconds(step: Step, device: torch.device) -> float:
+    """The time of one call: the device's, between two events, on a GPU; wall-clock time on the CPU."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    step()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last)
+
+
+def repeated(step: Step, times: int) -> Step:
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
+
+
+def captured(step: Step, device: torch.device) -> Step:
+    """`step` as a CUDA graph: what is timed is the device, not how fast the host launches. On the CPU, `step`."""
+    if device.type == "cpu":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def alternate(
+    steps: dict[str, Step], device: torch.device, *, rounds: int, repeat: int = 1, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Milliseconds per step of each contender in each round; a round runs every contender `repeat` times."""
+    for step in steps.values():
+        repeated(step, warm_up)()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(milliseconds(repeated(step, repeat), device) / repeat)
+    return times
+
+
+def row(
+    name: str, unit: str, ours: list[float], peer: list[float], *, images: int = 0, note: str = ""
+) -> dict[str, Any]:
+    """A row of the report from milliseconds of the same rounds, as ms, us or images/s (of steps of `images`).
+
+    Medians; `ratio` says how many times faster ours is, `spread` its quartiles over the rounds.
+    """
+    factor: Callable[[float], float] = {
+        "ms": lambda ms: ms,
+        "us": lambda ms: ms * 1e3,
+        "images/s": lambda ms: images / ms * 1e3,
+    }[unit]
+    ratios = [p / o for o, p in zip(ours, peer, strict=True)]
+    low, _, high = quantiles(ratios) if len(ratios) > 1 else ratios * 3
+    return {
+        "name": name,
+        "ours": significant(factor(median(ours))),
+        "peer": significant(factor(median(peer))),
+        "unit": unit,
+        "ratio": significant(median(ratios)),
+        "spread": f"{significant(low)} - {significant(high)}",
+        "note": note,
+    }
+
+
+def missing(name: str, unit: str, why: BaseException | str) -> dict[str, Any]:
+    """The row of a peer that cannot be measured."""
+    if isinstance(why, BaseException):
+        why = f"{type(why).__name__}: {str(why).splitlines()[0] if str(why) else ''}"
+    return {"name": name, "ours": None, "peer": None, "unit": unit, "ratio": None, "spread": "", "note": why[:200]}
+
+
+def significant(value: float) -> float:
+    """Four digits: no measurement here has more."""
+    return float(f"{value:.4g}")
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For a table: nothing measured is a dash."""
+    return [{key: "-" if value is None else value for key, value in row.items()} for row in rows]
