@@ -1,0 +1,79 @@
+"""Hits are counted by the book, also where logits are equal, not finite, or fewer than five."""
+
+import pytest
+import torch
+from torch import nn
+
+from nvcnn.data import Batch
+from nvcnn.distributed import Launch, Transport
+from nvcnn.errors import InputError
+from nvcnn.evaluate import Evaluation, accuracy, count_hits, lines, summed
+
+
+class Fixed(nn.Module):
+    """Hands out the logits it was given, batch by batch."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = list(logits)
+
+    def forward(self, x):
+        return self.logits.pop(0)
+
+
+def count(logits, labels, batch=3):
+    logits, labels = torch.as_tensor(logits, dtype=torch.float32), torch.as_tensor(labels)
+    sizes = [len(part) for part in labels.split(batch)]
+    data = [
+        Batch(torch.zeros(n, 4, 4, 3, dtype=torch.uint8), part, torch.zeros(n, dtype=torch.bool))
+        for n, part in zip(sizes, labels.split(batch), strict=True)
+    ]
+    return count_hits(Fixed(*logits.split(batch)), data, torch.float32, "signed").tolist()
+
+
+def test_counts():
+    logits = -torch.arange(10.0).expand(7, 10)  # class 0 is the likeliest, then 1, ...
+    assert count(logits, torch.tensor([0, 1, 2, 3, 4, 5, 6])) == [7, 1, 5]
+    assert count(logits, torch.tensor([0, 0, 0, 9, 9, 9, 4])) == [7, 3, 4]
+
+
+def test_a_model_that_says_the_same_of_every_class_does_not_hit_them_all():
+    images, top1, top5 = count(torch.zeros(10, 10), torch.arange(10))
+    assert (images, top1, top5) == (10, 1, 5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_hit_nothing(value):
+    logits = torch.eye(10)
+    logits[:4] = value
+    assert count(logits, torch.arange(10)) == [10, 6, 6]
+
+
+def test_fewer_than_five_classes():
+    assert count(torch.eye(3), torch.tensor([0, 1, 0])) == [3, 2, 3]
+
+
+def test_a_rank_without_images_counts_nothing():
+    assert count_hits(Fixed(), [], torch.float32, "signed").tolist() == [0, 0, 0]
+
+
+def test_lines():
+    result = accuracy(torch.tensor([400, 300, 380]))
+    assert result == {"top1": 75.0, "top5": 95.0, "images": 400}
+    assert lines(result)[1] == "Validation Top-1: 75.000 % +/- 2.17"  # sqrt(75 x 25 / 400)
+    assert lines(result)[2] == "Validation Top-5: 95.000 % +/- 1.09"
+    assert summed(torch.tensor([400, 300, 380]), Transport(Launch())) == result
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "--log_dir"),
+        ({"log_dir": "a", "checkpoint": "b"}, "one of --log_dir"),
+        ({"log_dir": "a", "batch_size": 0}, "--batch_size=0"),
+        ({"log_dir": "a", "model": "resnet51"}, "--model=resnet51"),
+    ],
+)
+def test_bad_flags(asked, message):
+    with pytest.raises(InputError, match=message):
+        Evaluation(data_dir="d", **asked)

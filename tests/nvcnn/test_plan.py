@@ -1,0 +1,41 @@
+"""What follows from settings, data and ranks."""
+
+import pytest
+import torch
+
+from nvcnn.data import find_dataset
+from nvcnn.errors import InputError
+from nvcnn.plan import dry_run, plan
+from nvcnn.settings import Settings
+
+
+def test_epochs_are_whole_batches(tmp_path, small_dataset):
+    settings = Settings(model="lenet", data_dir=str(small_dataset), batch_size=4, num_epochs=3, num_classes=10)
+    dataset = find_dataset(small_dataset, num_classes=10, label_base=None, split="train")
+    run = plan(settings, dataset, ranks=2)
+    assert (run.images, run.total_batch, run.steps_per_epoch, run.steps) == (30, 8, 3, 9)
+    with pytest.raises(InputError, match=r"30 training images .* 32 \(8 ranks x --batch_size=4\)"):
+        plan(settings, dataset, ranks=8)
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "rate"), [("resnet50", 8, 2.0), ("resnet18", 8, 0.5), ("lenet", 8, 0.001), ("resnet34", 1, 0.25)]
+)
+def test_default_learning_rates(model, ranks, rate):
+    assert plan(Settings(model=model, batch_size=256), None, ranks).learning_rate == rate
+    assert plan(Settings(model=model, learning_rate=0.7), None, ranks).learning_rate == 0.7
+
+
+def test_synthetic_data_is_one_epoch():
+    run = plan(Settings(model="resnet50", batch_size=16, num_batches=30, fp16=True), None, ranks=4)
+    assert (run.steps, run.steps_per_epoch, run.num_classes, run.dtype) == (30, 30, 1000, torch.float16)
+
+
+def test_dry_run_says_what_a_user_plans_by(capsys):
+    settings = Settings(model="resnet50", batch_size=256, fp16=True, learning_rate=2.0)
+    dry_run(settings, plan(settings, None, ranks=8))
+    out = capsys.readouterr().out
+    for line in ("--model=resnet50", "--learning_rate=2.0", "Batch size:  256 per device, 2048 total"):
+        assert line in out.splitlines()
+    assert "Parameters:  25,557,032" in out
+    assert "GiB a device" in out
