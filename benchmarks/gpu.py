@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="benchmarks/results")
     asked = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks.gpu: no CUDA device here; the tests and benchmarks that need none are `make test bench`")
+        print("benchmarks.gpu: no CUDA device here; `make test bench` needs none", file=sys.stderr)
         return 2
     out: Path = asked.out.resolve()
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower()
