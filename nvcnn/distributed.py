@@ -203,8 +203,9 @@ def abort(code: int) -> NoReturn:
     """Ends this process, and with it the whole job, at once: a rank that waited for the others would wait for ever."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if launched().size > 1 and "mpi4py.MPI" in sys.modules:
-        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.COMM_WORLD.Get_size() > 1:
+        mpi.COMM_WORLD.Abort(code)
     os._exit(code)  # the launcher ends the others
 
 

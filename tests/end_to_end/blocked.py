@@ -2,7 +2,7 @@
 
 import runpy
 import sys
-from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 BLOCKED = (
@@ -11,13 +11,15 @@ BLOCKED = (
 )
 
 
-class Blocker(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in BLOCKED:
-            raise ImportError(f"{name} is blocked")
+class Finder(PathFinder):
+    """Python's own, but it does not find what is blocked."""
+
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        return None if fullname.split(".")[0] in BLOCKED else super().find_spec(fullname, path, target)
 
 
-sys.meta_path.insert(0, Blocker())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 script = Path(__file__).parents[2] / "launch/train.py"
 sys.argv[0] = str(script)
 runpy.run_path(str(script), run_name="__main__")
