@@ -15,7 +15,7 @@ class AddBias(torch.autograd.Function):
     """y + bias, in place on y: (N, C, ...) in fp16 or bf16, bias: (C,) fp32, whose gradient is summed in fp32.
 
     Left to autograd, the sum would be rounded to y's dtype, where 1 000 gradients of 100 are an infinity in fp16. The
-    bias itself is rounded to y's dtype, as torch.autocast does: an addition of two dtypes is four times slower on a CPU.
+    bias itself is rounded to y's dtype, as torch.autocast does: adding two dtypes is slow on a CPU.
     """
 
     @staticmethod
