@@ -28,8 +28,8 @@ def path_of(log_dir: Path, step: int) -> Path:
 
 
 def save(path: Path, state: dict[str, Any], keep: int) -> None:
-    """Writes `state` to `path` and removes all but the `keep` newest checkpoints beside it."""
-    temporary = path.with_name(f".{path.name}.part")
+    """Writes `state` to `path` and removes all but the `keep` newest up to it."""
+    temporary = path.with_name(".checkpoint.pt.part")  # one name: a killed run leaves one at most
     try:
         with temporary.open("wb") as file:
             torch.save({"format": FORMAT, "version": VERSION} | state, file)
@@ -41,7 +41,8 @@ def save(path: Path, state: dict[str, Any], keep: int) -> None:
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)  # the rename, too, outlives a power cut
     os.close(directory)
-    for old in in_directory(path.parent)[keep:]:
+    # A newer one that is damaged, over which a resumed run went back, does not count.
+    for old in [p for p in in_directory(path.parent) if p < path][keep - 1 :]:
         old.unlink()
 
 

@@ -4,6 +4,7 @@
 """
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,15 +16,14 @@ from torch import Tensor
 
 from nvcnn.errors import InputError
 
-# Launchers, a variable that only they set, and those of size, rank, and rank and number of ranks on this machine.
+# Launchers, a variable that marks them, and those of size, rank, and rank on this machine; the most telling first.
 LAUNCHERS = {
-    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "Open MPI": (
-        "OMPI_COMM_WORLD_SIZE",
-        *(f"OMPI_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
-    ),
-    "MPICH or Intel MPI": ("PMI_SIZE", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", *(f"OMPI_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK"))),
+    "MVAPICH": ("MV2_COMM_WORLD_SIZE", *(f"MV2_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK"))),
+    "MPICH or Intel MPI": ("PMI_SIZE", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    "the environment": ("RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
 }
 
 
@@ -34,22 +34,18 @@ class Launch:
     size: int = 1
     rank: int = 0
     local_rank: int = 0
-    local_size: int = 1
     launcher: str = "none"
     variable: str = ""
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    for launcher, (mark, size, rank, local_rank, local_size) in LAUNCHERS.items():
+    for launcher, (mark, size, rank, local_rank) in LAUNCHERS.items():
         if mark in environment and size in environment:
-            given = {
-                name: int(environment[name]) for name in (size, rank, local_rank, local_size) if name in environment
-            }
+            given = {name: int(environment[name]) for name in (size, rank, local_rank) if name in environment}
             return Launch(
                 size=given[size],
                 rank=given.get(rank, 0),
                 local_rank=given.get(local_rank, 0),
-                local_size=given.get(local_size, given[size]),
                 launcher=launcher,
                 variable=f"{size}={given[size]}",
             )
@@ -63,8 +59,7 @@ class Transport:
     bfloat16 = True  # sums bfloat16
 
     def __init__(self, launch: Launch):
-        self.size, self.rank = launch.size, launch.rank
-        self.local_size, self.local_rank = launch.local_size, launch.local_rank
+        self.size, self.rank, self.local_rank = launch.size, launch.rank, launch.local_rank
 
     def broadcast(self, tensor: Tensor) -> None:
         """Rank 0's values into everybody's `tensor`, in place."""
@@ -79,8 +74,10 @@ class Transport:
 
     def barrier(self) -> None:
         """Returns when all ranks have come here."""
-        for value in self.gather(None):
-            assert value is None
+        self.gather(None)
+
+    def close(self) -> None:
+        """After the last collective."""
 
 
 class Horovod(Transport):
@@ -131,7 +128,7 @@ class Torch(Transport):
 
         self.dist = dist
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if launch.launcher == "torchrun":
+        if launch.launcher in ("torchrun", "the environment"):
             dist.init_process_group(backend)
         else:
             address, port = self.rendezvous(launch)
@@ -149,14 +146,14 @@ class Torch(Transport):
             ) from None
         agree(launch, MPI.COMM_WORLD.Get_size(), f"mpi4py's MPI, {mpi_library()}")
         self.rank = MPI.COMM_WORLD.Get_rank()
-        import socket
-
-        one_machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == self.size
+        machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank = machine.Get_rank()
         place = None
         if self.rank == 0:
             with socket.socket() as s:
                 s.bind(("", 0))
-                place = "127.0.0.1" if one_machine else socket.gethostbyname(socket.getfqdn()), s.getsockname()[1]
+                host = "127.0.0.1" if machine.Get_size() == self.size else socket.gethostname()
+                place = host, s.getsockname()[1]
         return MPI.COMM_WORLD.bcast(place)
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -170,6 +167,9 @@ class Torch(Transport):
         values = [None] * self.size
         self.dist.all_gather_object(values, value)
         return values
+
+    def close(self) -> None:
+        self.dist.destroy_process_group()
 
 
 def connect(transport: str) -> Transport:
@@ -187,7 +187,7 @@ def agree(launch: Launch, size: int, library: str) -> None:
     if size != launch.size:
         raise InputError(
             f"{launch.launcher} started {launch.size} ranks ({launch.variable}), but {library}, sees {size}: "
-            "start with the mpiexec of that library"
+            "start with the mpiexec of that library" + ", or give --transport=torch" * (launch.launcher == "torchrun")
         )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,14 @@ def count_hits(model: nn.Module, data: EvaluationData, dtype: torch.dtype, norma
     same of every class does not hit them all.
     """
     model.eval()
-    counts: Tensor | int = 0
+    seen, counts = 0, torch.zeros(2, dtype=torch.int64)
     for images, labels, flip in data:
         logits = model(prepare_input(images, flip, dtype=dtype, normalize=normalize))
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = (best == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
-        counts = counts + torch.stack([torch.tensor(len(labels), device=hits.device), hits[:, 0].sum(), hits.sum()])
-    return torch.as_tensor(counts).cpu().expand(3).clone()
+        seen += len(labels)
+        counts = counts.to(hits.device) + torch.stack([hits[:, 0].sum(), hits.sum()])
+    return torch.tensor([seen, *counts.tolist()])
 
 
 def accuracy(counts: Tensor) -> dict[str, Any]:
@@ -91,8 +94,14 @@ def evaluate(asked: Evaluation) -> int:
     stored = state["settings"]
     if asked.model is not None and asked.model != state["model"]:
         raise InputError(f"--model={asked.model}: {path} holds {state['model']}")
-    dataset = find_dataset(asked.data_dir, num_classes=state["num_classes"], label_base=None, split="validation")
+    dataset = find_dataset(
+        asked.data_dir, num_classes=state["num_classes"], label_base=stored["label_base"], split="validation"
+    )
     transport = connect(asked.transport)
+    if len(found := set(transport.gather(str(path)))) > 1:
+        raise InputError(
+            f"the ranks found different checkpoints ({', '.join(sorted(found))}): name one, --checkpoint=FILE"
+        )
     device, threads = use_device(transport)
     dtype = compute_dtype(stored["fp16"], stored["bf16"])
 
@@ -106,22 +115,31 @@ def evaluate(asked: Evaluation) -> int:
     data = EvaluationData(
         dataset,
         batch_size=asked.batch_size,
-        image_size=find_model(state["model"]).image_size,
-        crop=stored["eval_crop"],
+        image_size=state["preprocessing"]["image_size"],
+        crop=state["preprocessing"]["eval_crop"],
         rank=transport.rank,
         ranks=transport.size,
         device=device,
         threads=threads,
     )
-    result = summed(count_hits(model, data, dtype, stored["normalize"]), transport)
+    result = summed(count_hits(model, data, dtype, state["preprocessing"]["normalize"]), transport)
     result |= {"step": int(state["optimizer"]["counters"][0]), "checkpoint": str(path)}
+    transport.close()
     if transport.rank == 0:
         print(*lines(result), sep="\n")
-        with (path.parent / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"event": "eval"} | result) + "\n")
+        if asked.log_dir:
+            append_event(path.parent / "metrics.jsonl", {"event": "eval", "time": time.time()} | result)
         if asked.json:
             print(json.dumps(result))
     return 0
+
+
+def append_event(path: Path, event: dict[str, Any]) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+    except OSError as error:
+        print(f"{path}: the result is not written there ({error.strerror})", file=sys.stderr)
 
 
 def summed(counts: Tensor, transport: Transport) -> dict[str, Any]:

@@ -12,30 +12,35 @@ import nvcnn
 from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
 
+MOST_INPUT_THREADS = 16  # each has decoder buffers of its own
+
 
 def compute_dtype(fp16: bool, bf16: bool) -> torch.dtype:
     return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
 
 
 def use_device(transport: Transport) -> tuple[torch.device, int]:
-    """This rank's device, made current, and how many threads its input may use; sets PyTorch's own threads."""
-    bound, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    # Unbound, the ranks of a machine share its cores; bound, the launcher has already divided them.
-    threads = max(1, bound // transport.local_size) if bound == cores else bound
+    """This rank's device, made current, and how many threads its input may use; sets PyTorch's own threads.
+
+    Raises InputError when two ranks would share a GPU.
+    """
+    place = platform.node(), sorted(os.sched_getaffinity(0))
+    # Ranks that the launcher left on the same cores share them.
+    threads = max(1, len(place[1]) // transport.gather(place).count(place))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
-    if threads == 1 and cores > transport.local_size and transport.size > 1 and transport.rank == 0:
-        print(f"each rank is bound to 1 of {cores} cores: give mpiexec --bind-to none", file=sys.stderr)
+    if len(place[1]) == 1 < (os.cpu_count() or 1) and transport.size > 1 and transport.rank == 0:
+        print(f"each rank is bound to 1 of {os.cpu_count()} cores: give mpiexec --bind-to none", file=sys.stderr)
     if not torch.cuda.is_available():
         return torch.device("cpu"), threads
-    if transport.local_rank >= torch.cuda.device_count():
-        raise InputError(
-            f"local rank {transport.local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
-            "start at most that many ranks on it"
-        )
-    torch.cuda.set_device(transport.local_rank)
+    # A launcher that shows each rank a GPU of its own shows it as number 0.
+    device = torch.device("cuda", transport.local_rank % torch.cuda.device_count())
+    gpu = place[0], str(torch.cuda.get_device_properties(device).uuid)
+    if (ranks := transport.gather(gpu).count(gpu)) > 1:
+        raise InputError(f"{ranks} ranks share a GPU of {place[0]}: start one rank for each of its GPUs")
+    torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True  # the fastest of the deterministic
-    return torch.device("cuda", transport.local_rank), threads
+    return device, min(threads, MOST_INPUT_THREADS)
 
 
 def versions() -> dict[str, str]:

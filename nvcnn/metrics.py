@@ -45,7 +45,7 @@ class Throughput:
             return None
         steps, speeds = zip(*self.spans, strict=True)
         middle = median(speeds)
-        error = stdev(speeds) / math.sqrt(len(speeds)) if len(speeds) > 2 else math.nan
+        error = stdev(speeds) / math.sqrt(len(speeds)) if len(speeds) > 1 else math.nan
         return fmean(speeds, steps), error, 1.4826 * median(abs(s - middle) for s in speeds)
 
 
@@ -60,9 +60,7 @@ class Metrics:
             self.file = open_to_append(self.log_dir / "metrics.jsonl")
             self.board = tensorboard_writer(self.log_dir)
         if rank == 0 and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+            self.bar = progress_bar(steps, first_step)
 
     def say(self, line: str) -> None:
         if self.quiet:
@@ -99,10 +97,6 @@ class Metrics:
                 self.board.add_scalar(name, value, step)
             self.board.flush()
 
-    def evaluation(self, result: dict[str, Any]) -> None:
-        self.write("eval", **result)
-        self.summarize(result["step"], top1=result["top1"], top5=result["top5"])
-
     def end(self, step: int, throughput: Throughput) -> None:
         """The closing throughput line, the end event, the curve."""
         if self.bar is not None:
@@ -135,6 +129,15 @@ def open_to_append(path: Path):
     text = file.read()
     file.truncate(len(text[: text.rfind("\n") + 1].encode()))
     return file
+
+
+def progress_bar(steps: int, first_step: int):
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print("tqdm is not installed, so no progress bar: pip install tqdm", file=sys.stderr)
+        return None
+    return tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
 
 
 def tensorboard_writer(log_dir: Path):

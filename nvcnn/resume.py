@@ -1,13 +1,15 @@
-"""Which checkpoint a run goes on from, and whether it is its own."""
+"""Whose a log directory is, and which checkpoint a run goes on from."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from nvcnn import checkpoint
 from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
-from nvcnn.settings import Settings, differences
+from nvcnn.machine import versions
+from nvcnn.settings import Settings, as_json, differences
 
 
 def restore(settings: Settings, transport: Transport) -> dict[str, Any] | None:
@@ -36,7 +38,27 @@ def restore(settings: Settings, transport: Transport) -> dict[str, Any] | None:
 
 def check_same_run(settings: Settings, transport: Transport, stored: dict, ranks: int, where: Path) -> None:
     different = differences(settings, stored)
+    if (stored.get("data_dir") is None) != (settings.data_dir is None):
+        different.append(f"--data_dir: there {stored.get('data_dir')}, here {settings.data_dir}")
     if ranks != transport.size:
         different.append(f"ranks: there {ranks}, here {transport.size}")
     if different:
         raise InputError(f"{where} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
+
+
+def write_config(settings: Settings, ranks: int) -> None:
+    """Makes the log directory that of this run: config.json, whole or not at all. Leaves one that is there."""
+    log_dir = Path(settings.log_dir)
+    if (log_dir / "config.json").exists():
+        return
+    config = {"settings": as_json(settings), "ranks": ranks, "versions": versions()}
+    temporary = log_dir / ".config.json.part"
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            file.write(json.dumps(config, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(log_dir / "config.json")
+    except OSError as error:
+        raise InputError(f"--log_dir={log_dir}: cannot be written to ({error.strerror})") from None

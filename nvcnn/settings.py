@@ -78,7 +78,7 @@ class Settings:
             value = getattr(self, name)
             check(value is None or (math.isfinite(value) and value > 0), name, "a positive number")
         for name in ("save_interval", "summary_interval", "seed"):
-            check(getattr(self, name) >= 0, name, "0 or more")
+            check(0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
         for name, top in (("crop_area", 1.0), ("crop_aspect", math.inf)):
             low, high = getattr(self, name)
             check(

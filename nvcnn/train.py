@@ -4,7 +4,6 @@ One step: the next batch; forward; backward, during which gradients flow into th
 starts as soon as it is full; three launches that update everything, or nothing if a gradient was not finite.
 """
 
-import json
 import math
 import signal
 import time
@@ -27,11 +26,11 @@ from nvcnn.errors import InputError
 from nvcnn.evaluate import Evaluation, evaluate
 from nvcnn.gradients import Gradients
 from nvcnn.larc import Larc
-from nvcnn.machine import use_device, versions
+from nvcnn.machine import use_device
 from nvcnn.metrics import Metrics, Throughput
 from nvcnn.models import build_model, find_model
 from nvcnn.plan import describe, dry_run, plan
-from nvcnn.resume import restore
+from nvcnn.resume import restore, write_config
 from nvcnn.schedule import poly
 from nvcnn.settings import Settings, as_json
 
@@ -118,7 +117,7 @@ class Run:
             self.average.copy_(restored["loss_average"])
         if "torch_rng" in mine:
             torch.set_rng_state(mine["torch_rng"])
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and "cuda_rng" in mine:  # a run may go on on another device
                 torch.cuda.set_rng_state(mine["cuda_rng"])
         for tensor in (self.arena.weight, self.arena.momentum, self.arena.running, self.average):
             transport.broadcast(tensor)
@@ -152,7 +151,7 @@ class Run:
     def loop(self) -> int:
         settings, optimizer = self.settings, self.optimizer
         if self.transport.rank == 0 and settings.log_dir:
-            self.write_config()
+            write_config(settings, self.transport.size)
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=self.transport.rank)
         self.announce(metrics)
         signals: list[int] = []
@@ -188,6 +187,7 @@ class Run:
                 saved = time.monotonic() if save_due else saved
                 save, stop = vote(save_due, bool(signals))
                 if last or save or stop:
+                    self.read(loss)  # the device is done: what follows is the saving alone
                     start = time.perf_counter()
                     self.save(metrics)
                     throughput.leave_out(time.perf_counter() - start)
@@ -202,6 +202,7 @@ class Run:
             metrics.say(f"Stopped by a signal after step {self.step}: {kept}")
         metrics.close()
         self.transport.barrier()
+        self.transport.close()
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -254,16 +255,6 @@ class Run:
         checkpoint.save(path, state, settings.keep)
         metrics.write("checkpoint", step=self.step, path=str(path))
         metrics.say(f"Checkpoint written to {path}")
-
-    def write_config(self) -> None:
-        log_dir = Path(self.settings.log_dir)
-        config = {"settings": as_json(self.settings), "ranks": self.transport.size, "versions": versions()}
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            (log_dir / ".config.json.part").write_text(json.dumps(config, indent=2) + "\n")
-            (log_dir / ".config.json.part").replace(log_dir / "config.json")
-        except OSError as error:
-            raise InputError(f"--log_dir={log_dir}: cannot be written to ({error.strerror})") from None
 
     def announce(self, metrics: Metrics) -> None:
         say, settings = metrics.say, self.settings

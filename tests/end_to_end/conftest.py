@@ -61,7 +61,9 @@ class Launcher:
     def start(self, script: str, *arguments: object, ranks: int = 1, environment: dict[str, str] | None = None):
         env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NVCNN_KERNELS")}
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1"}
-        env |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONUNBUFFERED": "1"} | (environment or {})
+        env |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""} | (
+            environment or {}
+        )
         program = [sys.executable, ROOT / script, *arguments]
         if ranks > 1:
             program = [mpiexec(), "--bind-to", "none", "--oversubscribe", "-np", ranks, *program]

@@ -25,6 +25,14 @@ def test_round_trip_and_keep(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3  # no temporary file stays
 
 
+def test_a_damaged_newer_one_pushes_none_out(tmp_path):
+    for step in (10, 20):
+        write(tmp_path, step, keep=9)
+    checkpoint.path_of(tmp_path, 60).write_text("damaged")
+    write(tmp_path, 30, keep=2)
+    assert [p.name[-5:] for p in checkpoint.in_directory(tmp_path)] == ["60.pt", "30.pt", "20.pt"]
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     assert checkpoint.newest(tmp_path / "absent") is None

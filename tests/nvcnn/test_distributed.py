@@ -12,19 +12,19 @@ from nvcnn.errors import InputError
     [
         ({}, Launch()),
         (
-            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-            | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-            Launch(4, 3, 1, 2, "Open MPI", "OMPI_COMM_WORLD_SIZE=4"),
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            Launch(4, 3, 1, "Open MPI", "OMPI_COMM_WORLD_SIZE=4"),
         ),
-        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, Launch(2, 1, 0, 2, "MPICH or Intel MPI", "PMI_SIZE=2")),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, Launch(2, 1, 0, "MPICH or Intel MPI", "PMI_SIZE=2")),
         (
-            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"},
-            Launch(8, 5, 5, 8, "torchrun", "WORLD_SIZE=8"),
+            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "5"},
+            Launch(8, 5, 5, "torchrun", "WORLD_SIZE=8"),
         ),
         (
             {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"},
-            Launch(16, 9, 1, 16, "srun", "SLURM_NTASKS=16"),
+            Launch(16, 9, 1, "srun", "SLURM_NTASKS=16"),
         ),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, Launch(2, 1, 0, "the environment", "WORLD_SIZE=2")),
         ({"SLURM_NTASKS": "16"}, Launch()),  # sbatch without srun is one process
     ],
 )
