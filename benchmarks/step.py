@@ -108,7 +108,7 @@ def synthetic(case: Case, model: nn.Module, compile_mode: str | None = None) -> 
     step = plain_loop(model, device=case.device, dtype=case.dtype, compile_mode=compile_mode, fused=True)
 
     def benchmarked() -> None:
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # `enabled` is False by default
             step(images, labels)
 
     return benchmarked

@@ -144,10 +144,12 @@ def read_source(source: Path | None) -> dict[str, bytes]:
 
 @contextmanager
 def _progress(images: int) -> Iterator[Callable[[int, Path], object]]:
-    """A bar on a terminal, else a line per shard."""
-    if sys.stderr.isatty():
+    """A bar on a terminal with tqdm, else a line per shard."""
+    try:
         from tqdm import tqdm
-
+    except ImportError:
+        tqdm = None  # type: ignore[assignment, misc]
+    if tqdm is not None and sys.stderr.isatty():
         with tqdm(total=images, unit="image", dynamic_ncols=True) as bar:
             yield lambda n, path: bar.update(n)
     else:

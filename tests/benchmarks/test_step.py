@@ -40,7 +40,21 @@ def test_timm_has_a_row_too(case):
     assert row["ratio"] > 0, row["note"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_peer_has_the_fastest_cudnn_and_leaves_ours_as_it_was(case):
+    seen = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, images):
+            seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark))
+            return super().forward(images.mean((2, 3)))
+
+    before = torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark
+    step.synthetic(case, Model(3, 1000))()
+    assert seen == [(True, True)]
+    assert (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_plain_loop_trains(device, dtype):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 
@@ -71,6 +72,18 @@ def test_a_resumed_run_appends_after_the_last_whole_line(tmp_path):
         file.write('{"event": "train", "st')
     fill(tmp_path)
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 8
+
+
+def test_a_terminal_without_tqdm(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = Metrics("", steps=3, first_step=0, rank=0)
+    shown.step()
+    shown.table_head()
+    shown.close()
+    printed = capsys.readouterr()
+    assert "Step Epoch" in printed.out
+    assert "tqdm is not installed" in printed.err
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
