@@ -1,12 +1,12 @@
 """Makes a data directory for --data_dir: python launch/prepare.py fashion-mnist --out DIR"""
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 from nvcnn.data import fashion_mnist
-from nvcnn.errors import InputError
+from nvcnn.program import SAVED_AND_STOPPED, run
+from nvcnn.settings import Parser
 
 
 def positive(text: str) -> int:
@@ -16,7 +16,9 @@ def positive(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Makes a data directory for --data_dir: TFRecords, indexes, classes.")
+    parser = Parser(
+        prog="prepare.py", description="Makes a data directory for --data_dir: TFRecords, indexes, classes."
+    )
     commands = parser.add_subparsers(dest="dataset", required=True)
     command = commands.add_parser("fashion-mnist", help="60 000 + 10 000 grey 28 x 28 images, 10 classes, 31 MB")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
@@ -27,14 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     try:
         fashion_mnist.prepare(flags.out, flags.source, flags.workers)
-    except InputError as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("prepare.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 3
+        return SAVED_AND_STOPPED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -17,6 +17,7 @@ from nvcnn.data import EvaluationData, find_dataset, prepare_input
 from nvcnn.distributed import Transport, connect
 from nvcnn.errors import InputError
 from nvcnn.machine import compute_dtype, use_device
+from nvcnn.metrics import draw_curve
 from nvcnn.models import build_model, find_model
 from nvcnn.models.layers import cast_matrices
 
@@ -128,18 +129,20 @@ def evaluate(asked: Evaluation) -> int:
     if transport.rank == 0:
         print(*lines(result), sep="\n")
         if asked.log_dir:
-            append_event(path.parent / "metrics.jsonl", {"event": "eval", "time": time.time()} | result)
+            append_event(path.parent, {"event": "eval", "time": time.time()} | result)
         if asked.json:
             print(json.dumps(result))
     return 0
 
 
-def append_event(path: Path, event: dict[str, Any]) -> None:
+def append_event(log_dir: Path, event: dict[str, Any]) -> None:
+    """To metrics.jsonl, and into the title of the curve."""
     try:
-        with path.open("a") as file:
+        with (log_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(event) + "\n")
+        draw_curve(log_dir)
     except OSError as error:
-        print(f"{path}: the result is not written there ({error.strerror})", file=sys.stderr)
+        print(f"{log_dir}: the result is not written there ({error.strerror})", file=sys.stderr)
 
 
 def summed(counts: Tensor, transport: Transport) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from nvcnn.distributed import abort, launched, wait_for_rank_0
 from nvcnn.errors import InputError
 
 BAD_INPUT = 2
+SAVED_AND_STOPPED = 3
 
 
 def run(program: Callable[[], int]) -> NoReturn:

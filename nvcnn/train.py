@@ -30,11 +30,10 @@ from nvcnn.machine import use_device
 from nvcnn.metrics import Metrics, Throughput
 from nvcnn.models import build_model, find_model
 from nvcnn.plan import describe, dry_run, plan
+from nvcnn.program import SAVED_AND_STOPPED
 from nvcnn.resume import restore, write_config
 from nvcnn.schedule import poly
 from nvcnn.settings import Settings, as_json
-
-SAVED_AND_STOPPED = 3
 
 
 def train(settings: Settings) -> int:
