@@ -203,6 +203,7 @@ def abort(code: int) -> NoReturn:
     """Ends this process, and with it the whole job, at once: a rank that waited for the others would wait for ever."""
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(0.3)  # the launcher passes on what was said here before it says its own
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.COMM_WORLD.Get_size() > 1:
         mpi.COMM_WORLD.Abort(code)

@@ -1,6 +1,7 @@
 """Bad input: exit code 2, one clear line, nothing written. A rank that fails ends the whole job."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -20,7 +21,8 @@ def refused(launch, *arguments, names, script="launch/train.py", ranks=1, **opti
     """Runs to exit code 2 and one line on standard error that holds each of `names`; returns it."""
     text = launch.run(script, *arguments, ranks=ranks, code=2, **options)
     program = Path(script).name
-    lines = [line for line in text.splitlines() if line.startswith(f"{program}: ")]
+    # mpiexec mixes what ranks and it itself print, by pieces of lines.
+    lines = [line for line in text.splitlines() if re.match(rf"\s*{program}: ", line)]
     assert len(lines) == 1, text
     if ranks == 1:  # mpiexec adds words of its own
         assert [line for line in text.splitlines() if "building it" not in line] == lines, text
