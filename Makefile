@@ -80,7 +80,7 @@ test-full: lint  ## the same tests with larger parameters, and the long ones: ho
 	@$(activate) pytest -n 2 --hypothesis-profile=full
 
 bench: env  ## the kernels and their peers, timed on this machine
-	@$(activate) pytest benchmarks/ --benchmark-only
+	@$(activate) pytest benchmarks/ --benchmark-only; python -m benchmarks.step --device=cpu
 
 codegen: env  ## compile every kernel configuration for sm_80, sm_90, sm_100: registers, spills, widths
 	@$(activate) python -m benchmarks.codegen
