@@ -4,8 +4,9 @@ Imports torch and triton only, and asks for no GPU. NVCNN_KERNELS=auto|reference
 """
 
 from kernels.blocks import BLOCK
+from kernels.global_average import global_average
 from kernels.gradient_statistics import gradient_statistics
 from kernels.larc_update import larc_update, refresh
 from kernels.trust_ratio import trust_ratio
 
-__all__ = ["BLOCK", "gradient_statistics", "larc_update", "refresh", "trust_ratio"]
+__all__ = ["BLOCK", "global_average", "gradient_statistics", "larc_update", "refresh", "trust_ratio"]

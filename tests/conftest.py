@@ -4,14 +4,16 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of kernels, which are decorated for good
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 
-settings.register_profile("default", deadline=None, max_examples=25)
+# Without shrinking: in the interpreter it takes five minutes and more, and the failing example is printed either way.
+UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
+settings.register_profile("default", deadline=None, max_examples=25, phases=UNSHRUNK)
 settings.register_profile("full", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=full
 settings.load_profile("default")
 

@@ -1,5 +1,12 @@
+"""What every test of a kernel has: both implementations, poisoned outputs, small blocks."""
+
+import warnings
+
 import numpy
 import pytest
+import torch
+
+from kernels import configurations
 
 
 @pytest.fixture(scope="module", params=["reference", "triton"])
@@ -8,3 +15,23 @@ def implementation(request):
     with pytest.MonkeyPatch.context() as patch, numpy.errstate(all="ignore"):
         patch.setenv("NVCNN_KERNELS", request.param)
         yield request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poisoned():
+    """Fresh memory is NaN, or the largest integer: a value that a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+        yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """The table of tests on a GPU as well: small tensors then have several blocks and ragged ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configurations, "table_name", lambda device: configurations.TEST)
+        yield

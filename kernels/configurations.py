@@ -1,0 +1,58 @@
+"""How a kernel is launched (block sizes, warps): looked up in a table for the GPU, or computed.
+
+kernels/configs/GPU.json, which `make tune` writes on that GPU, is {op: {key: {"BLOCK_C": 64, "num_warps": 4, ...}}}. An
+op's key names every dimension its best configuration depends on. What is not in the table, the op computes from the
+shape; that is said once. `test.json` has one small configuration an op, under the key "*", for Triton's interpreter
+and for tests: small enough that small tensors have several blocks and ragged ends.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+TABLES = Path(__file__).parent / "configs"
+TEST = "test"
+
+Configuration = Mapping[str, int]
+
+
+@cache
+def table_name(device: torch.device) -> str:
+    """The name of the table for tensors on `device`: that of the GPU; on the CPU kernels run in the interpreter."""
+    if device.type != "cuda":
+        return TEST
+    return re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).lower()
+
+
+@cache
+def read_table(name: str) -> dict[str, dict[str, Configuration]]:
+    """The table of that name; empty if there is none."""
+    file = TABLES / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+@cache
+def say_once(line: str) -> None:
+    warnings.warn(line, stacklevel=3)
+
+
+def configuration(op: str, key: str, device: torch.device, computed: Configuration) -> Configuration:
+    """The configuration of `op` for tensors on `device`: the table's for `key`, or for "*", or else `computed`."""
+    name = table_name(device)
+    table = read_table(name)
+    found = table.get(op, {})
+    if key in found or "*" in found:
+        return found.get(key, found.get("*", computed))
+    missing = f"kernels/configs/{name}.json" if not table else f"an entry for {op} in kernels/configs/{name}.json"
+    say_once(f"there is no {missing}: computed launch configurations are used; `make tune` measures better ones")
+    return computed
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp16, bf16, fp32: as keys and tables have it."""
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[dtype]

@@ -1,0 +1,117 @@
+"""y[n, c] = mean of x[n, c] over H and W, and dx[n, c, h, w] = dy[n, c] / (H W): the pooling before the classifier.
+
+Lin, Chen and Yan 2013, "Network In Network", arXiv:1312.4400, section 3.2. Sums are fp32, in one fixed order.
+
+Bytes: forward reads x, writes N C values; backward reads N C values, writes dx. 2 per fp16 value of x each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.images import check_images
+from kernels.implementation import runs_triton
+
+
+def reference(x: Tensor) -> Tensor:
+    """The formula in plain PyTorch. (N, C, H, W), channels-last -> (N, C)."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+
+
+def backward_reference(dy: Tensor, height: int, width: int) -> Tensor:
+    """dx, (N, C, H, W), channels-last."""
+    n, c = dy.shape
+    return (dy / (height * width)).view(n, 1, 1, c).repeat(1, height, width, 1).permute(0, 3, 1, 2)
+
+
+@triton.jit
+def kernel(x, y, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
+    """One program: BLOCK_C channels of one image."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixel = tl.arange(0, BLOCK_PIXELS)
+    total = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
+    for first in range(0, PIXELS, BLOCK_PIXELS):
+        at = (first + pixel)[:, None]
+        inside = (at < PIXELS) & (c < C)[None, :]
+        total += tl.load(x + (n * PIXELS + at) * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(total, 0) * inverse
+    tl.store(y + n * C + c, mean.to(y.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def backward_kernel(dy, dx, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
+    """One program: BLOCK_C channels of one image."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixel = tl.arange(0, BLOCK_PIXELS)
+    gradient = tl.load(dy + n * C + c, mask=c < C).to(tl.float32) * inverse
+    gradient = tl.broadcast_to(gradient.to(dx.dtype.element_ty)[None, :], (BLOCK_PIXELS, BLOCK_C))
+    for first in range(0, PIXELS, BLOCK_PIXELS):
+        at = (first + pixel)[:, None]
+        tl.store(dx + (n * PIXELS + at) * C + c[None, :], gradient, mask=(at < PIXELS) & (c < C)[None, :])
+
+
+def configured(x: Tensor) -> Configuration:
+    """For x, (N, C, H, W): 8 values, 16 bytes of fp16, a thread, and as many pixels as fill the program's 4 warps."""
+    c, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    block_c = min(triton.next_power_of_2(c), 128)
+    computed = {"BLOCK_C": block_c, "BLOCK_PIXELS": max(1, 1024 // block_c), "num_warps": 4}
+    return configuration("global_average", f"{dtype_name(x.dtype)} C={c} HW={pixels}", x.device, computed)
+
+
+@torch.library.custom_op("nvcnn::global_average", mutates_args=())
+def global_average(x: Tensor) -> Tensor:
+    """The mean over H and W, differentiable.
+
+    x: (N, C, H, W), fp16, bf16 or fp32, channels-last. Returns (N, C) in x's dtype. Raises ValueError for another
+    layout, shape or dtype.
+    """
+    n, c, h, w = check_images("global_average", "x", x)
+    if not runs_triton(x.device):
+        return reference(x)
+    y = torch.empty((n, c), dtype=x.dtype, device=x.device)
+    config = configured(x)
+    kernel[(n, triton.cdiv(c, config["BLOCK_C"]))](x, y, c, h * w, 1 / (h * w), **config)
+    return y
+
+
+@torch.library.custom_op("nvcnn::global_average_backward", mutates_args=())
+def global_average_backward(dy: Tensor, height: int, width: int) -> Tensor:
+    """dx, (N, C, height, width), channels-last, of dy, (N, C)."""
+    n, c = dy.shape
+    if not runs_triton(dy.device):
+        return backward_reference(dy, height, width)
+    dx = empty_images(dy, height, width)
+    config = configured(dx)
+    grid = (n, triton.cdiv(c, config["BLOCK_C"]))
+    backward_kernel[grid](dy.contiguous(), dx, c, height * width, 1 / (height * width), **config)
+    return dx
+
+
+def empty_images(dy: Tensor, height: int, width: int) -> Tensor:
+    shape = (*dy.shape, height, width)
+    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+
+
+@global_average.register_fake
+def _(x):
+    return x.new_empty(x.shape[:2])
+
+
+@global_average_backward.register_fake
+def _(dy, height, width):
+    return empty_images(dy, height, width)
+
+
+def setup_context(ctx, inputs, output):
+    ctx.size = inputs[0].shape[2:]
+
+
+def backward(ctx, dy):
+    return global_average_backward(dy, *ctx.size)
+
+
+global_average.register_autograd(backward, setup_context=setup_context)

@@ -1,0 +1,50 @@
+"""Channels-last activations, as the ops on (N, C, H, W) take them, and the checks of what they are given."""
+
+import torch
+from torch import Tensor
+
+from kernels.implementation import runs_triton
+
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -> tuple[int, int, int, int]:
+    """N, C, H, W. ValueError unless `x` is a channels-last tensor of four dimensions without an empty one.
+
+    fp16, bf16 or fp32; fp64 too where the reference runs. `like`: it must have the shape, dtype and device of that one.
+    """
+    dtypes = HALF_AND_SINGLE if runs_triton(x.device) else (*HALF_AND_SINGLE, torch.float64)
+    if x.dtype not in dtypes:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, dtypes))}, got {x.dtype}")
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"{op}: {name} must be (N, C, H, W), none of them 0, got {tuple(x.shape)}")
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"{op}: {name} must be channels-last, got strides {x.stride()} for {tuple(x.shape)}: "
+            "make it so once, with .to(memory_format=torch.channels_last)"
+        )
+    if like is not None and (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
+        raise ValueError(
+            f"{op}: {name} must be {tuple(like.shape)}, {like.dtype}, on {like.device}; "
+            f"got {tuple(x.shape)}, {x.dtype}, on {x.device}"
+        )
+    n, c, h, w = x.shape
+    return n, c, h, w
+
+
+def check_vectors(
+    op: str, device: torch.device, dtype: torch.dtype, **expected: tuple[Tensor, tuple[int, ...]]
+) -> None:
+    """ValueError for the first tensor that is not contiguous, of its shape, of `dtype` and on `device`."""
+    for name, (tensor, shape) in expected.items():
+        good = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+        if not (good and tensor.is_contiguous()):
+            raise ValueError(
+                f"{op}: {name} must be {shape}, {dtype}, contiguous, on {device}; "
+                f"got {tuple(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}, on {tensor.device}"
+            )
+
+
+def single_or_double(x: Tensor) -> torch.dtype:
+    """The dtype of sums over `x` and of parameters of one dimension: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
