@@ -3,10 +3,23 @@
 Imports torch and triton only, and asks for no GPU. NVCNN_KERNELS=auto|reference|triton decides what runs.
 """
 
+from kernels.batch_norm import batch_norm
+from kernels.batch_norm_statistics import batch_norm_statistics, batch_norm_vectors, folded
 from kernels.blocks import BLOCK
 from kernels.global_average import global_average
 from kernels.gradient_statistics import gradient_statistics
 from kernels.larc_update import larc_update, refresh
 from kernels.trust_ratio import trust_ratio
 
-__all__ = ["BLOCK", "global_average", "gradient_statistics", "larc_update", "refresh", "trust_ratio"]
+__all__ = [
+    "BLOCK",
+    "batch_norm",
+    "batch_norm_statistics",
+    "batch_norm_vectors",
+    "folded",
+    "global_average",
+    "gradient_statistics",
+    "larc_update",
+    "refresh",
+    "trust_ratio",
+]

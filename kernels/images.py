@@ -1,8 +1,10 @@
 """Channels-last activations, as the ops on (N, C, H, W) take them, and the checks of what they are given."""
 
 import torch
+import triton
 from torch import Tensor
 
+from kernels.configurations import Configuration
 from kernels.implementation import runs_triton
 
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,3 +50,14 @@ def check_vectors(
 def single_or_double(x: Tensor) -> torch.dtype:
     """The dtype of sums over `x` and of parameters of one dimension: fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def parts_of_rows(rows: int, channels: int, config: Configuration) -> tuple[int, int]:
+    """How the rows of (N H W, C) are shared out for a sum over them: the number of parts, and rows a part.
+
+    With a tile's channels they make about config["PROGRAMS"] programs; a part is whole tiles.
+    """
+    wanted = triton.cdiv(config["PROGRAMS"], triton.cdiv(channels, config["BLOCK_C"]))
+    tiles = triton.cdiv(rows, config["BLOCK_ROWS"])
+    rows_a_part = triton.cdiv(tiles, min(wanted, tiles)) * config["BLOCK_ROWS"]
+    return triton.cdiv(rows, rows_a_part), rows_a_part

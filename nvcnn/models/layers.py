@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from nvcnn.errors import InputError
 
 
@@ -54,11 +55,12 @@ class Classifier(nn.Linear):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose running statistics wait for the optimizer. (N, C, H, W) -> the same.
+    """nn.BatchNorm2d, fused with what follows it; its running statistics wait for the optimizer.
 
-    Training normalises with the batch's statistics and writes them to `batch_mean` and `batch_var` (unbiased), fp32 of
-    shape (C,). The optimizer's update folds them into `running_mean` and `running_var` if the step was finite, and sets
-    them to zero either way. Evaluation uses the running ones. `momentum` is 1 - decay.
+    relu(normalised x + residual), both optional, (N, C, H, W) -> the same, channels-last. Training normalises with the
+    batch's statistics and writes them to `batch_mean` and `batch_var` (unbiased), fp32 of shape (C,). The optimizer's
+    update folds them into `running_mean` and `running_var` if the step was finite, and sets them to zero either way.
+    Evaluation uses the running ones. `momentum` is 1 - decay.
     """
 
     batch_mean: Tensor
@@ -69,25 +71,19 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("batch_mean", torch.zeros(channels), persistent=False)
         self.register_buffer("batch_var", torch.zeros(channels), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        # PyTorch's running average with a momentum of 1 is this batch's statistics.
-        return F.batch_norm(x, self.batch_mean, self.batch_var, self.weight, self.bias, True, 1.0, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        gamma, beta = self.weight, self.bias
+        with torch.no_grad():  # the gradient through the statistics is `batch_norm`'s
+            if self.training:
+                vectors = kernels.batch_norm_statistics(x, gamma, beta, self.batch_mean, self.batch_var, self.eps)
+            else:
+                vectors = kernels.folded(self.running_mean, self.running_var, gamma, beta, self.eps)
+        return kernels.batch_norm(x, gamma, beta, vectors, residual, relu, self.training)
 
 
 def flatten(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, H * W * C), a view where x is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1)
-
-
-def global_average(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C), the mean over H and W.
-
-    As a mean over rows, because the gradient of nn.AdaptiveAvgPool2d, or of a mean over two dimensions, comes back NCHW
-    and drags all skip connections of the last stage along.
-    """
-    return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 def check_size(model: str, x: Tensor, size: int) -> None:

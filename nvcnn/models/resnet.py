@@ -6,10 +6,10 @@ v1.5, with the stride in the 3x3 convolution; `v1` puts it into the first 1x1, a
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d, global_average
+import kernels
+from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 
 
 def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> Conv2d:
@@ -30,9 +30,8 @@ class BasicBlock(nn.Module):
         self.downsample = downsample(c_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        return F.relu(y.add_(self.downsample(x)), inplace=True)
+        y = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(y), residual=self.downsample(x), relu=True)
 
 
 class Bottleneck(nn.Module):
@@ -52,10 +51,9 @@ class Bottleneck(nn.Module):
         self.downsample = downsample(c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        return F.relu(y.add_(self.downsample(x)), inplace=True)
+        y = self.bn1(self.conv1(x), relu=True)
+        y = self.bn2(self.conv2(y), relu=True)
+        return self.bn3(self.conv3(y), residual=self.downsample(x), relu=True)
 
 
 def downsample(c_in: int, c_out: int, stride: int) -> nn.Module:
@@ -92,6 +90,6 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(global_average(x))
+        return self.fc(kernels.global_average(x))

@@ -28,8 +28,9 @@ def kept(model: torch.nn.Module, x: torch.Tensor) -> int:
             continue
         visited.add(node)
         todo += [n for n, _ in node.next_functions if n is not None]
-        for name in dir(node):
-            if name.startswith("_saved_") and isinstance(t := getattr(node, name), torch.Tensor):
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for t in (*saved, *getattr(node, "saved_tensors", ())):  # of PyTorch's own operators, and of custom ones
+            if isinstance(t, torch.Tensor):
                 storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
     return sum(s.nbytes() for pointer, s in storages.items() if pointer not in known)
 

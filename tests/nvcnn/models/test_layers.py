@@ -14,7 +14,6 @@ from nvcnn.models.layers import (
     cast_matrices,
     check_size,
     flatten,
-    global_average,
 )
 
 half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -87,7 +86,8 @@ def test_dtypes_and_layouts(name, dtype):
 )
 def test_bias_gradient_beyond_fp16(name, shape):
     layer = cast_matrices(LAYERS[name][0].float(), torch.float16)
-    y = layer(torch.randn(shape).half())
+    x = torch.randn(shape).half()
+    y = layer(x.to(memory_format=torch.channels_last) if x.dim() == 4 else x)
     y.backward(torch.full_like(y, 100))
     rows = y.numel() // y.shape[1]
     assert rows * 100 > torch.finfo(torch.float16).max
@@ -100,9 +100,13 @@ def test_in_fp32_the_bias_costs_nothing_extra():
         assert "AddBias" not in layer(torch.randn(shape)).grad_fn.name()
 
 
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
 class TestBatchNorm:
     def test_batch_statistics_wait_for_the_optimizer(self):
-        norm, x = BatchNorm2d(5), torch.randn(3, 5, 4, 2) * 3 + 7
+        norm, x = BatchNorm2d(5), images(3, 5, 4, 2) * 3 + 7
         norm(x)
         values = x.transpose(0, 1).flatten(1)
         torch.testing.assert_close(norm.batch_mean, values.mean(1))
@@ -112,7 +116,7 @@ class TestBatchNorm:
 
     @half_types
     def test_statistics_are_fp32(self, dtype):
-        norm, x = BatchNorm2d(2), torch.randn(8, 2, 16, 16).to(dtype).to(memory_format=torch.channels_last)
+        norm, x = BatchNorm2d(2), images(8, 2, 16, 16).to(dtype)
         norm(x)
         assert norm.batch_mean.dtype == norm.batch_var.dtype == torch.float32
         values = x.double().transpose(0, 1).flatten(1)
@@ -120,16 +124,16 @@ class TestBatchNorm:
         torch.testing.assert_close(norm.batch_var.double(), values.var(1), rtol=1e-5, atol=0)
 
     def test_evaluation_uses_the_running_statistics(self):
-        norm, x = BatchNorm2d(5).eval(), torch.randn(3, 5, 4, 2)
+        norm, x = BatchNorm2d(5).eval(), images(3, 5, 4, 2)
         norm.running_mean.normal_()
         norm.running_var.uniform_(1, 2)
         expected = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-4)
-        assert torch.equal(norm(x), expected)
+        torch.testing.assert_close(norm(x), expected)
         assert not norm.batch_mean.any()
         assert not norm.batch_var.any()
 
     def test_recovers_from_nan_once_the_scratch_is_zero(self):
-        norm, x = BatchNorm2d(5), torch.randn(3, 5, 4, 2)
+        norm, x = BatchNorm2d(5), images(3, 5, 4, 2)
         clean = norm(x), norm.batch_mean.clone(), norm.batch_var.clone()
         norm(torch.full_like(x, float("nan")))
         assert norm.batch_mean.isnan().all()
@@ -142,23 +146,27 @@ class TestBatchNorm:
         norm, flat = BatchNorm2d(4), torch.zeros(16)
         for name, view in zip(("batch_mean", "batch_var", "running_mean", "running_var"), flat.split(4), strict=True):
             setattr(norm, name, view)
-        x = torch.randn(3, 4, 4, 2)
+        x = images(3, 4, 4, 2)
         norm(x)
         torch.testing.assert_close(flat[:4], x.mean((0, 2, 3)))
         torch.testing.assert_close(flat[4:8], x.var((0, 2, 3)))
         assert not flat[8:].any()
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_fused_it_is_the_sum_of_its_parts(self, training):
+        norm, plain = BatchNorm2d(5).train(training), nn.BatchNorm2d(5, eps=1e-4).double().train(training)
+        x, residual, direction = images(3, 5, 4, 2), images(3, 5, 4, 2), images(3, 5, 4, 2)
+        leaves = [t.requires_grad_() for t in (x, residual)]
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        y, expected = norm(x, residual=residual, relu=True), F.relu(plain(exact[0]) + exact[1])
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad(y, (*leaves, *norm.parameters()), direction)
+        expected = torch.autograd.grad(expected, (*exact, *plain.parameters()), direction.double())
+        for one, other in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
     def test_state_dict_is_torch_s(self):
         assert BatchNorm2d(4).state_dict().keys() == nn.BatchNorm2d(4).state_dict().keys()
-
-
-def test_global_average_and_its_gradient_stay_channels_last():
-    x = torch.randn(2, 6, 3, 5, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
-    direction = torch.randn(2, 6, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(global_average(x), x, direction)
-    torch.testing.assert_close(global_average(x), x.mean((2, 3)))
-    torch.testing.assert_close(gradient, (direction / 15).view(2, 6, 1, 1).expand(2, 6, 3, 5))
-    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_flatten_is_a_view():

@@ -91,7 +91,6 @@ def test_rounds_no_more_than_torchvision(block, dtype):
     assert relative_error(outputs[0], outputs[2]) <= 2 * relative_error(outputs[1], outputs[2])
     for (key, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
         assert p.grad.dtype == (dtype if p.dim() >= 2 else torch.float32), key
-        print(key, relative_error(p.grad, r.grad), relative_error(q.grad, r.grad))
         assert relative_error(p.grad, r.grad) <= 2 * relative_error(q.grad, r.grad), key
 
 

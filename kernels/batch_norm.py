@@ -1,0 +1,290 @@
+"""y = relu((x - mean) scale + shift + residual), per channel, with or without the last two; and its gradients.
+
+The vectors come from `batch_norm_statistics`. With g = dy where the argument of relu is not below 0 or 0, else 0, and
+n = N H W (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3):
+    d_residual = g,   d_beta = sum(g),   d_gamma = rstd sum(g (x - mean))
+    dx = scale (g - d_beta / n) - (x - mean) scale rstd d_gamma / n
+Sums are centred, because sum(g x) cancels where the mean is large. With the running statistics' vectors (evaluation)
+dx = scale g alone. The mask is never stored: it is taken again from x, or, with a residual, from y, which the next
+convolution keeps anyway.
+
+Bytes per fp16 value, forward: 4, reads x, writes y; and 2 for a residual. Backward: 10, reads dy and x twice, writes
+dx; 14 with residual and relu, where the first pass also reads y and writes g, which the second reads for dy.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.batch_norm_statistics import MEAN, RSTD, SCALE, SHIFT, VECTORS_CONFIG, sum_parts
+from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
+from kernels.implementation import runs_triton
+
+
+def reference(x: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """The formula in plain PyTorch. Arguments as in `batch_norm`."""
+    mean, scale, shift = vectors[MEAN], vectors[SCALE], vectors[SHIFT]
+    y = F.batch_norm(x, mean, torch.ones_like(mean), scale, shift, eps=0.0)
+    if residual is not None:
+        y.add_(residual)
+    return y.relu_() if relu else y
+
+
+def backward_reference(
+    dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, relu: bool, batch: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, d_gamma, d_beta, g in plain PyTorch. Arguments as in `batch_norm_backward`."""
+    mean, rstd = vectors[MEAN], vectors[RSTD]
+    g = dy
+    if relu:
+        g = torch.ops.aten.threshold_backward(dy, reference(x, vectors, None, False) if y is None else y, 0)
+    gamma, var = vectors[SCALE] / rstd, rstd.square().reciprocal()
+    wide = (g, x)
+    if x.is_contiguous():  # one channel, or one pixel: PyTorch takes the path of NCHW, which rounds sums to x's dtype
+        wide = (g.to(mean.dtype), x.to(mean.dtype))
+    dx, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
+        *wide, gamma, mean, var, mean, rstd, batch, 0.0, [True, True, True]
+    )
+    return dx.to(x.dtype), d_gamma, d_beta, g
+
+
+@triton.jit
+def masked(dy, x, y, at, inside, mean, scale, shift):
+    """dy where relu let its argument pass, which is taken from x, or from y where there is one."""
+    if y is None:
+        v = (x - mean) * scale + shift
+    else:
+        v = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(v <= 0, 0.0, dy)  # a NaN lets the gradient pass, as in PyTorch
+
+
+@triton.jit
+def kernel(x, vectors, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One program: BLOCK_ROWS pixels x BLOCK_C channels of (N H W, C)."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    at = row[:, None] * C + c[None, :]
+    channel = c < C
+    inside = (row < rows)[:, None] & channel[None, :]
+    value = tl.load(x + at, mask=inside).to(tl.float32)
+    if residual is not None:
+        skip = tl.load(residual + at, mask=inside).to(tl.float32)
+    mean = tl.load(vectors + c, mask=channel)[None, :]
+    scale = tl.load(vectors + C + c, mask=channel)[None, :]
+    shift = tl.load(vectors + 2 * C + c, mask=channel)[None, :]
+    value = (value - mean) * scale + shift
+    if residual is not None:
+        value += skip
+    if RELU:
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sums_kernel(
+    dy,
+    x,
+    y,
+    vectors,
+    g,
+    sums,
+    rows,
+    C,
+    rows_a_part,
+    RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: the sums of g and of g (x - mean) over one part of the rows; g itself, if asked for."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = c < C
+    mean = tl.load(vectors + c, mask=channel, other=0.0)[None, :]
+    scale = tl.load(vectors + C + c, mask=channel, other=0.0)[None, :]
+    shift = tl.load(vectors + 2 * C + c, mask=channel, other=0.0)[None, :]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    products = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    first = part.to(tl.int64) * rows_a_part
+    for offset in range(0, rows_a_part, BLOCK_ROWS):
+        row = (first + offset + tl.arange(0, BLOCK_ROWS))[:, None]
+        at = row * C + c[None, :]
+        inside = (row < rows) & channel[None, :]
+        gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if RELU:
+            gradient = masked(gradient, value, y, at, inside, mean, scale, shift)
+        if g is not None:
+            tl.store(g + at, gradient.to(g.dtype.element_ty), mask=inside)
+        total += gradient
+        products += tl.where(inside, gradient * (value - mean), 0.0)
+    at = part.to(tl.int64) * C + c
+    tl.store(sums + at, tl.sum(total, 0), mask=channel)
+    tl.store(sums + parts * C + at, tl.sum(products, 0), mask=channel)
+
+
+@triton.jit
+def vectors_kernel(
+    sums,
+    vectors,
+    d_gamma,
+    d_beta,
+    factors,
+    parts,
+    C,
+    count,
+    BATCH: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: BLOCK_C channels. dx = scale g + factors[0] (x - mean) + factors[1]."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    total = sum_parts(sums, parts, c, C, BLOCK_PARTS, BLOCK_C)
+    products = sum_parts(sums + parts * C, parts, c, C, BLOCK_PARTS, BLOCK_C)
+    scale = tl.load(vectors + C + c, mask=inside)
+    rstd = tl.load(vectors + 3 * C + c, mask=inside)
+    mean_low = tl.load(vectors + 4 * C + c, mask=inside)
+    gamma_gradient = rstd * (products - mean_low * total)
+    tl.store(d_gamma + c, gamma_gradient, mask=inside)
+    tl.store(d_beta + c, total, mask=inside)
+    if BATCH:
+        slope = -scale * rstd * gamma_gradient / count
+        tl.store(factors + c, slope, mask=inside)
+        tl.store(factors + C + c, -scale * total / count - slope * mean_low, mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    dy,
+    x,
+    y,
+    vectors,
+    factors,
+    dx,
+    rows,
+    C,
+    RELU: tl.constexpr,
+    BATCH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: dx of BLOCK_ROWS pixels x BLOCK_C channels."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    at = row[:, None] * C + c[None, :]
+    channel = c < C
+    inside = (row < rows)[:, None] & channel[None, :]
+    gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(vectors + C + c, mask=channel)[None, :]
+    if RELU or BATCH:
+        mean = tl.load(vectors + c, mask=channel)[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if RELU:
+        shift = tl.load(vectors + 2 * C + c, mask=channel)[None, :]
+        gradient = masked(gradient, value, y, at, inside, mean, scale, shift)
+    result = scale * gradient
+    if BATCH:
+        slope = tl.load(factors + c, mask=channel)[None, :]
+        result += slope * (value - mean) + tl.load(factors + C + c, mask=channel)[None, :]
+    tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
+
+
+def configured(op: str, x: Tensor) -> Configuration:
+    """As in `batch_norm_statistics`, with tiles of 2 048 values, because there are two and three tensors to load."""
+    c = x.shape[1]
+    block_c = min(triton.next_power_of_2(c), 128)
+    computed = {"BLOCK_ROWS": 2048 // block_c, "BLOCK_C": block_c, "PROGRAMS": 1024, "num_warps": 4}
+    return configuration(op, f"{dtype_name(x.dtype)} C={c} NHW={x.numel() // c}", x.device, computed)
+
+
+@torch.library.custom_op("nvcnn::batch_norm", mutates_args=())
+def batch_norm(
+    x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool, batch: bool
+) -> Tensor:
+    """Normalises by `vectors`, adds `residual` if there is one, and applies ReLU if `relu`. Differentiable.
+
+    x: (N, C, H, W), fp16, bf16 or fp32, channels-last. vectors: (5, C), fp32, of `batch_norm_statistics` with `batch`
+    (the gradient of x then goes through the statistics), or else any others, as of `folded`. gamma, beta: (C,), fp32,
+    those in the vectors: they are here for their gradients. residual: like x.
+    Returns a new tensor like x. Raises ValueError for other layouts, shapes, dtypes or devices.
+    """
+    op = "batch_norm"
+    n, c, h, w = check_images(op, "x", x)
+    check_vectors(op, x.device, single_or_double(x), gamma=(gamma, (c,)), beta=(beta, (c,)), vectors=(vectors, (5, c)))
+    if residual is not None:
+        check_images(op, "residual", residual, like=x)
+    if not runs_triton(x.device):
+        return reference(x, vectors, residual, relu)
+    y = torch.empty_like(x)
+    options = {name: value for name, value in configured(op, x).items() if name != "PROGRAMS"}
+    grid = (triton.cdiv(n * h * w, options["BLOCK_ROWS"]), triton.cdiv(c, options["BLOCK_C"]))
+    kernel[grid](x, vectors, residual, y, n * h * w, c, RELU=relu, **options)
+    return y
+
+
+@torch.library.custom_op("nvcnn::batch_norm_backward", mutates_args=())
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, relu: bool, batch: bool, with_g: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, d_gamma, d_beta, and, if `with_g`, the gradient g behind the mask (else an empty tensor).
+
+    dy: like x. y: what `batch_norm` returned; None where relu's mask shall be taken from x, without a residual only.
+    The rest as in `batch_norm`.
+    """
+    op = "batch_norm_backward"
+    n, c, h, w = check_images(op, "x", x)
+    check_images(op, "dy", dy, like=x)
+    rows = n * h * w
+    if not runs_triton(x.device):
+        *gradients, g = backward_reference(dy, x, y, vectors, relu, batch)
+        return *gradients, g if with_g else x.new_empty(0)
+    g = torch.empty_like(x) if with_g else None
+    dx = torch.empty_like(x)
+    d_gamma, d_beta = torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
+    factors = torch.empty_like(vectors[:2])
+    config = configured(op, x)
+    options = {name: value for name, value in config.items() if name != "PROGRAMS"}
+    blocks = triton.cdiv(c, config["BLOCK_C"])
+    parts, rows_a_part = parts_of_rows(rows, c, config)
+    sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
+    sums_kernel[(parts, blocks)](dy, x, y, vectors, g, sums, rows, c, rows_a_part, RELU=relu, **options)
+    grid = (triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
+    vectors_kernel[grid](sums, vectors, d_gamma, d_beta, factors, parts, c, float(rows), BATCH=batch, **VECTORS_CONFIG)
+    if g is not None:
+        dy, y, relu = g, None, False
+    grid = (triton.cdiv(rows, config["BLOCK_ROWS"]), blocks)
+    gradient_kernel[grid](dy, x, y, vectors, factors, dx, rows, c, RELU=relu, BATCH=batch, **options)
+    return dx, d_gamma, d_beta, x.new_empty(0) if g is None else g
+
+
+@batch_norm.register_fake
+def _(x, gamma, beta, vectors, residual, relu, batch):
+    return torch.empty_like(x)
+
+
+@batch_norm_backward.register_fake
+def _(dy, x, y, vectors, relu, batch, with_g):
+    gradients = torch.empty_like(x), torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
+    return *gradients, torch.empty_like(x) if with_g else x.new_empty(0)
+
+
+def setup_context(ctx, inputs, output):
+    x, _, _, vectors, residual, ctx.relu, ctx.batch = inputs
+    ctx.joins = residual is not None
+    # PyTorch's own operators would have to normalise again for the mask: there y, which is kept anyway, is cheaper.
+    keeps_y = ctx.relu and (ctx.joins or not runs_triton(x.device))
+    ctx.save_for_backward(x, vectors, output if keeps_y else None)
+
+
+def backward(ctx, dy):
+    x, vectors, y = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=torch.channels_last)  # as it is where its consumer was one of these ops
+    dx, d_gamma, d_beta, g = batch_norm_backward(dy, x, y, vectors, ctx.relu, ctx.batch, ctx.joins and ctx.relu)
+    d_residual = None if not ctx.joins else g if ctx.relu else dy
+    return dx, d_gamma, d_beta, None, d_residual, None, None
+
+
+batch_norm.register_autograd(backward, setup_context=setup_context)
