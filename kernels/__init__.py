@@ -6,9 +6,12 @@ Imports torch and triton only, and asks for no GPU. NVCNN_KERNELS=auto|reference
 from kernels.batch_norm import batch_norm
 from kernels.batch_norm_statistics import batch_norm_statistics, batch_norm_vectors, folded
 from kernels.blocks import BLOCK
+from kernels.cross_entropy import cross_entropy
 from kernels.global_average import global_average
 from kernels.gradient_statistics import gradient_statistics
 from kernels.larc_update import larc_update, refresh
+from kernels.max_pool import max_pool
+from kernels.prepare_input import prepare_input
 from kernels.trust_ratio import trust_ratio
 
 __all__ = [
@@ -16,10 +19,13 @@ __all__ = [
     "batch_norm",
     "batch_norm_statistics",
     "batch_norm_vectors",
+    "cross_entropy",
     "folded",
     "global_average",
     "gradient_statistics",
     "larc_update",
+    "max_pool",
+    "prepare_input",
     "refresh",
     "trust_ratio",
 ]

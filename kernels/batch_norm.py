@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.batch_norm_statistics import MEAN, RSTD, SCALE, SHIFT, VECTORS_CONFIG, sum_parts
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.batch_norm_statistics import MEAN, RSTD, SCALE, SHIFT, VECTORS_CONFIG, configured, sum_parts
 from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
 
@@ -192,14 +191,6 @@ def gradient_kernel(
     tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
 
 
-def configured(op: str, x: Tensor) -> Configuration:
-    """As in `batch_norm_statistics`, with tiles of 2 048 values, because there are two and three tensors to load."""
-    c = x.shape[1]
-    block_c = min(triton.next_power_of_2(c), 128)
-    computed = {"BLOCK_ROWS": 2048 // block_c, "BLOCK_C": block_c, "PROGRAMS": 1024, "num_warps": 4}
-    return configuration(op, f"{dtype_name(x.dtype)} C={c} NHW={x.numel() // c}", x.device, computed)
-
-
 @torch.library.custom_op("nvcnn::batch_norm", mutates_args=())
 def batch_norm(
     x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool, batch: bool
@@ -219,9 +210,9 @@ def batch_norm(
     if not runs_triton(x.device):
         return reference(x, vectors, residual, relu)
     y = torch.empty_like(x)
-    options = {name: value for name, value in configured(op, x).items() if name != "PROGRAMS"}
-    grid = (triton.cdiv(n * h * w, options["BLOCK_ROWS"]), triton.cdiv(c, options["BLOCK_C"]))
-    kernel[grid](x, vectors, residual, y, n * h * w, c, RELU=relu, **options)
+    tile = {name: value for name, value in configured(op, x).items() if name != "PROGRAMS"}
+    grid = (triton.cdiv(n * h * w, tile["BLOCK_ROWS"]), triton.cdiv(c, tile["BLOCK_C"]))
+    kernel[grid](x, vectors, residual, y, n * h * w, c, RELU=relu, **tile)
     return y
 
 
@@ -239,25 +230,25 @@ def batch_norm_backward(
     check_images(op, "dy", dy, like=x)
     rows = n * h * w
     if not runs_triton(x.device):
-        *gradients, g = backward_reference(dy, x, y, vectors, relu, batch)
-        return *gradients, g if with_g else x.new_empty(0)
-    g = torch.empty_like(x) if with_g else None
-    dx = torch.empty_like(x)
-    d_gamma, d_beta = torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
+        dx, d_gamma, d_beta, g = backward_reference(dy, x, y, vectors, relu, batch)
+        return dx, d_gamma, d_beta, g if with_g else x.new_empty(0)
+    g = torch.empty_like(x) if with_g else x.new_empty(0)
+    dx, d_gamma, d_beta = torch.empty_like(x), torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
     factors = torch.empty_like(vectors[:2])
     config = configured(op, x)
-    options = {name: value for name, value in config.items() if name != "PROGRAMS"}
-    blocks = triton.cdiv(c, config["BLOCK_C"])
+    tile = {name: value for name, value in config.items() if name != "PROGRAMS"}
     parts, rows_a_part = parts_of_rows(rows, c, config)
     sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
-    sums_kernel[(parts, blocks)](dy, x, y, vectors, g, sums, rows, c, rows_a_part, RELU=relu, **options)
-    grid = (triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
-    vectors_kernel[grid](sums, vectors, d_gamma, d_beta, factors, parts, c, float(rows), BATCH=batch, **VECTORS_CONFIG)
-    if g is not None:
-        dy, y, relu = g, None, False
+    blocks = triton.cdiv(c, config["BLOCK_C"])
+    g_or_none = g if with_g else None
+    sums_kernel[(parts, blocks)](dy, x, y, vectors, g_or_none, sums, rows, c, rows_a_part, RELU=relu, **tile)
+    vectors_kernel[(triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)](
+        sums, vectors, d_gamma, d_beta, factors, parts, c, float(rows), BATCH=batch, **VECTORS_CONFIG
+    )
+    of_g = (g, x, None) if with_g else (dy, x, y)
     grid = (triton.cdiv(rows, config["BLOCK_ROWS"]), blocks)
-    gradient_kernel[grid](dy, x, y, vectors, factors, dx, rows, c, RELU=relu, BATCH=batch, **options)
-    return dx, d_gamma, d_beta, x.new_empty(0) if g is None else g
+    gradient_kernel[grid](*of_g, vectors, factors, dx, rows, c, RELU=relu and not with_g, BATCH=batch, **tile)
+    return dx, d_gamma, d_beta, g
 
 
 @batch_norm.register_fake

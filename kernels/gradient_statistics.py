@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
+from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks, in_place_op
 from kernels.implementation import runs_triton
 
 
@@ -22,10 +22,10 @@ def reference(
     vector_gradient: Tensor,
     weight: Tensor,
     loss_scale: Tensor,
+    square_sums: Tensor,
     *,
     ranks: int,
     weight_decay: float,
-    square_sums: Tensor,
 ) -> None:
     """The formula in plain PyTorch, in the precision of `weight`. Arguments as in `gradient_statistics`."""
     scale = loss_scale.item() * ranks
@@ -71,22 +71,16 @@ def kernel(
 CONFIG = {"num_warps": 4}
 
 
-def gradient_statistics(
+def check_arguments(
     matrix_gradient: Tensor,
     vector_gradient: Tensor,
     weight: Tensor,
     loss_scale: Tensor,
+    square_sums: Tensor,
     *,
     ranks: int,
     weight_decay: float,
-    square_sums: Tensor,
 ) -> None:
-    """Per block, the sum of squares of the averaged, unscaled, decayed gradient.
-
-    matrix_gradient: (M,), fp16, bf16 or fp32. vector_gradient: (V,), fp32. M and V are multiples of BLOCK, either may
-    be 0. weight: (M + V,), fp32, read only if weight_decay is not 0. loss_scale: (1,), fp32.
-    square_sums: ((M + V) / BLOCK,), fp32, written. Raises ValueError for other shapes, dtypes or devices.
-    """
     op, float32 = "gradient_statistics", (torch.float32,)
     matrix_blocks, blocks = count_blocks(op, matrix_gradient, vector_gradient)
     check(
@@ -100,17 +94,29 @@ def gradient_statistics(
     )
     if ranks < 1:
         raise ValueError(f"{op}: ranks must be at least 1, got {ranks}")
-    inputs = (matrix_gradient, vector_gradient, weight, loss_scale)
+
+
+@in_place_op("gradient_statistics", fake=check_arguments, mutates_args=("square_sums",))
+def gradient_statistics(
+    matrix_gradient: Tensor,
+    vector_gradient: Tensor,
+    weight: Tensor,
+    loss_scale: Tensor,
+    square_sums: Tensor,
+    *,
+    ranks: int,
+    weight_decay: float,
+) -> None:
+    """Per block, the sum of squares of the averaged, unscaled, decayed gradient.
+
+    matrix_gradient: (M,), fp16, bf16 or fp32. vector_gradient: (V,), fp32. M and V are multiples of BLOCK, either may
+    be 0. weight: (M + V,), fp32, read only if weight_decay is not 0. loss_scale: (1,), fp32.
+    square_sums: ((M + V) / BLOCK,), fp32, written. Raises ValueError for other shapes, dtypes or devices.
+    """
+    tensors = (matrix_gradient, vector_gradient, weight, loss_scale, square_sums)
+    check_arguments(*tensors, ranks=ranks, weight_decay=weight_decay)
     if runs_triton(weight.device):
-        kernel[(blocks,)](
-            *inputs,
-            square_sums,
-            matrix_blocks,
-            ranks,
-            weight_decay,
-            DECAY=weight_decay != 0,
-            BLOCK=BLOCK,
-            **CONFIG,
-        )
+        scalars = (matrix_gradient.numel() // BLOCK, ranks, weight_decay)
+        kernel[(len(square_sums),)](*tensors, *scalars, DECAY=weight_decay != 0, BLOCK=BLOCK, **CONFIG)
     else:
-        reference(*inputs, ranks=ranks, weight_decay=weight_decay, square_sums=square_sums)
+        reference(*tensors, ranks=ranks, weight_decay=weight_decay)

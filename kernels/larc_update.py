@@ -3,15 +3,17 @@
 With t a block's tensor, i = 1 / (loss scale x ranks) and lr from `trust_ratio`:
     d = ratio[t] (g i + decay v);  m = mu m + d;  v = v - lr (d + mu m)
 Nesterov momentum in gradient units, as torch.optim.SGD and TensorFlow keep it (Sutskever et al. 2013, ICML, in the form
-of Bengio et al. 2012, arXiv:1212.0901). Then the copy of v in the model's dtype, and the sum of its squares per block,
-which is the next step's weight norm. Only if the step is finite: an overflow leaves all of it bit-identical.
+of Bengio et al. 2012, arXiv:1212.0901); where m is kept in bf16, it is rounded to that before v moves by it. Then the
+copy of v in the model's dtype, and the sum of its squares per block, which is the next step's weight norm. Only if the
+step is finite: an overflow leaves all of it bit-identical.
 
 In the same launch: BatchNorm's running statistics r = (1 - s) r + s b, committed by a finite step only, with b, this
 step's own, set to zero for the next; the step counters; and the dynamic loss scale with the rule of
 torch.amp.GradScaler (doubled after `growth_interval` finite steps in a row, halved by an overflow), kept between 1 and
 MAX_LOSS_SCALE.
 
-Bytes: 20 per parameter with fp16 gradients and model weights: reads g, v, m, writes v, m and the copy.
+Bytes: 20 per parameter with fp16 gradients and model weights: reads g, v, m, writes v, m and the copy. 16 with momentum
+in bf16.
 """
 
 from typing import Any
@@ -21,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
+from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks, in_place_op
 from kernels.implementation import runs_triton
 
 MAX_LOSS_SCALE = tl.constexpr(2.0**24)  # lifts fp16's smallest number, 2^-24, to 1: no gradient needs more
@@ -160,7 +162,7 @@ def kernel(
         # Loaded before the flag is known: an overflow is rare, and waiting for it would cost every step.
         at = block.to(tl.int64) * BLOCK + element
         w = tl.load(weight + at)
-        m = tl.load(momentum + at)
+        m = tl.load(momentum + at).to(tl.float32)
         if block < matrix_blocks:
             g = tl.load(matrix_gradient + at).to(tl.float32)
         else:
@@ -169,9 +171,9 @@ def kernel(
         learning_rate, inverse = tl.load(scalars), tl.load(scalars + 1)
         if finite:
             d = r * (g * inverse + weight_decay * w)
-            m = momentum_factor * m + d
-            w -= learning_rate * (d + momentum_factor * m)
-            tl.store(momentum + at, m)
+            kept = (momentum_factor * m + d).to(momentum.dtype.element_ty)
+            w -= learning_rate * (d + momentum_factor * kept.to(tl.float32))
+            tl.store(momentum + at, kept)
             tl.store(weight + at, w)
             store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLOCK)
         if block == 0:
@@ -183,6 +185,58 @@ def kernel(
 CONFIG = {"num_warps": 4, "enable_fp_fusion": False}
 
 
+def check_arguments(
+    matrix_gradient: Tensor,
+    vector_gradient: Tensor,
+    weight: Tensor,
+    momentum: Tensor,
+    model_weight: Tensor | None,
+    tensor_of_block: Tensor,
+    ratio: Tensor,
+    scalars: Tensor,
+    weight_square_sums: Tensor,
+    running: Tensor,
+    batch: Tensor,
+    counters: Tensor,
+    loss_scale: Tensor,
+    *,
+    momentum_factor: float,
+    weight_decay: float,
+    statistics_momentum: float,
+    growth_interval: int,
+) -> None:
+    op, float32 = "larc_update", (torch.float32,)
+    matrix_blocks, blocks = count_blocks(op, matrix_gradient, vector_gradient)
+    elements, statistics = blocks * BLOCK, running.numel()
+    check_model_weight(op, model_weight, matrix_blocks * BLOCK, weight.device)
+    check(
+        op,
+        weight.device,
+        matrix_gradient=(
+            matrix_gradient,
+            matrix_blocks * BLOCK,
+            float32 if model_weight is None else (model_weight.dtype, torch.float32),
+        ),
+        vector_gradient=(vector_gradient, elements - matrix_blocks * BLOCK, float32),
+        weight=(weight, elements, float32),
+        momentum=(momentum, elements, (torch.float32, torch.bfloat16)),
+        tensor_of_block=(tensor_of_block, blocks, (torch.int32,)),
+        ratio=(ratio, ratio.numel(), float32),
+        scalars=(scalars, 3, float32),
+        weight_square_sums=(weight_square_sums, blocks, float32),
+        running=(running, statistics, float32),
+        batch=(batch, statistics, float32),
+        counters=(counters, 3, (torch.int64,)),
+        loss_scale=(loss_scale, 1, float32),
+    )
+    if growth_interval < 0:
+        raise ValueError(f"{op}: growth_interval must be 0 (a static loss scale) or more, got {growth_interval}")
+
+
+WRITTEN = ("weight", "momentum", "model_weight", "weight_square_sums", "running", "batch", "counters", "loss_scale")
+
+
+@in_place_op("larc_update", fake=check_arguments, mutates_args=WRITTEN)
 def larc_update(
     matrix_gradient: Tensor,
     vector_gradient: Tensor,
@@ -206,40 +260,14 @@ def larc_update(
     """One step of SGD with LARC, Nesterov momentum and weight decay, in place, and all that goes with it.
 
     matrix_gradient: (M,), fp16, bf16 or fp32. vector_gradient: (V,), fp32. M and V are multiples of BLOCK, either may
-    be 0; B = (M + V) / BLOCK. weight, momentum: (M + V,), fp32. model_weight: (M,), fp16 or bf16, or None where the
-    model computes in fp32; matrix_gradient has its dtype or fp32. tensor_of_block: (B,), int32, values below T.
-    ratio: (T,), and scalars: (3,), fp32, from `trust_ratio`. weight_square_sums: (B,), fp32, written.
+    be 0; B = (M + V) / BLOCK. weight: (M + V,), fp32. momentum: (M + V,), fp32 or bf16. model_weight: (M,), fp16 or
+    bf16, or None where the model computes in fp32; matrix_gradient has its dtype or fp32. tensor_of_block: (B,), int32,
+    values below T. ratio: (T,), and scalars: (3,), fp32, from `trust_ratio`. weight_square_sums: (B,), fp32, written.
     running, batch: (R,), fp32, any R. counters: (3,), int64: steps, applied updates, finite steps since the loss scale
     last changed. loss_scale: (1,), fp32.
     growth_interval: finite steps after which the loss scale doubles; 0 keeps it as it is. statistics_momentum: the
     weight of `batch` in the new running statistics. Raises ValueError for other shapes, dtypes or devices.
     """
-    op, float32 = "larc_update", (torch.float32,)
-    matrix_blocks, blocks = count_blocks(op, matrix_gradient, vector_gradient)
-    elements, statistics = blocks * BLOCK, running.numel()
-    check_model_weight(op, model_weight, matrix_blocks * BLOCK, weight.device)
-    check(
-        op,
-        weight.device,
-        matrix_gradient=(
-            matrix_gradient,
-            matrix_blocks * BLOCK,
-            float32 if model_weight is None else (model_weight.dtype, torch.float32),
-        ),
-        vector_gradient=(vector_gradient, elements - matrix_blocks * BLOCK, float32),
-        weight=(weight, elements, float32),
-        momentum=(momentum, elements, float32),
-        tensor_of_block=(tensor_of_block, blocks, (torch.int32,)),
-        ratio=(ratio, ratio.numel(), float32),
-        scalars=(scalars, 3, float32),
-        weight_square_sums=(weight_square_sums, blocks, float32),
-        running=(running, statistics, float32),
-        batch=(batch, statistics, float32),
-        counters=(counters, 3, (torch.int64,)),
-        loss_scale=(loss_scale, 1, float32),
-    )
-    if growth_interval < 0:
-        raise ValueError(f"{op}: growth_interval must be 0 (a static loss scale) or more, got {growth_interval}")
     tensors = (
         matrix_gradient,
         vector_gradient,
@@ -261,31 +289,40 @@ def larc_update(
         "statistics_momentum": statistics_momentum,
         "growth_interval": growth_interval,
     }
+    check_arguments(*tensors, **factors)
     if runs_triton(weight.device):
+        blocks, statistics = len(weight_square_sums), len(running)
+        sizes = (len(matrix_gradient) // BLOCK, blocks, statistics)
         grid = (blocks + triton.cdiv(statistics, BLOCK),)
-        kernel[grid](*tensors, matrix_blocks, blocks, statistics, **factors, BLOCK=BLOCK, **CONFIG)
+        kernel[grid](*tensors, *sizes, **factors, BLOCK=BLOCK, **CONFIG)
     else:
         reference(*tensors, **factors)
 
 
+def check_refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
+    matrix = weight[:0] if model_weight is None else model_weight
+    matrix_blocks, blocks = count_blocks("refresh", matrix, weight[len(matrix) :])
+    check_model_weight("refresh", model_weight, matrix_blocks * BLOCK, weight.device)
+    check(
+        "refresh",
+        weight.device,
+        weight=(weight, blocks * BLOCK, (torch.float32,)),
+        weight_square_sums=(weight_square_sums, blocks, (torch.float32,)),
+    )
+
+
+@in_place_op("refresh", fake=check_refresh, mutates_args=("model_weight", "weight_square_sums"))
 def refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
     """Rebuilds what `larc_update` derives from the weights, to the same bits. For every write that is not the update.
 
     weight: (M + V,), fp32. model_weight: (M,), fp16 or bf16, or None; weight_square_sums: (B,), fp32; both written.
     Raises ValueError for other shapes, dtypes or devices.
     """
-    op = "refresh"
-    matrix = weight[:0] if model_weight is None else model_weight
-    matrix_blocks, blocks = count_blocks(op, matrix, weight[len(matrix) :])
-    check_model_weight(op, model_weight, matrix_blocks * BLOCK, weight.device)
-    check(
-        op,
-        weight.device,
-        weight=(weight, blocks * BLOCK, (torch.float32,)),
-        weight_square_sums=(weight_square_sums, blocks, (torch.float32,)),
-    )
+    check_refresh(weight, model_weight, weight_square_sums)
     if runs_triton(weight.device):
-        refresh_kernel[(blocks,)](weight, model_weight, weight_square_sums, matrix_blocks, BLOCK=BLOCK, **CONFIG)
+        matrix_blocks = 0 if model_weight is None else len(model_weight) // BLOCK
+        grid = (len(weight_square_sums),)
+        refresh_kernel[grid](weight, model_weight, weight_square_sums, matrix_blocks, BLOCK=BLOCK, **CONFIG)
     else:
         refresh_reference(weight, model_weight, weight_square_sums)
 

@@ -2,18 +2,23 @@
 
 With v a tensor's weight and g its gradient (averaged, unscaled, decayed): q = eta ||v|| / ||g|| if both norms are
 non-zero, else 1. The update multiplies g by 1 (mode `off`), min(q / learning rate, 1) (`clip`) or q (`scale`).
+Tensors from number `excluded_from` on are left to plain SGD, 1 in every mode, as gamma, beta and biases are by MLPerf's
+LARS (which also spares them the decay).
+
 LARC is LARS (You, Gitman and Ginsburg 2017, arXiv:1708.03888) with the clip; this is nvcnn_hvd.py's. Others differ:
-apex and timm add the decay to the denominator after the norms, MLPerf leaves gamma, beta and biases to plain SGD.
+apex and timm add the decay to the denominator after the norms.
 
 The finite flag is that of the sum of all gradients' square sums. Bytes: 8 per block, out of the L2 cache.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import check
+from kernels.blocks import check, in_place_op
 from kernels.implementation import runs_triton
 
 MODES = ("off", "clip", "scale")
@@ -26,14 +31,15 @@ def reference(
     counters: Tensor,
     loss_scale: Tensor,
     schedule: Tensor,
-    *,
-    ranks: int,
-    mode: str,
-    eta: float,
     ratio: Tensor,
     gradient_norm: Tensor,
     weight_norm: Tensor,
     scalars: Tensor,
+    *,
+    ranks: int,
+    larc_mode: str,
+    eta: float,
+    excluded_from: int,
 ) -> None:
     """The formulas in plain PyTorch, in the precision of `scalars`. Arguments as in `trust_ratio`."""
     learning_rate = schedule[counters[:1].clamp(max=len(schedule) - 1)]
@@ -44,12 +50,13 @@ def reference(
     for norm, square_sums in ((gradient_norm, gradient_square_sums), (weight_norm, weight_square_sums)):
         norm.copy_(torch.segment_reduce(square_sums.double(), "sum", offsets=offsets).sqrt_())
     q = torch.where((gradient_norm != 0) & (weight_norm != 0), eta * weight_norm / gradient_norm, 1)
-    if mode == "off":
+    if larc_mode == "off":
         ratio.fill_(1)
-    elif mode == "clip":
+    elif larc_mode == "clip":
         ratio.copy_(torch.where(q < learning_rate, q / learning_rate, 1))
     else:
         ratio.copy_(q)
+    ratio[excluded_from:] = 1
 
 
 @triton.jit
@@ -81,6 +88,7 @@ def kernel(
     steps,
     ranks,
     eta,
+    excluded_from,
     MODE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -104,7 +112,7 @@ def kernel(
             r = tl.where(q < learning_rate, tl.div_rn(q, learning_rate), 1.0)
         else:
             r = q
-        tl.store(ratio + t, r)
+        tl.store(ratio + t, tl.where(t < excluded_from, r, 1.0))
         tl.store(gradient_norm + t, g)
         tl.store(weight_norm + t, w)
 
@@ -112,30 +120,23 @@ def kernel(
 CONFIG = {"CHUNK": 4096, "num_warps": 8}
 
 
-def trust_ratio(
+def check_arguments(
     gradient_square_sums: Tensor,
     weight_square_sums: Tensor,
     first_block: Tensor,
     counters: Tensor,
     loss_scale: Tensor,
     schedule: Tensor,
-    *,
-    ranks: int,
-    mode: str,
-    eta: float,
     ratio: Tensor,
     gradient_norm: Tensor,
     weight_norm: Tensor,
     scalars: Tensor,
+    *,
+    ranks: int,
+    larc_mode: str,
+    eta: float,
+    excluded_from: int,
 ) -> None:
-    """LARC multiplier and norms per tensor, and [learning rate, 1 / (loss scale x ranks), finite (1 or 0)].
-
-    gradient_square_sums, weight_square_sums: (B,), fp32, sums of squares per block. first_block: (T + 1,), int32, the
-    blocks of tensor t are first_block[t] to first_block[t + 1] - 1. counters: (3,), int64, the first is the step.
-    loss_scale: (1,), fp32. schedule: (steps,), fp32, the learning rate of every step; later steps keep the last one.
-    mode: off, clip or scale. ratio, gradient_norm, weight_norm: (T,), fp32, and scalars: (3,), fp32, are written.
-    Where the step is not finite, ratio and gradient_norm may not be either. Raises ValueError for anything else.
-    """
     op, float32 = "trust_ratio", (torch.float32,)
     blocks, tensors, steps = gradient_square_sums.numel(), first_block.numel() - 1, schedule.numel()
     check(
@@ -152,16 +153,48 @@ def trust_ratio(
         weight_norm=(weight_norm, tensors, float32),
         scalars=(scalars, 3, float32),
     )
-    if mode not in MODES or min(tensors, steps, ranks) < 1:
+    if larc_mode not in MODES or min(tensors, steps, ranks) < 1:
         raise ValueError(
             f"{op}: needs at least one tensor, step and rank and a mode of {', '.join(MODES)}, "
-            f"got {tensors} tensors, {steps} steps, {ranks} ranks, mode {mode}"
+            f"got {tensors} tensors, {steps} steps, {ranks} ranks, mode {larc_mode}"
         )
+    if excluded_from < 0:
+        raise ValueError(f"{op}: excluded_from must be the number of a tensor, 0 or more, got {excluded_from}")
+
+
+@in_place_op("trust_ratio", fake=check_arguments, mutates_args=("ratio", "gradient_norm", "weight_norm", "scalars"))
+def trust_ratio(
+    gradient_square_sums: Tensor,
+    weight_square_sums: Tensor,
+    first_block: Tensor,
+    counters: Tensor,
+    loss_scale: Tensor,
+    schedule: Tensor,
+    ratio: Tensor,
+    gradient_norm: Tensor,
+    weight_norm: Tensor,
+    scalars: Tensor,
+    *,
+    ranks: int,
+    larc_mode: str,
+    eta: float,
+    excluded_from: int,
+) -> None:
+    """LARC multiplier and norms per tensor, and [learning rate, 1 / (loss scale x ranks), finite (1 or 0)].
+
+    gradient_square_sums, weight_square_sums: (B,), fp32, sums of squares per block. first_block: (T + 1,), int32, the
+    blocks of tensor t are first_block[t] to first_block[t + 1] - 1. counters: (3,), int64, the first is the step.
+    loss_scale: (1,), fp32. schedule: (steps,), fp32, the learning rate of every step; later steps keep the last one.
+    larc_mode: off, clip or scale. excluded_from: the number of the first tensor whose ratio is always 1; T for none.
+    ratio, gradient_norm, weight_norm: (T,), fp32, and scalars: (3,), fp32, are written. Where the step is not finite,
+    ratio and gradient_norm may not be either. Raises ValueError for anything else.
+    """
     inputs = (gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule)
-    outputs = {"ratio": ratio, "gradient_norm": gradient_norm, "weight_norm": weight_norm, "scalars": scalars}
+    tensors = (*inputs, ratio, gradient_norm, weight_norm, scalars)
+    factors: dict[str, Any] = {"ranks": ranks, "eta": eta, "excluded_from": excluded_from}
+    check_arguments(*tensors, larc_mode=larc_mode, **factors)
     if runs_triton(scalars.device):
-        kernel[(tensors + 1,)](
-            *inputs, **outputs, tensors=tensors, steps=steps, ranks=ranks, eta=eta, MODE=mode, **CONFIG
-        )
+        sizes = {"tensors": len(ratio), "steps": len(schedule)}
+        kernel[(len(ratio) + 1,)](*tensors, **sizes, **factors, MODE=larc_mode, **CONFIG)
     else:
-        reference(*inputs, ranks=ranks, mode=mode, eta=eta, **outputs)
+        reference(*tensors, larc_mode=larc_mode, **factors)

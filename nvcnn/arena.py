@@ -46,7 +46,8 @@ class Arena:
     """Moves a model's trainable parameters into flat buffers on `device`; each parameter becomes a view.
 
     `dtype` is the compute dtype: parameters of two or more dimensions get model weights of it, the others stay fp32.
-    `gradient_dtype` (default: `dtype`) is that of the first kind's gradients. `order` is `gradient_order`'s answer.
+    `gradient_dtype` (default: `dtype`) is that of the first kind's gradients; `momentum_dtype` is fp32 or bf16.
+    `order` is `gradient_order`'s answer.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Arena:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         gradient_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype = torch.float32,
     ):
         self.model = model.to(device)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -71,13 +73,14 @@ class Arena:
         for name in chain(matrices, vectors):
             self.slots.append(Slot(name, named[name], end))
             end += self.slots[-1].elements
-        self.matrix_elements = sum(slot.elements for slot in self.slots[: len(matrices)])
+        self.matrices = len(matrices)  # the first of the slots
+        self.matrix_elements = sum(slot.elements for slot in self.slots[: self.matrices])
 
         def zeros(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(n, dtype=dtype, device=device)
 
         m, v = self.matrix_elements, end - self.matrix_elements
-        self.weight, self.momentum = zeros(end), zeros(end)
+        self.weight, self.momentum = zeros(end), zeros(end, momentum_dtype)
         self.model_weight = None if dtype == torch.float32 else zeros(m, dtype)
         self.matrix_gradient, self.vector_gradient = zeros(m, gradient_dtype or dtype), zeros(v)
         self.weight_square_sums = zeros(end // kernels.BLOCK)

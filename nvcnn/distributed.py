@@ -107,7 +107,7 @@ class Horovod(Transport):
             )
 
     def broadcast(self, tensor: Tensor) -> None:
-        self.hvd.broadcast_(tensor, root_rank=0)
+        self.hvd.broadcast_(tensor.view(torch.uint8), root_rank=0)  # it refuses bfloat16, and bits are bits
 
     def all_reduce(self, tensor: Tensor, name: str) -> Callable[[], None]:
         handle = self.hvd.allreduce_async_(tensor, op=self.hvd.Sum, name=name)

@@ -2,7 +2,8 @@
 
 LARC (You, Gitman, Ginsburg 2017, arXiv:1708.03888, as nvcnn_hvd.py has it), per tensor with weight v and gradient g
 (averaged over ranks, unscaled, weight decay added): q = eta |v| / |g| (1 if either norm is 0); the gradient is
-multiplied by min(q / learning rate, 1) in mode "clip", by q in mode "scale".
+multiplied by min(q / learning rate, 1) in mode "clip", by q in mode "scale". Parameters of one dimension (gamma, beta,
+biases) may be left to plain SGD, as MLPerf's LARS does.
 """
 
 import torch
@@ -21,7 +22,8 @@ FIRST_DYNAMIC_SCALE = 65536.0
 class Larc:
     """The optimizer and the state of a step; docs/architecture.md names the tensors.
 
-    `schedule`: (steps,) learning rates. `mode`: "off", "clip" or "scale". `loss_scale`: a number, or "dynamic".
+    `schedule`: (steps,) learning rates. `mode`: "off", "clip" or "scale". `exclude`: "none", or "1d": parameters of fewer
+    than two dimensions get plain SGD. `loss_scale`: a number, or "dynamic".
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Larc:
         ranks: int = 1,
         mode: str = "off",
         eta: float = 0.0,
+        exclude: str = "none",
         loss_scale: float | str = 1.0,
         momentum: float = MOMENTUM,
         weight_decay: float = WEIGHT_DECAY,
@@ -39,6 +42,7 @@ class Larc:
         device, tensors = arena.weight.device, len(arena.slots)
         dynamic = loss_scale == "dynamic"
         self.arena, self.ranks, self.mode, self.eta = arena, ranks, mode, eta
+        self.excluded_from = arena.matrices if exclude == "1d" else tensors
         self.momentum, self.weight_decay = momentum, weight_decay
         self.growth_interval = GROWTH_INTERVAL if dynamic else 0
         self.schedule = schedule.to(device)
@@ -70,8 +74,9 @@ class Larc:
             self.loss_scale,
             self.schedule,
             ranks=self.ranks,
-            mode=self.mode,
+            larc_mode=self.mode,
             eta=self.eta,
+            excluded_from=self.excluded_from,
             ratio=self.ratio,
             gradient_norm=self.gradient_norm,
             weight_norm=self.weight_norm,

@@ -1,7 +1,9 @@
 """What a run shows and writes: the original's table, a progress bar, metrics.jsonl, TensorBoard, a curve. Rank 0 only.
 
-metrics.jsonl: one JSON object a line, `event` is "start", "train", "checkpoint", "eval" or "end". A resumed run
-appends; where steps come twice, the later line holds.
+metrics.jsonl: one JSON object a line, `event` is "start", "train", "tensors", "checkpoint", "eval" or "end". A resumed
+run appends; where steps come twice, the later line holds. "tensors" (with --log_tensors) has by a parameter's name what
+the optimizer found in that step: trust_ratio, and the norms of the gradient (averaged, unscaled, decayed) and of the
+weight before its update. A value that is not finite is null.
 """
 
 import json
@@ -72,9 +74,7 @@ class Metrics:
 
     def write(self, event: str, **values: Any) -> None:
         if self.file:
-            # Not a number is null: JSON has no word for it.
-            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self.file.write(json.dumps({"event": event, "time": time.time()} | values) + "\n")
+            self.file.write(json.dumps({"event": event, "time": time.time()} | null_unless_finite(values)) + "\n")
 
     def table_head(self) -> None:
         self.say("  Step Epoch Img/sec   Loss   LR")
@@ -120,6 +120,13 @@ class Metrics:
                 open_one.close()
         if self.log_dir:
             draw_curve(self.log_dir)
+
+
+def null_unless_finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity."""
+    if isinstance(value, dict):
+        return {k: null_unless_finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_to_append(path: Path):

@@ -26,6 +26,7 @@ class Plan:
     image_size: int
     learning_rate: float
     dtype: torch.dtype
+    momentum_dtype: torch.dtype
 
 
 def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
@@ -50,6 +51,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
         image_size=model.image_size,
         learning_rate=settings.learning_rate or model.learning_rate(total_batch),
         dtype=compute_dtype(settings.fp16, settings.bf16),
+        momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bf16" else torch.float32,
     )
 
 
@@ -69,7 +71,8 @@ def dry_run(settings: Settings, run: Plan) -> None:
     """Prints the resolved settings, steps, parameter count and a memory estimate."""
     model = build_model(settings.model, num_classes=run.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed)
     parameters = sum(p.numel() for p in model.parameters())
-    state = parameters * 12  # master, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight
+    # Master weight, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
+    state = parameters * (4 + run.momentum_dtype.itemsize + 4)
     activations = activation_bytes(model, settings.batch_size, run.image_size, run.dtype)
     resolved = as_json(settings) | {"learning_rate": run.learning_rate, "num_classes": run.num_classes}
     print(*(f"--{name}={value}" for name, value in resolved.items()), sep="\n")

@@ -46,6 +46,16 @@ def check_same_run(settings: Settings, transport: Transport, stored: dict, ranks
         raise InputError(f"{where} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
 
 
+def check_same_kernels(settings: Settings, restored: dict[str, Any] | None, kernels: str) -> None:
+    """Raises InputError if the restored run computed with other kernels than `kernels`: they differ in bits."""
+    if restored and restored["kernels"] != kernels:
+        there = restored["kernels"]
+        raise InputError(
+            f"--log_dir={settings.log_dir}: its run computes with NVCNN_KERNELS={there}, here it would be {kernels}: "
+            f"set NVCNN_KERNELS={there}, or give another --log_dir"
+        )
+
+
 def write_config(settings: Settings, ranks: int) -> None:
     """Makes the log directory that of this run: config.json, whole or not at all. Leaves one that is there."""
     log_dir = Path(settings.log_dir)

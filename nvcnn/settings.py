@@ -21,6 +21,7 @@ def flag(default: Any, help: str, *, group: str, short: str | None = None, choic
 
 
 original = partial(flag, group="as in nvcnn_hvd.py")
+training = partial(flag, group="training")
 numeric = partial(flag, group="precision")
 image = partial(flag, group="input")
 run = partial(flag, group="run")
@@ -48,7 +49,13 @@ class Settings:
     eval: bool = original(False, "evaluate the newest checkpoint of --log_dir, do not train", may_differ=True)
     fp16: bool = original(False, "compute in float16")
 
+    larc_exclude: str = training(
+        "none", "parameters LARC leaves to plain SGD: none, or those of one dimension (1d)", choices=("none", "1d")
+    )
+    label_smoothing: float = training(0.0, "share of the target spread over all classes")
+
     bf16: bool = numeric(False, "compute in bfloat16")
+    momentum_dtype: str = numeric("fp32", "what momentum is kept in", choices=("fp32", "bf16"))
 
     crop_area: tuple[float, float] = image((0.1, 1.0), "training crop, share of the image's area: LO,HI")
     crop_aspect: tuple[float, float] = image((0.8, 1.25), "training crop, width / height: LO,HI")
@@ -63,6 +70,9 @@ class Settings:
     seed: int = run(1, "weights, crops, order")
     keep: int = run(3, "checkpoints to keep", may_differ=True)
     transport: str = run("horovod", "how ranks talk", choices=("horovod", "torch"))
+    log_tensors: bool = run(
+        False, "trust ratio and norms of each tensor in metrics.jsonl, at each table line", may_differ=True
+    )
     dry_run: bool = run(False, "print settings, steps and memory, then stop", may_differ=True)
 
     def __post_init__(self) -> None:
@@ -85,11 +95,16 @@ class Settings:
                 0 < low <= high <= top and math.isfinite(high), name, "LO,HI with 0 < LO <= HI" + " <= 1" * (top == 1)
             )
         check(0 < self.eval_crop <= 1, "eval_crop", "above 0 and at most 1")
+        check(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         scale = self.loss_scale
         right = scale == "dynamic" if isinstance(scale, str) else math.isfinite(scale) and scale > 0
         check(right, "loss_scale", "a positive number or 'dynamic'")
         if self.fp16 and self.bf16:
             raise InputError("--fp16 and --bf16: choose one")
+        if self.larc_exclude != "none" and self.larc_eta is None:
+            raise InputError(f"--larc_exclude={self.larc_exclude} needs --larc_eta: without it LARC is off")
+        if self.log_tensors and not self.log_dir:
+            raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
         if self.num_epochs is not None and self.data_dir is None:
             raise InputError("--num_epochs needs --data_dir; on synthetic data give --num_batches")
         if self.eval and self.data_dir is None:

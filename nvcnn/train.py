@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
+import kernels
 from kernels.implementation import runs_triton
 from nvcnn import checkpoint
 from nvcnn.arena import Arena, gradient_order
@@ -31,9 +32,10 @@ from nvcnn.metrics import Metrics, Throughput
 from nvcnn.models import build_model, find_model
 from nvcnn.plan import describe, dry_run, plan
 from nvcnn.program import SAVED_AND_STOPPED
-from nvcnn.resume import restore, write_config
+from nvcnn.resume import check_same_kernels, restore, write_config
 from nvcnn.schedule import poly
 from nvcnn.settings import Settings, as_json
+from nvcnn.tensor_log import TensorLog
 
 
 def train(settings: Settings) -> int:
@@ -82,6 +84,7 @@ class Run:
             self.kernels = "triton" if runs_triton(self.device) else "reference"
         except ValueError as error:
             raise InputError(str(error)) from None
+        check_same_kernels(settings, restored, self.kernels)
         self.plan = plan(settings, dataset, transport.size)
         self.dtype = self.plan.dtype
         # What rank 0 read from the checkpoint for each rank: the reader's position and the random generators.
@@ -96,6 +99,7 @@ class Run:
             gradient_order(self.model, self.plan.image_size),
             device=self.device,
             dtype=self.dtype,
+            momentum_dtype=self.plan.momentum_dtype,
             gradient_dtype=None if self.dtype != torch.bfloat16 or transport.bfloat16 else torch.float32,
         )
         self.schedule = poly(self.plan.learning_rate, self.plan.steps)
@@ -105,10 +109,12 @@ class Run:
             ranks=transport.size,
             mode=settings.larc_mode if settings.larc_eta else "off",
             eta=settings.larc_eta or 0.0,
+            exclude=settings.larc_exclude,
             loss_scale=settings.loss_scale,
         )
         self.gradients = Gradients(self.arena, transport)
-        self.average = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss, and its weight
+        # Exponential averages of loss, top-1 and top-5 hits, and their weight (zero-debiased).
+        self.average = torch.zeros(4, dtype=torch.float64, device=self.device)
         torch.manual_seed(settings.seed + transport.rank)
         if restored:
             self.arena.load_state_dict(restored["weights"], restored["optimizer"]["momentum"])
@@ -153,6 +159,7 @@ class Run:
             write_config(settings, self.transport.size)
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=self.transport.rank)
         self.announce(metrics)
+        tensors = TensorLog(optimizer) if settings.log_tensors and self.transport.rank == 0 else None
         signals: list[int] = []
         vote = Vote(self.transport, questions=2)
         throughput = Throughput(settings.batch_size * self.transport.size, self.step)
@@ -161,14 +168,16 @@ class Run:
         self.model.train()
         with caught(signals):
             while self.step < self.plan.steps:
-                loss = self.train_step(next(self.data))
+                latest = self.train_step(next(self.data))
                 self.step += 1
                 metrics.step()
                 last = self.step == self.plan.steps
                 if self.step == 1 or self.step % settings.display_every == 0 or last:
-                    average, now, scale, updates = self.read(loss)
+                    loss, top1, top5, now, scale, updates = self.read(latest)
                     shown: dict[str, float] = {
-                        "loss": average if math.isfinite(now) else now,
+                        "loss": loss if math.isfinite(now) else now,
+                        "top1": 100 * top1,
+                        "top5": 100 * top5,
                         "learning_rate": float(self.schedule[self.step - 1]),
                         "loss_scale": scale,
                         "images_per_second": throughput.lap(self.step),
@@ -176,23 +185,29 @@ class Run:
                     }
                     skipped = self.step - int(updates)
                     metrics.train(self.step, (self.step - 1) // self.plan.steps_per_epoch + 1, **shown)
-                    if last or time.monotonic() - summarized > settings.summary_interval:
+                    due = last or time.monotonic() - summarized > settings.summary_interval
+                    if due:
                         summarized = time.monotonic()
                         metrics.summarize(self.step, **shown)
+                    if tensors:
+                        tensors.write(metrics, summarize=due)
+                        tensors.copy(self.step)
                 elif self.step == throughput.burnt_in:
-                    self.read(loss)
+                    self.read(latest)
                     throughput.lap(self.step)
                 save_due = self.transport.rank == 0 and time.monotonic() - saved > settings.save_interval
                 saved = time.monotonic() if save_due else saved
                 save, stop = vote(save_due, bool(signals))
                 if last or save or stop:
-                    self.read(loss)  # the device is done: what follows is the saving alone
+                    self.read(latest)  # the device is done: what follows is the saving alone
                     start = time.perf_counter()
                     self.save(metrics)
                     throughput.leave_out(time.perf_counter() - start)
                 if stop and not last:
                     break
             vote.wait()
+        if tensors:
+            tensors.write(metrics, summarize=True)
         metrics.end(self.step, throughput)
         self.data.close()
         stopped = self.step < self.plan.steps
@@ -205,22 +220,23 @@ class Run:
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
 
     def train_step(self, batch: Batch) -> Tensor:
-        """One step; returns this rank's loss, a tensor that nobody has waited for."""
-        images = prepare_input(batch.images, batch.flip, dtype=self.dtype, normalize=self.settings.normalize)
-        loss = F.cross_entropy(self.model(images), batch.labels)
-        (loss * self.optimizer.loss_scale).backward()
+        """One step; returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for."""
+        settings, loss_scale = self.settings, self.optimizer.loss_scale
+        images = prepare_input(batch.images, batch.flip, dtype=self.dtype, normalize=settings.normalize)
+        logits = self.model(images)
+        rows, gradient = kernels.cross_entropy(logits.detach(), batch.labels, loss_scale, settings.label_smoothing)
+        logits.backward(gradient)
         self.gradients.finish()
         self.optimizer.step()
-        # Exponential average with its own weight (zero-debiased), over the finite losses.
-        loss = loss.detach()
-        latest = torch.stack([loss, torch.ones_like(loss)]).double()
-        self.average = torch.where(loss.isfinite(), 0.9 * self.average + 0.1 * latest, self.average)
-        return loss
+        latest = rows.mean(0)
+        weighted = pad(latest, (0, 1), value=1.0).double()
+        self.average = torch.where(latest[0].isfinite(), 0.9 * self.average + 0.1 * weighted, self.average)
+        return latest
 
-    def read(self, loss: Tensor) -> list[float]:
-        """Average loss, this loss, loss scale, updates: the one point where the host waits."""
-        average = self.average[:1] / self.average[1:]
-        rest = (loss.reshape(1), self.optimizer.loss_scale, self.optimizer.counters[1:2])
+    def read(self, latest: Tensor) -> list[float]:
+        """Averages of loss, top-1, top-5; the last loss, loss scale, updates: the one point where the host waits."""
+        average = self.average[:3] / self.average[3:]
+        rest = (latest[:1], self.optimizer.loss_scale, self.optimizer.counters[1:2])
         return torch.cat([average, *(t.double() for t in rest)]).tolist()
 
     def save(self, metrics: Metrics) -> None:

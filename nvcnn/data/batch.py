@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import kernels
+
 MEAN, DEVIATION = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
@@ -25,20 +27,15 @@ class Batch(NamedTuple):
 
 
 @cache
-def _rows(normalize: str, width: int, device: torch.device) -> list[Tensor]:
-    """Scale and shift of a row of pixels, (3 * width,) fp32 each: long inner loops, and no copy from the host later."""
-    return [
-        torch.tensor(per_channel * width, dtype=torch.float32, device=device) for per_channel in SCALE_SHIFT[normalize]
-    ]
+def scale_shift(normalize: str, device: torch.device) -> list[Tensor]:
+    """Of each channel, (3,) fp32: copied from the host once."""
+    return [torch.tensor(per_channel, dtype=torch.float32, device=device) for per_channel in SCALE_SHIFT[normalize]]
 
 
-def prepare_input(images: Tensor, flip: Tensor, *, dtype: torch.dtype, normalize: str) -> Tensor:
-    """The network's input, (N, 3, H, W), channels-last: mirrored where `flip`, normalised in fp32, cast to `dtype`.
+def prepare_input(images: Tensor, flip: Tensor, *, dtype: torch.dtype, normalize: str, channels: int = 3) -> Tensor:
+    """The network's input, (N, channels, H, W), channels-last: mirrored where `flip`, normalised in fp32, cast.
 
     images: (N, H, W, 3) uint8. flip: (N,) bool. normalize: "signed", to [-1, 1], or "imagenet", by mean and deviation.
+    channels: 3, or 4 or 8 of which the last are zero.
     """
-    n, h, w, c = images.shape
-    scale, shift = _rows(normalize, w, images.device)
-    mirrored = torch.where(flip.view(n, 1, 1, 1), images.flip(2), images)
-    x = mirrored.view(n, h, w * c).to(torch.float32)
-    return torch.addcmul(shift, x, scale, out=x).to(dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+    return kernels.prepare_input(images, flip, *scale_shift(normalize, images.device), dtype, channels)

@@ -63,6 +63,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     Evaluation uses the running ones. `momentum` is 1 - decay.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
     batch_mean: Tensor
     batch_var: Tensor
 

@@ -72,7 +72,6 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = conv(3, 64, 7, stride=2)
         self.bn1 = BatchNorm2d(64)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
         def stage(c_in: int, width: int, depth: int, stride: int) -> nn.Sequential:
             first = block(c_in, width, stride, **options)
@@ -90,6 +89,6 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        x = kernels.max_pool(self.bn1(self.conv1(x), relu=True), 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(kernels.global_average(x))

@@ -1,7 +1,12 @@
-"""launch/train.py with one model more: a network so small that Triton's interpreter trains it in seconds."""
+"""launch/train.py with one model more: a network so small that Triton's interpreter trains it in seconds.
 
-from torch import nn
+Every fused layer is in it once. Prints the Triton kernels that ran.
+"""
 
+from torch import Tensor, nn
+from triton.runtime import interpreter
+
+import kernels
 from nvcnn.models import MODELS, Model
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 from nvcnn.program import run
@@ -9,15 +14,36 @@ from nvcnn.settings import parse
 from nvcnn.train import train
 
 
-def tiny(num_classes: int) -> nn.Module:
-    return nn.Sequential(
-        *(Conv2d(3, 8, 3, stride=2, bias=False), BatchNorm2d(8), nn.ReLU()),
-        *(Conv2d(8, 16, 3, stride=2, bias=False), BatchNorm2d(16), nn.ReLU()),
-        *(nn.AvgPool2d((1, 6)), nn.Flatten(), Classifier(96, num_classes)),
-    )
+class Tiny(nn.Module):
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.conv1, self.bn1 = Conv2d(3, 8, 4, stride=4, bias=False), BatchNorm2d(8)
+        self.conv2, self.bn2 = Conv2d(8, 16, 3, padding=1, bias=False), BatchNorm2d(16)
+        self.skip, self.bn3 = Conv2d(8, 16, 1, bias=False), BatchNorm2d(16)
+        self.fc = Classifier(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = kernels.max_pool(self.bn1(self.conv1(x), relu=True), kernel_size=3, stride=2, padding=1)
+        x = self.bn2(self.conv2(x), residual=self.bn3(self.skip(x)), relu=True)
+        return self.fc(kernels.global_average(x))
 
 
-MODELS["tiny"] = Model(tiny, 28, lambda total_batch: 0.1)
+MODELS["tiny"] = Model(Tiny, 28, lambda total_batch: 0.1)
+launched: set[str] = set()
+
+
+def main() -> int:
+    call = interpreter.GridExecutor.__call__
+
+    def noted(executor, *arguments, **options):
+        launched.add(f"{executor.fn.__module__}.{executor.fn.__name__}".removeprefix("kernels."))
+        return call(executor, *arguments, **options)
+
+    interpreter.GridExecutor.__call__ = noted
+    code = train(parse())
+    print("launched:", *sorted(launched))
+    return code
+
 
 if __name__ == "__main__":
-    run(lambda: train(parse()))
+    run(main)

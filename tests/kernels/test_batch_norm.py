@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kernels import batch_norm, batch_norm_statistics, batch_norm_vectors, folded
-from kernels.batch_norm import backward_reference, configured
-from kernels.batch_norm_statistics import MEAN, MEAN_LOW, RSTD, SCALE, SHIFT, VECTORS_CONFIG
+from kernels.batch_norm import backward_reference
+from kernels.batch_norm_statistics import MEAN, MEAN_LOW, RSTD, SCALE, SHIFT, VECTORS_CONFIG, configured
 from kernels.images import parts_of_rows, single_or_double
 from tests.kernels.images import DTYPES, SHAPES, SMALLEST, channels_last, integers, randn, unit
 

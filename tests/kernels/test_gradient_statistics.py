@@ -120,6 +120,13 @@ def test_two_runs_give_the_same_bits(implementation, device):
     assert torch.equal(statistics(tensors, 3, 1e-4), statistics(tensors, 3, 1e-4))
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-4])
+def test_opcheck(implementation, device, weight_decay):
+    arguments = (*inputs(device, 2, 1), torch.zeros(3, device=device))
+    op = torch.ops.nvcnn.gradient_statistics.default
+    torch.library.opcheck(op, arguments, {"ranks": 2, "weight_decay": weight_decay})
+
+
 def test_blocks_beyond_a_chunk_of_the_reference(device, monkeypatch):
     monkeypatch.setenv("NVCNN_KERNELS", "reference")
     tensors = inputs(device, 300, 1, torch.float32, values=integers)

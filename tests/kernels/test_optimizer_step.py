@@ -21,6 +21,7 @@ class Optimizer:
 
     def __init__(self, device, mode, dtype=torch.float32, ranks=1, loss_scale=1.0, growth_interval=0):
         self.device, self.mode, self.ranks, self.growth_interval = device, mode, ranks, growth_interval
+        self.excluded_from = len(SHAPES)
         blocks = torch.tensor([-(-torch.Size(shape).numel() // BLOCK) for shape in SHAPES])
         n, m = int(blocks.sum()) * BLOCK, int(blocks[:2].sum()) * BLOCK
         self.first_block = torch.cat((torch.zeros(1, dtype=torch.int64), blocks.cumsum(0)))
@@ -66,8 +67,9 @@ class Optimizer:
             self.loss_scale,
             self.schedule,
             ranks=self.ranks,
-            mode=self.mode,
+            larc_mode=self.mode,
             eta=ETA,
+            excluded_from=self.excluded_from,
             ratio=self.ratio,
             gradient_norm=self.gradient_norm,
             weight_norm=self.weight_norm,
@@ -107,17 +109,18 @@ def assert_close(views, expected, roundings):
         assert (view.cpu().double() - value).abs().max() <= roundings * STEPS * U * 2**4
 
 
-def larc(mode, weights, all_gradients):
-    """As one would write it for a list of tensors, in double. Returns weights and ratios."""
+def larc(mode, excluded_from, weights, all_gradients):
+    """As one would write it for a list of tensors, in double. Returns the weights."""
     weights = [w.double() for w in weights]
     momenta = [torch.zeros_like(w) for w in weights]
     for step, gradients in enumerate(all_gradients):
         learning_rate = LEARNING_RATES[min(step, len(LEARNING_RATES) - 1)]
-        for w, m, g in zip(weights, momenta, gradients, strict=True):
+        for t, (w, m, g) in enumerate(zip(weights, momenta, gradients, strict=True)):
             g = g.double() + WEIGHT_DECAY * w
             norms = w.norm().item(), g.norm().item()
             ratio = ETA * norms[0] / norms[1] if all(norms) else 1.0
-            g *= min(ratio / learning_rate, 1.0) if mode == "clip" else ratio
+            if t < excluded_from:
+                g *= min(ratio / learning_rate, 1.0) if mode == "clip" else ratio
             m.mul_(MOMENTUM).add_(g)
             w.sub_(learning_rate * (g + MOMENTUM * m))
     return weights
@@ -140,14 +143,16 @@ def test_without_larc_it_is_sgd(implementation, device):
 
 
 @pytest.mark.parametrize("mode", ["clip", "scale"])
-def test_larc_is_that_of_a_loop_over_tensors(implementation, device, mode):
+@pytest.mark.parametrize("excluded_from", [2, len(SHAPES)])  # tensors of one dimension, or none
+def test_larc_is_that_of_a_loop_over_tensors(implementation, device, mode, excluded_from):
     weights, all_gradients = data()
     weights[3].zero_()  # a norm of zero: q is 1
     ours = Optimizer(device, mode)
+    ours.excluded_from = excluded_from
     ours.load(weights)
     for gradients in all_gradients:
         ours.step(gradients)
-    assert_close(ours.views(ours.weight), larc(mode, weights, all_gradients), roundings=10 + 70 + 128)
+    assert_close(ours.views(ours.weight), larc(mode, excluded_from, weights, all_gradients), roundings=10 + 70 + 128)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -26,9 +26,9 @@ def inputs(device, gradient, weight, blocks, schedule=(0.5, 0.25), step=0, loss_
     )
 
 
-def ratios(tensors, mode="clip", eta=1.0, ranks=1):
+def ratios(tensors, mode="clip", eta=1.0, ranks=1, excluded_from=99):
     out = outputs(len(tensors[2]) - 1, tensors[0].device)
-    trust_ratio(*tensors, ranks=ranks, mode=mode, eta=eta, **out)
+    trust_ratio(*tensors, ranks=ranks, larc_mode=mode, eta=eta, excluded_from=excluded_from, **out)
     return out
 
 
@@ -43,6 +43,25 @@ def test_is_exact_on_integers(implementation, device, mode, expected):
     assert out["gradient_norm"].tolist() == [3, 2, 0, 1]
     assert out["weight_norm"].tolist() == [4, 1, 1, 0]
     assert out["ratio"].tolist() == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("learning_rate", [0.5, 4.0])
+def test_what_is_excluded_is_left_to_sgd(implementation, device, mode, learning_rate):
+    tensors = inputs(device, [4, 5, 1, 2, 1, 1], [9, 7, 0, 0, 1, 1], [2, 3, 1], schedule=[learning_rate])
+    whole = ratios(tensors, mode, eta=0.5)
+    assert whole["ratio"].unique().numel() > 1 or mode == "off"
+    for first in (0, 1, 2, 3, 2**31 - 1):
+        out = ratios(tensors, mode, eta=0.5, excluded_from=first)
+        assert out["ratio"].tolist() == whole["ratio"].tolist()[:first] + [1] * (3 - first)
+        for name in ("gradient_norm", "weight_norm", "scalars"):
+            assert torch.equal(out[name], whole[name]), name
+
+
+def test_what_is_excluded_has_a_ratio_of_1_even_in_an_overflow(implementation, device):
+    out = ratios(inputs(device, [4, torch.nan, torch.inf], [9, 1, 1], [1, 1, 1]), excluded_from=1)
+    assert out["ratio"].tolist()[1:] == [1, 1]
+    assert out["scalars"][2] == 0
 
 
 def test_a_tensor_of_more_blocks_than_a_program_takes_at_once(implementation, device):
@@ -89,7 +108,7 @@ def test_is_as_close_as_fp32_allows(implementation, device, blocks, mode, eta, l
     tensors = inputs(device, gradient, weight, blocks, [learning_rate], loss_scale=3.7)
     exact = outputs(len(blocks), device, torch.float64)
     in_double = [t.double() if t.is_floating_point() else t for t in tensors]
-    reference(*in_double, ranks=ranks, mode=mode, eta=eta, **exact)
+    reference(*in_double, ranks=ranks, larc_mode=mode, eta=eta, excluded_from=len(blocks), **exact)
     # No element passes through more than 64 additions; the root halves their error, the ratio has two of them, and
     # four roundings of its own.
     roundings = {"gradient_norm": 33, "weight_norm": 33, "ratio": 70, "scalars": 3}
@@ -115,6 +134,14 @@ def test_two_runs_give_the_same_bits(implementation, device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck(implementation, device, mode):
+    arguments = (*inputs(device, [1, 2, 3], [1, 1, 1], [2, 1]), *outputs(2, device).values())
+    arguments = tuple(t.nan_to_num() for t in arguments)  # NaN equals nothing, so it seems written
+    factors = {"ranks": 2, "larc_mode": mode, "eta": 0.5, "excluded_from": 1}
+    torch.library.opcheck(torch.ops.nvcnn.trust_ratio.default, arguments, factors)
+
+
 @pytest.mark.parametrize(
     ("position", "change", "message"),
     [
@@ -131,9 +158,16 @@ def test_refuses(device, position, change, message):
     tensors = list(inputs(device, [1, 1, 1], [1, 1, 1], [2, 1]))
     tensors[position] = change(tensors[position])
     with pytest.raises(ValueError, match=message):
-        trust_ratio(*tensors, ranks=1, mode="off", eta=1.0, **outputs(len(tensors[2]) - 1, device))
+        trust_ratio(
+            *tensors, ranks=1, larc_mode="off", eta=1.0, excluded_from=2, **outputs(len(tensors[2]) - 1, device)
+        )
 
 
 def test_refuses_an_unknown_mode(device):
     with pytest.raises(ValueError, match=r"mode of off, clip, scale, got .* mode larc"):
         ratios(inputs(device, [1], [1], [1]), mode="larc")
+
+
+def test_refuses_a_tensor_of_negative_number(device):
+    with pytest.raises(ValueError, match=r"excluded_from must be .* got -1"):
+        ratios(inputs(device, [1], [1], [1]), excluded_from=-1)

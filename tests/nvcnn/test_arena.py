@@ -98,11 +98,13 @@ def test_order_leaves_the_model_alone():
     assert all(p.grad is None and p.device.type == "cpu" for p in model.parameters())
 
 
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_state_dict_round_trip(dtype):
+def test_state_dict_round_trip(dtype, momentum_dtype):
     def arena_of(seed):
         model = build_model("resnet18", num_classes=10, seed=seed)
-        return Arena(model, gradient_order(model, 224), device=CPU, dtype=dtype)
+        order = gradient_order(model, 224)
+        return Arena(model, order, device=CPU, dtype=dtype, momentum_dtype=momentum_dtype)
 
     one, other = arena_of(1), arena_of(2)
     one.momentum.copy_(torch.randn_like(one.momentum))
@@ -115,6 +117,7 @@ def test_state_dict_round_trip(dtype):
         assert torch.equal(one.model_weight, other.model_weight)
     plain = build_model("resnet18", num_classes=10, seed=3).state_dict()
     assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in one.state_dict().items()}
+    assert {v.dtype for v in one.momentum_dict().values()} == {momentum_dtype}
     assert all(v.is_contiguous() and v.dtype == plain[k].dtype for k, v in one.state_dict().items())
 
 

@@ -27,10 +27,19 @@ def tiny() -> nn.Module:
 
 
 class Training:
-    def __init__(self, build=tiny, dtype=torch.float32, steps=20, learning_rate=0.1, **options):
+    def __init__(
+        self,
+        build=tiny,
+        dtype=torch.float32,
+        steps=20,
+        learning_rate=0.1,
+        momentum_dtype=torch.float32,
+        **options,
+    ):
         self.dtype = dtype
         self.model = build().train()
-        self.arena = Arena(self.model, gradient_order(self.model, 28), device=CPU, dtype=dtype)
+        dtypes = {"dtype": dtype, "momentum_dtype": momentum_dtype}
+        self.arena = Arena(self.model, gradient_order(self.model, 28), device=CPU, **dtypes)
         self.optimizer = Larc(self.arena, schedule=poly(learning_rate, steps), **options)
         self.gradients = Gradients(self.arena, Transport(Launch()))
 
@@ -50,6 +59,12 @@ class Training:
         return {name: t.clone() for name, t in tensors.items()}
 
 
+def assert_same_bits(one, other):
+    states = one.state(), other.state()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
 def lenet() -> nn.Module:
     return build_model("lenet", num_classes=10, seed=1)
 
@@ -60,20 +75,22 @@ def batch(seed, size=28, n=8):
     return x, torch.randint(0, 10, (n,), generator=g)
 
 
-def larc_by_the_book(parameters, momenta, learning_rate, eta, mode, decay=1e-4, momentum=0.9):
+def larc_by_the_book(parameters, momenta, learning_rate, eta, mode, exclude, decay=1e-4, momentum=0.9):
     """Tensor by tensor, in float64."""
     for p, m in zip(parameters, momenta, strict=True):
         g = p.grad + decay * p
         v_norm, g_norm = p.norm(), g.norm()
         q = eta * v_norm / g_norm if v_norm > 0 and g_norm > 0 else torch.ones(())
-        g = g * (min(q / learning_rate, torch.ones(())) if mode == "clip" else q)
+        if exclude == "none" or p.dim() >= 2:
+            g = g * (min(q / learning_rate, torch.ones(())) if mode == "clip" else q)
         m.mul_(momentum).add_(g)
         p.sub_(learning_rate * (g + momentum * m))
 
 
+@pytest.mark.parametrize("exclude", ["none", "1d"])
 @pytest.mark.parametrize("mode", ["clip", "scale"])
-def test_follows_larc_by_the_book(mode):
-    training = Training(mode=mode, eta=0.003)
+def test_follows_larc_by_the_book(mode, exclude):
+    training = Training(mode=mode, eta=0.003, exclude=exclude)
     book = tiny().double().train()
     momenta = [torch.zeros_like(p) for p in book.parameters()]
     for step in range(3):
@@ -84,10 +101,30 @@ def test_follows_larc_by_the_book(mode):
         book_loss.backward()
         with torch.no_grad():
             rate = float(training.optimizer.schedule[step])
-            larc_by_the_book(list(book.parameters()), momenta, rate, 0.003, mode)
+            larc_by_the_book(list(book.parameters()), momenta, rate, 0.003, mode, exclude)
         assert abs(loss - book_loss.item()) < 2e-4 * book_loss.item()
     for (name, p), q in zip(training.model.named_parameters(), book.parameters(), strict=True):
         assert (p.double() - q).norm() <= 1e-4 * q.norm() + 1e-7, name
+
+
+def test_momentum_in_bf16_follows_that_in_fp32():
+    """Each step adds a rounding of 2^-9 of the momentum, which lives on for 1 / (1 - 0.9) = 10 steps."""
+    trainings = [Training(momentum_dtype=dtype, learning_rate=0.01) for dtype in (torch.float32, torch.bfloat16)]
+    start = trainings[0].arena.weight.clone()
+    for seed in range(3):
+        for training in trainings:
+            training.step(*batch(seed))
+    exact, rounded = (training.arena.weight - start for training in trainings)
+    assert 0 < (rounded - exact).norm() < 10 * 2**-9 * exact.norm()
+
+
+def test_a_compiler_takes_the_step_whole():
+    eager, compiled = (Training(dtype=torch.float16, mode="clip", eta=0.003, loss_scale="dynamic") for _ in range(2))
+    compiled.optimizer.step = torch.compile(compiled.optimizer.step, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        assert eager.step(*batch(seed)) == compiled.step(*batch(seed))
+    assert_same_bits(eager, compiled)
+    assert eager.optimizer.counters.tolist() == compiled.optimizer.counters.tolist() == [2, 2, 2]
 
 
 def test_running_statistics_are_pytorchs():
@@ -106,9 +143,10 @@ def test_running_statistics_are_pytorchs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_an_overflow_leaves_everything(dtype, poison):
-    training = Training(dtype=dtype, loss_scale="dynamic")
+def test_an_overflow_leaves_everything(dtype, momentum_dtype, poison):
+    training = Training(dtype=dtype, momentum_dtype=momentum_dtype, loss_scale="dynamic")
     training.optimizer.loss_scale.fill_(8.0)
     training.step(*batch(0))
     before, scale = training.state(), training.optimizer.loss_scale.item()
@@ -126,13 +164,11 @@ def test_an_overflow_leaves_everything(dtype, poison):
 
 
 def test_two_runs_give_the_same_bits():
-    states = []
-    for _ in range(2):
-        training = Training(mode="clip", eta=0.003)
+    trainings = [Training(mode="clip", eta=0.003) for _ in range(2)]
+    for training in trainings:
         for seed in range(2):
             training.step(*batch(seed))
-        states.append(training.state())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert_same_bits(*trainings)
 
 
 def test_the_loss_scale_and_rank_count_divide_out():
@@ -173,15 +209,14 @@ def test_poly_is_the_originals_schedule():
         assert rates[step].item() == pytest.approx(2.0 * (1 - step / 1000) ** 2, rel=1e-6)
 
 
-def test_state_round_trip():
-    one = Training(lenet, loss_scale="dynamic")
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
+def test_state_round_trip(momentum_dtype):
+    one, other = (Training(lenet, momentum_dtype=momentum_dtype, loss_scale="dynamic") for _ in range(2))
     for seed in range(3):
         one.step(*batch(seed))
-    other = Training(lenet, loss_scale="dynamic")
     state = one.optimizer.state_dict()
     other.arena.load_state_dict(one.arena.state_dict(), state["momentum"])
     other.optimizer.load_state_dict(state)
     one.step(*batch(9))
     other.step(*batch(9))
-    for name, value in one.state().items():
-        assert torch.equal(value, other.state()[name]), name
+    assert_same_bits(one, other)

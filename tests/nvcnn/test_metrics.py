@@ -86,6 +86,15 @@ def test_a_terminal_without_tqdm(monkeypatch, capsys):
     assert "tqdm is not installed" in printed.err
 
 
+def test_a_nested_value_that_is_not_finite_is_null_too(tmp_path):
+    shown = Metrics(str(tmp_path), steps=1, first_step=0, rank=0)
+    shown.write("tensors", step=1, trust_ratio={"w": math.nan, "b": 1.0}, gradient_norm={"w": math.inf, "b": -math.inf})
+    shown.close()
+    (event,) = metrics.read(tmp_path)
+    assert event["trust_ratio"] == {"w": None, "b": 1.0}
+    assert event["gradient_norm"] == {"w": None, "b": None}
+
+
 def test_other_ranks_are_silent(tmp_path, capsys):
     quiet = Metrics(str(tmp_path), steps=3, first_step=0, rank=1)
     quiet.table_head()

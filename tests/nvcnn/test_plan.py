@@ -1,5 +1,7 @@
 """What follows from settings, data and ranks."""
 
+import re
+
 import pytest
 import torch
 
@@ -39,3 +41,12 @@ def test_dry_run_says_what_a_user_plans_by(capsys):
         assert line in out.splitlines()
     assert "Parameters:  25,557,032" in out
     assert "GiB a device" in out
+
+
+@pytest.mark.parametrize(("momentum", "size"), [("fp32", 12), ("bf16", 10)])
+def test_dry_run_counts_momentum_in_its_dtype(capsys, momentum, size):
+    settings = Settings(model="resnet152", batch_size=1, fp16=True, momentum_dtype=momentum)
+    dry_run(settings, plan(settings, None, ranks=1))
+    out = capsys.readouterr().out
+    parameters = int(re.search(r"Parameters:  ([\d,]+)", out)[1].replace(",", ""))
+    assert f"{size * parameters / 2**30:.2f} weights and optimizer" in out

@@ -25,7 +25,10 @@ ORIGINAL = {
     "fp16": False,
 }
 NEWER = {
+    "label_smoothing": 0.0,
+    "larc_exclude": "none",
     "bf16": False,
+    "momentum_dtype": "fp32",
     "crop_area": (0.1, 1.0),
     "crop_aspect": (0.8, 1.25),
     "eval_crop": 0.875,
@@ -36,6 +39,7 @@ NEWER = {
     "seed": 1,
     "keep": 3,
     "transport": "horovod",
+    "log_tensors": False,
     "dry_run": False,
 }
 
@@ -81,9 +85,14 @@ def test_short_and_negative_forms():
         ("--crop_area=0.5,2", "--crop_area"),
         ("--crop_aspect=2,1", "--crop_aspect"),
         ("--eval_crop=1.5", "--eval_crop"),
+        ("--label_smoothing=1", "--label_smoothing"),
         ("--seed=-1", "--seed"),
         ("--keep=0", "--keep"),
         ("--fp16 --bf16", "--fp16 and --bf16"),
+        ("--momentum_dtype=fp16", "--momentum_dtype"),
+        ("--larc_exclude=1d", "--larc_exclude=1d needs --larc_eta"),
+        ("--larc_exclude=bias --larc_eta=1", "--larc_exclude"),
+        ("--log_tensors", "--log_tensors needs --log_dir"),
         ("--num_epochs=2", "--data_dir"),
         ("--eval", "--data_dir"),
         ("--eval --data_dir=x", "--log_dir"),
@@ -106,10 +115,12 @@ def test_what_a_resumed_run_may_change():
     one = parse(["--model=lenet", "--crop_area=0.5,1"])
     stored = json.loads(json.dumps(as_json(one)))
     free = ["--display_every=7", "--save_interval=1", "--summary_interval=1", "--keep=9", "--data_dir=d", "--log_dir=e"]
+    free.append("--log_tensors")
     assert differences(one, stored) == []
     assert differences(parse(["--model=lenet", "--crop_area=0.5,1", *free]), stored) == []
-    other = parse(["--model=trivial", "--crop_area=0.6,1"])
+    other = parse(["--model=trivial", "--crop_area=0.6,1", "--momentum_dtype=bf16"])
     assert differences(other, stored) == [
         "--model: there lenet, here trivial",
+        "--momentum_dtype: there fp32, here bf16",
         "--crop_area: there [0.5, 1.0], here [0.6, 1.0]",
     ]

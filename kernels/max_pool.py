@@ -1,0 +1,216 @@
+"""y[n, c, i, j] = max of x[n, c] over a window, and dx = the dy of every window in which that value is the maximum.
+
+A NaN is larger than all else. Among equal values the window's first is the maximum, among several NaN its last: both as
+torch.nn.functional.max_pool2d has it, https://pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html .
+
+Bytes: forward reads x, writes y and, where a gradient will be asked for, 1 byte a value of y: the maximum's position in
+its window. Backward reads dy and that byte, writes dx; it gathers, and the windows over a pixel overlap in cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.images import check_images
+from kernels.implementation import runs_triton
+
+LARGEST = 15  # kernel size: 15 x 15 positions fit into the byte
+
+
+def reference(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """PyTorch's own, and the int64 index into H x W that its backward takes. (N, C, H, W) -> (N, C, OH, OW), twice."""
+    return torch.ops.aten.max_pool2d_with_indices(x, [kernel_size] * 2, [stride] * 2, [padding] * 2)
+
+
+def backward_reference(dy: Tensor, argmax: Tensor, dx: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """dx, of whose argument the shape alone counts."""
+    window = [kernel_size] * 2, [stride] * 2, [padding] * 2
+    return torch.ops.aten.max_pool2d_with_indices_backward(dy, dx, *window, [1, 1], False, argmax)
+
+
+@triton.jit
+def kernel(
+    x, y, argmax, PIXELS, H, W, OH, OW,
+    C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C channels of BLOCK_PIXELS of the N x OH x OW = PIXELS pixels of y. argmax: None for none."""
+    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    inside = (pixel < PIXELS)[:, None] & (c < C)
+    first_h = pixel // OW % OH * STRIDE - PADDING
+    first_w = pixel % OW * STRIDE - PADDING
+    first = (pixel // (OH * OW)).to(tl.int64) * (H * W) + first_h * W + first_w
+    largest = tl.full((BLOCK_PIXELS, BLOCK_C), float("-inf"), tl.float32)
+    # The first position that is not padding: that of the maximum if all values are -inf.
+    position = tl.maximum(-first_h, 0) * KERNEL_SIZE + tl.maximum(-first_w, 0)
+    position = tl.broadcast_to(position[:, None], (BLOCK_PIXELS, BLOCK_C))
+    for r in tl.static_range(KERNEL_SIZE):
+        for s in tl.static_range(KERNEL_SIZE):
+            h, w = first_h + r, first_w + s
+            valid = inside & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+            value = tl.load(x + (first + (r * W + s))[:, None] * C + c, mask=valid, other=float("-inf")).to(tl.float32)
+            larger = (value > largest) ^ (value != value)  # never both
+            largest = tl.maximum(largest, value, propagate_nan=tl.PropagateNan.ALL)
+            position = tl.where(larger, r * KERNEL_SIZE + s, position)
+    at = pixel.to(tl.int64)[:, None] * C + c
+    tl.store(y + at, largest.to(y.dtype.element_ty), mask=inside)
+    if argmax is not None:
+        tl.store(argmax + at, position.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    dy, argmax, dx, CELLS, ROWS, COLUMNS, H, W, OH, OW,
+    C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C channels of BLOCK_PIXELS of the N x ROWS x COLUMNS = CELLS cells of dx.
+
+    A cell is STRIDE x STRIDE pixels: the windows over it are read once, and where in them its pixels are is constant.
+    """
+    cell = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    inside = (cell < CELLS)[:, None] & (c < C)
+    n = (cell // (ROWS * COLUMNS)).to(tl.int64)
+    row = cell // COLUMNS % ROWS + PADDING // STRIDE
+    column = cell % COLUMNS + PADDING // STRIDE
+    WINDOWS: tl.constexpr = (KERNEL_SIZE + STRIDE - 1) // STRIDE  # over a cell, in each direction; the last is its own
+    gradients, positions = (), ()
+    for i in tl.static_range(1 - WINDOWS, 1):
+        for j in tl.static_range(1 - WINDOWS, 1):
+            oh, ow = row + i, column + j
+            valid = inside & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
+            at = ((n * OH + oh) * OW + ow)[:, None] * C + c
+            gradients += (tl.load(dy + at, mask=valid).to(tl.float32),)
+            positions += (tl.load(argmax + at, mask=valid, other=255),)
+    for a in tl.static_range(STRIDE):
+        for b in tl.static_range(STRIDE):
+            total = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
+            for window in tl.static_range(WINDOWS * WINDOWS):
+                r = a + (WINDOWS - 1 - window // WINDOWS) * STRIDE
+                s = b + (WINDOWS - 1 - window % WINDOWS) * STRIDE
+                if r < KERNEL_SIZE and s < KERNEL_SIZE:
+                    total += tl.where(positions[window] == r * KERNEL_SIZE + s, gradients[window], 0.0)
+            h, w = row * STRIDE + a - PADDING, column * STRIDE + b - PADDING
+            valid = inside & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+            at = ((n * H + h) * W + w)[:, None] * C + c
+            tl.store(dx + at, total.to(dx.dtype.element_ty), mask=valid)
+
+
+def configured(op: str, images: Tensor, kernel_size: int, stride: int) -> Configuration:
+    """For the images that are written, (N, C, H, W): 8 values, 16 bytes of fp16, a thread, and few channels idle."""
+    c = images.shape[1]
+    block_c = min(triton.next_power_of_2(c), min((128, 64, 32), key=lambda block: triton.cdiv(c, block) * block))
+    computed = {"BLOCK_C": block_c, "BLOCK_PIXELS": 1024 // block_c, "num_warps": 4}
+    key = f"{dtype_name(images.dtype)} C={c} kernel={kernel_size} stride={stride}"
+    return configuration(op, key, images.device, computed)
+
+
+def grid(pixels: int, c: int, config: Configuration) -> tuple[int, int]:
+    return triton.cdiv(pixels, config["BLOCK_PIXELS"]), triton.cdiv(c, config["BLOCK_C"])
+
+
+def empty_images(like: Tensor, height: int, width: int) -> Tensor:
+    shape = (*like.shape[:2], height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def output_size(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[int, int]:
+    """OH, OW."""
+    height, width = ((size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[2:])
+    return height, width
+
+
+def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
+    """The maximum of each window, kernel_size x kernel_size every stride pixels, differentiable.
+
+    x: (N, C, H, W), fp16, bf16 or fp32, channels-last, surrounded by `padding` of -inf. Returns (N, C, OH, OW) in x's
+    dtype, channels-last, OH = floor((H + 2 padding - kernel_size) / stride) + 1. Raises ValueError for another layout,
+    shape or dtype, a kernel size or stride above 15, padding above half the kernel, and a window that does not fit.
+    """
+    return max_pool_with_argmax(x, kernel_size, stride, padding, torch.is_grad_enabled() and x.requires_grad)[0]
+
+
+@torch.library.custom_op("nvcnn::max_pool", mutates_args=())
+def max_pool_with_argmax(
+    x: Tensor, kernel_size: int, stride: int, padding: int, with_argmax: bool
+) -> tuple[Tensor, Tensor]:
+    """y, and for the backward alone what `argmax_like` says, or an empty tensor without `with_argmax`."""
+    n, c, h, w = check_images("max_pool", "x", x)
+    if not (1 <= kernel_size <= LARGEST and 1 <= stride <= LARGEST and 0 <= padding <= kernel_size // 2):
+        raise ValueError(
+            f"max_pool: kernel_size and stride must be 1 .. {LARGEST}, padding 0 .. kernel_size // 2; "
+            f"got {kernel_size}, {stride}, {padding}"
+        )
+    size = output_size(x, kernel_size, stride, padding)
+    if min(size) < 1:
+        raise ValueError(
+            f"max_pool: a window of {kernel_size} does not fit into {h} x {w} pixels with padding {padding}"
+        )
+    if not runs_triton(x.device):
+        y, argmax = reference(x, kernel_size, stride, padding)
+        return y, argmax if with_argmax else argmax_like(y, False)
+    if n * h * w >= 2**31:
+        raise ValueError(f"max_pool: x must have less than 2**31 pixels, got {tuple(x.shape)}")
+    y = empty_images(x, *size)
+    argmax = argmax_like(y, with_argmax)
+    config, pixels = configured("max_pool", y, kernel_size, stride), n * size[0] * size[1]
+    kernel[grid(pixels, c, config)](
+        x, y, argmax if with_argmax else None, pixels, h, w, *size, c, kernel_size, stride, padding, **config
+    )
+    return y, argmax
+
+
+def argmax_like(y: Tensor, with_argmax: bool) -> Tensor:
+    """Room for where y's maxima are: the position in the window, uint8, or the reference's int64 index. Or for none."""
+    dtype = torch.uint8 if runs_triton(y.device) else torch.int64
+    return torch.empty_like(y, dtype=dtype) if with_argmax else y.new_empty(0, dtype=dtype)
+
+
+@torch.library.custom_op("nvcnn::max_pool_backward", mutates_args=())
+def max_pool_backward(
+    dy: Tensor, argmax: Tensor, height: int, width: int, kernel_size: int, stride: int, padding: int
+) -> Tensor:
+    """dx, (N, C, height, width), channels-last, of dy and argmax, (N, C, OH, OW)."""
+    if argmax.shape != dy.shape:
+        raise ValueError(f"max_pool: the backward needs argmax, {tuple(dy.shape)}, got {tuple(argmax.shape)}")
+    dy = dy.contiguous(memory_format=torch.channels_last)  # what was flattened for a linear layer is not
+    dx = empty_images(dy, height, width)
+    if not runs_triton(dy.device):
+        return backward_reference(dy, argmax, dx, kernel_size, stride, padding)
+    n, c, *size = dy.shape
+    rows, columns = ((extent - 1 + padding) // stride - padding // stride + 1 for extent in (height, width))
+    config, cells = configured("max_pool_backward", dx, kernel_size, stride), n * rows * columns
+    backward_kernel[grid(cells, c, config)](
+        dy, argmax, dx, cells, rows, columns, height, width, *size, c, kernel_size, stride, padding, **config
+    )
+    return dx
+
+
+@max_pool_with_argmax.register_fake
+def _(x, kernel_size, stride, padding, with_argmax):
+    y = empty_images(x, *output_size(x, kernel_size, stride, padding))
+    return y, argmax_like(y, with_argmax)
+
+
+@max_pool_backward.register_fake
+def _(dy, argmax, height, width, kernel_size, stride, padding):
+    return empty_images(dy, height, width)
+
+
+def setup_context(ctx, inputs, output):
+    x, *ctx.window, _ = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # else zeros for the gradient of argmax
+
+
+def backward(ctx, dy, _):
+    dx = None if dy is None else max_pool_backward(dy, *ctx.saved_tensors, *ctx.size, *ctx.window)
+    return dx, None, None, None, None
+
+
+max_pool_with_argmax.register_autograd(backward, setup_context=setup_context)

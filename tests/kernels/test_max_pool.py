@@ -1,0 +1,182 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import max_pool
+from tests.kernels.images import DTYPES, SMALLEST, channels_last, integers, randn, unit
+
+STEM, INCEPTION, LENET, GOOGLENET = (3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1)
+WINDOWS = (STEM, INCEPTION, LENET, GOOGLENET, (1, 2, 0), (5, 2, 2), (5, 3, 0), (2, 3, 1), (4, 5, 2))
+# (N, C, H, W): the widths of a vector of channels and of none, rows and columns that are left over, single pixels.
+SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 8, 17]), st.integers(1, 12), st.integers(1, 12))
+
+
+@st.composite
+def cases(draw):
+    """A window and a shape that it fits into."""
+    kernel_size, _, padding = window = draw(st.sampled_from(WINDOWS))
+    n, c, h, w = draw(SHAPES)
+    least = kernel_size - 2 * padding
+    return window, (n, c, max(h, least), max(w, least))
+
+
+def pooled(pool, x, dy=None):
+    """y and dx of a random dy, or of this one."""
+    x = x.clone().requires_grad_()
+    y = pool(x)
+    y.backward(torch.ones_like(y) if dy is None else dy)
+    return y.detach(), x.grad
+
+
+def peer(window):
+    return lambda x: F.max_pool2d(x, *window)
+
+
+def ours(window):
+    return lambda x: max_pool(x, *window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_is_exact_on_integers(implementation, device, window, dtype):
+    x = integers((2, 17, 9, 6), dtype, device, -3, 3)  # many equal ones in a window
+    dy = integers(peer(window)(x).shape, dtype, device)
+    y, dx = pooled(ours(window), x, dy)
+    exact = pooled(peer(window), x.double(), dy.double())
+    assert torch.equal(y.double(), exact[0])
+    assert torch.equal(dx.double(), exact[1])
+    assert y.dtype == dx.dtype == dtype
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, dx))
+    assert torch.equal(max_pool(x, *window), y)  # without a gradient
+
+
+@given(case=cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32))
+def test_is_as_close_as_its_dtypes_allow(implementation, device, case, dtype, seed):
+    torch.manual_seed(seed)
+    window, shape = case
+    x = randn(shape, dtype, device)
+    dy = randn(peer(window)(x).shape, dtype, device)
+    y, dx = pooled(ours(window), x, dy)
+    exact, gradient = pooled(peer(window), x.double(), dy.double())
+    terms = pooled(peer(window), x.double(), dy.double().abs())[1]
+    assert torch.equal(y.double(), exact)
+    # As many windows over a pixel, each an addition: of fp32 here, of dtype in PyTorch. Then the cast.
+    windows, rounding = (-(-window[0] // window[1])) ** 2, unit(dtype, implementation)
+    addition = 2.0**-24 if implementation == "triton" else rounding
+    bound = (windows - 1) * addition * terms * (1 + rounding) ** windows + rounding * gradient.abs() + SMALLEST[dtype]
+    assert ((dx.double() - gradient).abs() <= bound).all()
+    if dtype == torch.float32:  # the windows are added in PyTorch's order
+        assert torch.equal(dx, pooled(peer(window), x, dy)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(case=cases(), seed=st.integers(0, 2**32))
+def test_values_that_are_not_finite_are_as_in_pytorch(implementation, device, dtype, case, seed):
+    generator = torch.Generator().manual_seed(seed)
+    window, shape = case
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, -torch.inf, -0.0, 0.0, 1.0])
+    chosen = torch.randint(len(values), shape, generator=generator)
+    x = channels_last(values[chosen].to(device, dtype))
+    for got, expected in zip(pooled(ours(window), x), pooled(peer(window), x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_that_is_not_finite_stays_with_its_maximum(implementation, device):
+    x = channels_last(torch.arange(2 * 3 * 7 * 7, device=device).view(2, 3, 7, 7).float())
+    dy = torch.ones_like(max_pool(x, *STEM))
+    dy[0, 1, 2, 2] = torch.nan
+    dx = pooled(ours(STEM), x, dy)[1]
+    assert dx.isnan().nonzero().tolist() == [[0, 1, 5, 5]]
+
+
+def test_a_gradient_may_have_another_layout(implementation, device):
+    x, weight = randn((2, 5, 6, 6), torch.float32, device).requires_grad_(), torch.randn(45, 2, device=device)
+    gradients = [torch.autograd.grad((pool(x).flatten(1) @ weight).sum(), x)[0] for pool in (ours(STEM), peer(STEM))]
+    assert torch.equal(*gradients)
+
+
+def test_the_largest_window(implementation, device):
+    window, x = (15, 15, 7), integers((1, 2, 31, 16), torch.float32, device)
+    for got, expected in zip(pooled(ours(window), x), pooled(peer(window), x), strict=True):
+        assert torch.equal(got, expected)
+
+
+class Calls(TorchDispatchMode):
+    """The arguments of max_pool's op, of each of its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.arguments = []
+
+    def __torch_dispatch__(self, op, types, arguments=(), others=None):
+        if op is torch.ops.nvcnn.max_pool.default:
+            self.arguments.append(arguments)
+        return op(*arguments, **(others or {}))
+
+
+def test_the_backward_keeps_one_byte_a_value_and_nothing_without_a_gradient(implementation, device):
+    saved = []
+    x = randn((2, 16, 8, 8), torch.float16, device).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), Calls() as calls:
+        max_pool(x, *STEM)
+        max_pool(x.detach(), *STEM)
+        with torch.no_grad():
+            max_pool(x, *STEM)
+    assert [with_argmax for *_, with_argmax in calls.arguments] == [True, False, False]
+    assert [t.shape for t in saved] == [(2, 16, 4, 4)]
+    assert saved[0].dtype == (torch.uint8 if implementation == "triton" else torch.int64)
+    assert torch.ops.nvcnn.max_pool(x, *STEM, False)[1].shape == (0,)
+
+
+def test_two_runs_give_the_same_bits(implementation, device):
+    x = randn((3, 40, 9, 9), torch.float16, device)
+    for a, b in zip(pooled(ours(STEM), x), pooled(ours(STEM), x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradcheck(device, monkeypatch):
+    monkeypatch.setenv("NVCNN_KERNELS", "reference")
+    x = torch.randperm(2 * 3 * 5 * 4, device=device).view(2, 3, 5, 4).double()  # none near another
+    assert torch.autograd.gradcheck(ours(STEM), channels_last(x).requires_grad_())
+
+
+@pytest.mark.parametrize("c", [1, 5])
+def test_opcheck(implementation, device, c):
+    x = randn((2, c, 6, 5), torch.float32, device)
+    y, argmax = torch.ops.nvcnn.max_pool(x, *STEM, True)
+    for op, arguments in (
+        (torch.ops.nvcnn.max_pool, (x.requires_grad_(), *STEM, True)),
+        (torch.ops.nvcnn.max_pool, (x.detach(), *STEM, False)),
+        (torch.ops.nvcnn.max_pool_backward, (y, argmax, 6, 5, *STEM)),
+    ):
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "window", "message"),
+    [
+        (torch.randn(2, 4, 3, 3), STEM, "x must be channels-last, got strides"),
+        (torch.randn(2, 4, 3), STEM, r"x must be \(N, C, H, W\)"),
+        (channels_last(torch.ones(2, 4, 3, 3).long()), STEM, "x must be one of torch.float16.*got torch.int64"),
+        (channels_last(torch.ones(2, 4, 3, 3)), (3, 2, 2), "padding 0 .. kernel_size // 2; got 3, 2, 2"),
+        (channels_last(torch.ones(2, 4, 3, 3)), (3, 2, -1), "padding 0 .. kernel_size // 2; got 3, 2, -1"),
+        (channels_last(torch.ones(2, 4, 20, 20)), (16, 2, 0), "kernel_size and stride must be 1 .. 15.*got 16, 2, 0"),
+        (channels_last(torch.ones(2, 4, 20, 20)), (0, 1, 0), "kernel_size and stride must be 1 .. 15.*got 0, 1, 0"),
+        (channels_last(torch.ones(2, 4, 20, 20)), (2, 0, 0), "kernel_size and stride must be 1 .. 15.*got 2, 0, 0"),
+        (channels_last(torch.ones(2, 4, 20, 20)), (2, 16, 0), "kernel_size and stride must be 1 .. 15.*got 2, 16, 0"),
+        (channels_last(torch.ones(2, 4, 3, 2)), (3, 2, 0), "a window of 3 does not fit into 3 x 2 pixels"),
+    ],
+)
+def test_refuses(device, x, window, message):
+    with pytest.raises(ValueError, match=message):
+        max_pool(x.to(device), *window)
+
+
+def test_the_backward_refuses_what_a_forward_without_a_gradient_gave(implementation, device):
+    x = randn((2, 4, 6, 6), torch.float32, device).requires_grad_()
+    y, _ = torch.ops.nvcnn.max_pool(x, *STEM, False)
+    with pytest.raises(ValueError, match=r"the backward needs argmax, \(2, 4, 3, 3\), got \(0,\)"):
+        y.sum().backward()

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import prepare_input
+from tests.kernels.images import DTYPES, SMALLEST, unit
+
+CHANNELS = (3, 4, 8)
+
+
+def pixels(n, h, w, device):
+    """Images and flips; of two or more images at least one is mirrored and one is not."""
+    flip = torch.randint(2, (n,), device=device).bool()
+    flip[:2] = torch.tensor([True, False])[:n]
+    return torch.randint(256, (n, h, w, 3), device=device, dtype=torch.uint8), flip
+
+
+def formula(images, flip, scale, shift):
+    """In float64: (N, 3, H, W), and the products alone."""
+    mirrored = torch.stack([image.flip(1) if f else image for image, f in zip(images, flip.tolist(), strict=True)])
+    product = mirrored.double() * scale.double()
+    return (product + shift.double()).permute(0, 3, 1, 2), product.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(3, 9, 24), (2, 5, 7), (1, 1, 1)])
+def test_is_exact_where_nothing_is_rounded(implementation, device, size, dtype, channels):
+    images, flip = pixels(*size, device)
+    scale, shift = torch.tensor([[2**-7, 2**-6, 2**-5], [-1, -2, -4]], device=device)
+    before = images.clone()
+    x = prepare_input(images, flip, scale, shift, dtype, channels)
+    n, h, w = size
+    assert (x.shape, x.dtype, x.stride()) == ((n, channels, h, w), dtype, (channels * h * w, 1, channels * w, channels))
+    assert torch.equal(x[:, :3].double(), formula(images, flip, scale, shift)[0])
+    assert not x[:, 3:].any()
+    assert torch.equal(images, before)
+
+
+@given(
+    size=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 40)),
+    dtype=st.sampled_from(DTYPES),
+    channels=st.sampled_from(CHANNELS),
+    seed=st.integers(0, 2**32),
+)
+def test_is_as_close_as_its_dtypes_allow(implementation, device, size, dtype, channels, seed):
+    torch.manual_seed(seed)
+    images, flip = pixels(*size, device)
+    scale, shift = torch.randn(3, device=device) / 64, torch.randn(3, device=device)
+    exact, product = formula(images, flip, scale, shift)
+    x = prepare_input(images, flip, scale, shift, dtype, channels)
+    # The product is rounded or, in a fused multiply-add, is not; then the sum, then the result.
+    rounding = unit(dtype, implementation)
+    bound = 2.0**-24 * product.abs() + (2.0**-24 + rounding) * exact.abs()
+    bound = bound * (1 + 2 * rounding) + SMALLEST[dtype]
+    assert ((x[:, :3].double() - exact).abs() <= bound).all()
+    assert not x[:, 3:].any()
+
+
+def test_every_pixel_value_is_rounded_to_nearest_even(implementation, device):
+    images = torch.arange(256, device=device, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    scale, shift = torch.tensor([[2**-7, 2**-7, 2**-7], [8, 16, -64]], device=device)  # up to 14 bits, 11 are kept
+    flip = torch.zeros(1, dtype=torch.bool, device=device)
+    x = prepare_input(images, flip, scale, shift, torch.float16, 4)
+    assert torch.equal(x[:, :3], formula(images, flip, scale, shift)[0].half())
+
+
+def test_a_factor_that_is_not_finite_stays_in_its_channel(implementation, device):
+    images, flip = pixels(2, 3, 5, device)
+    scale = torch.tensor([torch.nan, 1.0, torch.inf], device=device)
+    x = prepare_input(images.clamp(min=1), flip, scale, torch.zeros_like(scale), torch.float32, 8)
+    assert x[:, 0].isnan().all()
+    assert torch.equal(x[:, 1], formula(images.clamp(min=1), flip, scale, torch.zeros_like(scale))[0][:, 1].float())
+    assert (x[:, 2] == torch.inf).all()
+    assert not x[:, 3:].any()
+
+
+def test_two_runs_give_the_same_bits(implementation, device):
+    images, flip = pixels(3, 8, 20, device)
+    scale, shift = torch.randn(2, 3, device=device)
+    runs = [prepare_input(images, flip, scale, shift, torch.float16, 4) for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_opcheck(implementation, device, channels):
+    images, flip = pixels(2, 3, 5, device)
+    scale, shift = torch.randn(2, 3, device=device)
+    torch.library.opcheck(prepare_input, (images, flip, scale, shift, torch.float16, channels))
+
+
+IMAGES = torch.zeros(2, 3, 4, 3, dtype=torch.uint8)
+GOOD = {"images": IMAGES, "flip": torch.zeros(2).bool(), "scale": torch.ones(3), "shift": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": IMAGES.float()}, r"images must be \(N, H, W, 3\), none of them 0, torch.uint8.*got.*torch.float32"),
+        ({"images": IMAGES[..., :2].contiguous()}, r"images must be \(N, H, W, 3\).*got \(2, 3, 4, 2\)"),
+        ({"images": IMAGES[0]}, r"images must be \(N, H, W, 3\).*got \(3, 4, 3\)"),
+        ({"images": IMAGES[:0]}, r"images must be \(N, H, W, 3\).*got \(0, 3, 4, 3\)"),
+        ({"images": IMAGES.transpose(1, 2)}, "contiguous; got .* strides"),
+        ({"flip": torch.zeros(3).bool()}, r"flip must be \(2,\), torch.bool.*got \(3,\)"),
+        ({"flip": torch.zeros(2, dtype=torch.uint8)}, "flip must be .* torch.bool.*got .* torch.uint8"),
+        ({"scale": torch.ones(1)}, r"scale must be \(3,\), torch.float32"),
+        ({"shift": torch.ones(3).double()}, r"shift must be \(3,\), torch.float32.*got .* torch.float64"),
+        ({"dtype": torch.float64}, "dtype must be one of torch.float16.*got torch.float64, 3"),
+        ({"channels": 5}, "channels 3, 4 or 8; got torch.float16, 5"),
+    ],
+)
+def test_refuses(device, changes, message):
+    arguments = GOOD | {"dtype": torch.float16, "channels": 3} | changes
+    on_device = {name: a.to(device) if isinstance(a, torch.Tensor) else a for name, a in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        prepare_input(**on_device)
