@@ -26,6 +26,7 @@ from torch import Tensor
 from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks, in_place_op
 from kernels.implementation import runs_triton
 
+PAIRINGS = tl.constexpr(BLOCK.bit_length() - 1)
 MAX_LOSS_SCALE = tl.constexpr(2.0**24)  # lifts fp16's smallest number, 2^-24, to 1: no gradient needs more
 
 
@@ -89,9 +90,17 @@ def refresh_reference(weight: Tensor, model_weight: Tensor | None, weight_square
 
 
 @triton.jit
+def sum_by_pairs(values, BLOCK: tl.constexpr):
+    """The same bits in every kernel: a sum of two has one order, that of `tl.sum` follows the layout in the threads."""
+    for level in tl.static_range(1, PAIRINGS + 1):
+        values = tl.sum(tl.reshape(values, (BLOCK >> level, 2)), 1)
+    return tl.sum(values)
+
+
+@triton.jit
 def store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLOCK: tl.constexpr):
     """What follows from a block of new weights."""
-    tl.store(weight_square_sums + block, tl.sum(w * w))
+    tl.store(weight_square_sums + block, sum_by_pairs(w * w, BLOCK))
     if model_weight is not None:  # noqa: SIM102 (decided by the compiler; the next at run time)
         if block < matrix_blocks:
             at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -180,8 +189,8 @@ def kernel(
             advance(counters, loss_scale, finite, growth_interval)
 
 
-# Without fused multiply-adds, which a compiler may place differently in the two kernels, the sums of `refresh` are the
-# update's to the bit. Both wait for memory: it costs nothing.
+# Without fused multiply-adds, which a compiler may place differently in the two kernels, and by pairs, the sums of
+# `refresh` are the update's to the bit. Both wait for memory: it costs nothing.
 CONFIG = {"num_warps": 4, "enable_fp_fusion": False}
 
 

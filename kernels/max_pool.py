@@ -84,8 +84,8 @@ def backward_kernel(
             oh, ow = row + i, column + j
             valid = inside & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
             at = ((n * OH + oh) * OW + ow)[:, None] * C + c
-            gradients += (tl.load(dy + at, mask=valid).to(tl.float32),)
-            positions += (tl.load(argmax + at, mask=valid, other=255),)
+            gradients += (tl.load(dy + at, mask=valid).to(tl.float32),)  # type: ignore[assignment]
+            positions += (tl.load(argmax + at, mask=valid, other=255),)  # type: ignore[assignment]
     for a in tl.static_range(STRIDE):
         for b in tl.static_range(STRIDE):
             total = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)

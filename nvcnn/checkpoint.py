@@ -6,7 +6,7 @@ A checkpoint is a dict:
     model                  its name
     settings               what config.json holds
     weights                state_dict by torchvision's names, fp32
-    optimizer              momentum by the same names, counters (step, updates, good steps), loss_scale
+    optimizer              momentum by the same names, in its dtype, counters (step, updates, good steps), loss_scale
     ranks                  per rank: the data reader's position, the random generators
     class_names, preprocessing, kernels, loss_average
 """

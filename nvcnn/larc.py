@@ -22,8 +22,8 @@ FIRST_DYNAMIC_SCALE = 65536.0
 class Larc:
     """The optimizer and the state of a step; docs/architecture.md names the tensors.
 
-    `schedule`: (steps,) learning rates. `mode`: "off", "clip" or "scale". `exclude`: "none", or "1d": parameters of fewer
-    than two dimensions get plain SGD. `loss_scale`: a number, or "dynamic".
+    `schedule`: (steps,) learning rates. `mode`: "off", "clip" or "scale". `exclude`: "none", or "1d": parameters of
+    fewer than two dimensions get plain SGD. `loss_scale`: a number, or "dynamic".
     """
 
     def __init__(

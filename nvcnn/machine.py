@@ -9,6 +9,7 @@ import torch
 import triton
 
 import nvcnn
+from kernels.implementation import runs_triton
 from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
 
@@ -41,6 +42,14 @@ def use_device(transport: Transport) -> tuple[torch.device, int]:
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True  # the fastest of the deterministic
     return device, min(threads, MOST_INPUT_THREADS)
+
+
+def chosen_kernels() -> str:
+    """Which implementation computes here, "triton" or "reference". Raises InputError if that cannot run."""
+    try:
+        return "triton" if runs_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "reference"
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def versions() -> dict[str, str]:

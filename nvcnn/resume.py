@@ -8,7 +8,7 @@ from typing import Any
 from nvcnn import checkpoint
 from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
-from nvcnn.machine import versions
+from nvcnn.machine import chosen_kernels, versions
 from nvcnn.settings import Settings, as_json, differences
 
 
@@ -31,29 +31,23 @@ def restore(settings: Settings, transport: Transport) -> dict[str, Any] | None:
     if found is None:
         return None
     path, state = found
-    check_same_run(settings, transport, state["settings"], len(state["ranks"]), path)
+    check_same_run(settings, transport, state["settings"], len(state["ranks"]), path, state["kernels"])
     print(f"Restored checkpoint {path}", flush=True)
     return state
 
 
-def check_same_run(settings: Settings, transport: Transport, stored: dict, ranks: int, where: Path) -> None:
+def check_same_run(
+    settings: Settings, transport: Transport, stored: dict, ranks: int, where: Path, kernels: str | None = None
+) -> None:
     different = differences(settings, stored)
     if (stored.get("data_dir") is None) != (settings.data_dir is None):
         different.append(f"--data_dir: there {stored.get('data_dir')}, here {settings.data_dir}")
     if ranks != transport.size:
         different.append(f"ranks: there {ranks}, here {transport.size}")
+    if kernels and kernels != chosen_kernels():
+        different.append(f"NVCNN_KERNELS: there {kernels}, here {chosen_kernels()}")
     if different:
         raise InputError(f"{where} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
-
-
-def check_same_kernels(settings: Settings, restored: dict[str, Any] | None, kernels: str) -> None:
-    """Raises InputError if the restored run computed with other kernels than `kernels`: they differ in bits."""
-    if restored and restored["kernels"] != kernels:
-        there = restored["kernels"]
-        raise InputError(
-            f"--log_dir={settings.log_dir}: its run computes with NVCNN_KERNELS={there}, here it would be {kernels}: "
-            f"set NVCNN_KERNELS={there}, or give another --log_dir"
-        )
 
 
 def write_config(settings: Settings, ranks: int) -> None:

@@ -17,22 +17,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import kernels
-from kernels.implementation import runs_triton
 from nvcnn import checkpoint
 from nvcnn.arena import Arena, gradient_order
 from nvcnn.data import Batch, SyntheticData, TrainingData, find_dataset, prepare_input
 from nvcnn.data.dataset import Dataset
 from nvcnn.distributed import Transport, Vote, connect, launched
-from nvcnn.errors import InputError
 from nvcnn.evaluate import Evaluation, evaluate
 from nvcnn.gradients import Gradients
 from nvcnn.larc import Larc
-from nvcnn.machine import use_device
+from nvcnn.machine import chosen_kernels, use_device
 from nvcnn.metrics import Metrics, Throughput
 from nvcnn.models import build_model, find_model
 from nvcnn.plan import describe, dry_run, plan
 from nvcnn.program import SAVED_AND_STOPPED
-from nvcnn.resume import check_same_kernels, restore, write_config
+from nvcnn.resume import restore, write_config
 from nvcnn.schedule import poly
 from nvcnn.settings import Settings, as_json
 from nvcnn.tensor_log import TensorLog
@@ -80,11 +78,7 @@ class Run:
     ):
         self.settings, self.transport = settings, transport
         self.device, threads = use_device(transport)
-        try:
-            self.kernels = "triton" if runs_triton(self.device) else "reference"
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        check_same_kernels(settings, restored, self.kernels)
+        self.kernels = chosen_kernels()
         self.plan = plan(settings, dataset, transport.size)
         self.dtype = self.plan.dtype
         # What rank 0 read from the checkpoint for each rank: the reader's position and the random generators.

@@ -3,6 +3,7 @@
 import hashlib
 
 import tiny  # noqa: F401 (the model)
+import torch
 
 from nvcnn import train
 from nvcnn.program import run
@@ -14,7 +15,7 @@ class Digested(train.Run):
         code = super().loop()
         held = hashlib.sha256()
         for tensor in (self.arena.weight, self.arena.momentum, self.optimizer.counters, self.optimizer.loss_scale):
-            held.update(tensor.numpy().tobytes())
+            held.update(tensor.view(torch.uint8).numpy().tobytes())
         print(f"rank {self.transport.rank} holds {held.hexdigest()}", flush=True)
         return code
 

@@ -217,6 +217,14 @@ def test_a_wrong_kernel_choice(launch):
         refused(launch, *LENET, "--num_batches=1", names=[name], environment={"NVCNN_KERNELS": kernels})
 
 
+def test_other_kernels_than_the_checkpoints(launch, tmp_path):
+    arguments = ("--model=lenet", "--batch_size=4", "--num_batches=2", f"--log_dir={tmp_path}/run")
+    launch.train(*arguments)
+    environment = {"NVCNN_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    names = ["checkpoint-00000002.pt", "NVCNN_KERNELS: there reference, here triton"]
+    refused(launch, *arguments, names=names, environment=environment)
+
+
 def test_interrupted_in_the_terminal_without_log_dir(launch):
     program = launch.start("launch/train.py", *LENET, "--batch_size=4", "--num_batches=100000")
     program.until("^ +5 ")

@@ -19,7 +19,7 @@ def events(log_dir, kind):
 
 
 @pytest.mark.parametrize("transport", ["horovod", "torch"])
-@pytest.mark.parametrize("precision", [(), ("--bf16",), ("--fp16", "--loss_scale=dynamic")])
+@pytest.mark.parametrize("precision", [(), ("--bf16", "--momentum_dtype=bf16"), ("--fp16", "--loss_scale=dynamic")])
 def test_loss_falls_and_ranks_agree(launch, records, tmp_path, transport, precision):
     text = launch.run(
         "tests/end_to_end/digest.py",
@@ -40,7 +40,7 @@ def test_loss_falls_and_ranks_agree(launch, records, tmp_path, transport, precis
     assert len(digests) == 2
     assert digests["0"] == digests["1"]
     staged = "horovod has no bfloat16: gradients travel in fp32" in text
-    assert staged == (transport == "horovod" and precision == ("--bf16",))
+    assert staged == (transport == "horovod" and "--bf16" in precision)
 
 
 def test_two_ranks_equal_one(launch, tmp_path):
@@ -111,6 +111,7 @@ def test_saving_does_not_change_training(launch, records, undisturbed, tmp_path)
 def test_batchnorm_and_loss_scale_resume_to_the_same_bits(launch, records, tmp_path):
     arguments = (
         *("--model=resnet18", "--num_classes=10", "--learning_rate=0.02", "--larc_eta=0.01", "--loss_scale=dynamic"),
+        *("--larc_exclude=1d", "--momentum_dtype=bf16", "--log_tensors"),
         *(f"--data_dir={records}", "--batch_size=2", "--num_batches=6"),
     )
     launch.train(*arguments, f"--log_dir={tmp_path}/whole")
@@ -120,6 +121,11 @@ def test_batchnorm_and_loss_scale_resume_to_the_same_bits(launch, records, tmp_p
     assert program.wait() == 3, program.text()
     launch.train(*arguments, f"--log_dir={tmp_path}/stopped")
     assert_same_bits(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "stopped"))
+    momenta = last_checkpoint(tmp_path / "whole")["optimizer"]["momentum"].values()
+    assert {m.dtype for m in momenta} == {torch.bfloat16}
+    whole, stopped = ([{**e, "time": 0} for e in events(tmp_path / d, "tensors")] for d in ("whole", "stopped"))
+    assert [e["step"] for e in whole] == [1, 2, 3, 4, 5, 6]
+    assert whole == stopped
 
 
 def test_evaluation_counts_each_image_once(launch, tmp_path):

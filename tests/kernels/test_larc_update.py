@@ -217,6 +217,17 @@ def test_refresh_has_the_bits_of_the_update(implementation, device, dtype, momen
         assert same_bits(again[name], new[name]), name
 
 
+@pytest.mark.parametrize("momentum_dtype", MOMENTA)
+def test_the_kernels_sum_by_pairs(device, monkeypatch, momentum_dtype):
+    """So that the order is the same in both, however the compiler lays a block out over the threads."""
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    new = updated(arguments(device, dtype=torch.float32, momentum_dtype=momentum_dtype))
+    sums = new["weight"].square().view(-1, BLOCK)
+    while sums.shape[1] > 1:
+        sums = sums[:, ::2] + sums[:, 1::2]
+    assert torch.equal(new["weight_square_sums"], sums[:, 0])
+
+
 def test_refresh_beyond_a_chunk_of_the_reference(device, monkeypatch):
     monkeypatch.setenv("NVCNN_KERNELS", "reference")
     new = updated(arguments(device, 300, 260, torch.float32, values=integers))
