@@ -1,9 +1,15 @@
 """Every kernel configuration compiled for GPUs that need not be here: registers, shared memory, spills, widths.
 
-python -m benchmarks.codegen [--json FILE] [NAME ...]    variants whose name contains a NAME, or all; exit 1 on a breach
+python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
-A breach is a spill, or a stream (a tensor of which a program touches BLOCK elements) that is not read or written with
-16 bytes an instruction. Occupancy is the share of an SM's warps that registers and shared memory leave room for.
+`short`, which the tests compile: the steps of two small models and the optimizer's options. `all`: ResNet-50's step as
+well, in fp16 and bf16, as launched without a table and with each table of kernels/configs/ (on its own GPU). Equal
+launches are compiled once; `calls` says how often they occur in a step of ResNet-50.
+
+A breach (exit 1) is a spill, or a stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for
+every thread of the program, which scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels
+may be mirrored, three of them each, and positions in a window are half as wide as the values beside them) and what
+UNALIGNED names. Occupancy is the share of an SM's warps that registers and shared memory leave room for.
 """
 
 import argparse
@@ -11,133 +17,135 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from importlib import import_module
-from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from benchmarks import report
-from kernels.blocks import BLOCK
+from benchmarks.trace import Call, Launch, compiled, launches, meta_run, recorded, step_calls
+from kernels.configurations import TABLES, TEST
 from kernels.implementation import INTERPRETED
 
-CHIPS = (80, 90, 100)  # A100, H100 and H200, B200
+CHIPS = (80, 90, 100)
+GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip
 # Per SM, from the table of compute capabilities in the CUDA C++ Programming Guide; all have 64 warps, 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
-
-# The types of arguments by name; all others are *fp32 unless a variant says otherwise.
-TYPES = {"counters": "*i64", "first_block": "*i32", "tensor_of_block": "*i32"}
-TYPES |= dict.fromkeys(("matrix_blocks", "blocks", "statistics", "tensors", "steps", "ranks", "growth_interval"), "i32")
-TYPES |= dict.fromkeys(("momentum_factor", "weight_decay", "statistics_momentum", "eta"), "fp32")
+UNALIGNED = ("trust_ratio.kernel ",)  # reads the sums of one tensor's blocks, which begin anywhere, from the L2 cache
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One configuration of a kernel. `reads` and `writes` name its streams."""
-
-    op: str
-    label: str
-    constants: dict[str, Any]
-    types: dict[str, str] = field(default_factory=dict)
-    kernel: str = "kernel"
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return f"{self.op}: {self.label}"
-
-
-def variants() -> Iterator[Variant]:
-    for dtype, decay in product(("fp16", "bf16", "fp32"), (True, False)):
-        yield Variant(
-            "gradient_statistics",
-            f"{dtype}, {'with' if decay else 'no'} decay",
-            {"DECAY": decay, "BLOCK": BLOCK},
-            {"matrix_gradient": f"*{dtype}"},
-            reads=("matrix_gradient", "vector_gradient", *(("weight",) if decay else ())),
-        )
-    for mode in ("off", "clip", "scale"):
-        yield Variant("trust_ratio", mode, {"MODE": mode})
-    # The dtypes of gradient and model weight; fp32 gradients of a bf16 model are a transport's staging.
-    for gradient, model in (("fp16", "fp16"), ("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32")):
-        copy = () if model == "fp32" else ("model_weight",)
-        yield Variant(
-            "larc_update",
-            f"{gradient} gradient, {model} model",
-            {"BLOCK": BLOCK} | ({} if copy else {"model_weight": None}),
-            {"matrix_gradient": f"*{gradient}", "model_weight": f"*{model}"},
-            reads=("matrix_gradient", "vector_gradient", "weight", "momentum"),
-            writes=("weight", "momentum", *copy),
-        )
-    for model in ("fp16", "bf16", "fp32"):
-        copy = () if model == "fp32" else ("model_weight",)
-        yield Variant(
-            "larc_update",
-            f"refresh, {model} model",
-            {"BLOCK": BLOCK} | ({} if copy else {"model_weight": None}),
-            {"model_weight": f"*{model}"},
-            kernel="refresh_kernel",
-            reads=("weight",),
-            writes=copy,
-        )
+def short_calls() -> Iterator[Call]:
+    """Every kernel in every dtype, and what the defaults of a run leave out."""
+    half, bfloat16, single = torch.float16, torch.bfloat16, torch.float32
+    for model, dtype in (("resnet18", half), ("resnet18", bfloat16), ("lenet", single)):
+        yield from step_calls(model, 32, dtype)
+    runs = [meta_run("lenet", 32, dtype) for dtype in (half, bfloat16, single)]
+    staged = meta_run("lenet", 32, bfloat16, bfloat16_transport=False)
+    with recorded() as calls:
+        for run in runs:
+            run.arena.refresh()
+        for larc, mode in ((runs[0].optimizer, "off"), (runs[2].optimizer, "scale")):
+            larc.mode, larc.weight_decay = mode, 0.0
+            larc.step()
+        staged.optimizer.step()
+    yield from calls
 
 
-def compile_variant(variant: Variant, chip: int) -> dict[str, Any]:
-    """One row of the table, with `layout` (that of the last reduction) and `breach` (empty if there is none)."""
-    module = import_module(f"kernels.{variant.op}")
-    kernel, names = getattr(module, variant.kernel), getattr(module, variant.kernel).arg_names
-    options = {k: v for k, v in module.CONFIG.items() if k not in names}
-    constants = {k: v for k, v in module.CONFIG.items() if k in names} | variant.constants
-    types = {name: (TYPES | variant.types).get(name, "*fp32") for name in names}
-    types |= dict.fromkeys(constants, "constexpr")
-    compiled = triton.compile(
-        ASTSource(
-            kernel,
-            signature=types,
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")},
-        ),
-        target=GPUTarget("cuda", chip, 32),
-        options=options,
-    )
-    ptx, warps, shared = compiled.asm["ptx"], compiled.metadata.num_warps, compiled.metadata.shared
-    registers, spills = resource_usage(compiled.asm["cubin"])
+def counted(calls: Iterable[Call], chip: int, table: str = "") -> Counter[Launch]:
+    """The launches of the project's own ops, and how often they occur."""
+    found: Counter[Launch] = Counter()
+    for call, count in Counter(calls).items():
+        if call.name.startswith("nvcnn::"):
+            for launch in launches(call, chip, table):
+                found[launch] += count
+    return found
+
+
+def all_launches(which: str) -> Counter[Launch]:
+    """Every distinct launch, with the number of times it occurs in ResNet-50's step."""
+    found: Counter[Launch] = Counter()
+    if which == "all":
+        tables = [(chip_of(file.stem), file.stem) for file in TABLES.glob("*.json") if file.stem != TEST]
+        for dtype in (torch.float16, torch.bfloat16):
+            step = step_calls(dtype=dtype)
+            for chip, table in [(chip, "") for chip in CHIPS] + tables:
+                found |= counted(step, chip, table)
+    short = list(short_calls())
+    for chip in CHIPS:
+        found.update(dict.fromkeys(counted(short, chip), 0))
+    return found
+
+
+def chip_of(table: str) -> int:
+    """Raises ValueError for a table whose GPU is none of GPUS."""
+    for gpu, chip in GPUS.items():
+        if gpu in table:
+            return chip
+    raise ValueError(f"kernels/configs/{table}.json: its name must contain one of {', '.join(GPUS)}")
+
+
+def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
+    """One row of the table; `breach` is empty if there is none."""
+    kernel = compiled(launch)
+    ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    registers, spills = resource_usage(kernel.asm["cubin"])
+    accesses = accesses_of(ptx)
     breaches = [f"{spills} bytes of spills"] if spills else []
-    for verb, streams in (("ld", variant.reads), ("st", variant.writes)):
-        wide = sum(width for width in access_widths(ptx, verb) if width >= 16) * warps * 32
-        needed = BLOCK * sum(bits(types[name]) // 8 for name in streams)
-        if wide < needed:
-            breaches.append(f"{verb}: {wide} of {needed} bytes by 16")
+    for place in [] if launch.name.startswith(UNALIGNED) else sorted(streams(ttgir, warps * 32)):
+        width = min((width for _, width, at in accesses if at == place), default=0)
+        if width < 16:
+            breaches.append(f"{width} bytes at a time at {place}")
     return {
-        "name": variant.name,
-        "chip": f"sm_{chip}",
+        "name": launch.name,
+        "chip": f"sm_{launch.chip}",
+        "calls": calls,
         "registers": registers,
         "shared": shared,
         "spills": spills,
-        "load": max(access_widths(ptx, "ld"), default=0),
-        "store": max(access_widths(ptx, "st"), default=0),
+        "load": max((width for verb, width, _ in accesses if verb != "st"), default=0),
+        "store": max((width for verb, width, _ in accesses if verb == "st"), default=0),
         "matrix": next(iter(re.findall(r"wgmma|tcgen05\.mma|mma\.sync", ptx)), "-"),
-        "occupancy": f"{occupancy(chip, registers, shared, warps):.0%}",
+        "occupancy": f"{occupancy(launch.chip, registers, shared, warps):.0%}",
         "breach": "; ".join(breaches),
-        "layout": reduction_layout(compiled.asm["ttgir"]),
     }
 
 
-def bits(pointer: str) -> int:
-    return int(re.sub(r"\D", "", pointer))
+def streams(ttgir: str, threads: int) -> set[str]:
+    """Where (file:line:column) tensors of 16 bytes a thread and more are loaded or stored."""
+    locations = dict(re.findall(r"^(#loc\d*) = (.*)$", ttgir, flags=re.MULTILINE))
+
+    def place(location: str) -> str:
+        """Of a name or an inlined call, the place within."""
+        if found := re.search(r'([^/"]+)":(\d+:\d+)', locations[location]):
+            return f"{found[1]}:{found[2]}"
+        return place(re.findall(r"#loc\d*", locations[location])[0])
+
+    operation = r"(?:tt\.load|tt\.store|ttg\.async_copy_global_to_local) "
+    tensors = re.findall(operation + r".*?: tensor<([\dx]+)x!tt\.ptr<\D+(\d+).*loc\((#loc\d*)\)", ttgir)
+    return {
+        place(location)
+        for shape, bits, location in tensors
+        if int(bits) > 8 and prod(map(int, shape.split("x"))) * int(bits) // 8 >= 16 * threads
+    }
 
 
-def access_widths(ptx: str, verb: str) -> list[int]:
-    """Bytes per thread of every global load (ld) or store (st)."""
-    found = re.findall(rf"\b{verb}\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
-    return [int(vector or 1) * int(size) // 8 for vector, size in found]
+def accesses_of(ptx: str) -> list[tuple[str, int, str]]:
+    """Every access to global memory: ld, st or cp.async; bytes per thread; file:line:column."""
+    found, place = [], ""
+    for line in ptx.splitlines():
+        if location := re.search(r"\.loc\s.*// (\S+)", line):
+            place = location[1]
+        elif access := re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", line):
+            found.append((access[1], int(access[2] or 1) * int(access[3]) // 8, place))
+        elif access := re.search(r"\b(cp\.async)\.c[ag]\.shared\.global\S* .*?\], \[.*?\], (\w+)", line):
+            found.append((access[1], int(access[2], 0), place))
+    return found
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -158,35 +166,24 @@ def occupancy(chip: int, registers: int, shared: int, warps: int) -> float:
     return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
 
 
-def reduction_layout(ttgir: str) -> list[str]:
-    """The layouts in which the last reduction's elements are held: they decide the order of its sum."""
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ttgir, flags=re.MULTILINE))
-    reshapes = re.findall(r"tt\.reshape .*?, (#\w+)> -> tensor<\w+, (#\w+)>", ttgir)
-    return [layouts[name] for name in reshapes[-1]] if reshapes else []
-
-
-def compile_all(names: list[str], workers: int) -> list[dict[str, Any]]:
-    """The rows of all variants whose name contains one of `names` (none: of all), for every chip."""
-    chosen = [v for v in variants() if not names or any(name in v.name for name in names)]
-    jobs = list(product(chosen, CHIPS))
-    with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(compile_variant, *zip(*jobs, strict=True))) if jobs else []
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only variants whose name contains it")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only launches whose name contains it")
+    parser.add_argument("--list", choices=("short", "all"), default="all", help="what is compiled (all)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     parser.add_argument("--workers", type=int, default=2, help="compilers at a time (2)")
     arguments = parser.parse_args()
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
-    rows = compile_all(arguments.names, arguments.workers)
-    if not rows:
-        parser.error(f"no variant's name contains {' or '.join(arguments.names)}")
+    names = arguments.names or [""]
+    jobs = [item for item in all_launches(arguments.list).items() if any(name in item[0].name for name in names)]
+    if not jobs:
+        parser.error(f"no launch's name contains {' or '.join(names)}")
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        rows = sorted(pool.map(compile_launch, *zip(*jobs, strict=True)), key=lambda row: (row["name"], row["chip"]))
     if arguments.json:
         report.write(arguments.json, "codegen", rows)
-    print(report.table([{key: value for key, value in row.items() if key != "layout"} for row in rows]))
+    print(report.table(rows))
     return 1 if any(row["breach"] for row in rows) else 0
 
 

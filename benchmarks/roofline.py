@@ -1,0 +1,127 @@
+"""What a training step must take on GPUs that need not be here: bytes over bandwidth, FLOPs over matrix rate.
+
+python -m benchmarks.roofline [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--plain] [--json FILE]
+
+Every call of the step moves the bytes of its tensors and does its FLOPs; its floor is the longer of the two. The sum of
+the floors is what no implementation with these calls can pass; fusing calls moves the limit. --plain: the same model as
+torchvision has it, with convolution, BatchNorm, addition and ReLU apart, without an optimizer.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import benchmarks.peers  # noqa: F401 (makes torchvision importable)
+from benchmarks import report
+from benchmarks.timing import shown, significant
+from benchmarks.trace import Call, Layout, plain_calls, step_calls
+from nvcnn.models import MODELS
+
+
+@dataclass(frozen=True)
+class GPU:
+    name: str
+    bandwidth: float  # bytes a second, read and written
+    rate: float  # FLOPs a second of fp16 or bf16 matrix products, without sparsity
+
+
+GPUS = (
+    # Peaks that nothing reaches: NVIDIA's data sheets of the A100 80 GB SXM and the HGX B200 (a GPU of eight).
+    GPU("A100 (data sheet)", 2.039e12, 312e12),
+    GPU("B200 (data sheet)", 8.0e12, 2250e12),
+    # Measured: a copy, and a product of random 8192 x 8192 matrices.
+    GPU("H100", 3.0e12, 790e12),
+    GPU("H200", 4.3e12, 790e12),
+)
+
+# How often an argument moves, where it is not read once, or read and written once if the schema says it is mutated.
+MOVES: dict[str, dict[str, int]] = {
+    "aten::copy_": {"self": 1},  # written only
+    "aten::native_batch_norm": {"input": 2},  # for the statistics, for y
+    "aten::native_batch_norm_backward": {"grad_out": 2, "input": 2},  # for the sums, for dx
+    "aten::max_pool2d_with_indices_backward": {"self": 0},  # the indices say it all
+    # For the sums, for dx. With g, the gradient behind the mask, the first pass writes g, and the second reads it.
+    "nvcnn::batch_norm_backward": {"dy": 2, "x": 2},
+    "nvcnn::gradient_statistics": {"square_sums": 1},
+    "nvcnn::larc_update": {"model_weight": 1, "weight_square_sums": 1},
+    "nvcnn::refresh": {"model_weight": 1, "weight_square_sums": 1},
+}
+
+
+def moved(call: Call) -> Iterator[tuple[Layout, int]]:
+    """The tensors that the call must move to or from memory, and how often: as MOVES has it, each result once."""
+    moves = MOVES.get(call.name, {})
+    for argument in call.op._schema.arguments:
+        default = 2 if argument.alias_info is not None and argument.alias_info.is_write else 1
+        for value in tree_leaves(call[argument.name], is_leaf=lambda value: isinstance(value, Layout)):
+            if isinstance(value, Layout):
+                yield value, moves.get(argument.name, default)
+    if not any(result.alias_info for result in call.op._schema.returns):  # else they are arguments
+        yield from ((result, 1) for result in call.outputs)
+
+
+def bytes_of(call: Call) -> int:
+    return sum(times * tensor.bytes for tensor, times in moved(call))
+
+
+def flops_of(call: Call) -> int:
+    """FLOPs of a convolution or matrix product, 0 of anything else."""
+    formula = flop_registry.get(call.op.overloadpacket)
+    if formula is None:
+        return 0
+    shapes = [value.shape if isinstance(value, Layout) else value for _, value in call.arguments]
+    out = call.outputs[0].shape
+    return formula(*shapes, out_val=[out, out] if "backward" in call.name else out)
+
+
+def name_of(call: Call) -> str:
+    if call.name == "aten::convolution_backward":
+        return f"{call.name}, {'data' if call['output_mask'][0] else 'weight'}"
+    return call.name
+
+
+def rows_of(calls: Iterable[Call], batch: int) -> list[dict[str, Any]]:
+    """A row for each op, the largest first, and one for the step: floors in microseconds."""
+    names = [gpu.name for gpu in GPUS]
+    rows: dict[str, dict[str, Any]] = {}
+    step: dict[str, Any] = {"name": "step", "calls": 0} | dict.fromkeys(("MB/image", "GFLOP/image", *names), 0.0)
+    for call, count in Counter(calls).items():
+        moved, flops = bytes_of(call), flops_of(call)
+        floors = {gpu.name: max(moved / gpu.bandwidth, flops / gpu.rate) * 1e6 for gpu in GPUS}
+        amounts = {"MB/image": moved / batch / 1e6, "GFLOP/image": flops / batch / 1e9} | floors
+        row = rows.setdefault(name_of(call), dict.fromkeys(step, 0) | {"name": name_of(call)})
+        for total in (row, step):
+            total["calls"] += count
+            for key, amount in amounts.items():
+                total[key] += count * amount
+    images = dict.fromkeys(step) | {"name": "images/s at most"} | {name: batch / step[name] * 1e6 for name in names}
+    return [*sorted(rows.values(), key=lambda row: -row["MB/image"]), step, images]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="resnet50")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
+    parser.add_argument("--plain", action="store_true", help="torchvision's model, nothing fused, no optimizer")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    arguments = parser.parse_args()
+    trace = plain_calls if arguments.plain else step_calls
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
+    rows = rows_of(trace(arguments.model, arguments.batch, dtype), arguments.batch)
+    if arguments.json:
+        report.write(arguments.json, "roofline", rows)
+    rounded = [{k: significant(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    print(f"microseconds at least\n{report.table(shown(rounded))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

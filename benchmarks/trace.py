@@ -1,0 +1,261 @@
+"""One training step recorded without computing: what is called, with which shapes; and the kernel launches of an op.
+
+The step is the trainer's own, on tensors of the meta device, which have no memory. An op's launches are those of its
+own launcher, specialised by Triton itself for a GPU that need not be here.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from math import prod
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+import kernels
+from kernels import configurations
+from nvcnn.data import Batch
+from nvcnn.distributed import Launch as Launched
+from nvcnn.distributed import Transport
+from nvcnn.models import MODELS
+from nvcnn.settings import Settings
+from nvcnn.train import Run
+
+META = torch.device("meta")
+aten = torch.ops.aten
+
+
+class Layout(NamedTuple):
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """In memory: an expanded dimension is there once."""
+        return prod(n for n, stride in zip(self.shape, self.stride, strict=True) if stride) * self.dtype.itemsize
+
+    def meta(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=META)
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator and what it was called with: arguments by name, tensors as their layouts. Equal calls do the same."""
+
+    op: torch._ops.OpOverload
+    arguments: tuple[tuple[str, Any], ...]
+    outputs: tuple[Layout, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.op._schema.name
+
+    def __getitem__(self, argument: str) -> Any:
+        return dict(self.arguments).get(argument)
+
+
+def layouts(value: Any) -> Any:
+    """The value, hashable: its tensors as layouts, its lists as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(map(layouts, value))
+    return Layout(tuple(value.shape), value.dtype, value.stride()) if isinstance(value, Tensor) else value
+
+
+def call_of(op: torch._ops.OpOverload, *args: Any, outputs: Any = (), **kwargs: Any) -> Call:
+    named = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+    results = [layouts(t) for t in tree_iter(outputs) if isinstance(t, Tensor)]
+    return Call(op, tuple((name, layouts(value)) for name, value in named.items()), tuple(results))
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every operator that touches memory: neither views nor allocations.
+
+    What convolutions return is channels-last like what they get, as cuDNN has it: PyTorch's meta kernels do not know.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten.convolution_backward.default:
+            return self.convolution_backward(*args)
+        result = func(*args, **kwargs)
+        if func is aten.convolution.default:
+            result = torch.empty_like(result, memory_format=torch.channels_last)
+        if not func.is_view and "empty" not in func._schema.name and func is not aten.detach.default:
+            self.calls.append(call_of(func, *args, outputs=result, **kwargs))
+        return result
+
+    def convolution_backward(self, dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> list[Tensor | None]:
+        """Two calls, as libraries compute the gradients, each without the tensor it does not read."""
+        *rest, mask = rest  # type: ignore[assignment]
+        results: list[Tensor | None] = [None, None, dy.sum((0, 2, 3)) if mask[2] else None]
+        for i, (like, inputs) in enumerate(((x, (None, weight)), (weight, (x, None)))):
+            if mask[i]:
+                results[i] = torch.empty_like(like)
+                alone = [i == 0, i == 1, False]
+                self.calls.append(
+                    call_of(aten.convolution_backward.default, dy, *inputs, *rest, alone, outputs=results[i])
+                )
+        return results
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """The calls made inside. The ops are those of a GPU: with kernels, not references."""
+    recorder = Recorder()
+    with mock.patch.dict(os.environ, NVCNN_KERNELS="triton"), recorder:
+        yield recorder.calls
+
+
+def meta_run(model: str, batch: int, dtype: torch.dtype, *, bfloat16_transport: bool = True) -> Run:
+    """The trainer's run of one rank, with LARC and a dynamic loss scale, on the meta device, without data."""
+    settings = Settings(
+        model=model,
+        batch_size=batch,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        larc_eta=1e-3,
+        loss_scale="dynamic",
+    )
+    transport = Transport(Launched())
+    transport.bfloat16 = bfloat16_transport
+    with (
+        mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
+        mock.patch("nvcnn.train.use_device", return_value=(META, 1)),
+        mock.patch("nvcnn.train.chosen_kernels", return_value="triton"),
+        mock.patch.object(Run, "open_data"),
+        mock.patch.object(Tensor, "__int__", return_value=0),  # the step it resumes at
+    ):
+        return Run(settings, None, transport, None)
+
+
+def step_calls(model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16) -> list[Call]:
+    """All calls of one training step of the model, from uint8 images to new weights."""
+    run, size = meta_run(model, batch, dtype), MODELS[model].image_size
+    empty = partial(torch.empty, device=META)
+    data = Batch(
+        empty((batch, size, size, 3), dtype=torch.uint8),
+        empty(batch, dtype=torch.int64),
+        empty(batch, dtype=torch.bool),
+    )
+    run.model.train()
+    with recorded() as calls:
+        run.train_step(data)
+    return calls
+
+
+def plain_calls(model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16) -> list[Call]:
+    """Forward, loss and backward of torchvision's model of that name, whose operators are PyTorch's own."""
+    import torchvision.models
+
+    network = getattr(torchvision.models, model)().to(META, dtype, memory_format=torch.channels_last)
+    images = torch.empty(batch, 3, 224, 224, device=META, dtype=dtype).to(memory_format=torch.channels_last)
+    labels = torch.empty(batch, dtype=torch.int64, device=META)
+    with recorded() as calls:
+        F.cross_entropy(network(images).float(), labels).backward()
+    return calls
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as Triton compiles it: `specialization` is its own JSON of signature, constants, alignment, options."""
+
+    module: str
+    kernel: str
+    chip: int
+    specialization: str
+    grid: tuple[int, ...] = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """What tells it from other launches: dtypes but fp32, sizes divisible by 16, constants, warps."""
+        data = json.loads(self.specialization)
+        arguments = list(data["signature"])
+        constants = {
+            arguments[path[0]]: v for path, v in zip(data["constant_keys"], data["constant_vals"], strict=True)
+        }
+        aligned = {arguments[path[0]] for path, v in zip(data["attrs_keys"], data["attrs_vals"], strict=True) if v}
+        words = [f"{self.module.split('.')[-1]}.{self.kernel}"]
+        for argument, kind in data["signature"].items():
+            if argument in constants:
+                words.append(f"{argument}={constants[argument]}")
+            elif kind == "i64" or (kind.startswith("*") and kind != "*fp32"):
+                words.append(f"{argument}:{kind.strip('*')}")
+            elif kind == "i32" and argument in aligned:
+                words.append(f"{argument}%16")
+        return " ".join([*words, f"warps={data['options']['num_warps']}"])
+
+
+class Chip:
+    """Stands in for the driver of a GPU of this compute capability (90: sm_90), for everything but running."""
+
+    def __init__(self, chip: int):
+        self.chip = chip
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.chip, 32)
+
+    def get_current_device(self) -> int:
+        return self.chip  # Triton's caches are by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launcher_of(name: str) -> Callable[..., Any]:
+    """The function behind the operator nvcnn::NAME: called as an operator it would be the fake one for meta tensors."""
+    if name in OPDEFS:
+        return OPDEFS[name]._init_fn
+    return getattr(kernels, name.removeprefix("nvcnn::")).__wrapped__  # of `in_place_op`
+
+
+def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
+    """What the op's launcher starts for the call, on that chip, configured by kernels/configs/`table`.json."""
+    found: list[Launch] = []
+    run = JITFunction.run
+
+    def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+            found.append(Launch(fn.module, fn.name, chip, compile["specialization_data"], tuple(grid)))
+            return True  # nothing to compile or to launch
+
+        with knobs.runtime.scope():
+            knobs.runtime.jit_cache_hook = note
+            run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    arguments = {k: v.meta() if isinstance(v, Layout) else v for k, v in call.arguments}
+    with (
+        mock.patch.object(driver, "_active", Chip(chip)),
+        mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
+        mock.patch.object(JITFunction, "run", launch),
+        mock.patch.object(configurations, "table_name", return_value=table),
+        mock.patch.object(configurations, "say_once"),
+    ):
+        launcher_of(call.name)(**arguments)
+    return found
+
+
+def compiled(launch: Launch) -> Any:
+    """The launch's kernel as Triton's CompiledKernel; nothing of it is loaded."""
+    with mock.patch.object(driver, "_active", Chip(launch.chip)):
+        return getattr(import_module(launch.module), launch.kernel).preload(launch.specialization)
