@@ -17,7 +17,7 @@ PART ?=
 
 activate := export VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/.venv/bin:$$PATH";
 
-.PHONY: help env horovod doctor train test test-full lint bench codegen gpu clean
+.PHONY: help env horovod doctor train test test-full lint bench codegen gpu tune clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -86,8 +86,11 @@ codegen: env  ## compile every kernel configuration for sm_80, sm_90, sm_100: re
 	@$(activate) python -m benchmarks.codegen
 
 # No .venv, no network: the machine's own python3 with torch and triton.
-gpu:  ## on a GPU machine: tests compiled, benchmarks; one part with PART=tests|ops|conv|step
+gpu:  ## on a GPU machine: tests compiled, benchmarks; one part with PART=tests|ops|layers|step
 	PYTHONPATH=. python3 -m benchmarks.gpu $(PART)
+
+tune:  ## on a GPU machine: measure launch configurations, write its table in kernels/configs/
+	PYTHONPATH=. python3 -m benchmarks.tune
 
 clean:  ## remove .venv/ and every cache; data/ and runs/ stay
 	rm -rf .venv build nvcnn.egg-info .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache

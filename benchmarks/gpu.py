@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in one go: the tests with compiled kernels, the ops, the whole step.
+"""Everything that needs a GPU, in one go: the tests with compiled kernels, the ops, the layers, the whole step.
 
-python3 -m benchmarks.gpu [tests|ops|step] [--out DIR]        (`make gpu`)
+python3 -m benchmarks.gpu [tests|ops|layers|step] [--out DIR]        (`make gpu`)
 
 Needs PyTorch, Triton and pytest, no network. Each part is a process of its own with a limit of 8 minutes, and writes
 GPU.PART.json (and .log) as it goes; GPU.md and GPU.png are made of what is there after each. Exit code 1 if a test
@@ -28,6 +28,7 @@ PARTS = {
     # Not tests/nvcnn/data, tests/end_to_end and tests/test_install.py: they are about packages, not about the GPU.
     "tests": ["pytest", "-vv", "-p", "no:cacheprovider", "--ignore=tests/nvcnn/data", "tests/kernels", "tests/nvcnn"],
     "ops": ["benchmarks.ops", "--device=cuda"],
+    "layers": ["benchmarks.layers"],
     "step": ["benchmarks.step", "--device=cuda"],
 }
 

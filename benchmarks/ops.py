@@ -1,16 +1,18 @@
-"""The optimizer's ops on ResNet-50's parameters against the floor that memory sets, and the whole step against others.
+"""Every op of ResNet-50's training step against the floor that memory sets, and the optimizer's step against others.
 
 python -m benchmarks.ops [--device=cpu|cuda] [--json FILE]
 
 The floor of an op is the bytes it must move, over the copy bandwidth of the same rounds: a `ratio` of 0.9 is 90 % of
-it. On a GPU gradients and model weights are fp16, each op is timed as a CUDA graph over several arenas in turn, which
-together exceed any cache; whole optimizer steps are timed as their users call them.
+it. On a GPU gradients, model weights and activations (batch 256) are fp16, each op is timed as a CUDA graph over
+several arenas or sets of tensors in turn, which together exceed any cache; whole optimizer steps are timed as their
+users call them. On a CPU the layers' ops are left out: references run there, which are not made for one pass.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from statistics import median
 from typing import Any
@@ -19,7 +21,9 @@ from unittest import mock
 import torch
 
 import kernels
-from benchmarks import report, timing
+from benchmarks import report, roofline, timing
+from benchmarks.replay import describe, replay
+from benchmarks.trace import Call, step_calls
 from nvcnn.arena import Arena
 from nvcnn.larc import Larc
 from nvcnn.models import build_model
@@ -82,6 +86,29 @@ def bytes_of(arena: Arena) -> dict[str, int]:
         "gradient_statistics": matrix * (gradient + 4) + vector * (4 + 4),
         "larc_update": matrix * (gradient + 16 + weight_copy) + vector * (4 + 16),
     }
+
+
+def layer_calls(model: str, batch: int, dtype: torch.dtype) -> list[Call]:
+    """The calls of the project's ops in a step of the model, but for the optimizer's."""
+    optimizer_ops = {f"nvcnn::{op}" for op in OPS}
+    calls = step_calls(model, batch, dtype)
+    return [call for call in calls if call.name.startswith("nvcnn::") and call.name not in optimizer_ops]
+
+
+def measure_layers(
+    model: str, batch: int, device: torch.device, dtype: torch.dtype, *, size: int, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each distinct call of the layers' ops, the heaviest first, between copies of `size` bytes."""
+    copies = timing.captured(copy(size, device), device)
+    calls = Counter(layer_calls(model, batch, dtype))
+    for call, count in sorted(calls.items(), key=lambda item: -item[1] * roofline.bytes_of(item[0])):
+        step, sets = replay(call, device)
+        steps = {"copy": copies, "ours": timing.captured(step, device)}
+        times = timing.alternate(steps, device, rounds=rounds, repeat=5, warm_up=2)
+        needed = roofline.bytes_of(call)
+        floor = [ms * needed / (2 * size) for ms in times["copy"]]
+        row = timing.row(f"{model}: {describe(call)} / floor", "us", [ms / sets for ms in times["ours"]], floor)
+        yield row | {"note": f"{count} a step, {timing.significant(needed / row['ours'] / 1e3)} GB/s"}
 
 
 def amp_unscale(arena: Arena) -> timing.Step:
@@ -163,16 +190,20 @@ def main() -> int:
     from benchmarks.bench_larc_update import OURS, PEERS  # it asks for the device as it is imported
 
     rows: Rows = []
+
+    def add(more: Iterable[dict[str, Any]]) -> None:
+        for row in more:
+            rows.append(row)
+            if arguments.json:
+                report.write(arguments.json, "ops", rows)
+
     size, n, rounds = (1 << 30, 8192, 20) if gpu else (1 << 28, 1024, 9)
     dtypes = (torch.float16, torch.bfloat16) if gpu else (torch.float32, torch.bfloat16)
-    for part in (
-        partial(ceilings, device, dtypes, size=size, n=n, rounds=rounds),
-        partial(measure_ops, "resnet50", device, dtypes[0], size=size, rounds=rounds),
-        partial(measure_steps, OURS, PEERS, device, rounds=rounds, repeat=20 if gpu else 1),
-    ):
-        rows += part()
-        if arguments.json:
-            report.write(arguments.json, "ops", rows)
+    add(ceilings(device, dtypes, size=size, n=n, rounds=rounds))
+    add(measure_ops("resnet50", device, dtypes[0], size=size, rounds=rounds))
+    if gpu:
+        add(measure_layers("resnet50", 256, device, dtypes[0], size=size, rounds=rounds))
+    add(measure_steps(OURS, PEERS, device, rounds=rounds, repeat=20 if gpu else 1))
     print(report.table(timing.shown(rows)))
     return 0
 

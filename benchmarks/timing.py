@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable
+from math import ceil
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 
 Step = Callable[[], object]
+CACHE = 256 << 20  # bytes: twice the largest L2 cache there is (B200)
 
 
 def milliseconds(step: Step, device: torch.device) -> float:
@@ -30,6 +32,11 @@ def repeated(step: Step, times: int) -> Step:
             step()
 
     return steps
+
+
+def sets(size: int, device: torch.device) -> int:
+    """How many sets of tensors of `size` bytes exceed a GPU's cache when they take turns; 1 on a CPU."""
+    return ceil(CACHE / size) if device.type == "cuda" else 1
 
 
 def captured(step: Step, device: torch.device) -> Step:

@@ -20,6 +20,8 @@ TEST = "test"
 
 Configuration = Mapping[str, int]
 
+answers: dict[tuple[str, str], Configuration] = {}  # what each (op, key) was launched with last: `make tune` asks
+
 
 @cache
 def table_name(device: torch.device) -> str:
@@ -46,11 +48,13 @@ def configuration(op: str, key: str, device: torch.device, computed: Configurati
     name = table_name(device)
     table = read_table(name)
     found = table.get(op, {})
-    if key in found or "*" in found:
-        return found.get(key, found.get("*", computed))
-    missing = f"kernels/configs/{name}.json" if not table else f"an entry for {op} in kernels/configs/{name}.json"
-    say_once(f"there is no {missing}: computed launch configurations are used; `make tune` measures better ones")
-    return computed
+    answer = found.get(key) or found.get("*")
+    if answer is None:
+        answer = computed
+        missing = f"kernels/configs/{name}.json" if not table else f"an entry for {op} in kernels/configs/{name}.json"
+        say_once(f"there is no {missing}: computed launch configurations are used; `make tune` measures better ones")
+    answers[op, key] = answer
+    return answer
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -160,7 +160,7 @@ def test_a_failing_test_is_the_exit_code(machine, tmp_path, module, capfd):
 
 
 def test_the_parts_are_there():
-    for module in ("ops", "step"):
+    for module in ("ops", "layers", "step"):
         assert gpu.PARTS[module][0] == f"benchmarks.{module}"
         assert (Path(gpu.__file__).parent / f"{module}.py").exists()
     root = Path(gpu.__file__).parents[1]

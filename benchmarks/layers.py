@@ -1,0 +1,206 @@
+"""A layer, as nvcnn has it and as others write it, on the shapes of ResNet-50: what the bench_*.py compare.
+
+python -m benchmarks.layers [--json FILE] [NAME ...]    layers whose name contains a NAME, or all
+
+`pytest benchmarks/ --benchmark-only` times each contender on its own, grouped by layer, and `--benchmark-compare` sets
+two runs side by side. Here contenders take turns. On a GPU, in fp16 at batch 256, they run as CUDA graphs over several
+sets of inputs that together exceed the L2 cache, next to torch.compile and to the floor, the bytes that nvcnn's own ops
+must move; on a CPU, in fp32 at batch 2, the references run.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import report, roofline, timing
+from benchmarks.trace import META, recorded
+from nvcnn.models import build_model
+from nvcnn.models.layers import BatchNorm2d
+
+COPY = 1 << 30
+OURS = "nvcnn"
+
+Inputs = tuple[Tensor, ...]
+Contender = Callable[..., tuple[Tensor, ...]]  # (*inputs, backward) -> outputs, and the gradients if `backward`
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One op at one shape. `contenders` make what is timed; OURS is among them. `phases`: of `backward`."""
+
+    name: str
+    inputs: Callable[[torch.device, torch.dtype], Inputs]
+    contenders: Mapping[str, Callable[[torch.device], Contender]]
+    phases: tuple[bool, ...] = (False, True)
+
+    def title(self, backward: bool) -> str:
+        return f"{self.name}, {'forward and backward' if backward else 'forward'}"
+
+
+def device_and_batch() -> tuple[torch.device, torch.dtype, int]:
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.float16, 256
+    return torch.device("cpu"), torch.float32, 2
+
+
+def images(c: int, h: int, w: int, device: torch.device, dtype: torch.dtype, *, batch: int | None = None) -> Tensor:
+    """Random activations, channels-last, that want a gradient."""
+    x = torch.randn(batch or device_and_batch()[2], c, h, w, device=device)
+    return x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+
+
+def differentiated(make: Callable[[], nn.Module], device: torch.device, *, compiled: bool = False) -> Contender:
+    """A module's forward, and its gradients for a random one of its output: of its parameters and floating inputs."""
+    module = make().to(device).train()
+    function = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False) if compiled else module
+    directions: dict[torch.Size, Tensor] = {}
+
+    def run(*inputs: Tensor, backward: bool) -> tuple[Tensor, ...]:
+        y = function(*inputs)
+        if not backward:
+            return (y,)
+        if y.shape not in directions:
+            directions[y.shape] = torch.randn_like(y)
+        leaves = [*(x for x in inputs if x.requires_grad), *module.parameters()]
+        return y, *torch.autograd.grad(y, leaves, directions[y.shape])
+
+    return run
+
+
+def modules(ours: Callable[[], nn.Module], plain: Callable[[], nn.Module]) -> Mapping[str, Callable[..., Contender]]:
+    """Ours, PyTorch's operators, and, on a GPU, these compiled."""
+    contenders = {OURS: partial(differentiated, ours), "PyTorch": partial(differentiated, plain)}
+    if torch.cuda.is_available():
+        contenders["torch.compile"] = partial(differentiated, plain, compiled=True)
+    return contenders
+
+
+@cache
+def batch_norms() -> dict[str, tuple[int, int, bool, bool]]:
+    """C, H (= W), with residual, with ReLU, of ResNet-50's BatchNorms; of equal ones the first in the network."""
+    model = build_model("resnet50", num_classes=1000, seed=0).to(META)
+    found: dict[tuple[int, int, bool, bool], str] = {}
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        c, h = args[0].shape[1:3]
+        found.setdefault((c, h, kwargs.get("residual") is not None, kwargs.get("relu", False)), name)
+
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm2d):
+            module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+    with recorded():
+        model(torch.empty(1, 3, 224, 224, device=META).to(memory_format=torch.channels_last))
+    return {name: shape for shape, name in found.items()}
+
+
+def inputs_in_turn(layer: Layer, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
+    """As many sets of inputs as exceed the cache; on a CPU one."""
+    first = layer.inputs(device, dtype)
+    more = timing.sets(sum(x.nbytes for x in first), device) - 1
+    return [first, *(layer.inputs(device, dtype) for _ in range(more))]
+
+
+def step_of(contender: Contender, sets: list[Inputs], backward: bool) -> timing.Step:
+    def step() -> None:
+        for inputs in sets:
+            contender(*inputs, backward=backward)
+
+    return step
+
+
+def floor_bytes(layer: Layer, dtype: torch.dtype, backward: bool) -> int:
+    """What our ops must move, by the roofline."""
+    contender = layer.contenders[OURS](META)
+    inputs = layer.inputs(META, dtype)
+    with recorded():
+        contender(*inputs, backward=backward)  # makes the gradient's direction, which is none of its work
+    with recorded() as calls:
+        contender(*inputs, backward=backward)
+    return sum(map(roofline.bytes_of, calls))
+
+
+def compare(layer: Layer, backward: bool, *, copy: int = COPY, rounds: int = 10) -> list[dict[str, Any]]:
+    """A row against each other contender, and on a GPU one against the floor. A contender that fails says why."""
+    device, dtype, _ = device_and_batch()
+    sets = inputs_in_turn(layer, device, dtype)
+    title, rows = layer.title(backward), []
+    steps: dict[str, timing.Step] = {}
+    for name, make in layer.contenders.items():
+        try:
+            step = timing.captured(step_of(make(device), sets, backward), device)
+            step()
+            steps[name] = step
+        except Exception as error:  # whatever a peer raises is its result
+            if name == OURS:
+                raise
+            rows.append(timing.missing(f"{title} / {name}", "us", error))
+    if device.type == "cuda":
+        source, target = torch.randn(2, copy // 4, device=device)
+        steps["copy"] = partial(target.copy_, source)
+    times = timing.alternate(steps, device, rounds=rounds, repeat=5 if device.type == "cuda" else 1, warm_up=2)
+    per_set = {name: [ms / len(sets) for ms in values] for name, values in times.items()}
+    peers = [name for name in steps if name not in (OURS, "copy")]
+    rows = [timing.row(f"{title} / {name}", "us", per_set[OURS], per_set[name]) for name in peers] + rows
+    if "copy" in times:
+        needed = floor_bytes(layer, dtype, backward)
+        floor = [ms * needed / (2 * copy) for ms in times["copy"]]
+        rows.append(timing.row(f"{title} / floor", "us", per_set[OURS], floor))
+    return rows
+
+
+def comparison(layers: list[Layer]) -> Callable[..., None]:
+    """The pytest-benchmark test of these layers: a group for each layer and phase."""
+    cases = [(layer, backward, name) for layer in layers for backward in layer.phases for name in layer.contenders]
+
+    @pytest.mark.parametrize(("layer", "backward", "name"), cases, ids=[f"{a.title(b)}: {c}" for a, b, c in cases])
+    def test(benchmark, layer, backward, name):
+        device, dtype, _ = device_and_batch()
+        sets = inputs_in_turn(layer, device, dtype)
+        step = timing.captured(step_of(layer.contenders[name](device), sets, backward), device)
+        benchmark.group = layer.title(backward)
+
+        def timed() -> None:
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(timed, rounds=10, warmup_rounds=2)
+        benchmark.extra_info["sets"] = len(sets)
+
+    return test
+
+
+def all_layers() -> Iterator[Layer]:
+    for file in sorted(Path(__file__).parent.glob("bench_*.py")):
+        yield from getattr(import_module(f"benchmarks.{file.stem}"), "LAYERS", [])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only layers whose name contains it")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    arguments = parser.parse_args()
+    layers = [layer for layer in all_layers() if any(name in layer.name for name in arguments.names or [""])]
+    if not layers:
+        parser.error(f"no layer's name contains {' or '.join(arguments.names)}")
+    rows: list[dict[str, Any]] = []
+    for layer in layers:
+        for backward in layer.phases:
+            rows += compare(layer, backward)
+            if arguments.json:
+                report.write(arguments.json, "layers", rows)
+    print(report.table(timing.shown(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

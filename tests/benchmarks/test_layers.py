@@ -1,0 +1,86 @@
+"""Contenders compute the same; the report has a row for each."""
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks import layers
+from benchmarks.layers import OURS, Layer
+
+CPU = torch.device("cpu")
+ALL = list(layers.all_layers())
+
+
+def small(inputs, size=6):
+    """The inputs' upper left corners."""
+    return tuple(
+        x.detach()[:, :, :size, :size].clone(memory_format=torch.channels_last).requires_grad_()
+        if x.dim() == 4 and x.is_floating_point()
+        else x
+        for x in inputs
+    )
+
+
+def test_the_batch_norms_are_those_of_resnet50():
+    found = layers.batch_norms()
+    assert found["bn1"] == (64, 112, False, True)
+    assert found["layer1.0.bn3"] == (256, 56, True, True)
+    assert found["layer1.0.downsample.1"] == (256, 56, False, False)
+    assert found["layer4.0.bn3"] == (2048, 7, True, True)
+    assert len(found) == 16
+
+
+def test_every_op_of_a_layer_has_a_benchmark():
+    assert {layer.name.split()[0] for layer in ALL} == {
+        *("batch_norm", "max_pool", "global_average", "cross_entropy", "prepare_input")
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="batch 256: run as a benchmark there")
+@pytest.mark.parametrize("layer", ALL, ids=[layer.name for layer in ALL])
+def test_contenders_compute_the_same(layer):
+    inputs = small(layer.inputs(CPU, torch.float32))
+    made = {name: make(CPU) for name, make in layer.contenders.items()}
+    assert len(made) == 2
+    for backward in layer.phases:
+        results = []
+        for run in made.values():
+            torch.manual_seed(1)  # the direction of the gradient
+            results.append(run(*inputs, backward=backward))
+        for ours, theirs in zip(*results, strict=True):
+            difference = (ours.double() - theirs.double()).norm()
+            assert difference <= 2e-5 * theirs.double().norm(), (layer.name, backward)
+
+
+def test_a_layer_has_a_row_for_each_peer_measured_or_with_its_reason(device):
+    def absent(device):
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    def run(x, backward):
+        return (x * 2,)
+
+    contenders = {OURS: lambda device: run, "twice": lambda device: run, "absent": absent}
+    layer = Layer("double 4", lambda device, dtype: (torch.ones(4, device=device),), contenders, phases=(False,))
+    rows = layers.compare(layer, False, copy=1 << 20, rounds=3)
+    measured, missing = rows[:2]
+    assert measured["name"] == "double 4, forward / twice"
+    assert measured["ratio"] > 0
+    assert missing["note"] == "ModuleNotFoundError: No module named 'absent'"
+    assert len(rows) == (3 if device.type == "cuda" else 2)
+
+
+def test_the_floor_is_the_bytes_of_our_ops():
+    layer = next(layer for layer in ALL if layer.name.startswith("max_pool"))
+    batch = layers.device_and_batch()[2]
+    x, y = 64 * 112 * 112, 64 * 56 * 56
+    assert layers.floor_bytes(layer, torch.float16, False) == batch * (2 * x + 2 * y + y)
+    assert layers.floor_bytes(layer, torch.float16, True) == 2 * batch * (2 * x + 2 * y + y)
+
+
+def test_a_name_that_is_no_layers_is_bad_usage(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["layers", "no_such_layer"])
+    with pytest.raises(SystemExit) as stopped:
+        layers.main()
+    assert stopped.value.code == 2
+    assert "no_such_layer" in capsys.readouterr().err

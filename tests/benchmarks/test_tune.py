@@ -1,0 +1,127 @@
+"""The search on ops in the interpreter; what is timed is a clock of the test's own."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.ops import layer_calls
+from benchmarks.replay import arguments, describe, replay
+from kernels import configurations
+from kernels.implementation import INTERPRETED
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CPU")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    return {call.name: call for call in reversed(layer_calls("lenet", 2, torch.float32))}  # the first of each name
+
+
+def test_the_calls_are_those_of_the_layers_of_a_step(calls):
+    names = {"prepare_input", "max_pool", "max_pool_backward", "cross_entropy"}
+    assert set(calls) == {f"nvcnn::{name}" for name in names}
+
+
+def test_arguments_are_valid_ones(calls):
+    made = arguments(calls["nvcnn::cross_entropy"], CPU)
+    assert made["targets"].dtype == torch.int64
+    assert made["targets"].max() < made["logits"].shape[1] == 1000
+    call = calls["nvcnn::max_pool_backward"]
+    assert arguments(call, CPU)["argmax"].max() < call["kernel_size"] ** 2
+    assert describe(calls["nvcnn::max_pool"]) == "max_pool 32 x 28 x 28 with_argmax"
+
+
+@interpreted
+def test_a_replayed_call_runs(calls):
+    step, sets = replay(calls["nvcnn::cross_entropy"], CPU)
+    step()
+    assert sets == 1
+
+
+@interpreted
+def test_the_search_ends_at_the_best_that_agrees(calls, tmp_path, monkeypatch, capsys):
+    """The clock likes large blocks; 8 warps do not compile; blocks of 128 channels give wrong numbers."""
+    call = calls["nvcnn::max_pool"]
+    wrong = {"BLOCK_C": 128}
+    agrees = tune.agrees
+    seen = []
+
+    def current():
+        (config,) = configurations.answers.values()
+        return config
+
+    def clock(call):
+        call.op(**arguments(call, CPU))
+        config = current()
+        seen.append(config)
+        if config["num_warps"] == 8:
+            raise RuntimeError("out of resource: shared memory")
+        return 1000 / (config["BLOCK_C"] + min(config["BLOCK_PIXELS"], 64))
+
+    def agrees_unless_wrong(call, device, expected):
+        return agrees(call, device, expected) and not wrong.items() <= current().items()
+
+    monkeypatch.setattr(tune, "agrees", agrees_unless_wrong)
+    file = tmp_path / "gpu.json"
+    other = {"other_op": {"key": {"BLOCK": 1}}}
+    file.write_text(json.dumps(other))
+    tune.tune(tune.Counter([call]), CPU, file, clock=clock, seconds=100)
+    table = json.loads(file.read_text())
+    ((key, best),) = table["max_pool"].items()
+    assert key == "fp32 C=32 kernel=2 stride=2"
+    assert best == {"BLOCK_C": 64, "BLOCK_PIXELS": 64, "num_warps": 4}
+    assert table["other_op"] == other["other_op"]
+    assert "times as fast" in capsys.readouterr().out
+    assert len(seen) == len({tuple(config.items()) for config in seen}), "a configuration was timed twice"
+
+
+@interpreted
+def test_what_is_tuned_is_what_a_launch_uses(calls, tmp_path, monkeypatch):
+    call = calls["nvcnn::max_pool"]
+    tuned = {"BLOCK_C": 16, "BLOCK_PIXELS": 16, "num_warps": 2}
+    monkeypatch.setattr(configurations, "TABLES", tmp_path)
+    monkeypatch.setattr(configurations, "table_name", lambda device: "some-gpu")
+    configurations.read_table.cache_clear()
+    (tmp_path / "some-gpu.json").write_text(tune.text_of({"max_pool": {"fp32 C=32 kernel=2 stride=2": tuned}}))
+    call.op(**arguments(call, CPU))
+    configurations.read_table.cache_clear()
+    assert configurations.answers["max_pool", "fp32 C=32 kernel=2 stride=2"] == tuned
+
+
+@interpreted
+def test_when_time_is_up_what_is_done_is_kept(calls, tmp_path, capsys):
+    file = tmp_path / "gpu.json"
+    tune.tune(tune.Counter(calls.values()), CPU, file, clock=lambda call: 1.0, seconds=0)
+    assert not file.exists()
+    assert "time is up" in capsys.readouterr().out
+
+
+@interpreted
+def test_a_lost_device_is_not_a_slow_configuration(calls, tmp_path):
+    def clock(call):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        tune.tune(tune.Counter([calls["nvcnn::max_pool"]]), CPU, tmp_path / "t.json", clock=clock, seconds=100)
+
+
+def test_wrong_numbers_do_not_agree(calls):
+    call = calls["nvcnn::prepare_input"]
+    expected = tune.results(call, CPU)
+    assert tune.agrees(call, CPU, expected)
+    expected[0][0, 0, 0, 0] += 1000
+    assert not tune.agrees(call, CPU, expected)
+    expected[0][0, 0, 0, 0] = float("nan")
+    assert not tune.agrees(call, CPU, expected)
+
+
+def test_without_a_gpu_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert tune.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no CUDA device" in line
