@@ -6,7 +6,7 @@ own launcher, specialised by Triton itself for a GPU that need not be here.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from triton import knobs
@@ -26,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-import kernels
 from kernels import configurations
+from kernels.operators import operators
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch as Launched
 from nvcnn.distributed import Transport
@@ -222,13 +221,6 @@ class Chip:
         return 0
 
 
-def launcher_of(name: str) -> Callable[..., Any]:
-    """The function behind the operator nvcnn::NAME: called as an operator it would be the fake one for meta tensors."""
-    if name in OPDEFS:
-        return OPDEFS[name]._init_fn
-    return getattr(kernels, name.removeprefix("nvcnn::")).__wrapped__  # of `in_place_op`
-
-
 def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
     """What the op's launcher starts for the call, on that chip, configured by kernels/configs/`table`.json."""
     found: list[Launch] = []
@@ -251,7 +243,7 @@ def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
         mock.patch.object(configurations, "table_name", return_value=table),
         mock.patch.object(configurations, "say_once"),
     ):
-        launcher_of(call.name)(**arguments)
+        operators[call.name].launcher(**arguments)  # the operator itself would be the fake one for meta tensors
     return found
 
 

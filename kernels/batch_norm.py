@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from kernels.batch_norm_statistics import MEAN, RSTD, SCALE, SHIFT, VECTORS_CONFIG, configured, sum_parts
 from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 
 def reference(x: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -191,7 +192,7 @@ def gradient_kernel(
     tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("nvcnn::batch_norm", mutates_args=())
+@operator("batch_norm")
 def batch_norm(
     x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool, batch: bool
 ) -> Tensor:
@@ -216,7 +217,7 @@ def batch_norm(
     return y
 
 
-@torch.library.custom_op("nvcnn::batch_norm_backward", mutates_args=())
+@operator("batch_norm_backward")
 def batch_norm_backward(
     dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, relu: bool, batch: bool, with_g: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 # The rows of `vectors`, (5, C): v = (x - MEAN) SCALE + SHIFT; the mean is MEAN + MEAN_LOW.
 MEAN, SCALE, SHIFT, RSTD, MEAN_LOW = range(5)
@@ -144,7 +145,7 @@ def configured(op: str, x: Tensor) -> Configuration:
     return configuration(op, f"{dtype_name(x.dtype)} C={c} NHW={x.numel() // c}", x.device, computed)
 
 
-@torch.library.custom_op("nvcnn::batch_norm_statistics", mutates_args=("batch_mean", "batch_var"))
+@operator("batch_norm_statistics", mutates_args=("batch_mean", "batch_var"))
 def batch_norm_statistics(
     x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, eps: float
 ) -> Tensor:
@@ -168,7 +169,7 @@ def batch_norm_statistics(
     return launch_vectors(sums, x, n * h * w, gamma, beta, batch_mean, batch_var, eps)
 
 
-@torch.library.custom_op("nvcnn::batch_norm_vectors", mutates_args=("batch_mean", "batch_var"))
+@operator("batch_norm_vectors", mutates_args=("batch_mean", "batch_var"))
 def batch_norm_vectors(
     sums: Tensor,
     center: Tensor,

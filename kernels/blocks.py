@@ -4,34 +4,13 @@ An arena is a flat buffer of M elements of tensors with two or more dimensions, 
 tensor starts on a block, so a block belongs to exactly one tensor. Padding is zero.
 """
 
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 BLOCK = 2048  # elements; a program of 128 threads handles one, with 16-byte loads
 CHUNK = 256  # blocks a reference works on at a time: 2 MiB of fp32, so that the next operator finds them in the cache
-
-Launcher = Callable[..., None]
-
-
-def in_place_op(name: str, *, mutates_args: tuple[str, ...], fake: Launcher) -> Callable[[Launcher], Launcher]:
-    """Makes a launcher that returns nothing and has no gradient the operator nvcnn::NAME.
-
-    As `torch.library.custom_op` would, without its bookkeeping for autograd, whose time is quadratic in the number of
-    arguments: here it exceeds that of a launch. `fake` is called in the launcher's place while a compiler traces.
-    """
-
-    def register(launcher: Launcher) -> Launcher:
-        qualified = f"nvcnn::{name}"
-        torch.library.define(qualified, torch.library.infer_schema(launcher, mutates_args=mutates_args))
-        torch.library.impl(qualified, "CompositeExplicitAutograd", launcher)
-        torch.library.register_fake(qualified, fake)
-        operator = getattr(torch.ops.nvcnn, name).default
-        return wraps(launcher)(lambda *tensors, **factors: operator(*tensors, **factors))
-
-    return register
 
 
 def chunks(matrix_gradient: Tensor, vector_gradient: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import HALF_AND_SINGLE, check_vectors, single_or_double
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 MAX_CLASSES = 2**15  # a program holds its whole row in registers
 
@@ -114,7 +115,7 @@ def configured(logits: Tensor, soft: bool) -> Configuration:
     return configuration("cross_entropy", key, logits.device, computed)
 
 
-@torch.library.custom_op("nvcnn::cross_entropy", mutates_args=())
+@operator("cross_entropy")
 def cross_entropy(
     logits: Tensor, targets: Tensor, loss_scale: Tensor, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:

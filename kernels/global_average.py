@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import check_images
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 
 def reference(x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def configured(x: Tensor) -> Configuration:
     return configuration("global_average", f"{dtype_name(x.dtype)} C={c} HW={pixels}", x.device, computed)
 
 
-@torch.library.custom_op("nvcnn::global_average", mutates_args=())
+@operator("global_average")
 def global_average(x: Tensor) -> Tensor:
     """The mean over H and W, differentiable.
 
@@ -78,7 +79,7 @@ def global_average(x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("nvcnn::global_average_backward", mutates_args=())
+@operator("global_average_backward")
 def global_average_backward(dy: Tensor, height: int, width: int) -> Tensor:
     """dx, (N, C, height, width), channels-last, of dy, (N, C)."""
     n, c = dy.shape

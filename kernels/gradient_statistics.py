@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks, in_place_op
+from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 
 def reference(
@@ -96,7 +97,7 @@ def check_arguments(
         raise ValueError(f"{op}: ranks must be at least 1, got {ranks}")
 
 
-@in_place_op("gradient_statistics", fake=check_arguments, mutates_args=("square_sums",))
+@operator("gradient_statistics", mutates_args=("square_sums",))
 def gradient_statistics(
     matrix_gradient: Tensor,
     vector_gradient: Tensor,
@@ -120,3 +121,6 @@ def gradient_statistics(
         kernel[(len(square_sums),)](*tensors, *scalars, DECAY=weight_decay != 0, BLOCK=BLOCK, **CONFIG)
     else:
         reference(*tensors, ranks=ranks, weight_decay=weight_decay)
+
+
+gradient_statistics.register_fake(check_arguments)

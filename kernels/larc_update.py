@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks, in_place_op
+from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 PAIRINGS = tl.constexpr(BLOCK.bit_length() - 1)
 MAX_LOSS_SCALE = tl.constexpr(2.0**24)  # lifts fp16's smallest number, 2^-24, to 1: no gradient needs more
@@ -245,7 +246,7 @@ def check_arguments(
 WRITTEN = ("weight", "momentum", "model_weight", "weight_square_sums", "running", "batch", "counters", "loss_scale")
 
 
-@in_place_op("larc_update", fake=check_arguments, mutates_args=WRITTEN)
+@operator("larc_update", mutates_args=WRITTEN)
 def larc_update(
     matrix_gradient: Tensor,
     vector_gradient: Tensor,
@@ -308,6 +309,9 @@ def larc_update(
         reference(*tensors, **factors)
 
 
+larc_update.register_fake(check_arguments)
+
+
 def check_refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
     matrix = weight[:0] if model_weight is None else model_weight
     matrix_blocks, blocks = count_blocks("refresh", matrix, weight[len(matrix) :])
@@ -320,7 +324,7 @@ def check_refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sum
     )
 
 
-@in_place_op("refresh", fake=check_refresh, mutates_args=("model_weight", "weight_square_sums"))
+@operator("refresh", mutates_args=("model_weight", "weight_square_sums"))
 def refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
     """Rebuilds what `larc_update` derives from the weights, to the same bits. For every write that is not the update.
 
@@ -334,6 +338,9 @@ def refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Ten
         refresh_kernel[grid](weight, model_weight, weight_square_sums, matrix_blocks, BLOCK=BLOCK, **CONFIG)
     else:
         refresh_reference(weight, model_weight, weight_square_sums)
+
+
+refresh.register_fake(check_refresh)
 
 
 def check_model_weight(op: str, model_weight: Tensor | None, elements: int, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import check_images
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 LARGEST = 15  # kernel size: 15 x 15 positions fit into the byte
 
@@ -134,7 +135,7 @@ def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tens
     return max_pool_with_argmax(x, kernel_size, stride, padding, torch.is_grad_enabled() and x.requires_grad)[0]
 
 
-@torch.library.custom_op("nvcnn::max_pool", mutates_args=())
+@operator("max_pool")
 def max_pool_with_argmax(
     x: Tensor, kernel_size: int, stride: int, padding: int, with_argmax: bool
 ) -> tuple[Tensor, Tensor]:
@@ -170,7 +171,7 @@ def argmax_like(y: Tensor, with_argmax: bool) -> Tensor:
     return torch.empty_like(y, dtype=dtype) if with_argmax else y.new_empty(0, dtype=dtype)
 
 
-@torch.library.custom_op("nvcnn::max_pool_backward", mutates_args=())
+@operator("max_pool_backward")
 def max_pool_backward(
     dy: Tensor, argmax: Tensor, height: int, width: int, kernel_size: int, stride: int, padding: int
 ) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import HALF_AND_SINGLE, check_vectors
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 
 def reference(
@@ -55,7 +56,7 @@ def configured(x: Tensor) -> Configuration:
     return configuration("prepare_input", f"{dtype_name(x.dtype)} W={x.shape[3]} C={x.shape[1]}", x.device, computed)
 
 
-@torch.library.custom_op("nvcnn::prepare_input", mutates_args=())
+@operator("prepare_input")
 def prepare_input(
     images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, channels: int = 3
 ) -> Tensor:

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import check, in_place_op
+from kernels.blocks import check
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 MODES = ("off", "clip", "scale")
 
@@ -162,7 +163,7 @@ def check_arguments(
         raise ValueError(f"{op}: excluded_from must be the number of a tensor, 0 or more, got {excluded_from}")
 
 
-@in_place_op("trust_ratio", fake=check_arguments, mutates_args=("ratio", "gradient_norm", "weight_norm", "scalars"))
+@operator("trust_ratio", mutates_args=("ratio", "gradient_norm", "weight_norm", "scalars"))
 def trust_ratio(
     gradient_square_sums: Tensor,
     weight_square_sums: Tensor,
@@ -198,3 +199,6 @@ def trust_ratio(
         kernel[(len(ratio) + 1,)](*tensors, **sizes, **factors, MODE=larc_mode, **CONFIG)
     else:
         reference(*tensors, larc_mode=larc_mode, **factors)
+
+
+trust_ratio.register_fake(check_arguments)

@@ -295,10 +295,10 @@ def test_opcheck(implementation, device):
     leaves = [t.detach().requires_grad_() for t in (case.x, case.gamma, case.beta, case.residual)]
     sums = torch.rand(2, 3, 5, device=device)
     for op, arguments in (
-        (batch_norm_statistics, (case.x, case.gamma, case.beta, mean, var, EPS)),
-        (batch_norm_vectors, (sums, mean, 30, case.gamma, case.beta, mean.clone(), var, EPS)),
-        (batch_norm, (*leaves[:3], vectors, leaves[3], True, True)),
-        (batch_norm, (*leaves[:3], vectors, None, False, False)),
+        (batch_norm_statistics.overload, (case.x, case.gamma, case.beta, mean, var, EPS)),
+        (batch_norm_vectors.overload, (sums, mean, 30, case.gamma, case.beta, mean.clone(), var, EPS)),
+        (batch_norm.overload, (*leaves[:3], vectors, leaves[3], True, True)),
+        (batch_norm.overload, (*leaves[:3], vectors, None, False, False)),
         (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, case.dy, vectors, True, True, True)),
         (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, None, vectors, True, True, False)),
     ):

@@ -66,7 +66,7 @@ def test_gradcheck(device, monkeypatch):
 
 def test_opcheck(implementation, device):
     for op, arguments in (
-        (global_average, (randn((2, 5, 3, 3), torch.float32, device).requires_grad_(),)),
+        (global_average.overload, (randn((2, 5, 3, 3), torch.float32, device).requires_grad_(),)),
         (torch.ops.nvcnn.global_average_backward, (torch.randn(2, 5, device=device), 3, 4)),
     ):
         torch.library.opcheck(op, arguments)

@@ -8,12 +8,12 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
 from triton.runtime import interpreter
 
 import kernels  # noqa: F401 (registers the ops)
 from kernels import configurations
 from kernels.implementation import INTERPRETED
+from kernels.operators import operators
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="addresses are noted in Triton's interpreter")
 APART = 44  # bits: tensors are so far apart that an address tells which one is meant
@@ -115,7 +115,7 @@ CALLS = {
 
 @pytest.mark.parametrize("op", CALLS)
 def test_offsets_do_not_overflow(launches, op):
-    OPDEFS[f"nvcnn::{op}"]._init_fn(*CALLS[op]())
+    operators[f"nvcnn::{op}"].launcher(*CALLS[op]())
     large = [i for i, tensor in enumerate(launches.tensors, 1) if tensor.numel() > 2**31]
     assert large
     for i in large:

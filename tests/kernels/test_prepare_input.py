@@ -87,7 +87,7 @@ def test_two_runs_give_the_same_bits(implementation, device):
 def test_opcheck(implementation, device, channels):
     images, flip = pixels(2, 3, 5, device)
     scale, shift = torch.randn(2, 3, device=device)
-    torch.library.opcheck(prepare_input, (images, flip, scale, shift, torch.float16, channels))
+    torch.library.opcheck(prepare_input.overload, (images, flip, scale, shift, torch.float16, channels))
 
 
 IMAGES = torch.zeros(2, 3, 4, 3, dtype=torch.uint8)
