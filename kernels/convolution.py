@@ -149,7 +149,7 @@ def kernel(
     for step in range(R * TAPS_W * steps):
         tap = step // steps
         run = lowest + (step - tap * steps) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        channel = run < lowest + span
+        channel = run < RUN * channels
         r, s = tap // TAPS_W, tap % TAPS_W
         inside = exists[:, None] & channel[None, :]
         c = run
@@ -199,17 +199,21 @@ def kernel(
 
 
 def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
-    """Tiles of 128 x 128 x 64: two programs, of 8 warps, on an SM, three loads of each in flight."""
-    block_out = min(128, max(16, triton.next_power_of_2(shape.k)))
-    block_in = min(64, max(16, triton.next_power_of_2(shape.narrow * shape.s or shape.c)))
+    """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose vectors take registers: two programs on an SM."""
+    deep = 32 if "vectors" in fusion or x.element_size() > 2 else 64
     computed = {
         "BLOCK_ROWS": 128,
-        "BLOCK_OUT": block_out,
-        "BLOCK_IN": block_in if x.element_size() == 2 else min(32, block_in),
-        "num_warps": 8 if block_out == 128 else 4,
+        "BLOCK_OUT": tile_of(shape.k, 128 if shape.groups == 1 else 64),
+        "BLOCK_IN": tile_of(shape.run, deep if shape.groups == 1 else 64),
+        "num_warps": 8,
         "num_stages": 3,
     }
     return configuration("convolution", f"{dtype_name(x.dtype)} {shape.key} {fusion}", x.device, computed)
+
+
+def tile_of(channels: int, most: int) -> int:
+    """A power of two, no more than enough; from 16 on, the least that tensor cores take."""
+    return min(most, max(16, triton.next_power_of_2(channels)))
 
 
 def fusion_of(**tensors: Tensor | None) -> str:

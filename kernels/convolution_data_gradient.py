@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels.batch_norm import reference as batch_norm_reference
 from kernels.batch_norm_statistics import MEAN, SCALE
 from kernels.configurations import Configuration, configuration, dtype_name
-from kernels.convolution import fusion_of
+from kernels.convolution import fusion_of, tile_of
 from kernels.geometry import (
     Geometry,
     channels_of_groups,
@@ -180,7 +180,7 @@ def kernel(
     for step in range(taps_h * taps_w * steps):
         tap = step // steps
         k = lowest + (step - tap * steps) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        channel = k < lowest + span
+        channel = k < K
         inside = exists[:, None] & channel[None, :]
         q = tap // taps_w
         p = tap - q * taps_w
@@ -219,13 +219,12 @@ def kernel(
 
 
 def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
-    """Tiles of 128 x 128 x 32, or x 64 where the channels of dx are fewer: two programs, of 8 warps, on an SM."""
-    block_out = min(128, max(16, triton.next_power_of_2(shape.c)))
+    """Tiles of 128 x 128 x 32, whose prologue and epilogue fit the registers, of 8 warps."""
     computed = {
         "BLOCK_ROWS": 128,
-        "BLOCK_OUT": block_out,
-        "BLOCK_IN": min(32, max(16, triton.next_power_of_2(shape.k))),
-        "num_warps": 8 if block_out >= 64 else 4,
+        "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 64),
+        "BLOCK_IN": tile_of(shape.k, 32),
+        "num_warps": 8,
         "num_stages": 3,
     }
     return configuration("convolution_data_gradient", f"{dtype_name(g.dtype)} {shape.key} {fusion}", g.device, computed)

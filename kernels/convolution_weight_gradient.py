@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.batch_norm_statistics import sum_parts
 from kernels.configurations import Configuration, configuration, dtype_name
-from kernels.convolution import activation, fusion_of
+from kernels.convolution import activation, fusion_of, tile_of
 from kernels.convolution_data_gradient import output_gradient
 from kernels.geometry import (
     Geometry,
@@ -103,9 +103,9 @@ def kernel(
     known = k < K
     tap = tile // tiles_of_run % (R * TAPS_W)
     r, s = tap // TAPS_W, tap % TAPS_W
-    lowest, span = channels_of_groups(k0, BLOCK_OUT, K, RUN * channels, GROUPS)
+    lowest = channels_of_groups(k0, BLOCK_OUT, K, RUN * channels, GROUPS)[0]
     run = lowest + tile % tiles_of_run * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    channel = run < lowest + span
+    channel = run < RUN * channels
     c = run
     if NARROW:
         c = run % NARROW
@@ -165,31 +165,25 @@ SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 
 def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
     """Tiles of 128 x 128, or smaller as the weight is; 32 rows at a time; as many programs as run at once."""
-    block_out = min(128, max(16, triton.next_power_of_2(shape.k)))
-    block_in = min(128, max(16, triton.next_power_of_2(run_of(shape))))
+    most = 128 if shape.groups == 1 else 64
     computed = {
         "BLOCK_ROWS": 32,
-        "BLOCK_OUT": block_out,
-        "BLOCK_IN": block_in,
+        "BLOCK_OUT": tile_of(shape.k, most),
+        "BLOCK_IN": tile_of(shape.run, most),
         "PROGRAMS": 264,
-        "num_warps": 8 if block_out * block_in >= 8192 else 4,
+        "num_warps": 8,
         "num_stages": 3,
     }
     key = f"{dtype_name(g.dtype)} {shape.key} {fusion}"
     return configuration("convolution_weight_gradient", key, g.device, computed)
 
 
-def run_of(shape: Geometry) -> int:
-    """Values of x that a tap has: channels, or those of several taps side by side."""
-    return shape.narrow * shape.s or shape.c
-
-
 def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int, int]:
     """Tiles of a tap's run, tiles, parts of the rows, rows a part."""
     block_out, block_in, block_rows = (config[f"BLOCK_{name}"] for name in ("OUT", "IN", "ROWS"))
-    of_group = shape.k // shape.groups  # a tile of channels of y spans so many groups at most
-    groups = min(shape.groups, (block_out - 2) // of_group + 2) if shape.groups > 1 else 1
-    tiles_of_run = triton.cdiv(run_of(shape) // shape.groups * groups, block_in)
+    groups = min(shape.groups, (block_out - 2) // (shape.k // shape.groups) + 2)  # that a tile's channels may span
+    side_by_side = groups * (shape.run // shape.groups) + (15 if shape.groups > 1 else 0)  # see channels_of_groups
+    tiles_of_run = triton.cdiv(min(side_by_side, shape.run), block_in)
     taps = shape.r if shape.narrow else shape.r * shape.s
     tiles = triton.cdiv(shape.k, block_out) * taps * tiles_of_run
     of_rows = triton.cdiv(shape.rows, block_rows)

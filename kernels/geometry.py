@@ -58,6 +58,11 @@ class Geometry(NamedTuple):
         return self.c if self.c <= 8 and self.groups == 1 and self.s > 1 else 0
 
     @property
+    def run(self) -> int:
+        """Values of x side by side that a tap takes."""
+        return self.narrow * self.s or self.c
+
+    @property
     def constants(self) -> dict[str, int]:
         """What kernels are compiled for."""
         of_axes = dict(zip(("STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W"), self.stride + self.padding, strict=True))
@@ -147,15 +152,16 @@ def locate(first, height, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def channels_of_groups(first, BLOCK: tl.constexpr, own, other, GROUPS: tl.constexpr):
-    """For channels first ... first + BLOCK - 1 of `own` on one side: the first of `other` that their groups have on the
+    """For channels first ... first + BLOCK - 1 of `own` on one side: where those of their groups begin on the other,
 
-    other side, and how many. Then a tile spans several groups; its weights are zero but for the blocks of a diagonal.
+    which has `other`, and how many there are. A tile may span several groups: its weights are a diagonal of blocks. The
+    first is a multiple of 16, so that loads are wide; what is too many has no weights.
     """
     if GROUPS == 1:
         return 0, other
-    lowest = first // (own // GROUPS)
-    highest = (tl.minimum(first + BLOCK, own) - 1) // (own // GROUPS)
-    return lowest * (other // GROUPS), (highest + 1 - lowest) * (other // GROUPS)
+    lowest = first // (own // GROUPS) * (other // GROUPS) // 16 * 16
+    highest = (tl.minimum(first + BLOCK, own) - 1) // (own // GROUPS) + 1
+    return lowest, highest * (other // GROUPS) - lowest
 
 
 @triton.jit
