@@ -3,9 +3,12 @@
 Imports torch and triton only, and asks for no GPU. NVCNN_KERNELS=auto|reference|triton decides what runs.
 """
 
-from kernels.batch_norm import batch_norm
+from kernels.batch_norm import batch_norm, batch_norm_gradient_vectors
 from kernels.batch_norm_statistics import batch_norm_statistics, batch_norm_vectors, folded
 from kernels.blocks import BLOCK
+from kernels.convolution import convolution
+from kernels.convolution_data_gradient import convolution_data_gradient
+from kernels.convolution_weight_gradient import convolution_weight_gradient
 from kernels.cross_entropy import cross_entropy
 from kernels.global_average import global_average
 from kernels.gradient_statistics import gradient_statistics
@@ -17,8 +20,12 @@ from kernels.trust_ratio import trust_ratio
 __all__ = [
     "BLOCK",
     "batch_norm",
+    "batch_norm_gradient_vectors",
     "batch_norm_statistics",
     "batch_norm_vectors",
+    "convolution",
+    "convolution_data_gradient",
+    "convolution_weight_gradient",
     "cross_entropy",
     "folded",
     "global_average",

@@ -18,7 +18,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.batch_norm_statistics import MEAN, RSTD, SCALE, SHIFT, VECTORS_CONFIG, configured, sum_parts
+from kernels.batch_norm_statistics import (
+    MEAN,
+    MEAN_LOW,
+    RSTD,
+    SCALE,
+    SHIFT,
+    VECTORS_CONFIG,
+    configured,
+    few_parts,
+    sum_parts,
+)
 from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
 from kernels.operators import operator
@@ -49,6 +59,14 @@ def backward_reference(
         *wide, gamma, mean, var, mean, rstd, batch, 0.0, [True, True, True]
     )
     return dx.to(x.dtype), d_gamma, d_beta, g
+
+
+def gradient_vectors_reference(sums: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """d_gamma, d_beta, factors in plain PyTorch. Arguments as in `batch_norm_gradient_vectors`."""
+    d_beta, products = sums.sum(1)
+    d_gamma = vectors[RSTD] * (products - vectors[MEAN_LOW] * d_beta)
+    slope = -vectors[SCALE] * vectors[RSTD] * d_gamma / count
+    return d_gamma, d_beta, torch.stack((slope, -vectors[SCALE] * d_beta / count - slope * vectors[MEAN_LOW]))
 
 
 @triton.jit
@@ -234,8 +252,7 @@ def batch_norm_backward(
         dx, d_gamma, d_beta, g = backward_reference(dy, x, y, vectors, relu, batch)
         return dx, d_gamma, d_beta, g if with_g else x.new_empty(0)
     g = torch.empty_like(x) if with_g else x.new_empty(0)
-    dx, d_gamma, d_beta = torch.empty_like(x), torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
-    factors = torch.empty_like(vectors[:2])
+    dx = torch.empty_like(x)
     config = configured(op, x)
     tile = {name: value for name, value in config.items() if name != "PROGRAMS"}
     parts, rows_a_part = parts_of_rows(rows, c, config)
@@ -243,13 +260,41 @@ def batch_norm_backward(
     blocks = triton.cdiv(c, config["BLOCK_C"])
     g_or_none = g if with_g else None
     sums_kernel[(parts, blocks)](dy, x, y, vectors, g_or_none, sums, rows, c, rows_a_part, RELU=relu, **tile)
-    vectors_kernel[(triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)](
-        sums, vectors, d_gamma, d_beta, factors, parts, c, float(rows), BATCH=batch, **VECTORS_CONFIG
-    )
+    d_gamma, d_beta, factors = launch_vectors(sums, vectors, rows, batch)
     of_g = (g, x, None) if with_g else (dy, x, y)
     grid = (triton.cdiv(rows, config["BLOCK_ROWS"]), blocks)
     gradient_kernel[grid](*of_g, vectors, factors, dx, rows, c, RELU=relu and not with_g, BATCH=batch, **tile)
     return dx, d_gamma, d_beta, g
+
+
+def launch_vectors(sums: Tensor, vectors: Tensor, count: int, batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """d_gamma, d_beta and, if `batch`, the factors."""
+    sums, c = few_parts(sums), vectors.shape[1]
+    d_gamma, d_beta, factors = torch.empty_like(vectors[0]), torch.empty_like(vectors[0]), torch.empty_like(vectors[:2])
+    vectors_kernel[(triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)](
+        *(sums, vectors, d_gamma, d_beta, factors, sums.shape[1], c, float(count)), BATCH=batch, **VECTORS_CONFIG
+    )
+    return d_gamma, d_beta, factors
+
+
+@torch.library.custom_op("nvcnn::batch_norm_gradient_vectors", mutates_args=())
+def batch_norm_gradient_vectors(sums: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """d_gamma, d_beta, factors, from the sums that the producer of g has taken: no pass over x.
+
+    sums: (2, P, C), fp32: over P parts of the batch, sum(g) and sum(g (x - MEAN)), g being the gradient behind the
+    mask. vectors: (5, C), of `batch_norm_statistics`. count: values a channel, N H W.
+    factors: (2, C); whoever reads g and x has dx = SCALE g + factors[0] (x - MEAN) + factors[1].
+    """
+    op, (_, parts, c) = "batch_norm_gradient_vectors", sums.shape
+    check_vectors(op, sums.device, sums.dtype, sums=(sums, (2, parts, c)), vectors=(vectors, (5, c)))
+    if not runs_triton(sums.device):
+        return gradient_vectors_reference(sums, vectors, count)
+    return launch_vectors(sums, vectors, count, True)
+
+
+@batch_norm_gradient_vectors.register_fake
+def _(sums, vectors, count):
+    return torch.empty_like(vectors[0]), torch.empty_like(vectors[0]), torch.empty_like(vectors[:2])
 
 
 @batch_norm.register_fake

@@ -93,6 +93,18 @@ def sum_parts(sums, parts, c, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexp
 
 
 @triton.jit
+def fold_kernel(sums, folded, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One program: one of the sums, of BLOCK_C channels, over BLOCK_PARTS parts."""
+    part = tl.program_id(0) * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    which = tl.program_id(2).to(tl.int64)
+    inside = (part < parts)[:, None] & (c < C)[None, :]
+    value = tl.load(sums + (which * parts + part)[:, None] * C + c[None, :], mask=inside, other=0.0)
+    at = (which * tl.num_programs(0) + tl.program_id(0)) * C + c
+    tl.store(folded + at, tl.sum(value, 0), mask=c < C)
+
+
+@triton.jit
 def vectors_kernel(
     sums,
     center,
@@ -132,6 +144,19 @@ def vectors_kernel(
 
 
 VECTORS_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 16, "num_warps": 4}
+FOLD_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 64, "num_warps": 4}
+MOST_PARTS = 512  # of sums, that the few programs which make vectors of them pass over
+
+
+def few_parts(sums: Tensor) -> Tensor:
+    """The sums, (2, P, C), over fewer parts, if there are so many (a convolution's tiles) that it pays."""
+    _, parts, c = sums.shape
+    if parts <= MOST_PARTS:
+        return sums
+    grid = (triton.cdiv(parts, FOLD_CONFIG["BLOCK_PARTS"]), triton.cdiv(c, FOLD_CONFIG["BLOCK_C"]), 2)
+    fewer = torch.empty((2, grid[0], c), dtype=sums.dtype, device=sums.device)
+    fold_kernel[grid](sums, fewer, parts, c, **FOLD_CONFIG)
+    return fewer
 
 
 def configured(op: str, x: Tensor) -> Configuration:
@@ -201,6 +226,7 @@ def check_channels(op: str, x: Tensor, count: int, c: int, **vectors: Tensor) ->
 
 def launch_vectors(sums, center, count, gamma, beta, batch_mean, batch_var, eps) -> Tensor:
     c = len(gamma)
+    sums = few_parts(sums)
     vectors = torch.empty((5, c), dtype=torch.float32, device=sums.device)
     grid = (triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
     tensors = (sums, center, gamma, beta, vectors, batch_mean, batch_var)

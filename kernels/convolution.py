@@ -1,0 +1,324 @@
+"""y = weight * a, a convolution, where a may be a BatchNorm, join and ReLU that are applied as x is loaded.
+
+    y[n, k, i, j] = sum over c, r, s of weight[k, c, r, s] a[n, c, stride i + r - padding, stride j + s - padding]
+    a = x,   or relu((x - mean) scale + shift),   or relu((x - mean) scale + shift + residual)     (prologue)
+    y may become relu(y scale + shift + add), or bring sum(y - center) and sum((y - center)^2)     (epilogue)
+An implicit matrix product (Chetlur et al. 2014, arXiv:1410.0759): rows are the pixels of y, the sum runs over taps, and
+within a tap over channels, which lie side by side. Products are summed in fp32. Outside of the image a is 0, not the
+normalised 0. A residual may itself be raw: then it comes with its own vectors. With a residual a is written, once, as
+it is what the next join and the weight's gradient need.
+
+The sums are those of y as it is stored, by channel, over parts of the rows: what `batch_norm_vectors` takes, so that
+BatchNorm needs no pass over y. All of it is in one fixed order.
+
+Bytes per fp16 value: 2 for x, 2 for y; a residual adds 2 read and 2 written per value of x. Each tile of channels of y
+reads x again, from the L2 cache, as tiles of the same rows run side by side; so does each tap.
+
+What is wasted: channels are padded to BLOCK_IN and BLOCK_OUT, by masks. Where x has 8 channels or fewer, the taps of a
+row count as one with S C channels: 7 x 4 of 32 are used in a stem padded to 4, 7 x 8 of 64 in one padded to 8. Groups
+narrower than a tile share it: of groups of width 4, a tile of 64 x 64 multiplies 15 zeros for each weight, while bytes
+are moved once and side by side.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.batch_norm import reference as batch_norm_reference
+from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.geometry import (
+    Geometry,
+    channels_of_groups,
+    check_channels,
+    check_like,
+    check_weight,
+    empty_images,
+    geometry,
+    locate,
+    multiply_add,
+    normalised,
+)
+from kernels.images import check_images, single_or_double
+from kernels.implementation import runs_triton
+
+
+def activation(
+    x: Tensor, vectors: Tensor | None, residual: Tensor | None = None, residual_vectors: Tensor | None = None
+) -> Tensor:
+    """a in plain PyTorch. Arguments as in `convolution`."""
+    if vectors is None:
+        return x
+    if residual is not None and residual_vectors is not None:
+        residual = batch_norm_reference(residual, residual_vectors, None, False)
+    return batch_norm_reference(x, vectors, residual, True)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    vectors: Tensor | None,
+    residual: Tensor | None,
+    residual_vectors: Tensor | None,
+    center: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula in plain PyTorch; the sums have one part. Arguments and results as in `convolution`."""
+    wide = single_or_double(x)
+    a = activation(x, vectors, residual, residual_vectors)
+    y = F.conv2d(a, weight, None, stride, padding, 1, groups).contiguous(memory_format=torch.channels_last)
+    if scale is not None or shift is not None or add is not None:
+        value = y.to(wide)
+        value = value if scale is None else value * scale.view(-1, 1, 1)
+        value = value if shift is None else value + shift.view(-1, 1, 1)
+        y = (value if add is None else value + add).to(x.dtype)
+    y = y.relu_() if relu else y
+    sums = torch.empty(0, dtype=wide, device=x.device)
+    if center is not None:
+        d = y.to(wide) - center.view(-1, 1, 1)
+        sums = torch.stack((d.sum((0, 2, 3)), d.square_().sum((0, 2, 3)))).unsqueeze(1)
+    return y, a if residual is not None else x.new_empty(0), sums
+
+
+@triton.jit
+def kernel(
+    x,
+    weight,
+    vectors,
+    residual,
+    residual_vectors,
+    joined,
+    center,
+    scale,
+    shift,
+    add,
+    y,
+    sums,
+    rows,
+    C,
+    H,
+    W,
+    K,
+    OH,
+    OW,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NARROW: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """One program: BLOCK_ROWS rows x BLOCK_OUT channels of y. Programs of the same rows are neighbours."""
+    SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
+    TAPS_W: tl.constexpr = 1 if NARROW else S
+    RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
+    channels = NARROW if NARROW else C
+    blocks = tl.cdiv(K, BLOCK_OUT)
+    block, parts = tl.program_id(0) % blocks, tl.num_programs(0) // blocks
+    k = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    known = k < K
+    lowest, span = channels_of_groups(block * BLOCK_OUT, BLOCK_OUT, K, RUN * channels, GROUPS)
+    steps = tl.cdiv(span, BLOCK_IN)  # per tap
+    group = k // (K // GROUPS)
+    of_group = RUN * channels // GROUPS
+    weight_row = k * (R * TAPS_W * of_group) - group * of_group
+    first = tl.program_id(0).to(tl.int64) // blocks * BLOCK_ROWS
+    exists = tl.arange(0, BLOCK_ROWS) < rows - first
+    if SAME:
+        x_tile, x_row = first * channels, tl.arange(0, BLOCK_ROWS) * channels
+    else:
+        image, n, i, j = locate(first, OH, OW, BLOCK_ROWS)
+        h, w = i * STRIDE_H - PADDING_H, j * STRIDE_W - PADDING_W
+        x_tile, x_row = image * H * W * channels, ((n * H + h) * W + w) * channels
+    result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    for step in range(R * TAPS_W * steps):
+        tap = step // steps
+        run = lowest + (step - tap * steps) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        channel = run < RUN * channels
+        r, s = tap // TAPS_W, tap % TAPS_W
+        inside = exists[:, None] & channel[None, :]
+        c = run
+        if NARROW:
+            c = run % NARROW
+            s_of_run = w[:, None] + (run // NARROW)[None, :]
+            inside &= (h + r >= 0)[:, None] & (h + r < H)[:, None] & (s_of_run >= 0) & (s_of_run < W)
+        elif not SAME:
+            inside &= ((h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W))[:, None]
+        at = (x_row + (r * W + s) * channels)[:, None] + run[None, :]
+        a = tl.load(x + x_tile + at, mask=inside, other=0.0)
+        if vectors is not None:
+            value = normalised(a, vectors, c, channel, C)
+            if residual is not None:
+                skip = tl.load(residual + x_tile + at, mask=inside, other=0.0)
+                if residual_vectors is not None:
+                    skip = normalised(skip, residual_vectors, c, channel, C)
+                value += skip.to(tl.float32)
+            value = tl.where(inside, tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
+            a = value.to(x.dtype.element_ty)
+            if joined is not None:
+                tl.store(joined + x_tile + at, a, mask=inside & (block == 0))
+        weighted = known[:, None] & channel[None, :]
+        if GROUPS > 1:
+            weighted &= group[:, None] == (run // of_group)[None, :]
+        b = tl.load(weight + (weight_row + tap * of_group)[:, None] + run[None, :], mask=weighted, other=0.0)
+        result = multiply_add(a, tl.trans(b), result)
+
+    at = tl.arange(0, BLOCK_ROWS)[:, None] * K + k[None, :]
+    inside = exists[:, None] & known[None, :]
+    if scale is not None:
+        result *= tl.load(scale + k, mask=known, other=0.0)[None, :]
+    if shift is not None:
+        result += tl.load(shift + k, mask=known, other=0.0)[None, :]
+    if add is not None:
+        result += tl.load(add + first * K + at, mask=inside, other=0.0).to(tl.float32)
+    if RELU:
+        result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    stored = result.to(y.dtype.element_ty)
+    tl.store(y + first * K + at, stored, mask=inside)
+    if center is not None:
+        origin = tl.load(center + k, mask=known, other=0.0)[None, :]
+        d = tl.where(inside, stored.to(tl.float32) - origin, 0.0)
+        part = tl.program_id(0).to(tl.int64) // blocks * K + k
+        tl.store(sums + part, tl.sum(d, 0), mask=known)
+        tl.store(sums + parts.to(tl.int64) * K + part, tl.sum(d * d, 0), mask=known)
+
+
+def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
+    """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose vectors take registers: two programs on an SM."""
+    deep = 32 if "vectors" in fusion or x.element_size() > 2 else 64
+    computed = {
+        "BLOCK_ROWS": 128,
+        "BLOCK_OUT": tile_of(shape.k, 128 if shape.groups == 1 else 64),
+        "BLOCK_IN": tile_of(shape.run, deep if shape.groups == 1 else 64),
+        "num_warps": 8,
+        "num_stages": 3,
+    }
+    return configuration("convolution", f"{dtype_name(x.dtype)} {shape.key} {fusion}", x.device, computed)
+
+
+def tile_of(channels: int, most: int) -> int:
+    """A power of two, no more than enough; from 16 on, the least that tensor cores take."""
+    return min(most, max(16, triton.next_power_of_2(channels)))
+
+
+def fusion_of(**tensors: Tensor | None) -> str:
+    """The names of those that are there: a configuration depends on them."""
+    return "+".join(name for name, tensor in tensors.items() if tensor is not None) or "alone"
+
+
+@torch.library.custom_op("nvcnn::convolution", mutates_args=())
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int = 1,
+    vectors: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_vectors: Tensor | None = None,
+    center: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    add: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, z, sums. z is the joined activation if there is a residual, sums those about `center`; else they are empty.
+
+    x: (N, C, H, W), fp16, bf16 or fp32, channels-last. weight: (K, C / groups, R, S), like x, channels-last. stride,
+    padding: of H and W.
+    Prologue. vectors: (5, C), fp32, of `batch_norm_statistics`: relu((x - mean) scale + shift) is convolved.
+    residual: like x, added before relu, for a weight of 1 x 1 with stride 1 only. residual_vectors: (5, C), if the
+    residual is raw, too.
+    Epilogue, in this order: y scale + shift + add, relu, and the sums of y - center and of its square. scale, shift,
+    center: (K,), fp32. add: like y. sums: (2, P, K), over P parts of the rows.
+    Not differentiable: `convolution_data_gradient` and `convolution_weight_gradient` are the gradients.
+    Raises ValueError for other layouts, shapes, dtypes or devices.
+    """
+    shape = checked(x, weight, stride, padding, groups, vectors, residual, residual_vectors)
+    check_channels("convolution", x, shape.k, center=(center, 0), scale=(scale, 0), shift=(shift, 0))
+    y = empty_images(x, shape.output)
+    check_like("convolution", y, add=add)
+    if not runs_triton(x.device):
+        prologue = vectors, residual, residual_vectors
+        return reference(x, weight, stride, padding, groups, *prologue, center, scale, shift, add, relu)
+    config = configured(
+        x, shape, fusion_of(vectors=vectors, residual=residual, raw=residual_vectors, sums=center, add=add)
+    )
+    parts = triton.cdiv(shape.rows, config["BLOCK_ROWS"])
+    z, sums = outputs(x, shape, residual, center, parts)
+    grid = (parts * triton.cdiv(shape.k, config["BLOCK_OUT"]),)
+    kernel[grid](
+        *(x, weight, vectors, residual, residual_vectors, None if residual is None else z),
+        *(center, scale, shift, add, y, sums, shape.rows),
+        *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
+        **shape.constants,
+        NARROW=shape.narrow,
+        RELU=relu,
+        **config,
+    )
+    return y, z, sums
+
+
+def checked(x, weight, stride, padding, groups, vectors, residual, residual_vectors) -> Geometry:
+    """The geometry. ValueError for a prologue that does not fit."""
+    op, size = "convolution", check_images("convolution", "x", x)
+    check_weight(op, "weight", weight, (x.dtype,), x.device)
+    shape = geometry(op, size, weight, stride, padding, groups)
+    check_channels(op, x, shape.c, vectors=(vectors, 5), residual_vectors=(residual_vectors, 5))
+    check_like(op, x, residual=residual)
+    if (residual is not None and vectors is None) or (residual_vectors is not None and residual is None):
+        raise ValueError(f"{op}: a residual needs vectors, and residual_vectors need a residual")
+    if residual is not None and (shape.r * shape.s * shape.stride[0] * shape.stride[1] > 1 or any(shape.padding)):
+        raise ValueError(
+            f"{op}: a residual is joined by a 1 x 1 weight with stride 1, without padding; "
+            f"got {shape.r} x {shape.s}, stride {shape.stride}, padding {shape.padding}"
+        )
+    if residual is not None and groups > 1:
+        raise ValueError(f"{op}: a residual is joined without groups, got {groups}")
+    return shape
+
+
+def outputs(x, shape: Geometry, residual, center, parts: int) -> tuple[Tensor, Tensor]:
+    """z and sums, to be written."""
+    z = x.new_empty(0) if residual is None else torch.empty_like(x)
+    size = 0 if center is None else (2, parts, shape.k)
+    return z, torch.empty(size, dtype=single_or_double(x), device=x.device)
+
+
+@convolution.register_fake
+def _(
+    x,
+    weight,
+    stride,
+    padding,
+    groups=1,
+    vectors=None,
+    residual=None,
+    residual_vectors=None,
+    center=None,
+    scale=None,
+    shift=None,
+    add=None,
+    relu=False,
+):
+    shape = geometry("convolution", tuple(x.shape), weight, stride, padding, groups)
+    parts = 1
+    if runs_triton(x.device):
+        fusion = fusion_of(vectors=vectors, residual=residual, raw=residual_vectors, sums=center, add=add)
+        parts = triton.cdiv(shape.rows, configured(x, shape, fusion)["BLOCK_ROWS"])
+    return empty_images(x, shape.output), *outputs(x, shape, residual, center, parts)

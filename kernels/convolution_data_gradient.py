@@ -1,0 +1,330 @@
+"""dx, the gradient of a convolution's input; the gradient of its output may go through a BatchNorm as it is loaded.
+
+    dx[n, c, h, w] = sum over k, r, s of weight[k, c, r, s] dy[n, k, i, j],   stride (i, j) = (h, w) + padding - (r, s)
+over the r and s for which i and j are whole and inside of dy. With stride 2 the parities of h and w make four classes
+of pixels, each with taps of its own: four dense problems, and no multiplication by a zero that stands between pixels.
+    dy = g,   or scale g + factors[0] (y - mean) + factors[1]                                   (prologue)
+    dx + skip, times the mask of relu, and sums of it and of its product with x - mean          (epilogue)
+The prologue is BatchNorm's backward map (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3), from
+`batch_norm_gradient_vectors`; its sums come from the epilogue of the next layer's data gradient: of g, the gradient of
+the normalised, masked value, and of g (x - mean), over the raw x. The mask is taken again from x, or, where x was
+joined with another, from z, the joined activation. Sums are of dx as it is stored, in one fixed order.
+
+Bytes per fp16 value: 2 for g and, with the map, 2 for y; 2 for dx; and 2 for each of skip, x, z and branch there is.
+
+What is wasted is as in `convolution`; a stem with few channels takes no short cut here, as images need no gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.batch_norm import reference as batch_norm_reference
+from kernels.batch_norm_statistics import MEAN, SCALE
+from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.convolution import fusion_of, tile_of
+from kernels.geometry import (
+    Geometry,
+    channels_of_groups,
+    check_channels,
+    check_like,
+    check_together,
+    check_weight,
+    empty_images,
+    geometry,
+    locate,
+    multiply_add,
+    normalised,
+    through_batch_norm,
+)
+from kernels.images import check_images, single_or_double
+from kernels.implementation import runs_triton
+
+
+def output_gradient(g: Tensor, y: Tensor | None, vectors: Tensor | None, factors: Tensor | None) -> Tensor:
+    """dy in plain PyTorch. Arguments as in `convolution_data_gradient`."""
+    if vectors is None:
+        return g
+    dy = g * vectors[SCALE].view(-1, 1, 1)
+    if factors is not None and y is not None:
+        slope, offset, mean = (v.view(-1, 1, 1) for v in (*factors, vectors[MEAN]))
+        dy += slope * (y - mean) + offset
+    return dy.to(g.dtype)
+
+
+def sums_reference(g: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+    """(2, 1, C): the sums of g and of g (x - mean)."""
+    g, d = g.to(vectors.dtype), x - vectors[MEAN].view(-1, 1, 1)
+    return torch.stack((g.sum((0, 2, 3)), (g * d).sum((0, 2, 3)))).unsqueeze(1)
+
+
+def reference(
+    g: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    y: Tensor | None,
+    vectors: Tensor | None,
+    factors: Tensor | None,
+    skip: Tensor | None,
+    z: Tensor | None,
+    x: Tensor | None,
+    x_vectors: Tensor | None,
+    branch: Tensor | None,
+    branch_vectors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula in plain PyTorch; the sums have one part. Arguments as in `convolution_data_gradient`."""
+    dy = output_gradient(g, y, vectors, factors)
+    like = g.new_empty(1).expand(g.shape[0], weight.shape[1] * groups, *size)
+    geometry_of = (stride, padding, [1, 1], False, [0, 0], groups, [True, False, False])
+    dx = torch.ops.aten.convolution_backward(dy, like, weight, None, *geometry_of)[0]
+    dx = dx.contiguous(memory_format=torch.channels_last)
+    if skip is not None:
+        dx += skip
+    if z is None and x is not None and x_vectors is not None:
+        z = batch_norm_reference(x, x_vectors, None, False)
+    if z is not None:
+        dx = torch.ops.aten.threshold_backward(dx, z, 0)
+    sums, branch_sums = (
+        torch.empty(0, dtype=single_or_double(g), device=g.device)
+        if raw is None or of_raw is None
+        else sums_reference(dx, raw, of_raw)
+        for raw, of_raw in ((x, x_vectors), (branch, branch_vectors))
+    )
+    return dx, sums, branch_sums
+
+
+@triton.jit
+def store_sums(g, x, vectors, sums, at, inside, c, known, C, part, parts):
+    """The sums of g and of g (x - mean) over a tile."""
+    mean = tl.load(vectors + c, mask=known, other=0.0)[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    at = part * C + c
+    tl.store(sums + at, tl.sum(g, 0), mask=known)
+    tl.store(sums + parts * C + at, tl.sum(tl.where(inside, g * (value - mean), 0.0), 0), mask=known)
+
+
+@triton.jit
+def kernel(
+    g,
+    weight,
+    y,
+    vectors,
+    factors,
+    skip,
+    z,
+    x,
+    x_vectors,
+    branch,
+    branch_vectors,
+    dx,
+    sums,
+    branch_sums,
+    N,
+    C,
+    H,
+    W,
+    K,
+    OH,
+    OW,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """One program: BLOCK_ROWS pixels of one class x BLOCK_OUT channels of dx. Those of the same rows are neighbours."""
+    SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of dx is one of g
+    blocks = tl.cdiv(C, BLOCK_OUT)
+    tile, tiles = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    c0 = tl.program_id(0) % blocks * BLOCK_OUT
+    c = c0 + tl.arange(0, BLOCK_OUT)
+    known = c < C
+    lowest, span = channels_of_groups(c0, BLOCK_OUT, C, K, GROUPS)
+    steps = tl.cdiv(span, BLOCK_IN)  # per tap
+    group = c // (C // GROUPS)
+    column = c - group * (C // GROUPS)
+
+    # The class has pixels (first_h + STRIDE_H i, first_w + STRIDE_W j), and taps r = first_r + STRIDE_H q, s likewise.
+    first_h, first_w = tl.program_id(1) // STRIDE_W, tl.program_id(1) % STRIDE_W
+    height = tl.maximum(tl.cdiv(H - first_h, STRIDE_H), 1)
+    width = tl.maximum(tl.cdiv(W - first_w, STRIDE_W), 1)
+    first_r, first_s = (first_h + PADDING_H) % STRIDE_H, (first_w + PADDING_W) % STRIDE_W
+    taps_h = (R - first_r + STRIDE_H - 1) // STRIDE_H
+    taps_w = (S - first_s + STRIDE_W - 1) // STRIDE_W
+    first = tile.to(tl.int64) * BLOCK_ROWS
+    rows = height.to(tl.int64) * width * N
+    exists = (tl.arange(0, BLOCK_ROWS) < rows - first) & (first_h < H) & (first_w < W)
+    if SAME:
+        g_tile, g_row = first * K, tl.arange(0, BLOCK_ROWS) * K
+        dx_tile, dx_row = first * C, tl.arange(0, BLOCK_ROWS) * C
+    else:
+        image, n, i, j = locate(first, height, width, BLOCK_ROWS)
+        h, w = first_h + i * STRIDE_H, first_w + j * STRIDE_W
+        dx_tile, dx_row = image * H * W * C, ((n * H + h) * W + w) * C
+        i += (first_h + PADDING_H) // STRIDE_H
+        j += (first_w + PADDING_W) // STRIDE_W
+        g_tile, g_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
+
+    result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    for step in range(taps_h * taps_w * steps):
+        tap = step // steps
+        k = lowest + (step - tap * steps) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        channel = k < K
+        inside = exists[:, None] & channel[None, :]
+        q = tap // taps_w
+        p = tap - q * taps_w
+        if not SAME:
+            inside &= ((i - q >= 0) & (i - q < OH) & (j - p >= 0) & (j - p < OW))[:, None]
+        at = (g_row - (q * OW + p) * K)[:, None] + k[None, :]
+        a = tl.load(g + g_tile + at, mask=inside, other=0.0)
+        if vectors is not None:
+            a = through_batch_norm(a, y, vectors, factors, g_tile + at, inside, k, channel, K).to(g.dtype.element_ty)
+        tap_of_weight = (first_r + q * STRIDE_H) * S + first_s + p * STRIDE_W
+        weighted = channel[:, None] & known[None, :]
+        if GROUPS > 1:
+            weighted &= (k // (K // GROUPS))[:, None] == group[None, :]
+        of_weight = (k * R * S + tap_of_weight)[:, None] * (C // GROUPS) + column[None, :]
+        b = tl.load(weight + of_weight, mask=weighted, other=0.0)
+        result = multiply_add(a, b, result)
+
+    at = dx_tile + dx_row[:, None] + c[None, :]
+    inside = exists[:, None] & known[None, :]
+    if skip is not None:
+        result += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+    if z is not None:
+        result = tl.where(tl.load(z + at, mask=inside, other=0.0) <= 0, 0.0, result)  # a NaN lets the gradient pass
+    elif x is not None:
+        value = normalised(tl.load(x + at, mask=inside, other=0.0), x_vectors, c, known, C)
+        result = tl.where(value <= 0, 0.0, result)
+    stored = result.to(dx.dtype.element_ty)
+    tl.store(dx + at, stored, mask=inside)
+    of_sums = tl.where(inside, stored.to(tl.float32), 0.0)
+    part = (tl.program_id(1) * tiles + tile).to(tl.int64)
+    parts = (tl.num_programs(1) * tiles).to(tl.int64)
+    if x is not None:
+        store_sums(of_sums, x, x_vectors, sums, at, inside, c, known, C, part, parts)
+    if branch is not None:
+        store_sums(of_sums, branch, branch_vectors, branch_sums, at, inside, c, known, C, part, parts)
+
+
+def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
+    """Tiles of 128 x 128 x 32, whose prologue and epilogue fit the registers, of 8 warps."""
+    computed = {
+        "BLOCK_ROWS": 128,
+        "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 64),
+        "BLOCK_IN": tile_of(shape.k, 32),
+        "num_warps": 8,
+        "num_stages": 3,
+    }
+    return configuration("convolution_data_gradient", f"{dtype_name(g.dtype)} {shape.key} {fusion}", g.device, computed)
+
+
+def classes_and_tiles(shape: Geometry, config: Configuration) -> tuple[int, int]:
+    """The classes of pixels, and the tiles of rows of the largest."""
+    (across, along), (_, _, h, w) = shape.stride, shape.input
+    rows = shape.n * triton.cdiv(h, across) * triton.cdiv(w, along)
+    return across * along, triton.cdiv(rows, config["BLOCK_ROWS"])
+
+
+@torch.library.custom_op("nvcnn::convolution_data_gradient", mutates_args=())
+def convolution_data_gradient(
+    g: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int = 1,
+    y: Tensor | None = None,
+    vectors: Tensor | None = None,
+    factors: Tensor | None = None,
+    skip: Tensor | None = None,
+    z: Tensor | None = None,
+    x: Tensor | None = None,
+    x_vectors: Tensor | None = None,
+    branch: Tensor | None = None,
+    branch_vectors: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, sums, branch_sums; the sums are empty where there is nothing that they are taken with.
+
+    g: (N, K, OH, OW), fp16, bf16 or fp32, channels-last. weight: (K, C / groups, R, S), like g, channels-last.
+    size: H and W of dx. stride, padding: of H and W.
+    Prologue. vectors: (5, K), fp32, of the BatchNorm behind this convolution: dy = scale g. With factors, (2, K), of
+    `batch_norm_gradient_vectors`, and y, the raw output: dy = scale g + factors[0] (y - mean) + factors[1].
+    Epilogue, in this order. skip: like dx, added. z: like dx; the gradient is 0 where z is 0 or below. x, x_vectors:
+    the raw input, like dx, and (5, C): without z the mask is that of its normalised value; sums, (2, P, C), of dx and
+    of dx (x - mean), over P parts. branch, branch_vectors: likewise for branch_sums, where z joined x with another raw
+    tensor.
+    Raises ValueError for other layouts, shapes, dtypes or devices.
+    """
+    op = "convolution_data_gradient"
+    check_images(op, "g", g)
+    check_weight(op, "weight", weight, (g.dtype,), g.device)
+    shape = geometry(op, (g.shape[0], weight.shape[1] * groups, size[0], size[1]), weight, stride, padding, groups)
+    if g.shape != shape.output:
+        raise ValueError(f"{op}: of that size, g must be {shape.output}, got {tuple(g.shape)}")
+    check_like(op, g, y=y)
+    check_channels(op, g, shape.k, vectors=(vectors, 5), factors=(factors, 2))
+    check_channels(op, g, shape.c, x_vectors=(x_vectors, 5), branch_vectors=(branch_vectors, 5))
+    check_together(op, y=y, factors=factors)
+    check_together(op, x=x, x_vectors=x_vectors)
+    check_together(op, branch=branch, branch_vectors=branch_vectors)
+    if factors is not None and vectors is None:
+        raise ValueError(f"{op}: factors need vectors")
+    dx = empty_images(g, shape.input)
+    check_like(op, dx, skip=skip, z=z, x=x, branch=branch)
+    prologue, epilogue = (y, vectors, factors), (skip, z, x, x_vectors, branch, branch_vectors)
+    if not runs_triton(g.device):
+        return reference(g, weight, size, stride, padding, groups, *prologue, *epilogue)
+    config = configured(g, shape, fusion_of(vectors=vectors, y=y, skip=skip, z=z, x=x, branch=branch))
+    classes, tiles = classes_and_tiles(shape, config)
+    sums, branch_sums = (empty_sums(g, raw, classes * tiles, shape.c) for raw in (x, branch))
+    kernel[(tiles * triton.cdiv(shape.c, config["BLOCK_OUT"]), classes)](
+        *(g, weight, *prologue, *epilogue, dx, sums, branch_sums),
+        *(shape.n, shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
+        **shape.constants,
+        **config,
+    )
+    return dx, sums, branch_sums
+
+
+def empty_sums(g: Tensor, raw: Tensor | None, parts: int, channels: int) -> Tensor:
+    return torch.empty(0 if raw is None else (2, parts, channels), dtype=single_or_double(g), device=g.device)
+
+
+@convolution_data_gradient.register_fake
+def _(
+    g,
+    weight,
+    size,
+    stride,
+    padding,
+    groups=1,
+    y=None,
+    vectors=None,
+    factors=None,
+    skip=None,
+    z=None,
+    x=None,
+    x_vectors=None,
+    branch=None,
+    branch_vectors=None,
+):
+    op = "convolution_data_gradient"
+    shape = geometry(op, (g.shape[0], weight.shape[1] * groups, size[0], size[1]), weight, stride, padding, groups)
+    parts = 1
+    if runs_triton(g.device):
+        config = configured(g, shape, fusion_of(vectors=vectors, y=y, skip=skip, z=z, x=x, branch=branch))
+        classes, tiles = classes_and_tiles(shape, config)
+        parts = classes * tiles
+    return empty_images(g, shape.input), *(empty_sums(g, raw, parts, shape.c) for raw in (x, branch))

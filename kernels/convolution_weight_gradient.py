@@ -1,0 +1,253 @@
+"""dw, the gradient of a convolution's weight; BatchNorms may be applied to both of its operands as they are loaded.
+
+    dw[k, c, r, s] = sum over n, i, j of dy[n, k, i, j] a[n, c, stride i + r - padding, stride j + s - padding]
+    dy = g,   or scale g + factors[0] (y - mean) + factors[1]      as in `convolution_data_gradient`
+    a = x,    or relu((x - mean) scale + shift), rounded            as in `convolution`; of a join, x is its result
+A matrix product with as many terms as y has pixels: they are shared out to parts, whose results in fp32 are then summed
+in one fixed order. The result is stored in a tensor that is there already, a slice of the gradients' buffer.
+
+Bytes per fp16 value: 2 for x, 2 for g and, with the map, 2 for y; each tile of dw reads them again, from the L2 cache,
+as tiles of the same rows run side by side. Parts write and read 4 per value of dw each: there are only as many as fill
+the GPU. What is wasted is as in `convolution`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.batch_norm_statistics import sum_parts
+from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.convolution import activation, fusion_of, tile_of
+from kernels.convolution_data_gradient import output_gradient
+from kernels.geometry import (
+    Geometry,
+    channels_of_groups,
+    check_channels,
+    check_like,
+    check_together,
+    check_weight,
+    geometry,
+    locate,
+    multiply_add,
+    normalised,
+    through_batch_norm,
+)
+from kernels.images import check_images
+from kernels.implementation import runs_triton
+
+
+def reference(
+    g: Tensor,
+    x: Tensor,
+    out: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    y: Tensor | None,
+    vectors: Tensor | None,
+    factors: Tensor | None,
+    x_vectors: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """The formula in plain PyTorch. Arguments as in `convolution_weight_gradient`."""
+    dy, a = output_gradient(g, y, vectors, factors), activation(x, x_vectors)
+    like = g.new_empty(1).expand(out.shape)
+    geometry_of = (stride, padding, [1, 1], False, [0, 0], groups, [False, True, False])
+    dw = torch.ops.aten.convolution_backward(dy, a, like, None, *geometry_of)[1]
+    out.add_(dw) if accumulate else out.copy_(dw)
+
+
+@triton.jit
+def kernel(
+    g,
+    x,
+    y,
+    vectors,
+    factors,
+    x_vectors,
+    dw,
+    rows,
+    rows_a_part,
+    tiles_of_run,
+    C,
+    H,
+    W,
+    K,
+    OH,
+    OW,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NARROW: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """One program: BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
+    SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
+    TAPS_W: tl.constexpr = 1 if NARROW else S
+    RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
+    channels = NARROW if NARROW else C
+    tiles = tl.cdiv(K, BLOCK_OUT) * R * TAPS_W * tiles_of_run
+    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    k0 = tile // (R * TAPS_W * tiles_of_run) * BLOCK_OUT
+    k = k0 + tl.arange(0, BLOCK_OUT)
+    known = k < K
+    tap = tile // tiles_of_run % (R * TAPS_W)
+    r, s = tap // TAPS_W, tap % TAPS_W
+    lowest = channels_of_groups(k0, BLOCK_OUT, K, RUN * channels, GROUPS)[0]
+    run = lowest + tile % tiles_of_run * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    channel = run < RUN * channels
+    c = run
+    if NARROW:
+        c = run % NARROW
+
+    start = part.to(tl.int64) * rows_a_part
+    result = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    for offset in range(0, rows_a_part, BLOCK_ROWS):
+        first = start + offset
+        exists = tl.arange(0, BLOCK_ROWS) < rows - first
+        at = first * K + (tl.arange(0, BLOCK_ROWS)[:, None] * K + k[None, :])
+        inside = exists[:, None] & known[None, :]
+        dy = tl.load(g + at, mask=inside, other=0.0)
+        if vectors is not None:
+            dy = through_batch_norm(dy, y, vectors, factors, at, inside, k, known, K).to(g.dtype.element_ty)
+        inside = exists[:, None] & channel[None, :]
+        if SAME:
+            at = first * channels + (tl.arange(0, BLOCK_ROWS)[:, None] * channels + run[None, :])
+        else:
+            image, n, i, j = locate(first, OH, OW, BLOCK_ROWS)
+            h, w = i * STRIDE_H + r - PADDING_H, j * STRIDE_W + s - PADDING_W
+            at = image * H * W * channels + ((((n * H + h) * W + w) * channels)[:, None] + run[None, :])
+            if NARROW:
+                s_of_run = w[:, None] + (run // NARROW)[None, :]
+                inside &= ((h >= 0) & (h < H))[:, None] & (s_of_run >= 0) & (s_of_run < W)
+            else:
+                inside &= ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+        a = tl.load(x + at, mask=inside, other=0.0)
+        if x_vectors is not None:
+            value = tl.maximum(normalised(a, x_vectors, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
+            a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
+        result = multiply_add(tl.trans(dy), a, result)
+
+    group = k // (K // GROUPS)
+    of_group = RUN * channels // GROUPS
+    row = k * (R * TAPS_W * of_group) + (tap * of_group - group * of_group)
+    at = part.to(tl.int64) * (K * R * TAPS_W * of_group) + (row[:, None] + run[None, :])
+    inside = known[:, None] & channel[None, :]
+    if GROUPS > 1:
+        inside &= group[:, None] == (run // of_group)[None, :]
+    if ACCUMULATE:
+        result += tl.load(dw + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dw + at, result.to(dw.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_kernel(partial, dw, parts, size, ACCUMULATE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: BLOCK values of dw, summed over the parts."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = sum_parts(partial, parts, at, size, BLOCK_PARTS, BLOCK)
+    if ACCUMULATE:
+        total += tl.load(dw + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=at < size)
+
+
+SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
+
+
+def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
+    """Tiles of 128 x 128, or smaller as the weight is; 32 rows at a time; as many programs as run at once."""
+    most = 128 if shape.groups == 1 else 64
+    computed = {
+        "BLOCK_ROWS": 32,
+        "BLOCK_OUT": tile_of(shape.k, most),
+        "BLOCK_IN": tile_of(shape.run, most),
+        "PROGRAMS": 264,
+        "num_warps": 8,
+        "num_stages": 3,
+    }
+    key = f"{dtype_name(g.dtype)} {shape.key} {fusion}"
+    return configuration("convolution_weight_gradient", key, g.device, computed)
+
+
+def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int, int]:
+    """Tiles of a tap's run, tiles, parts of the rows, rows a part."""
+    block_out, block_in, block_rows = (config[f"BLOCK_{name}"] for name in ("OUT", "IN", "ROWS"))
+    groups = min(shape.groups, (block_out - 2) // (shape.k // shape.groups) + 2)  # that a tile's channels may span
+    side_by_side = groups * (shape.run // shape.groups) + (15 if shape.groups > 1 else 0)  # see channels_of_groups
+    tiles_of_run = triton.cdiv(min(side_by_side, shape.run), block_in)
+    taps = shape.r if shape.narrow else shape.r * shape.s
+    tiles = triton.cdiv(shape.k, block_out) * taps * tiles_of_run
+    of_rows = triton.cdiv(shape.rows, block_rows)
+    rows_a_part = triton.cdiv(of_rows, max(1, min(config["PROGRAMS"] // tiles, of_rows))) * block_rows
+    return tiles_of_run, tiles, triton.cdiv(shape.rows, rows_a_part), rows_a_part
+
+
+@torch.library.custom_op("nvcnn::convolution_weight_gradient", mutates_args=("out",))
+def convolution_weight_gradient(
+    g: Tensor,
+    x: Tensor,
+    out: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int = 1,
+    y: Tensor | None = None,
+    vectors: Tensor | None = None,
+    factors: Tensor | None = None,
+    x_vectors: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """Stores dw in `out`, or adds it with `accumulate`.
+
+    g: (N, K, OH, OW), fp16, bf16 or fp32, channels-last. x: (N, C, H, W), like g. out: (K, C / groups, R, S), of g's
+    dtype or fp32, channels-last. stride, padding: of H and W. y, vectors, factors: dy of g, as in
+    `convolution_data_gradient`. x_vectors: (5, C), fp32, where x is raw: relu of its normalised value was convolved.
+    Raises ValueError for other layouts, shapes, dtypes or devices.
+    """
+    op = "convolution_weight_gradient"
+    check_images(op, "g", g)
+    check_weight(op, "out", out, tuple({g.dtype: 0, torch.float32: 0}), g.device)
+    if x.dtype != g.dtype or x.device != g.device:
+        raise ValueError(f"{op}: x must be {g.dtype}, on {g.device}; got {x.dtype}, on {x.device}")
+    shape = geometry(op, check_images(op, "x", x), out, stride, padding, groups)
+    if g.shape != shape.output:
+        raise ValueError(f"{op}: of that x and out, g must be {shape.output}, got {tuple(g.shape)}")
+    check_like(op, g, y=y)
+    check_channels(op, g, shape.k, vectors=(vectors, 5), factors=(factors, 2))
+    check_channels(op, g, shape.c, x_vectors=(x_vectors, 5))
+    check_together(op, y=y, factors=factors)
+    if factors is not None and vectors is None:
+        raise ValueError(f"{op}: factors need vectors")
+    if not runs_triton(g.device):
+        return reference(g, x, out, stride, padding, groups, y, vectors, factors, x_vectors, accumulate)
+    config = dict(configured(g, shape, fusion_of(vectors=vectors, y=y, x_vectors=x_vectors)))
+    tiles_of_run, tiles, parts, rows_a_part = launch_sizes(shape, config)
+    del config["PROGRAMS"]
+    partial = out
+    if parts > 1:
+        partial = torch.empty((parts, out.numel()), dtype=torch.float32, device=g.device)
+    kernel[(tiles * parts,)](
+        *(g, x, y, vectors, factors, x_vectors, partial, shape.rows, rows_a_part, tiles_of_run),
+        *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
+        **shape.constants,
+        NARROW=shape.narrow,
+        ACCUMULATE=accumulate and parts == 1,
+        **config,
+    )
+    if parts > 1:
+        grid = (triton.cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
+        sum_kernel[grid](partial, out, parts, out.numel(), ACCUMULATE=accumulate, **SUM_CONFIG)
+    return None
+
+
+@convolution_weight_gradient.register_fake
+def _(g, x, out, stride, padding, groups=1, y=None, vectors=None, factors=None, x_vectors=None, accumulate=False):
+    return None

@@ -1,0 +1,194 @@
+"""The geometry of a convolution, as its three ops take it: the checks of it, and how kernels find their way.
+
+A convolution over (N, C, H, W), channels-last, is a matrix product: a row is a pixel of the result, a column a channel,
+and the sum runs over taps (r, s) and channels of one pixel. Only addresses tell it from a matrix product.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.images import check_images, check_vectors, single_or_double
+from kernels.implementation import INTERPRETED
+
+# Triton's interpreter multiplies bf16 matrices wrongly (triton-lang/triton issue 11584): there they are widened first.
+WIDE = tl.constexpr(INTERPRETED)
+MOST_ROWS = 256  # of a tile: within it offsets have 32 bits, from its first image on
+
+
+class Geometry(NamedTuple):
+    """x: (n, c, h, w); weight: (k, c / groups, r, s); y: (n, k, oh, ow)."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    oh: int
+    ow: int
+    r: int
+    s: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+
+    @property
+    def input(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, self.h, self.w
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        return self.n, self.k, self.oh, self.ow
+
+    @property
+    def rows(self) -> int:
+        """Pixels of y."""
+        return self.n * self.oh * self.ow
+
+    @property
+    def narrow(self) -> int:
+        """The number of channels, if they are so few that the taps of one row are taken together; else 0.
+
+        Those taps' values lie side by side in x and in the weight: a run of S C, as good as that many channels.
+        """
+        return self.c if self.c <= 8 and self.groups == 1 and self.s > 1 else 0
+
+    @property
+    def run(self) -> int:
+        """Values of x side by side that a tap takes."""
+        return self.narrow * self.s or self.c
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What kernels are compiled for."""
+        of_axes = dict(zip(("STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W"), self.stride + self.padding, strict=True))
+        return {"R": self.r, "S": self.s, "GROUPS": self.groups} | of_axes
+
+    @property
+    def key(self) -> str:
+        """All of it, for the table of configurations."""
+        return (
+            f"N={self.n} C={self.c} H={self.h} W={self.w} K={self.k} R={self.r} S={self.s} "
+            f"stride={self.stride[0]},{self.stride[1]} padding={self.padding[0]},{self.padding[1]} G={self.groups}"
+        )
+
+
+def geometry(
+    op: str, size: tuple[int, int, int, int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> Geometry:
+    """ValueError unless a weight of that shape can be applied to (N, C, H, W) = `size`."""
+    n, c, h, w = size
+    k, width, r, s = weight.shape
+    if len(stride) != 2 or len(padding) != 2 or min(stride) < 1 or min(padding) < 0:
+        raise ValueError(f"{op}: stride and padding are two each, of H and W, from 1 and 0; got {stride}, {padding}")
+    if groups < 1 or c != width * groups or k % groups:
+        raise ValueError(
+            f"{op}: {groups} groups of the weight {tuple(weight.shape)} take {width * groups} channels, and give a "
+            f"multiple of {groups}; the input has {c}"
+        )
+    oh = (h + 2 * padding[0] - r) // stride[0] + 1
+    ow = (w + 2 * padding[1] - s) // stride[1] + 1
+    if oh < 1 or ow < 1:
+        raise ValueError(f"{op}: {h} x {w} pixels and padding {padding} are smaller than the weight's {r} x {s}")
+    pixels = min(oh * ow, max(1, (h // stride[0]) * (w // stride[1])))
+    if min(n, MOST_ROWS // pixels + 2) * max(c * h * w, k * oh * ow) >= 2**31 or weight.numel() >= 2**31:
+        raise ValueError(
+            f"{op}: {MOST_ROWS} rows reach over 2^31 values of images {size[1:]} and {(k, oh, ow)}, "
+            f"or the weight {tuple(weight.shape)} has as many"
+        )
+    return Geometry(n, c, h, w, k, oh, ow, r, s, (stride[0], stride[1]), (padding[0], padding[1]), groups)
+
+
+def check_weight(op: str, name: str, weight: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    """ValueError unless it is (K, C / groups, R, S), channels-last, of one of the dtypes, on that device."""
+    check_images(op, name, weight)
+    if weight.dtype not in dtypes or weight.device != device:
+        raise ValueError(
+            f"{op}: {name} must be {' or '.join(map(str, dtypes))}, on {device}; got {weight.dtype}, on {weight.device}"
+        )
+
+
+def check_like(op: str, like: Tensor, /, **others: Tensor | None) -> None:
+    """ValueError for the first of the others that has not the shape, dtype, layout and device of `like`."""
+    for name, tensor in others.items():
+        if tensor is not None:
+            check_images(op, name, tensor, like=like)
+
+
+def check_channels(op: str, x: Tensor, channels: int, /, **vectors: tuple[Tensor | None, int]) -> None:
+    """ValueError for the first that is not (rows, channels), or (channels,) for 0 rows, in the dtype of sums over x."""
+    for name, (tensor, rows) in vectors.items():
+        if tensor is not None:
+            shape = (rows, channels) if rows else (channels,)
+            check_vectors(op, x.device, single_or_double(x), **{name: (tensor, shape)})
+
+
+def check_together(op: str, /, **tensors: Tensor | None) -> None:
+    """ValueError if some of them are there and others not."""
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    if missing and len(missing) < len(tensors):
+        raise ValueError(f"{op}: {', '.join(tensors)} come together or not at all; got no {' and no '.join(missing)}")
+
+
+def empty_images(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """A new tensor of that shape, channels-last, of the dtype and on the device of x."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@triton.jit
+def locate(first, height, width, BLOCK: tl.constexpr):
+    """Rows first ... first + BLOCK - 1 of (N, height, width): the image of the first; n, counted from it; i; j."""
+    image = first // (height * width)
+    row = (first - image * (height * width)).to(tl.int32) + tl.arange(0, BLOCK)
+    n = row // (height * width)
+    pixel = row - n * (height * width)
+    i = pixel // width
+    return image, n, i, pixel - i * width
+
+
+@triton.jit
+def channels_of_groups(first, BLOCK: tl.constexpr, own, other, GROUPS: tl.constexpr):
+    """For channels first ... first + BLOCK - 1 of `own` on one side: where those of their groups begin on the other,
+
+    which has `other`, and how many there are. A tile may span several groups: its weights are a diagonal of blocks. The
+    first is a multiple of 16, so that loads are wide; what is too many has no weights.
+    """
+    if GROUPS == 1:
+        return 0, other
+    lowest = first // (own // GROUPS) * (other // GROUPS) // 16 * 16
+    highest = (tl.minimum(first + BLOCK, own) - 1) // (own // GROUPS) + 1
+    return lowest, highest * (other // GROUPS) - lowest
+
+
+@triton.jit
+def multiply_add(a, b, total):
+    """total + a b, on tensor cores but for fp32, which is not rounded to TF32."""
+    if WIDE:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def normalised(x, vectors, c, channel, C):
+    """(x - mean) scale + shift, with the first rows of vectors, (5, C): x is (rows, channels c)."""
+    mean = tl.load(vectors + c, mask=channel, other=0.0)[None, :]
+    scale = tl.load(vectors + C + c, mask=channel, other=0.0)[None, :]
+    shift = tl.load(vectors + 2 * C + c, mask=channel, other=0.0)[None, :]
+    return (x.to(tl.float32) - mean) * scale + shift
+
+
+@triton.jit
+def through_batch_norm(g, y, vectors, factors, at, inside, k, channel, K):
+    """dy, the gradient behind BatchNorm: scale g + factors[0] (y - mean) + factors[1], of g, (rows, channels k)."""
+    scale = tl.load(vectors + K + k, mask=channel, other=0.0)[None, :]
+    dy = scale * g.to(tl.float32)
+    if factors is not None:
+        mean = tl.load(vectors + k, mask=channel, other=0.0)[None, :]
+        slope = tl.load(factors + k, mask=channel, other=0.0)[None, :]
+        offset = tl.load(factors + K + k, mask=channel, other=0.0)[None, :]
+        dy += slope * (tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - mean) + offset
+    return tl.where(inside, dy, 0.0)
