@@ -3,7 +3,12 @@
 Imports torch and triton only, and asks for no GPU. NVCNN_KERNELS=auto|reference|triton decides what runs.
 """
 
-from kernels.batch_norm import batch_norm, batch_norm_gradient_vectors
+from kernels.batch_norm import (
+    batch_norm,
+    batch_norm_data_gradient,
+    batch_norm_gradient_sums,
+    batch_norm_gradient_vectors,
+)
 from kernels.batch_norm_statistics import batch_norm_statistics, batch_norm_vectors, folded
 from kernels.blocks import BLOCK
 from kernels.convolution import convolution
@@ -20,6 +25,8 @@ from kernels.trust_ratio import trust_ratio
 __all__ = [
     "BLOCK",
     "batch_norm",
+    "batch_norm_data_gradient",
+    "batch_norm_gradient_sums",
     "batch_norm_gradient_vectors",
     "batch_norm_statistics",
     "batch_norm_vectors",

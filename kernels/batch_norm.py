@@ -61,6 +61,21 @@ def backward_reference(
     return dx.to(x.dtype), d_gamma, d_beta, g
 
 
+def sums_reference(g: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+    """(2, 1, C): the sums of g and of g (x - mean) in plain PyTorch."""
+    g, d = g.to(vectors.dtype), x - vectors[MEAN].view(-1, 1, 1)
+    return torch.stack((g.sum((0, 2, 3)), (g * d).sum((0, 2, 3)))).unsqueeze(1)
+
+
+def data_gradient_reference(g: Tensor, x: Tensor, vectors: Tensor, factors: Tensor | None) -> Tensor:
+    """dx in plain PyTorch. Arguments as in `batch_norm_data_gradient`."""
+    dx = g * vectors[SCALE].view(-1, 1, 1)
+    if factors is not None:
+        slope, offset, mean = (v.view(-1, 1, 1) for v in (*factors, vectors[MEAN]))
+        dx += slope * (x - mean) + offset
+    return dx.to(g.dtype)
+
+
 def gradient_vectors_reference(sums: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """d_gamma, d_beta, factors in plain PyTorch. Arguments as in `batch_norm_gradient_vectors`."""
     d_beta, products = sums.sum(1)
@@ -245,26 +260,41 @@ def batch_norm_backward(
     The rest as in `batch_norm`.
     """
     op = "batch_norm_backward"
-    n, c, h, w = check_images(op, "x", x)
+    n, _, h, w = check_images(op, "x", x)
     check_images(op, "dy", dy, like=x)
-    rows = n * h * w
     if not runs_triton(x.device):
         dx, d_gamma, d_beta, g = backward_reference(dy, x, y, vectors, relu, batch)
         return dx, d_gamma, d_beta, g if with_g else x.new_empty(0)
     g = torch.empty_like(x) if with_g else x.new_empty(0)
-    dx = torch.empty_like(x)
-    config = configured(op, x)
+    sums = launch_sums(dy, x, y, vectors, g if with_g else None, relu)
+    d_gamma, d_beta, factors = launch_vectors(sums, vectors, n * h * w, batch)
+    of_g = (g, x, None, vectors) if with_g else (dy, x, y, vectors)
+    return launch_gradient(*of_g, factors if batch else None, relu and not with_g), d_gamma, d_beta, g
+
+
+def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, g: Tensor | None, relu: bool) -> Tensor:
+    """The sums, (2, P, C), of g and of g (x - mean), and g itself if there is room for it."""
+    n, c, h, w = x.shape
+    config = configured("batch_norm_backward", x)
     tile = {name: value for name, value in config.items() if name != "PROGRAMS"}
-    parts, rows_a_part = parts_of_rows(rows, c, config)
+    parts, rows_a_part = parts_of_rows(n * h * w, c, config)
     sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
-    blocks = triton.cdiv(c, config["BLOCK_C"])
-    g_or_none = g if with_g else None
-    sums_kernel[(parts, blocks)](dy, x, y, vectors, g_or_none, sums, rows, c, rows_a_part, RELU=relu, **tile)
-    d_gamma, d_beta, factors = launch_vectors(sums, vectors, rows, batch)
-    of_g = (g, x, None) if with_g else (dy, x, y)
-    grid = (triton.cdiv(rows, config["BLOCK_ROWS"]), blocks)
-    gradient_kernel[grid](*of_g, vectors, factors, dx, rows, c, RELU=relu and not with_g, BATCH=batch, **tile)
-    return dx, d_gamma, d_beta, g
+    grid = (parts, triton.cdiv(c, config["BLOCK_C"]))
+    sums_kernel[grid](dy, x, y, vectors, g, sums, n * h * w, c, rows_a_part, RELU=relu, **tile)
+    return sums
+
+
+def launch_gradient(
+    g: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, factors: Tensor | None, relu: bool
+) -> Tensor:
+    """dx; without factors through SCALE alone."""
+    n, c, h, w = x.shape
+    dx = torch.empty_like(x)
+    tile = {name: value for name, value in configured("batch_norm_backward", x).items() if name != "PROGRAMS"}
+    grid = (triton.cdiv(n * h * w, tile["BLOCK_ROWS"]), triton.cdiv(c, tile["BLOCK_C"]))
+    batch = factors is not None
+    gradient_kernel[grid](g, x, y, vectors, factors, dx, n * h * w, c, RELU=relu, BATCH=batch, **tile)
+    return dx
 
 
 def launch_vectors(sums: Tensor, vectors: Tensor, count: int, batch: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,7 +307,7 @@ def launch_vectors(sums: Tensor, vectors: Tensor, count: int, batch: bool) -> tu
     return d_gamma, d_beta, factors
 
 
-@torch.library.custom_op("nvcnn::batch_norm_gradient_vectors", mutates_args=())
+@operator("batch_norm_gradient_vectors")
 def batch_norm_gradient_vectors(sums: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """d_gamma, d_beta, factors, from the sums that the producer of g has taken: no pass over x.
 
@@ -295,6 +325,59 @@ def batch_norm_gradient_vectors(sums: Tensor, vectors: Tensor, count: int) -> tu
 @batch_norm_gradient_vectors.register_fake
 def _(sums, vectors, count):
     return torch.empty_like(vectors[0]), torch.empty_like(vectors[0]), torch.empty_like(vectors[:2])
+
+
+@operator("batch_norm_gradient_sums")
+def batch_norm_gradient_sums(
+    dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """g, the gradient behind relu's mask (empty without `relu`: it is dy); the sums that give `gradient_vectors`.
+
+    dy: like x, the gradient of relu((x - mean) scale + shift + residual). y: that value, or None where the mask shall
+    be taken from x, without a residual only. x, vectors: as in `batch_norm`.
+    """
+    op = "batch_norm_gradient_sums"
+    c = check_images(op, "x", x)[1]
+    check_images(op, "dy", dy, like=x)
+    if y is not None:
+        check_images(op, "y", y, like=x)
+    check_vectors(op, x.device, single_or_double(x), vectors=(vectors, (5, c)))
+    g = torch.empty_like(x) if relu else x.new_empty(0)
+    if runs_triton(x.device):
+        return g, launch_sums(dy, x, y, vectors, g if relu else None, relu)
+    if relu:
+        g = torch.ops.aten.threshold_backward(dy, reference(x, vectors, None, False) if y is None else y, 0)
+    return g, sums_reference(g if relu else dy, x, vectors)
+
+
+@operator("batch_norm_data_gradient")
+def batch_norm_data_gradient(g: Tensor, x: Tensor, vectors: Tensor, factors: Tensor | None) -> Tensor:
+    """dx = SCALE g + factors[0] (x - MEAN) + factors[1]; without factors, as in evaluation, SCALE g.
+
+    g: like x, the gradient behind relu's mask. x, vectors: as in `batch_norm`. factors: (2, C), of
+    `batch_norm_gradient_vectors`.
+    """
+    op = "batch_norm_data_gradient"
+    c = check_images(op, "x", x)[1]
+    check_images(op, "g", g, like=x)
+    given = {"vectors": (vectors, (5, c))} | ({} if factors is None else {"factors": (factors, (2, c))})
+    check_vectors(op, x.device, single_or_double(x), **given)
+    if runs_triton(x.device):
+        return launch_gradient(g, x, None, vectors, factors, False)
+    return data_gradient_reference(g, x, vectors, factors)
+
+
+@batch_norm_gradient_sums.register_fake
+def _(dy, x, y, vectors, relu):
+    c, parts = x.shape[1], 1
+    if runs_triton(x.device):
+        parts, _ = parts_of_rows(x.numel() // c, c, configured("batch_norm_backward", x))
+    return torch.empty_like(x) if relu else x.new_empty(0), vectors.new_empty((2, parts, c))
+
+
+@batch_norm_data_gradient.register_fake
+def _(g, x, vectors, factors):
+    return torch.empty_like(x)
 
 
 @batch_norm.register_fake

@@ -30,7 +30,12 @@ class AddBias(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d whose bias, if any, may be fp32 under fp16 or bf16 weights. (N, C_in, H, W) -> (N, C_out, H', W')."""
+    """nn.Conv2d whose bias, if any, may be fp32 under fp16 or bf16 weights. (N, C_in, H, W) -> (N, C_out, H', W').
+
+    `algorithm`: how `conv_bn` computes it.
+    """
+
+    algorithm = "torch"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None or self.bias.dtype == x.dtype:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 import kernels
+from nvcnn.models.conv_bn import Join, Raw, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 
 
@@ -29,9 +30,10 @@ class BasicBlock(nn.Module):
         self.bn2 = BatchNorm2d(width)
         self.downsample = downsample(c_in, width, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x), relu=True)
-        return self.bn2(self.conv2(y), residual=self.downsample(x), relu=True)
+    def forward(self, x: Tensor | Join) -> Join:
+        y = conv_bn(x, self.conv1, self.bn1)
+        y = conv_bn(y, self.conv2, self.bn2)
+        return Join(y, skip(x, self.downsample))
 
 
 class Bottleneck(nn.Module):
@@ -50,10 +52,11 @@ class Bottleneck(nn.Module):
         self.bn3 = BatchNorm2d(c_out)
         self.downsample = downsample(c_in, c_out, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x), relu=True)
-        y = self.bn2(self.conv2(y), relu=True)
-        return self.bn3(self.conv3(y), residual=self.downsample(x), relu=True)
+    def forward(self, x: Tensor | Join) -> Join:
+        y = conv_bn(x, self.conv1, self.bn1)
+        y = conv_bn(y, self.conv2, self.bn2)
+        y = conv_bn(y, self.conv3, self.bn3)
+        return Join(y, skip(x, self.downsample))
 
 
 def downsample(c_in: int, c_out: int, stride: int) -> nn.Module:
@@ -61,6 +64,16 @@ def downsample(c_in: int, c_out: int, stride: int) -> nn.Module:
     if stride == 1 and c_in == c_out:
         return nn.Identity()
     return nn.Sequential(conv(c_in, c_out, 1, stride), BatchNorm2d(c_out))
+
+
+def skip(x: Tensor | Join, downsample: nn.Module) -> Tensor | Raw:
+    """What a skip connection brings to the join."""
+    if isinstance(downsample, nn.Identity):
+        return activation(x)
+    convolution, bn = downsample.children()
+    assert isinstance(convolution, Conv2d)
+    assert isinstance(bn, BatchNorm2d)
+    return conv_bn(x, convolution, bn)
 
 
 class ResNet(nn.Module):
@@ -89,6 +102,6 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = kernels.max_pool(self.bn1(self.conv1(x), relu=True), 3, stride=2, padding=1)
+        x = kernels.max_pool(activation(conv_bn(x, self.conv1, self.bn1)), 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(kernels.global_average(x))
+        return self.fc(kernels.global_average(activation(x)))

@@ -114,6 +114,19 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     ),
     "batch_norm_backward": ("batch_norm_backward", backward_call),
     "batch_norm_backward, join": ("batch_norm_backward", lambda: backward_call(residual=True)),
+    "gradient_sums": ("batch_norm_gradient_sums", lambda: (images(24, 26), images(24, 26), None, vectors(), True)),
+    "gradient_sums, join": (
+        "batch_norm_gradient_sums",
+        lambda: (images(24, 26), images(24, 26), images(24, 26), vectors(), True),
+    ),
+    "gradient_sums, no relu": (
+        "batch_norm_gradient_sums",
+        lambda: (images(24, 26), images(24, 26), None, vectors(), False),
+    ),
+    "data_gradient": (
+        "batch_norm_data_gradient",
+        lambda: (images(24, 26), images(24, 26), vectors(), torch.rand(2, 24)),
+    ),
     "max_pool": ("max_pool", lambda: (images(24, 24), 3, 2, 1, True)),
     "max_pool_backward": (
         "max_pool_backward",

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kernels import batch_norm, batch_norm_statistics, batch_norm_vectors, folded
+from kernels import (
+    batch_norm,
+    batch_norm_data_gradient,
+    batch_norm_gradient_sums,
+    batch_norm_gradient_vectors,
+    batch_norm_statistics,
+    batch_norm_vectors,
+    folded,
+)
 from kernels.batch_norm import backward_reference
 from kernels.batch_norm_statistics import MEAN, MEAN_LOW, RSTD, SCALE, SHIFT, VECTORS_CONFIG, configured
 from kernels.images import parts_of_rows, single_or_double
@@ -172,6 +180,46 @@ def test_is_exact_on_integers(implementation, device, dtype, joins, relu):
     assert not joins or torch.equal(residual.grad.double(), g)
 
 
+@pytest.mark.parametrize("of", ["dy", "x", "y"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dtype, of):
+    """Without relu, with its mask from x, and from y, which is another value's where there was a residual."""
+    x, dy, y = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(3))
+    rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(5)]
+    vectors, (mean, scale, shift) = torch.stack(rows), (v.view(1, -1, 1, 1).double() for v in rows[:3])
+    g, sums = batch_norm_gradient_sums(dy, x, y if of == "y" else None, vectors, of != "dy")
+    expected = dy.double()
+    if of != "dy":
+        expected = expected * ((y.double() if of == "y" else (x.double() - mean) * scale + shift) > 0)
+        assert torch.equal(g.double(), expected)
+    assert torch.equal(sums[0].sum(0).double(), expected.sum((0, 2, 3)))
+    assert torch.equal(sums[1].sum(0).double(), (expected * (x.double() - mean)).sum((0, 2, 3)))
+
+    factors = torch.randint(-2, 3, (2, 35), device=device).float()
+    slope, offset = (v.view(1, -1, 1, 1).double() for v in factors)
+    assert torch.equal(batch_norm_data_gradient(dy, x, vectors, None).double(), dy.double() * scale)
+    dx = batch_norm_data_gradient(dy, x, vectors, factors)
+    assert torch.equal(dx.double(), dy.double() * scale + slope * (x.double() - mean) + offset)
+
+
+@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sums_and_dx_apart_are_those_of_the_whole_backward(implementation, device, dtype, joins):
+    case = Case((3, 37, 5, 7), dtype, device, joins=joins, relu=True, mean=0.5, deviation=2.0)
+    case.leave_the_kink()
+    whole = case.ours()
+    g, sums = batch_norm_gradient_sums(case.dy, case.x, whole["y"] if joins else None, whole["vectors"], True)
+    d_gamma, d_beta, factors = batch_norm_gradient_vectors(sums, whole["vectors"], 3 * 5 * 7)
+    dx = batch_norm_data_gradient(g, case.x, whole["vectors"], factors)
+    bound = 8 * U + (2 if implementation == "reference" else 0) * unit(dtype, implementation)  # PyTorch's own order
+    for got, name in ((dx, "d_x"), (d_gamma, "d_gamma"), (d_beta, "d_beta")):
+        if implementation == "triton":
+            assert torch.equal(got, whole[name]), name
+        else:
+            exact = case.exact()[name]
+            assert (got.double() - exact).abs().max() <= 16 * bound * exact.abs().max(), name
+
+
 def test_statistics_are_exact_on_integers(implementation, device):
     x = integers((4, 35, 4, 8), torch.float16, device) * 2 + 64  # 128 values a channel: a mean of few binary digits
     gamma, beta = torch.ones(35, device=device), torch.zeros(35, device=device)
@@ -301,6 +349,11 @@ def test_opcheck(implementation, device):
         (batch_norm.overload, (*leaves[:3], vectors, None, False, False)),
         (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, case.dy, vectors, True, True, True)),
         (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, None, vectors, True, True, False)),
+        (batch_norm_gradient_sums.overload, (case.dy, case.x, None, vectors, True)),
+        (batch_norm_gradient_sums.overload, (case.dy, case.x, None, vectors, False)),
+        (batch_norm_gradient_vectors.overload, (sums, vectors, 18)),
+        (batch_norm_data_gradient.overload, (case.dy, case.x, vectors, None)),
+        (batch_norm_data_gradient.overload, (case.dy, case.x, vectors, vectors[:2].clone())),
     ):
         torch.library.opcheck(op, arguments)
 
@@ -325,6 +378,18 @@ def test_refuses(device, change, message):
     arguments[name] = broken(arguments[name])
     with pytest.raises(ValueError, match=message):
         batch_norm(**arguments, relu=True, batch=True)
+
+
+def test_refuses_gradients_that_do_not_belong_together(device):
+    x, vectors = channels_last(torch.randn(2, 4, 3, 3, device=device)), torch.rand(5, 4, device=device)
+    with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: dy must be \(2, 4, 3, 3\).*got \(1, 4, 3, 3\)"):
+        batch_norm_gradient_sums(x[:1], x, None, vectors, True)
+    with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: y must be .*float16"):
+        batch_norm_gradient_sums(x, x, x.half(), vectors, True)
+    with pytest.raises(ValueError, match=r"batch_norm_data_gradient: vectors must be \(5, 4\)"):
+        batch_norm_data_gradient(x, x, vectors[:4], None)
+    with pytest.raises(ValueError, match=r"batch_norm_data_gradient: factors must be \(2, 4\)"):
+        batch_norm_data_gradient(x, x, vectors, vectors)
 
 
 def test_refuses_statistics_of_one_value(device):

@@ -9,7 +9,8 @@ import torchvision
 from torch import Tensor, nn
 
 from nvcnn.models import build_model, resnet
-from nvcnn.models.layers import BatchNorm2d, cast_matrices
+from nvcnn.models.conv_bn import ALGORITHMS
+from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import ResNet
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -26,6 +27,15 @@ def images(dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
     return x.to(dtype).to(memory_format=torch.channels_last)
+
+
+def choose(model: nn.Module, algorithm: str) -> nn.Module:
+    """`algorithm` for every convolution; "mixed": each algorithm in turn, so that all neighbours occur."""
+    convolutions = [m for m in model.modules() if isinstance(m, Conv2d)]
+    order = [a for first in ALGORITHMS for second in ALGORITHMS for a in (first, second)]
+    for i, module in enumerate(convolutions):
+        module.algorithm = order[i % len(order)] if algorithm == "mixed" else algorithm
+    return model
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -47,11 +57,13 @@ def test_initialisation_is_torchvision_s(name):
         assert torch.equal(ours.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "mixed"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])  # the others differ in depth alone
-def test_computes_what_torchvision_computes(name, training):
+def test_computes_what_torchvision_computes(name, training, algorithm):
     """Output and every gradient in float64, where rounding cannot hide a difference."""
     ours, theirs = build_model(name, num_classes=1000, seed=1).double(), peer(name, seed=2).double()
+    choose(ours, algorithm)
     ours.load_state_dict(theirs.state_dict())
     ours.to(memory_format=torch.channels_last).train(training)
     theirs.train(training)
@@ -71,9 +83,10 @@ def test_computes_what_torchvision_computes(name, training):
                 torch.testing.assert_close(norm.batch_var, one_batch.running_var)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
-def test_rounds_no_more_than_torchvision(block, dtype):
+def test_rounds_no_more_than_torchvision(block, dtype, algorithm):
     """Four blocks in `dtype`, with fp32 vectors, against torchvision's all in `dtype`; both against float64."""
     norm = partial(nn.BatchNorm2d, eps=1e-4)
     torch.manual_seed(0)
@@ -81,7 +94,7 @@ def test_rounds_no_more_than_torchvision(block, dtype):
     exact = deepcopy(theirs).double()
     ours = ResNet(getattr(resnet, block), [1] * 4, num_classes=1000)
     ours.load_state_dict(theirs.state_dict())
-    cast_matrices(ours, dtype)
+    cast_matrices(choose(ours, algorithm), dtype)
 
     x, direction = images(dtype), torch.randn(2, 1000).to(dtype)
     outputs = [model(x.to(model.conv1.weight.dtype)) for model in (ours, theirs, exact)]

@@ -1,0 +1,231 @@
+"""Convolution and BatchNorm (and addition, and ReLU) as one block that hands on what is not normalised yet.
+
+    y = conv_bn(x, self.conv1, self.bn1)        # Raw: the convolution's output, and how to normalise it
+    y = conv_bn(y, self.conv2, self.bn2)        # normalises and applies ReLU as it loads
+    y = conv_bn(y, self.conv3, self.bn3)
+    return Join(y, activation(x))               # relu(normalised y + x), when somebody asks
+
+Who reads a Raw applies its BatchNorm's three vectors and the ReLU while loading; a 1x1 convolution that reads a Join
+adds, too, and writes the sum once, for the skip connection. `activation` makes an ordinary tensor of any of them. How a
+convolution is computed is its `algorithm`:
+    torch    PyTorch's operator, between the BatchNorms of `layers`
+    triton   the project's kernels, which do all of this as they load and store
+    cudnn    the library's convolution between the project's BatchNorm ops, in the same terms
+Neighbours may differ: which is faster depends on the shape.
+
+Backward has one convention. The gradient on a raw tensor is that of its normalised value, behind the ReLU's mask; the
+gradient of its `vectors`, (5, C), is what turns it into the raw one's: rows FACTORS, D_GAMMA, D_BETA. Both are linear
+in the gradient, so autograd may add them up where a raw tensor has several readers. An ordinary operator would get
+wrong gradients from a raw tensor: Raw and Join are no tensors, and refuse to be taken for one.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+import kernels
+from nvcnn.models.layers import BatchNorm2d, Conv2d
+
+ALGORITHMS = ("torch", "triton", "cudnn")
+FACTORS, D_GAMMA, D_BETA = slice(0, 2), 2, 3  # rows of the gradient of vectors
+
+
+class NotNormalised:
+    """What PyTorch's operators refuse to take, with a word about what to do."""
+
+    @classmethod
+    def __torch_function__(cls, operator: Any, *_: Any) -> NoReturn:
+        name = getattr(operator, "__name__", operator)
+        raise TypeError(f"{name} takes a tensor, and {cls.__name__} is not normalised yet: give it activation(...)")
+
+
+@dataclass
+class Raw(NotNormalised):
+    """A convolution's output y, (N, C, H, W), and the BatchNorm to come.
+
+    `vectors`: (5, C), as of `kernels.batch_norm_statistics`; None where y is an ordinary tensor, for `bn` to normalise.
+    """
+
+    y: Tensor
+    bn: BatchNorm2d
+    vectors: Tensor | None = None
+    value: Tensor | None = field(default=None, init=False)  # relu(normalised y), once somebody asked
+
+
+@dataclass
+class Join(NotNormalised):
+    """relu(normalised a + b), where b is an activation or a Raw, which is normalised as well."""
+
+    a: Raw
+    b: Tensor | Raw
+    value: Tensor | None = field(default=None, init=False)
+
+
+def activation(x: Tensor | Raw | Join) -> Tensor:
+    """x as an ordinary tensor, (N, C, H, W), channels-last, behind its ReLU."""
+    if isinstance(x, Tensor):
+        return x
+    if x.value is None:
+        x.value = written(x, None, True) if isinstance(x, Raw) else written(x.a, x.b, True)
+    return x.value
+
+
+def written(a: Raw, b: Tensor | Raw | None, relu: bool) -> Tensor:
+    """normalised a + b, with or without the last two, in memory."""
+    if a.vectors is None:
+        residual = written(b, None, False) if isinstance(b, Raw) else b
+        return a.bn(a.y, residual=residual, relu=relu)
+    return Written.apply(a.y, a.vectors, *parts(b), relu)
+
+
+def parts(b: Tensor | Raw | None) -> tuple[Tensor | None, Tensor | None]:
+    """The tensor to add, and its vectors if it is raw."""
+    if isinstance(b, Raw):
+        return (b.y, b.vectors) if b.vectors is not None else (written(b, None, False), None)
+    return b, None
+
+
+def conv_bn(x: Tensor | Raw | Join, conv: Conv2d, bn: BatchNorm2d) -> Raw:
+    """The convolution of x's activation, raw. Raises ValueError for what the kernels do not have: dilation, a bias."""
+    if conv.algorithm == "torch":
+        return Raw(conv(activation(x)), bn)
+    if (
+        conv.bias is not None
+        or conv.dilation != (1, 1)
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+    ):
+        raise ValueError(f"conv_bn: {conv}: dilation 1, padding with zeros in numbers and bias=False only")
+    tensors: tuple[Tensor | None, ...]
+    if isinstance(x, Raw) and x.value is None and x.vectors is not None:
+        tensors = x.y, x.vectors, None, None
+    elif isinstance(x, Join) and x.value is None and x.a.vectors is not None and joins(conv):
+        tensors = x.a.y, x.a.vectors, *parts(x.b)
+    else:
+        tensors = activation(x), None, None, None
+    y, vectors, z = RawConv.apply(*tensors, conv.weight, bn.weight, bn.bias, conv, bn)
+    if z is not None:
+        assert isinstance(x, Join)
+        x.value = z
+    return Raw(y, bn, vectors)
+
+
+def joins(conv: Conv2d) -> bool:
+    """Whether the kernel can add as it loads: each value of its input is loaded in one place."""
+    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def apply_batch_norm(y: Tensor, vectors: Tensor, b: Tensor | None, b_vectors: Tensor | None, relu: bool) -> Tensor:
+    """normalised y + b in memory; outside of autograd."""
+    if b is not None and b_vectors is not None:
+        b = apply_batch_norm(b, b_vectors, None, None, False)
+    return kernels.batch_norm(y, vectors[0], vectors[0], vectors, b, relu, True)  # gamma and beta are in the vectors
+
+
+def gradient_of_vectors(sums: Tensor | None, y: Tensor | None, vectors: Tensor | None) -> Tensor | None:
+    """(5, C), of the sums that were taken with y; None where y is no raw tensor, or nobody asked."""
+    if sums is None or y is None or vectors is None:
+        return None
+    d_gamma, d_beta, factors = kernels.batch_norm_gradient_vectors(sums, vectors, y.numel() // y.shape[1])
+    return torch.cat((factors, d_gamma[None], d_beta[None], d_beta[None]))  # as many rows as vectors has
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Written(Function):
+    """normalised a + b, with or without b and ReLU, as an ordinary tensor."""
+
+    @staticmethod
+    def forward(ctx, a, a_vectors, b, b_vectors, relu):
+        z = apply_batch_norm(a, a_vectors, b, b_vectors, relu)
+        ctx.relu, ctx.adds = relu, b is not None
+        raw_b = b if b_vectors is not None else None
+        ctx.save_for_backward(a, a_vectors, raw_b, b_vectors, z if relu and ctx.adds else None)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_z):
+        a, a_vectors, b, b_vectors, z = ctx.saved_tensors
+        d_z = channels_last(d_z)
+        g, sums = kernels.batch_norm_gradient_sums(d_z, a, z, a_vectors, ctx.relu)
+        g = g if ctx.relu else d_z
+        b_sums = None if b is None else kernels.batch_norm_gradient_sums(g, b, None, b_vectors, False)[1]
+        d_vectors = gradient_of_vectors(sums, a, a_vectors), gradient_of_vectors(b_sums, b, b_vectors)
+        return g, d_vectors[0], g if ctx.adds else None, d_vectors[1], None
+
+
+class RawConv(Function):
+    """y = conv(a), its BatchNorm's vectors, and a if it is joined here: a is x, or relu(normalised x (+ b)).
+
+    In evaluation the vectors are those of the running statistics, and dy = SCALE g.
+    """
+
+    @staticmethod
+    def forward(ctx, x, x_vectors, b, b_vectors, weight, gamma, beta, conv, bn):
+        ctx.set_materialize_grads(False)
+        ctx.conv, ctx.batch, ctx.adds = conv, bn.training, b is not None
+        geometry = conv.stride, conv.padding, conv.groups
+        z = sums = None
+        if conv.algorithm == "triton":
+            center = bn.running_mean if bn.training else None
+            y, joined, sums = kernels.convolution(x, weight, *geometry, x_vectors, b, b_vectors, center)
+            a = z = joined if ctx.adds else None
+        else:
+            a = x if x_vectors is None else apply_batch_norm(x, x_vectors, b, b_vectors, True)
+            z = a if ctx.adds else None
+            y = channels_last(F.conv2d(a, weight, None, conv.stride, conv.padding, 1, conv.groups))
+        written = bn.batch_mean, bn.batch_var, bn.eps
+        if not bn.training:
+            vectors = kernels.folded(bn.running_mean, bn.running_var, gamma, beta, bn.eps)
+        elif conv.algorithm == "triton":
+            vectors = kernels.batch_norm_vectors(sums, center, y.numel() // y.shape[1], gamma, beta, *written)
+        else:
+            vectors = kernels.batch_norm_statistics(y, gamma, beta, *written)
+        raw_x, raw_b = (None if v is None else raw for raw, v in ((x, x_vectors), (b, b_vectors)))
+        # What the weight's gradient reads: the activation where it is in memory anyway, else x, normalised as it loads.
+        a = x if a is None else a
+        ctx.save_for_backward(raw_x, x_vectors, raw_b, b_vectors, a, z, weight, y, vectors)
+        return y, vectors, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, d_vectors, d_z):
+        x, x_vectors, b, b_vectors, a, z, weight, y, vectors = ctx.saved_tensors
+        conv = ctx.conv
+        needs_x, needs_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[4]
+        geometry = conv.stride, conv.padding, conv.groups
+        g = channels_last(g)
+        factors = d_vectors[FACTORS] if ctx.batch else None
+        d_z = None if d_z is None else channels_last(d_z)
+        dx = sums = b_sums = dw = None
+        if conv.algorithm == "triton":
+            through = y if ctx.batch else None, vectors, factors
+            if needs_weight:
+                dw = torch.empty_like(weight)
+                kernels.convolution_weight_gradient(g, a, dw, *geometry, *through, x_vectors if a is x else None)
+            if needs_x:
+                epilogue = d_z, z, x, x_vectors, b, b_vectors
+                size = a.shape[2:]
+                dx, sums, b_sums = kernels.convolution_data_gradient(g, weight, size, *geometry, *through, *epilogue)
+        else:
+            dy = kernels.batch_norm_data_gradient(g, y, vectors, factors)
+            of = [1, 1], False, [0, 0], conv.groups, [needs_x, needs_weight, False]
+            dx, dw, _ = torch.ops.aten.convolution_backward(dy, a, weight, None, conv.stride, conv.padding, *of)
+            if needs_x:
+                dx = channels_last(dx)
+                dx = dx if d_z is None else dx.add_(d_z)
+                if x is not None:
+                    dx, sums = kernels.batch_norm_gradient_sums(dx, x, z, x_vectors, True)
+                if b is not None:
+                    b_sums = kernels.batch_norm_gradient_sums(dx, b, None, b_vectors, False)[1]
+        d_vectors_of = gradient_of_vectors(sums, x, x_vectors), gradient_of_vectors(b_sums, b, b_vectors)
+        d_b = dx if ctx.adds else None
+        return dx, d_vectors_of[0], d_b, d_vectors_of[1], dw, d_vectors[D_GAMMA], d_vectors[D_BETA], None, None

@@ -1,0 +1,257 @@
+"""The conv-BatchNorm block on raw outputs, against PyTorch's modules; whole ResNets are in test_resnet.py."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.implementation import INTERPRETED
+from nvcnn.memory import activation_bytes
+from nvcnn.models import build_model
+from nvcnn.models.conv_bn import ALGORITHMS, Join, Raw, activation, conv_bn
+from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
+from nvcnn.models.resnet import Bottleneck
+
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+
+class Net(nn.Module):
+    """Two bottlenecks: one with a stride and a downsample branch, one whose join is the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Bottleneck(8, 4, 2), Bottleneck(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activation(self.two(self.one(x)))
+
+
+def plain(block: Bottleneck, x: Tensor) -> Tensor:
+    """The same block by PyTorch's functions, on the block's own parameters and running statistics."""
+
+    def conv_bn(x: Tensor, conv: nn.Conv2d, bn: BatchNorm2d) -> Tensor:
+        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, 1, conv.groups)
+        statistics = (None, None) if bn.training else (bn.running_mean, bn.running_var)
+        return F.batch_norm(y, *statistics, bn.weight, bn.bias, training=bn.training, eps=bn.eps)
+
+    y = conv_bn(x, block.conv1, block.bn1).relu()
+    y = conv_bn(y, block.conv2, block.bn2).relu()
+    y = conv_bn(y, block.conv3, block.bn3)
+    skip = x if isinstance(block.downsample, nn.Identity) else conv_bn(x, *block.downsample)
+    return (y + skip).relu()
+
+
+def made(algorithm: str, net: nn.Module | None = None) -> nn.Module:
+    """A net, in float64, with gamma, beta and running statistics that are not 0 and 1."""
+    torch.manual_seed(0)
+    net = (net or Net()).double().to(memory_format=torch.channels_last)
+    for module in net.modules():
+        if isinstance(module, Conv2d):
+            module.algorithm = algorithm
+        if isinstance(module, BatchNorm2d):
+            for t, low in (
+                (module.weight, 0.5),
+                (module.bias, -0.5),
+                (module.running_mean, 0),
+                (module.running_var, 1),
+            ):
+                nn.init.uniform_(t, low, low + 1)
+    return net
+
+
+def input_of(n: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = torch.randn(n, 8, 7, 7, dtype=torch.float64).to(dtype)
+    return x.to(memory_format=torch.channels_last).requires_grad_()
+
+
+def expected_of(net: Net, x: Tensor) -> Tensor:
+    return plain(net.two, plain(net.one, x))
+
+
+def compare(ours: Net, theirs: Net) -> None:
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@algorithms
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradients_accumulate(algorithm, training):
+    """Two backward passes before the gradients are read, and one graph walked twice."""
+    net = made(algorithm).train(training)
+    twin = deepcopy(net)
+    for n in (3, 2):
+        x = input_of(n)
+        y, expected = net(x), expected_of(twin, x.detach().requires_grad_())
+        torch.testing.assert_close(y, expected)
+        direction = torch.randn_like(y)
+        y.backward(direction, retain_graph=True)
+        y.backward(direction)
+        expected.backward(2 * direction)
+    compare(net, twin)
+
+
+@algorithms
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ["one.conv1", "one.conv2"],
+        ["one"],
+        ["two.conv3", "two.bn2"],
+        ["one.downsample", "two.bn3"],
+        ["one.bn1", "one.bn2", "one.bn3", "one.downsample.1", "two.bn1", "two.bn2", "two.bn3"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("image_gradient", [True, False], ids=["dx", "no-dx"])
+def test_frozen_parameters(algorithm, frozen, image_gradient):
+    net = made(algorithm)
+    for name, p in net.named_parameters():
+        p.requires_grad_(not name.startswith(tuple(f"{module}." for module in frozen)))
+    twin, x = deepcopy(net), input_of().requires_grad_(image_gradient)
+    x_twin = x.detach().clone().requires_grad_(image_gradient)
+    y, expected = net(x), expected_of(twin, x_twin)
+    direction = torch.randn_like(y)
+    y.backward(direction)
+    expected.backward(direction)
+    compare(net, twin)
+    if image_gradient:
+        torch.testing.assert_close(x.grad, x_twin.grad, rtol=1e-9, atol=1e-11)
+
+
+@algorithms
+def test_gradcheck_of_a_closed_block(algorithm):
+    """On raw tensors it fails by design: the gradient on them is of the normalised value."""
+    net = made(algorithm)
+    assert torch.autograd.gradcheck(net, (input_of(2),), fast_mode=True)
+    joined = made(algorithm, Bottleneck(8, 2, 1))
+    assert torch.autograd.gradcheck(lambda x: activation(joined(activation(joined(x)))), (input_of(2),), fast_mode=True)
+
+
+@algorithms
+def test_a_raw_tensor_with_two_readers(algorithm):
+    """As in an Inception: branches read one activation before it is in memory, and so does a join."""
+    net = made(algorithm, nn.ModuleList([Conv2d(8, 8, 1, bias=False), BatchNorm2d(8), *branches(), *branches()]))
+    first, first_bn, conv1, bn1, conv2, bn2 = net
+    x = input_of()
+    raw = conv_bn(x, first, first_bn)
+    y = activation(Join(conv_bn(raw, conv1, bn1), raw)) + activation(conv_bn(raw, conv2, bn2))
+
+    twin, x_twin = deepcopy(net), x.detach().clone().requires_grad_()
+
+    def normalised(x, conv, bn):
+        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        return F.batch_norm(y, None, None, bn.weight, bn.bias, training=True, eps=bn.eps)
+
+    v = normalised(x_twin, *twin[:2])
+    a, b = (normalised(v.relu(), *twin[i : i + 2]) for i in (2, 4))
+    expected = (a + v).relu() + b.relu()
+    torch.testing.assert_close(y, expected)
+    direction = torch.randn_like(y)
+    y.backward(direction)
+    expected.backward(direction)
+    compare(net, twin)
+    torch.testing.assert_close(x.grad, x_twin.grad, rtol=1e-9, atol=1e-11)
+
+
+def branches() -> tuple[Conv2d, BatchNorm2d]:
+    return Conv2d(8, 8, 3, padding=1, bias=False), BatchNorm2d(8)
+
+
+@algorithms
+def test_operators_refuse_what_is_not_normalised(algorithm):
+    net = made(algorithm)
+    raw = conv_bn(input_of(), net.one.conv1, net.one.bn1)
+    join = net.one(input_of())
+    assert isinstance(raw, Raw)
+    assert isinstance(join, Join)
+    for operator in (F.relu, torch.abs, torch.sum, lambda x: torch.cat([x, x]), lambda x: torch.ones(1).add(x)):
+        with pytest.raises(TypeError, match="Raw is not normalised yet: give it activation"):
+            operator(raw)
+        with pytest.raises(TypeError, match="Join is not normalised yet: give it activation"):
+            operator(join)
+    with pytest.raises(TypeError):
+        raw + 1
+
+
+@pytest.mark.parametrize("algorithm", ["triton", "cudnn"])
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": True}, {"dilation": 2}, {"padding": "same"}, {"padding_mode": "reflect", "padding": 1}],
+    ids=str,
+)
+def test_refuses_what_the_kernels_do_not_have(algorithm, options):
+    conv = Conv2d(8, 8, 3, **{"bias": False} | options)
+    conv.algorithm = algorithm
+    with pytest.raises(ValueError, match="conv_bn: Conv2d"):
+        conv_bn(input_of(), conv, BatchNorm2d(8))
+
+
+def test_memory_of_a_resnet50():
+    """Bytes kept for backward by an fp16 image of 224 x 224, by hand: what is raw, what is joined, what is pooled."""
+
+    def kept(algorithm: str) -> float:
+        with torch.device("meta"):
+            model = build_model("resnet50", num_classes=1000, seed=1)
+        for module in model.modules():
+            if isinstance(module, Conv2d):
+                module.algorithm = algorithm
+        return activation_bytes(model, 256, 224, torch.float16) / 256
+
+    def stage(side: int, width: int, blocks: int, stride: int) -> tuple[int, int]:
+        """Values of raw outputs, and of joined ones."""
+        wide, inner = side * side * 4 * width, side * side * width
+        first = inner * stride**2  # the 1x1 in front of the stride
+        return blocks * (2 * inner + wide) - inner + first + wide, blocks * wide
+
+    stages = [stage(56, 64, 3, 1), stage(28, 128, 4, 2), stage(14, 256, 6, 2), stage(7, 512, 3, 2)]
+    raw, joined = (sum(values) for values in zip(*stages, strict=True))
+    stem = 112 * 112 * 64
+    pooled, images, features = stem // 4, 3 * 224 * 224, 2048
+    values = images + 2 * stem + pooled + raw + joined + features
+    vectors = 5 * 4 * 26560 / 256  # of each BatchNorm, in fp32, once a batch
+    assert kept("triton") == pytest.approx(2 * values + vectors, rel=0.01)
+    assert kept("triton") < 0.82 * kept("torch")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_bottlenecks_by_triton_s_kernels(device, monkeypatch, dtype, training):
+    """Forward and backward, with every gradient: from float64 a rounding, or twice as far as PyTorch's modules are.
+
+    In fp32 those are no measure, as they add up in double on a CPU: there, it is 32 roundings.
+    """
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    exact = made("torch").train(training)
+    if training:  # the sums are about the running mean: as it is at first
+        for module in exact.modules():
+            if isinstance(module, BatchNorm2d):
+                module.reset_running_stats()
+    ours, theirs = (cast_matrices(deepcopy(exact).to(device).float(), dtype) for _ in range(2))
+    exact = deepcopy(theirs).cpu().double()
+    for module in ours.modules():
+        if isinstance(module, Conv2d):
+            module.algorithm = "triton"
+    x = input_of(2, dtype)
+    inputs = [x.detach().to(device).requires_grad_() for _ in range(2)] + [x.detach().double().requires_grad_()]
+    outputs = [ours(inputs[0]), expected_of(theirs, inputs[1]), expected_of(exact, inputs[2])]
+    direction = torch.randn(outputs[0].shape).to(dtype)
+    for y in outputs:
+        y.backward(direction.to(y))
+
+    roundings = torch.finfo(dtype).eps / 2 * (32 if dtype == torch.float32 else 1)
+
+    def error(got: Tensor, exact: Tensor) -> float:
+        return (got.detach().double().cpu() - exact.detach()).norm().item()
+
+    def check(name: str, got: Tensor, peer: Tensor, exact: Tensor) -> None:
+        assert error(got, exact) <= max(2 * error(peer, exact), roundings * exact.norm().item()), name
+
+    check("y", *outputs)
+    check("dx", *(x.grad for x in inputs))
+    for (name, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
+        check(name, p.grad, q.grad, r.grad)
+    assert INTERPRETED or device.type == "cuda"
