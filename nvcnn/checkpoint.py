@@ -8,6 +8,7 @@ A checkpoint is a dict:
     weights                state_dict by torchvision's names, fp32
     optimizer              momentum by the same names, in its dtype, counters (step, updates, good steps), loss_scale
     ranks                  per rank: the data reader's position, the random generators
+    convolutions           the algorithm of each that has a choice, by its name
     class_names, preprocessing, kernels, loss_average
 """
 

@@ -6,6 +6,7 @@ import torch
 
 from nvcnn.data.dataset import Dataset
 from nvcnn.errors import InputError
+from nvcnn.kernel_choices import places, use
 from nvcnn.machine import compute_dtype
 from nvcnn.memory import activation_bytes
 from nvcnn.models import MODELS, build_model
@@ -70,6 +71,8 @@ def describe(settings: Settings, run: Plan) -> list[str]:
 def dry_run(settings: Settings, run: Plan) -> None:
     """Prints the resolved settings, steps, parameter count and a memory estimate."""
     model = build_model(settings.model, num_classes=run.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed)
+    convolutions = places(model, settings.batch_size, run.image_size, run.dtype)
+    use(model, dict.fromkeys(convolutions, "torch" if settings.conv == "auto" else settings.conv))  # the largest
     parameters = sum(p.numel() for p in model.parameters())
     # Master weight, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
     state = parameters * (4 + run.momentum_dtype.itemsize + 4)

@@ -55,6 +55,12 @@ class Settings:
     label_smoothing: float = training(0.0, "share of the target spread over all classes")
 
     bf16: bool = numeric(False, "compute in bfloat16")
+    conv: str = numeric(
+        "auto",
+        "what computes convolutions with their BatchNorms: the project's kernels (triton), cudnn, torch, "
+        "or the faster of the first two on a GPU, by measurement (auto)",
+        choices=("auto", "triton", "cudnn", "torch"),
+    )
     momentum_dtype: str = numeric("fp32", "what momentum is kept in", choices=("fp32", "bf16"))
 
     crop_area: tuple[float, float] = image((0.1, 1.0), "training crop, share of the image's area: LO,HI")

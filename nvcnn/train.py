@@ -24,6 +24,7 @@ from nvcnn.data.dataset import Dataset
 from nvcnn.distributed import Transport, Vote, connect, launched
 from nvcnn.evaluate import Evaluation, evaluate
 from nvcnn.gradients import Gradients
+from nvcnn.kernel_choices import choose, places, use
 from nvcnn.larc import Larc
 from nvcnn.machine import chosen_kernels, use_device
 from nvcnn.metrics import Metrics, Throughput
@@ -88,6 +89,14 @@ class Run:
         self.model = build_model(
             settings.model, num_classes=self.plan.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed
         )
+        self.choices = choose(
+            settings.conv,
+            places(self.model, settings.batch_size, self.plan.image_size, self.dtype),
+            self.device,
+            transport,
+            restored and restored["convolutions"],
+        )
+        use(self.model, self.choices.algorithms)
         self.arena = Arena(
             self.model,
             gradient_order(self.model, self.plan.image_size),
@@ -256,6 +265,7 @@ class Run:
             },
             "settings": as_json(settings),
             "kernels": self.kernels,
+            "convolutions": self.choices.algorithms,
             "weights": self.arena.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "loss_average": self.average.cpu(),
@@ -270,6 +280,8 @@ class Run:
         for line in describe(settings, self.plan):
             say(line)
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {self.transport.name}")
+        if self.choices.algorithms:
+            say(f"Convolutions: {self.choices}")
         if self.device.type == "cpu" and self.dtype != torch.float32:
             say(f"  {str(self.dtype).removeprefix('torch.')} on a CPU is for trying things out: it can be slow")
         if self.arena.matrix_gradient.dtype != self.dtype:

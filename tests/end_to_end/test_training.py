@@ -186,17 +186,35 @@ KERNELS = {
     *("batch_norm.sums_kernel", "batch_norm.vectors_kernel", "batch_norm.gradient_kernel"),
     *("max_pool.kernel", "max_pool.backward_kernel", "global_average.kernel", "global_average.backward_kernel"),
 }
+CONVOLUTIONS = {f"convolution{what}kernel" for what in (".", "_data_gradient.", "_weight_gradient.")}
+CONVOLUTIONS |= {"convolution_weight_gradient.sum_kernel"}
+REPLACED = {"batch_norm_statistics.sums_kernel", "batch_norm.gradient_kernel"}  # by convolutions' epilogues, prologues
 
 
-@pytest.mark.parametrize("precision", [(), ("--fp16", "--loss_scale=dynamic")])
-def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, precision):
+@pytest.mark.parametrize(
+    ("precision", "conv"),
+    [
+        ((), "torch"),
+        pytest.param((), "triton", marks=pytest.mark.full),
+        (("--fp16", "--loss_scale=dynamic"), "triton"),
+    ],
+    ids=["fp32-torch", "fp32-triton", "fp16-triton"],
+)
+def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, precision, conv):
     """20 real steps through Triton's interpreter, compared with those of the references."""
     losses, texts = {}, {}
     for kernels in ("reference", "triton"):
         texts[kernels] = launch.run(
             "tests/end_to_end/tiny.py",
-            *("--model=tiny", "--num_classes=10", "--larc_eta=0.1", "--learning_rate=0.01", *precision),
-            *(f"--data_dir={records}", f"--log_dir={tmp_path}/{kernels}", "--batch_size=8", "--num_batches=20"),
+            *(
+                "--model=tiny",
+                "--num_classes=10",
+                "--larc_eta=0.1",
+                "--learning_rate=0.01",
+                *precision,
+                f"--conv={conv}",
+            ),
+            *(f"--data_dir={records}", f"--log_dir={tmp_path}/{kernels}", "--batch_size=4", "--num_batches=20"),
             environment={"NVCNN_KERNELS": kernels} | ({"TRITON_INTERPRET": "1"} if kernels == "triton" else {}),
         )
         losses[kernels] = [e["loss"] for e in events(tmp_path / kernels, "train")]
@@ -206,8 +224,9 @@ def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, prec
     assert len(set(losses["triton"])) == 20
     assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-4 if not precision else 5e-3)
     one, other = (state["weights"] for state in states.values())
-    # Every kernel has been there, but for the one that takes a producer's sums: no producer has any yet.
-    assert set(re.search(r"^launched: (.*)$", texts["triton"], re.MULTILINE)[1].split()) == KERNELS
+    expected = KERNELS if conv == "torch" else KERNELS - REPLACED | CONVOLUTIONS
+    assert set(re.search(r"^launched: (.*)$", texts["triton"], re.MULTILINE)[1].split()) == expected
+    assert f"Convolutions: 3 {conv} (--conv={conv})" in texts["triton"]
     for bn in ("bn1", "bn2", "bn3"):  # a mean differs on the scale of its channel's deviation
         deviation = one[f"{bn}.running_var"].sqrt()
         bound = 1e-3 if not precision else 1e-2

@@ -8,6 +8,7 @@ from triton.runtime import interpreter
 
 import kernels
 from nvcnn.models import MODELS, Model
+from nvcnn.models.conv_bn import Join, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 from nvcnn.program import run
 from nvcnn.settings import parse
@@ -23,9 +24,9 @@ class Tiny(nn.Module):
         self.fc = Classifier(16, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = kernels.max_pool(self.bn1(self.conv1(x), relu=True), kernel_size=3, stride=2, padding=1)
-        x = self.bn2(self.conv2(x), residual=self.bn3(self.skip(x)), relu=True)
-        return self.fc(kernels.global_average(x))
+        x = kernels.max_pool(activation(conv_bn(x, self.conv1, self.bn1)), kernel_size=3, stride=2, padding=1)
+        x = Join(conv_bn(x, self.conv2, self.bn2), conv_bn(x, self.skip, self.bn3))
+        return self.fc(kernels.global_average(activation(x)))
 
 
 MODELS["tiny"] = Model(Tiny, 28, lambda total_batch: 0.1)

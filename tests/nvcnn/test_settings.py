@@ -28,6 +28,7 @@ NEWER = {
     "label_smoothing": 0.0,
     "larc_exclude": "none",
     "bf16": False,
+    "conv": "auto",
     "momentum_dtype": "fp32",
     "crop_area": (0.1, 1.0),
     "crop_aspect": (0.8, 1.25),
