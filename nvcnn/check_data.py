@@ -38,7 +38,7 @@ def check_data(
     if transport.rank == 0:
         print(f"Checked {images} {split} images in {time.monotonic() - start:.1f} s: {len(bad)} bad", flush=True)
     if bad and not skip_bad_images:
-        raise InputError(lines[0] + (f" ({len(bad)} such of {images})" if len(bad) > 1 else ""))
+        raise InputError(f"{lines[0]} ({len(bad)} bad of {images}: --skip_bad_images leaves them out)")
     if len(bad) == images:
         raise InputError(f"--data_dir={dataset.directory}: all {images} {split} images are bad, the first: {lines[0]}")
     if bad and transport.rank == 0:

@@ -34,12 +34,12 @@ class ClassFolders:
     def place(self, info: str) -> str:
         return info
 
-    def read(self, i: int) -> tuple[bytes, int]:
+    def read(self, i: int) -> tuple[bytes, int | str]:
         path = Path(self.name(i))
         try:
             return path.read_bytes(), int(self.numbers[i])
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}): put it back, or leave it out") from None
+            raise InputError(f"{path}: cannot be read ({error.strerror}): copy or make the data set again") from None
 
     def without(self, left_out: Collection[int]) -> "ClassFolders":
         kept = sorted(set(range(len(self))) - set(left_out))

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 178_956_970  # where Pillow sees a decompression bomb; more than a camera's, and 500 MB decoded
 CROP_ATTEMPTS = 10  # as torchvision and DALI
+PNG_END = b"IEND\xae\x42\x60\x82"  # a PNG's last chunk with its CRC
 ORIENTATION = 0x0112  # EXIF's tag; its values 2 .. 8 name the transposition that makes an image upright
+REPLACE = ": replace it and make the data set again, or leave such images out with --skip_bad_images"
 UPRIGHT = (
     *("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE"),
     *("ROTATE_270", "TRANSVERSE", "ROTATE_90"),
@@ -43,6 +45,8 @@ def decode(data: bytes) -> "Image.Image":
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         image.load()
+        if image.format == "PNG" and PNG_END not in data:  # Pillow does without, DALI does not
+            raise ValueError("image file is truncated")
         if image.mode.startswith("I;16"):  # Pillow would clip at 255
             image = image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
     except Image.DecompressionBombError:
@@ -77,6 +81,10 @@ def first_line(error: Exception) -> str:
     """Without the address of a buffer, so that the same image gives the same words."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return "cannot identify image file" if text.startswith("cannot identify image file") else text
+
+
+def undecodable(name: str, why: str) -> str:
+    return f"{name}: the image cannot be decoded ({why})"
 
 
 def random_crop(

@@ -5,19 +5,21 @@ torchvision when it makes an image smaller.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nvcnn.data.batch import Batch
 from nvcnn.data.dataset import Dataset
-from nvcnn.data.pillow import MAX_PIXELS
+from nvcnn.data.pillow import MAX_PIXELS, REPLACE, undecodable
 from nvcnn.data.position import check_position, derived_seed, share
 from nvcnn.data.scan import first_undecodable
-from nvcnn.data.workers import undecodable
+from nvcnn.data.source import Source
 from nvcnn.errors import InputError
 
 
@@ -107,18 +109,27 @@ class Pipeline:
                 raise
             what = " ".join(found[2].split())
             if found[1] == "readers":
-                record = re.search(r"(/.* at index \d+)", what)
-                name = self.source.place(record[1]) if record else f"--data_dir={self.dataset.directory}"
-                reason = re.sub(r"^Assert on .*? failed: ", "", what)
-                message = f"{name}: cannot be read for {self.split} ({reason}): copy or make the data set again"
+                message = unreadable(what, self.source, self.dataset.directory)
             elif sample := re.search(r"Failed to decode sample #\d+ : (.+)", what):
-                message = undecodable(self.source.place(sample[1]), "its data are damaged")
+                message = undecodable(self.source.place(sample[1]), "its data are damaged") + REPLACE
             else:  # DALI names no sample when not even a header can be read; the run is over, so there is time to look
                 message = first_undecodable(self.source) or (
                     f"--data_dir={self.dataset.directory}: an image of {self.split} cannot be decoded ({what}), "
                     "but Pillow decodes all of them: --data_backend=torch"
                 )
             raise InputError(message) from error
+
+
+def unreadable(what: str, source: Source, directory: Path) -> str:
+    """What DALI's reader says, with the file and the record it says it of in front."""
+    reason, again = re.sub(r"^Assert on .*? failed: ", "", what), "copy or make the data set again"
+    if record := re.search(r"[^:]*: (.* at index \d+)", reason):
+        return f"{source.place(record[1])} cannot be read ({reason}): {again}"
+    if (found := re.search(r"failed: (.+)$", reason)) and not os.access(found[1], os.R_OK):
+        return f"{found[1]}: cannot be read (deleted, or not readable any more): {again}"
+    if found and os.path.getsize(found[1]) == 0:
+        return undecodable(found[1], "it has no bytes") + REPLACE
+    return f"--data_dir={directory}: a file cannot be read ({reason}): {again}"
 
 
 def without_bombs(dali: Any, encoded: Any) -> Any:

@@ -58,9 +58,9 @@ class Records:
     def place(self, info: str) -> str:
         return re.sub(r" at index (\d+)$", r": the record at byte \1", info)
 
-    def read(self, i: int) -> tuple[bytes, int]:
+    def read(self, i: int) -> tuple[bytes, int | str]:
         shard, offset, size = self.table[i].tolist()
-        framed = self.files.read(self.shards[shard], offset, size)
+        framed = self.files.read(self.shards[shard], offset, size, lambda: self.name(i))
         data = framed[12:-4]
         if struct.unpack("<QI", framed[:12]) != (size - FRAMING, masked_crc(framed[:8])):
             raise InputError(f"{self.name(i)} is none: the index is of another file (delete it, it is built anew)")
@@ -125,7 +125,7 @@ def open_records(directory: Path, split: str, lenient: bool) -> Records:
 
     Raises InputError for what is not right. lenient: what a check of every record finds as well is left to that.
     """
-    shards = sorted(p for p in directory.glob(f"{split}-*") if p.suffix != ".idx" and p.is_file())
+    shards = sorted(p for p in directory.glob(f"{split}-*") if p.suffix != ".idx" and not p.is_dir())
     if not shards:
         raise InputError(f"--data_dir={directory}: no {split}-* files: prepare the data set, or correct the path")
     for shard in shards:

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from nvcnn.data import pillow
 from nvcnn.data.dataset import Dataset
+from nvcnn.data.pillow import REPLACE, undecodable
 from nvcnn.data.source import Source
-from nvcnn.data.workers import undecodable
 from nvcnn.errors import InputError
 
 SEARCH_TIME = 120.0  # seconds; the other ranks wait
@@ -41,7 +41,7 @@ def first_undecodable(source: Source) -> str | None:
         except InputError as error:
             return str(error)
         except ValueError as error:
-            return undecodable(source.name(i), str(error))
+            return undecodable(source.name(i), str(error)) + REPLACE
         if time.monotonic() > end:
             return (
                 f"{source.name(0)} and what follows it: an image cannot be decoded; "

@@ -1,7 +1,7 @@
 """What a kind of files must offer to be trained and evaluated from, whatever backend reads it."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -17,8 +17,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, i: int) -> tuple[bytes, int]:
-        """Encoded image and label, as stored. Raises InputError naming the sample if that cannot be."""
+    def read(self, i: int) -> tuple[bytes, int | str]:
+        """Encoded image and label, as stored; a label that is no number as text.
+
+        Raises InputError, which starts with the sample's name, if it cannot be read.
+        """
 
     def name(self, i: int) -> str:
         """File and record of a sample, for messages."""
@@ -45,18 +48,21 @@ class Files:
     def __init__(self) -> None:
         self.open = lru_cache(OPEN_FILES)(self._open)
 
+    def __reduce__(self) -> tuple[type["Files"], tuple[()]]:
+        return Files, ()  # another process opens its own
+
     @staticmethod
     def _open(path: Path) -> BinaryIO:
         return open(path, "rb", buffering=0)
 
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Raises InputError when the file cannot be read or has no such bytes."""
+    def read(self, path: Path, offset: int, size: int, name: Callable[[], str]) -> bytes:
+        """Raises InputError, which starts with `name()`, when the file cannot be read or has no such bytes."""
         try:
             data = os.pread(self.open(path).fileno(), size, offset)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}): copy or make the data set again") from None
+            raise InputError(f"{name()} cannot be read ({error.strerror}): copy or make the data set again") from None
         if len(data) != size:
-            raise InputError(f"{path}: ends at byte {offset + len(data)}, within the {size} bytes from {offset}")
+            raise InputError(f"{name()} cannot be read (the file ends before): copy or make the data set again")
         return data
 
 

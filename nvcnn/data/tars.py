@@ -64,14 +64,14 @@ class Tars:
     def place(self, info: str) -> str:
         return re.sub(r":(\d+):([^:]*)$", r": \2 at byte \1", info)
 
-    def read(self, i: int) -> tuple[bytes, int]:
+    def read(self, i: int) -> tuple[bytes, int | str]:
         shard, _, offset, size, label_offset, label_size = self.table[i].tolist()
         path = self.shards[shard]
-        label = self.files.read(path, label_offset, label_size)
-        try:
-            return self.files.read(path, offset, size), int(label)
-        except ValueError:
-            raise InputError(f"{self.name(i)}: its label {label[:20]!r} is no number: make the tar again") from None
+        image, label = (
+            self.files.read(path, *place, lambda: self.name(i))
+            for place in ((offset, size), (label_offset, label_size))
+        )
+        return image, number(label)
 
     def without(self, left_out: Collection[int]) -> "Tars":
         if self.left_out:
@@ -89,8 +89,7 @@ class Tars:
         )
 
     def labels(self, output: Any) -> list[int | str]:
-        texts = [bytes(output.at(i)).decode(errors="replace").strip() for i in range(len(output))]
-        return [int(text) if re.fullmatch(r"[+-]?\d+", text) else text for text in texts]
+        return [number(bytes(output.at(i))) for i in range(len(output))]
 
     @cached_property
     def indexes(self) -> list[Path]:
@@ -105,6 +104,12 @@ class Tars:
             indexes.append(Path(self.directory.name) / f"{n}.idx")
             indexes[-1].write_text(index_text([t for i, t in enumerate(texts, firsts[n]) if i not in skipped]))
         return indexes
+
+
+def number(label: bytes) -> int | str:
+    """A label's number; what is none, as text."""
+    text = label.decode(errors="replace").strip()
+    return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else text
 
 
 def index_text(lines: list[str]) -> str:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from nvcnn.data import pillow
 from nvcnn.data.batch import Batch
 from nvcnn.data.dataset import Dataset
+from nvcnn.data.pillow import REPLACE, undecodable
 from nvcnn.data.position import check_position, derived_seed, share
 from nvcnn.errors import InputError
 
@@ -46,7 +47,7 @@ class Samples:
         try:
             image = pillow.decode(data)
         except ValueError as error:
-            raise InputError(undecodable(self.source.name(i), str(error))) from None
+            raise InputError(undecodable(self.source.name(i), str(error)) + REPLACE) from None
         if "crop" in self.how:
             return pillow.middle(image, self.image_size, self.how["crop"]), number, False
         generator = random.Random(derived_seed(self.how["seed"], "crop", epoch, i))
@@ -60,13 +61,6 @@ class Samples:
         except InputError as error:
             return str(error)
         return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(flips))
-
-
-def undecodable(name: str, why: str) -> str:
-    return (
-        f"{name}: the image cannot be decoded ({why}): replace it and make the data set again, "
-        "or leave such images out with --skip_bad_images"
-    )
 
 
 def load(samples: Samples, batches: Any, workers: int, device: torch.device) -> Iterator[Batch]:

@@ -241,7 +241,7 @@ def add(tar, name, data):
         ({"a.cls": b"1"}, "sample a has 0 images .* and 1 labels"),
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "sample a has 2 images"),
         ({"a.jpg": b"x", "b.cls": b"1", "a.cls": b"1"}, "sample a has 1 images .* and 0 labels"),
-        ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.jpg at byte 512: its label b'cat' is no number"),
+        ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.jpg at byte 512: its label 'cat' is no number"),
     ],
 )
 def test_tars_without_one_image_and_one_label(tmp_path, members, what):
