@@ -5,7 +5,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # of Pillow's, those that start no other program
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # of Pillow's, those that start no other program
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 END_OF_IMAGE = b"\xff\xd9"
 
@@ -61,6 +61,8 @@ def _jpeg(image, encoding: Encoding) -> bytes:
     """RGB, or grey where the image is; upright, because EXIF's orientation is lost; made smaller with antialiasing."""
     from PIL import Image, ImageOps
 
+    # Colours of every pixel, where the source has them; a JPEG has rarely more than of every second.
+    subsampling = "4:2:0" if image.format in ("JPEG", "MPO") else "4:4:4"
     if encoding.max_side is not None and image.mode in ("L", "RGB"):
         # While it decodes, libjpeg halves the image as long as the filter has three times what it needs.
         image.thumbnail((encoding.max_side, encoding.max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -75,7 +77,7 @@ def _jpeg(image, encoding: Encoding) -> bytes:
             image.thumbnail((encoding.max_side, encoding.max_side), Image.Resampling.LANCZOS)
     image.info.pop("comment", None)
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=encoding.quality)
+    image.save(out, "JPEG", quality=encoding.quality, subsampling=subsampling)
     return out.getvalue()
 
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from ctypes import CDLL
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -218,7 +219,7 @@ def begun(plan: Plan, out: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_settings(out: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    for name in here.keys() | there.keys():
+    for name in {**here, **there}:
         if there.get(name) == here.get(name):
             continue
         if name == "classes":
@@ -479,14 +480,19 @@ def check_shard(path: Path, part: Mapping[str, Any], file_format: str) -> None:
         index = index_path(path).read_text()
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}): prepare the data set again") from None
+    of_index, of_shard = ([line for line in text.splitlines() if not line.startswith("v")] for text in (index, records))
+    pairs = enumerate(zip_longest(of_index, of_shard))
+    where = next((f" at record {i}" for i, (one, other) in pairs if one != other), "")  # as far as places tell
     if size != part["bytes"]:
-        raise InputError(f"{path}: has {size} bytes, not the {part['bytes']} of manifest.json: make the file again")
+        raise InputError(
+            f"{path}: has {size} bytes, not the {part['bytes']} of manifest.json{where}: make the file again"
+        )
     if sha256.hexdigest() != part["sha256"]:
-        raise InputError(f"{path}: holds other records than were written (its SHA-256 differs): make the file again")
+        raise InputError(
+            f"{path}: holds other records than were written{where} (its SHA-256 differs): make the file again"
+        )
     if index != records:
-        lines = zip(index.splitlines(), records.splitlines(), strict=False)
-        record = next((i for i, (there, right) in enumerate(lines) if there != right), "the last")
-        raise InputError(f"{index_path(path)}: is wrong at record {record}: delete the file and prepare again")
+        raise InputError(f"{index_path(path)}: is wrong{where}: delete the file and prepare again")
 
 
 def read_tfrecords(path: Path, sha256: Any) -> str:
