@@ -1,6 +1,7 @@
 """The machinery under every data set: killed runs, workers, other flags and sources, bad images, verification, tars."""
 
 import errno
+import importlib.util
 import io
 import itertools
 import json
@@ -23,6 +24,8 @@ from nvcnn.data.prepare import Plan, Sample, verify
 from nvcnn.data.tfrecord import decode_example, index_path, read_records
 from nvcnn.errors import InputError
 from tests.raw_imagenet import Raw, jpeg, make, photograph, unpack
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="session")
@@ -480,3 +483,55 @@ def test_a_terminal_gets_a_bar_and_what_is_wrong(spoilt, tmp_path, monkeypatch, 
     assert "173/173" in err
     assert "train-00000" not in out
     assert "n01440764/n01440764_2.JPEG: is empty" in out
+
+
+@pytest.fixture
+def main():
+    spec = importlib.util.spec_from_file_location("launch_prepare", ROOT / "launch" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_the_program_prepares_and_verifies(raw, folders, tmp_path, main, capfd):
+    train, val = folders
+    images = ["--max_side=50", "--quality=80", "--seed=3", "--workers=2"]
+    assert main(["folder", f"--train={train}", f"--val={val}", f"--out={tmp_path}/a", "--shards=3,1", *images]) == 0
+    raws = [f"--train={raw.train}", f"--val={raw.val}", f"--devkit={raw.devkit}"]
+    assert main(["imagenet", *raws, f"--out={tmp_path}/b", "--shards=3,1", *images, "--format=webdataset"]) == 0
+    for name in ("a", "b"):
+        capfd.readouterr()
+        assert main([f"--verify={tmp_path}/{name}"]) == 0
+        assert "4 shards with 173 images are as they were written" in capfd.readouterr().out
+        assert main(["folder", f"--out={tmp_path}/{name}", "--verify", "--workers=1"]) == 0
+    flip(tmp_path / "a" / "validation-00000-of-00001", 40)
+    with pytest.raises(InputError, match="validation-00000-of-00001: record 0"):
+        main([f"--verify={tmp_path}/a"])
+    with pytest.raises(InputError, match="begun with --quality=80, here 95"):
+        main(["folder", f"--train={train}", f"--val={val}", f"--out={tmp_path}/a", "--shards=3,1"])
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ([], ["imagenet, folder, cifar10, fashion-mnist", "--verify=DIR"]),
+        (["imagenet", "--out=x"], ["imagenet needs --train"]),
+        (["folder", "--train=absent", "--out=x"], ["--train=absent", "No such file"]),
+        (["folder", "--train=x", "--val=y", "--val_share=0.1", "--out=x"], ["--val_share", "--val"]),
+        (["folder", "--train=x", "--out=x", "--shards=8"], ["--shards", "8"]),
+        (["folder", "--train=x", "--out=x", "--quality=101"], ["--quality", "101"]),
+        (["folder", "--train=x", "--out=x", "--val_share=1"], ["--val_share", "1"]),
+        (["cifar10", "--out=x"], ["cifar10 needs --source"]),
+        (["cifar10", "--source=absent", "--out=x"], ["--source=absent"]),
+        (["imagenet", "--train=x", "--out=x", "--max-side=9"], ["--max-side=9"]),
+        (["--verify=absent"], ["absent/manifest.json", "is missing"]),
+    ],
+)
+def test_bad_usage(main, tmp_path, monkeypatch, given, names):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        main(given)
+    for name in names:
+        assert name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
