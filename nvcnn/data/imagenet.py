@@ -72,7 +72,8 @@ def plan(
             if missing:
                 raise InputError(f"{where}: has no {min(missing)}: give the synsets of the training images")
     label = {synset: i for i, synset in enumerate(classes)}
-    splits = {"train": [Sample(n, label[s], str(train), at, size) for s in sorted(images) for n, at, size in images[s]]}
+    samples = (Sample(n, label[s], str(train), at, size) for s in sorted(images) for n, at, size in images.pop(s))
+    splits = {"train": list(samples)}
     if val is not None:
         splits["validation"] = validation(val, label, kit, val_labels, workers)
     for split, samples in splits.items():
