@@ -72,8 +72,8 @@ def plan(
             if missing:
                 raise InputError(f"{where}: has no {min(missing)}: give the synsets of the training images")
     label = {synset: i for i, synset in enumerate(classes)}
-    samples = (Sample(n, label[s], str(train), at, size) for s in sorted(images) for n, at, size in images.pop(s))
-    splits = {"train": list(samples)}
+    in_order = ((synset, image) for synset in sorted(images) for image in images.pop(synset))
+    splits = {"train": [Sample(name, label[synset], str(train), at, n) for synset, (name, at, n) in in_order]}
     if val is not None:
         splits["validation"] = validation(val, label, kit, val_labels, workers)
     for split, samples in splits.items():

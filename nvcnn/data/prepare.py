@@ -5,6 +5,7 @@ complete or not at all, so a run that was killed goes on where it stopped; what 
 """
 
 import fcntl
+import gc
 import hashlib
 import io
 import json
@@ -204,7 +205,7 @@ def begun(plan: Plan, out: Path) -> dict[str, dict[str, Any]]:
     settings = plan.settings()
     manifest, unfinished = out / "manifest.json", out / UNFINISHED
     if manifest.exists():
-        text = read_json(manifest)
+        text = read_manifest(manifest)
         check_settings(out, text["made_from"], settings)
         return text["shards"]
     try:
@@ -222,13 +223,13 @@ def check_settings(out: Path, there: Mapping[str, Any], here: Mapping[str, Any])
     for name in {**here, **there}:
         if there.get(name) == here.get(name):
             continue
+        if name == "dataset":
+            raise InputError(f"--out={out}: holds {there.get(name)}, not {here[name]}: give another directory")
         if name == "classes":
             raise InputError(f"--out={out}: was begun with other classes: give its sources, or another directory")
         raise InputError(
             f"--out={out}: was begun with --{name}={there.get(name)}, here {here.get(name)}: "
             "give the same flags, or another directory"
-            if name != "dataset"
-            else f"--out={out}: holds {there.get(name)}, not {here[name]}: give another directory"
         )
 
 
@@ -237,6 +238,13 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}): delete it, and prepare the data set again") from None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    text = read_json(path)
+    if not (isinstance(text, dict) and {"made_from", "images", "shards"} <= text.keys()):
+        raise InputError(f"{path}: is no manifest of prepare.py: remove it, and prepare the data set again")
+    return text
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -277,7 +285,9 @@ def write_shards(
                 parts[path.name] = part
                 bad += part["bad"]
                 bad_here = [f"{name}: {why}" for name, why in part["bad"]]
-                written = f"{path.name}: {part['images']} images" if skip_bad or not bad_here else f"{path.name}: left"
+                written = (
+                    f"{path.name}: {part['images']} images" if skip_bad or not bad_here else f"{path.name}: not written"
+                )
                 update(len(tasks[path][1]), written, bad_here)
     except BrokenProcessPool:
         raise InputError(
@@ -434,7 +444,7 @@ def is_complete(out: Path, title: str, file_format: str) -> bool:
     manifest = out / "manifest.json"
     if not manifest.exists():
         return False
-    text = read_json(manifest)
+    text = read_manifest(manifest)
     made_from = text["made_from"]
     complete = (
         (made_from["dataset"], made_from["format"]) == (title, file_format)
@@ -454,7 +464,7 @@ def verify(directory: Path, workers: int) -> None:
     manifest = directory / "manifest.json"
     if not manifest.exists():
         raise InputError(f"{manifest}: is missing, so nothing here can be verified: prepare the data set to its end")
-    text = read_json(manifest)
+    text = read_manifest(manifest)
     declared = read_dataset_json(directory / "dataset.json")
     if declared.get("images") != text["images"]:
         raise InputError(f"{directory}/dataset.json: its images are not those of manifest.json: prepare it again")
@@ -536,9 +546,11 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def start_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    gc.freeze()  # a collection would write to every name and place of the data set, and end the sharing of their memory
     warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error here
 
 

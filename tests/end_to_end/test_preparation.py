@@ -56,14 +56,15 @@ def test_from_the_archives_to_an_accuracy(launch, raw, tmp_path, transport):
     assert result["top1"] > 90, text
 
 
-def test_ctrl_c_and_again(launch, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
+def test_stopped_and_again(launch, tmp_path, how):
     """Exit code 3, and the same command goes on to the bytes of a run that was left alone."""
     raw = make(tmp_path / "raw", per_class=60, picture=lambda seed, label: photograph(seed, label).resize((700, 500)))
     options = ("--shards=60,2", "--workers=1", "--max_side=64")  # slow enough to be interrupted
     out = tmp_path / "out"
     program = launch.start(PREPARE, *arguments(raw, out, *options))
     program.until("^train-00002")
-    program.process.send_signal(signal.SIGINT)
+    program.process.send_signal(how)
     assert program.wait() == 3, program.text()
     assert "prepare.py: stopped; the same command goes on from here" in program.text()
     assert "Traceback" not in program.text()

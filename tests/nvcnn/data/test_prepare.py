@@ -375,6 +375,7 @@ BROKEN = {
         r"dataset\.json: its images are not",
     ),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), r"manifest\.json: is missing"),
+    "other manifest": (lambda d: (d / "manifest.json").write_text("[]"), r"manifest\.json: is no manifest"),
     "manifest cut": (lambda d: os.truncate(d / "manifest.json", 99), r"manifest\.json: cannot be read"),
 }
 
@@ -382,7 +383,6 @@ BROKEN = {
 def rewritten(shard: Path) -> None:
     """The same records in another order, CRCs and size right."""
     records = list(read_records(shard))
-    prepare.atomic_writer(shard)
     with open(shard, "wb") as file:
         for record in records[::-1]:
             prepare.write_record(file, record)
