@@ -11,6 +11,9 @@ if not torch.cuda.is_available():
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 
+# Processes that share the cores: with more threads than cores they wait for each other.
+torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 # Without shrinking: in the interpreter it takes five minutes and more, and the failing example is printed either way.
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
 settings.register_profile("default", deadline=None, max_examples=25, phases=UNSHRUNK)
