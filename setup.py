@@ -21,7 +21,9 @@ setup(
     install_requires=["torch>=2.11,<2.14", "triton>=3.6,<3.8"],
     extras_require={
         # real images: the reader, and what launch/prepare.py writes records with
-        "dali": ["nvidia-dali-cuda130>=2.0,<3", "google-crc32c>=1.5", "pillow>=10"],
+        "dali": ["nvidia-dali-cuda130>=2.0,<3", "google-crc32c>=1.5", "pillow>=10", "scipy>=1.10"],
+        # real images without DALI, for --data_backend=torch
+        "images": ["google-crc32c>=1.5", "pillow>=10"],
         # more than one rank: mpi4py, and what Horovod imports and is built with
         "mpi": ["mpi4py>=4", "cffi>=1.4", "cloudpickle", "cmake>=3.18", "packaging", "psutil", "pyyaml", "wheel"],
         # an mpiexec inside the environment, where the machine has none

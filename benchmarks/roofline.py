@@ -1,10 +1,12 @@
 """What a training step must take on GPUs that need not be here: bytes over bandwidth, FLOPs over matrix rate.
 
-python -m benchmarks.roofline [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--plain] [--json FILE]
+python -m benchmarks.roofline [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--conv triton|cudnn|torch|plain]
+                              [--json FILE]
 
 Every call of the step moves the bytes of its tensors and does its FLOPs; its floor is the longer of the two. The sum of
-the floors is what no implementation with these calls can pass; fusing calls moves the limit. --plain: the same model as
-torchvision has it, with convolution, BatchNorm, addition and ReLU apart, without an optimizer.
+the floors is what no implementation with these calls can pass; fusing calls moves the limit. --conv: as the trainer's,
+where triton has BatchNorms, additions and ReLUs in the convolutions; plain: the same model as torchvision has it, with
+all of them apart, without an optimizer.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -49,9 +52,18 @@ MOVES: dict[str, dict[str, int]] = {
     "aten::max_pool2d_with_indices_backward": {"self": 0},  # the indices say it all
     # For the sums, for dx. With g, the gradient behind the mask, the first pass writes g, and the second reads it.
     "nvcnn::batch_norm_backward": {"dy": 2, "x": 2},
+    "nvcnn::convolution_weight_gradient": {"out": 1},  # written only; sums over parts stay in the L2 cache
     "nvcnn::gradient_statistics": {"square_sums": 1},
     "nvcnn::larc_update": {"model_weight": 1, "weight_square_sums": 1},
     "nvcnn::refresh": {"model_weight": 1, "weight_square_sums": 1},
+}
+
+
+# The arguments that have the shapes of the convolution's output ("": the result itself) and of its weight.
+CONVOLUTIONS = {
+    "nvcnn::convolution": ("", "weight"),
+    "nvcnn::convolution_data_gradient": ("g", "weight"),
+    "nvcnn::convolution_weight_gradient": ("g", "out"),
 }
 
 
@@ -73,6 +85,9 @@ def bytes_of(call: Call) -> int:
 
 def flops_of(call: Call) -> int:
     """FLOPs of a convolution or matrix product, 0 of anything else."""
+    if call.name in CONVOLUTIONS:
+        y, weight = CONVOLUTIONS[call.name]
+        return 2 * prod((call[y] if y else call.outputs[0]).shape) * prod(call[weight].shape[1:])
     formula = flop_registry.get(call.op.overloadpacket)
     if formula is None:
         return 0
@@ -110,12 +125,13 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
-    parser.add_argument("--plain", action="store_true", help="torchvision's model, nothing fused, no optimizer")
+    parser.add_argument("--conv", choices=("triton", "cudnn", "torch", "plain"), default="triton")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     arguments = parser.parse_args()
-    trace = plain_calls if arguments.plain else step_calls
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
-    rows = rows_of(trace(arguments.model, arguments.batch, dtype), arguments.batch)
+    step = arguments.model, arguments.batch, dtype
+    calls = plain_calls(*step) if arguments.conv == "plain" else step_calls(*step, arguments.conv)
+    rows = rows_of(calls, arguments.batch)
     if arguments.json:
         report.write(arguments.json, "roofline", rows)
     rounded = [{k: significant(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows]

@@ -126,7 +126,9 @@ def recorded() -> Iterator[list[Call]]:
         yield recorder.calls
 
 
-def meta_run(model: str, batch: int, dtype: torch.dtype, *, bfloat16_transport: bool = True) -> Run:
+def meta_run(
+    model: str, batch: int, dtype: torch.dtype, *, conv: str = "torch", bfloat16_transport: bool = True
+) -> Run:
     """The trainer's run of one rank, with LARC and a dynamic loss scale, on the meta device, without data."""
     settings = Settings(
         model=model,
@@ -135,6 +137,7 @@ def meta_run(model: str, batch: int, dtype: torch.dtype, *, bfloat16_transport: 
         bf16=dtype == torch.bfloat16,
         larc_eta=1e-3,
         loss_scale="dynamic",
+        conv=conv,
     )
     transport = Transport(Launched())
     transport.bfloat16 = bfloat16_transport
@@ -148,9 +151,11 @@ def meta_run(model: str, batch: int, dtype: torch.dtype, *, bfloat16_transport: 
         return Run(settings, None, transport, None)
 
 
-def step_calls(model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16) -> list[Call]:
-    """All calls of one training step of the model, from uint8 images to new weights."""
-    run, size = meta_run(model, batch, dtype), MODELS[model].image_size
+def step_calls(
+    model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16, conv: str = "torch"
+) -> list[Call]:
+    """All calls of one training step of the model with --conv, from uint8 images to new weights."""
+    run, size = meta_run(model, batch, dtype, conv=conv), MODELS[model].image_size
     empty = partial(torch.empty, device=META)
     data = Batch(
         empty((batch, size, size, 3), dtype=torch.uint8),

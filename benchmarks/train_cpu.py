@@ -22,7 +22,7 @@ from torch import nn
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks import report, timing
 from benchmarks.step import plain_loop
-from nvcnn.data import Batch, SyntheticData, TrainingData, find_dataset, prepare_input
+from nvcnn.data import Batch, SyntheticData, TrainingData, WorkerTrainingData, find_dataset, prepare_input
 from nvcnn.distributed import connect
 from nvcnn.settings import Settings
 from nvcnn.train import Run
@@ -52,7 +52,9 @@ class Turns:
     So our loop runs as it is, from beginning to end.
     """
 
-    def __init__(self, source: TrainingData | SyntheticData, other: Callable[[Batch], object], steps: int):
+    def __init__(
+        self, source: TrainingData | WorkerTrainingData | SyntheticData, other: Callable[[Batch], object], steps: int
+    ):
         self.source, self.other, self.steps = source, other, steps
         self.taken = 0
         self.ours: list[float] = []  # milliseconds a step, one value per turn

@@ -9,13 +9,15 @@ from nvcnn.settings import Parser
 def parse() -> Evaluation:
     parser = Parser(prog="eval.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")
-    parser.add_argument("--data_dir", required=True, help="TFRecord files validation-*")
+    parser.add_argument("--data_dir", required=True, help="images: TFRecord files, WebDataset tars or class folders")
     parser.add_argument("--log_dir", default="", help="a training's directory: its newest checkpoint is evaluated")
     parser.add_argument("--checkpoint", metavar="FILE", help="evaluate this file")
     parser.add_argument("-m", "--model", help="checked against the checkpoint's")
     parser.add_argument("-b", "--batch_size", type=int, default=64, help="images per device (default 64)")
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
     parser.add_argument("--transport", choices=("horovod", "torch"), default="horovod", help="how ranks talk")
+    parser.add_argument("--data_backend", choices=("dali_gpu", "dali_cpu", "torch"), help="what decodes; none: DALI")
+    parser.add_argument("--skip_bad_images", action="store_true", help="leave out, and count, what cannot be decoded")
     return Evaluation(**vars(parser.parse_args()))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from nvcnn import checkpoint
 from nvcnn.arena import misfit
-from nvcnn.data import EvaluationData, find_dataset, prepare_input
+from nvcnn.check_data import check_data
+from nvcnn.data import Batch, choose_backend, find_dataset, open_evaluation, prepare_input
 from nvcnn.distributed import Transport, connect
 from nvcnn.errors import InputError
 from nvcnn.machine import compute_dtype, use_device
@@ -23,7 +25,7 @@ from nvcnn.models.layers import cast_matrices
 
 
 @torch.no_grad()
-def count_hits(model: nn.Module, data: EvaluationData, dtype: torch.dtype, normalize: str) -> Tensor:
+def count_hits(model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, normalize: str) -> Tensor:
     """int64 (3,): images, top-1 hits, top-5 hits of this rank's shard, on the CPU.
 
     An image whose logits are not all finite is no hit; among equal logits topk decides, so that a model that says the
@@ -68,6 +70,8 @@ class Evaluation:
     batch_size: int = 64
     json: bool = False
     transport: str = "horovod"
+    data_backend: str | None = None
+    skip_bad_images: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.log_dir) == bool(self.checkpoint):
@@ -96,14 +100,21 @@ def evaluate(asked: Evaluation) -> int:
     if asked.model is not None and asked.model != state["model"]:
         raise InputError(f"--model={asked.model}: {path} holds {state['model']}")
     dataset = find_dataset(
-        asked.data_dir, num_classes=state["num_classes"], label_base=stored["label_base"], split="validation"
+        asked.data_dir,
+        num_classes=state["num_classes"],
+        label_base=stored["label_base"],
+        split="validation",
+        lenient=asked.skip_bad_images,
     )
+    check_classes(asked.data_dir, dataset.class_names, path, state["class_names"])
     transport = connect(asked.transport)
     if len(found := set(transport.gather(str(path)))) > 1:
         raise InputError(
             f"the ranks found different checkpoints ({', '.join(sorted(found))}): name one, --checkpoint=FILE"
         )
     device, threads = use_device(transport)
+    backend = choose_backend(asked.data_backend, device)
+    dataset, left_out = check_data(dataset, "validation", "none", asked.skip_bad_images, transport, threads)
     dtype = compute_dtype(stored["fp16"], stored["bf16"])
 
     model = build_model(
@@ -113,8 +124,9 @@ def evaluate(asked: Evaluation) -> int:
         raise InputError(f"{path}: does not fit {state['model']}: {problem}")
     model.load_state_dict(state["weights"])
     model = cast_matrices(model.to(device), dtype)
-    data = EvaluationData(
+    data = open_evaluation(
         dataset,
+        backend,
         batch_size=asked.batch_size,
         image_size=state["preprocessing"]["image_size"],
         crop=state["preprocessing"]["eval_crop"],
@@ -124,6 +136,8 @@ def evaluate(asked: Evaluation) -> int:
         threads=threads,
     )
     result = summed(count_hits(model, data, dtype, state["preprocessing"]["normalize"]), transport)
+    if left_out:
+        result["left_out"] = len(left_out)
     result |= {"step": int(state["optimizer"]["counters"][0]), "checkpoint": str(path)}
     transport.close()
     if transport.rank == 0:
@@ -133,6 +147,14 @@ def evaluate(asked: Evaluation) -> int:
         if asked.json:
             print(json.dumps(result))
     return 0
+
+
+def check_classes(data_dir: str, here: Sequence[str] | None, path: Path, there: Sequence[str]) -> None:
+    """A class that has another number here than in training would be counted wrong without a word."""
+    if here is None or not there or list(here) == list(there):
+        return
+    n, (mine, its) = next((n, pair) for n, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1])
+    raise InputError(f"--data_dir={data_dir}: its class {n} is {mine!r}, but in {path} that is {its!r}: give its data")
 
 
 def append_event(log_dir: Path, event: dict[str, Any]) -> None:

@@ -30,7 +30,9 @@ run = partial(flag, group="run")
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     model: str = original(MISSING, "network to train, e.g. resnet50", short="-m")
-    data_dir: str | None = original(None, "TFRecord files train-*, validation-*; none: synthetic data", may_differ=True)
+    data_dir: str | None = original(
+        None, "images: TFRecord files, WebDataset tars or class folders; none: synthetic", may_differ=True
+    )
     batch_size: int = original(64, "images per device and step", short="-b")
     num_batches: int = original(50, "steps to run")
     num_epochs: int | None = original(None, "epochs to run; overrides --num_batches")
@@ -71,6 +73,19 @@ class Settings:
     )
     num_classes: int | None = image(None, "classes; none: from the data's dataset.json, else 1000")
     label_base: int | None = image(None, "lowest label in the records; none: from dataset.json, else 1")
+
+    data_backend: str | None = image(
+        None,
+        "what decodes: DALI on the GPU or CPU, or Pillow in worker processes (torch); none: DALI, on the GPU if any",
+        choices=("dali_gpu", "dali_cpu", "torch"),
+    )
+    check_data: str = image(
+        "none",
+        "before training, read all records (CRC, label) or decode all images",
+        choices=("none", "records", "images"),
+        may_differ=True,
+    )
+    skip_bad_images: bool = image(False, "decode all images before training, leave out those that cannot be used")
 
     resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
     seed: int = run(1, "weights, crops, order")

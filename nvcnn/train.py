@@ -19,7 +19,17 @@ from torch.nn.functional import pad
 import kernels
 from nvcnn import checkpoint
 from nvcnn.arena import Arena, gradient_order
-from nvcnn.data import Batch, SyntheticData, TrainingData, find_dataset, prepare_input
+from nvcnn.check_data import check_data
+from nvcnn.data import (
+    Batch,
+    SyntheticData,
+    TrainingData,
+    WorkerTrainingData,
+    choose_backend,
+    find_dataset,
+    open_training,
+    prepare_input,
+)
 from nvcnn.data.dataset import Dataset
 from nvcnn.distributed import Transport, Vote, connect, launched
 from nvcnn.evaluate import Evaluation, evaluate
@@ -51,12 +61,19 @@ def train(settings: Settings) -> int:
                 model=settings.model,
                 batch_size=settings.batch_size,
                 transport=settings.transport,
+                data_backend=settings.data_backend,
+                skip_bad_images=settings.skip_bad_images,
             )
         )
     dataset = None
     if settings.data_dir is not None:
-        flags = {"num_classes": settings.num_classes, "label_base": settings.label_base}
-        dataset = find_dataset(settings.data_dir, **flags, split="train")
+        dataset = find_dataset(
+            settings.data_dir,
+            num_classes=settings.num_classes,
+            label_base=settings.label_base,
+            split="train",
+            lenient=settings.skip_bad_images,
+        )
     expected = plan(settings, dataset, launched().size)
     if settings.dry_run:
         if launched().rank == 0:
@@ -80,6 +97,12 @@ class Run:
         self.settings, self.transport = settings, transport
         self.device, threads = use_device(transport)
         self.kernels = chosen_kernels()
+        self.left_out: list[str] = []
+        if dataset is not None:
+            self.backend = choose_backend(settings.data_backend, self.device)
+            dataset, self.left_out = check_data(
+                dataset, "train", settings.check_data, settings.skip_bad_images, transport, threads
+            )
         self.plan = plan(settings, dataset, transport.size)
         self.dtype = self.plan.dtype
         # What rank 0 read from the checkpoint for each rank: the reader's position and the random generators.
@@ -134,7 +157,9 @@ class Run:
         self.arena.refresh()
         self.step = int(self.optimizer.counters[0])
 
-    def open_data(self, dataset: Dataset | None, threads: int, state: dict | None) -> TrainingData | SyntheticData:
+    def open_data(
+        self, dataset: Dataset | None, threads: int, state: dict | None
+    ) -> TrainingData | WorkerTrainingData | SyntheticData:
         settings, transport = self.settings, self.transport
         common: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": self.plan.image_size}
         common |= {"device": self.device, "ranks": transport.size}
@@ -145,8 +170,9 @@ class Run:
                 images=self.plan.images,
                 seed=settings.seed + transport.rank,
             )
-        return TrainingData(
+        return open_training(
             dataset,
+            self.backend,
             **common,
             crop_area=settings.crop_area,
             crop_aspect=settings.crop_aspect,
@@ -280,13 +306,18 @@ class Run:
         for line in describe(settings, self.plan):
             say(line)
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {self.transport.name}")
+        if settings.data_dir:
+            say(f"Input:       {self.backend}")
         if self.choices.algorithms:
-            say(f"Convolutions: {self.choices}")
+            say(f"Convolution: {self.choices}")
         if self.device.type == "cpu" and self.dtype != torch.float32:
             say(f"  {str(self.dtype).removeprefix('torch.')} on a CPU is for trying things out: it can be slow")
         if self.arena.matrix_gradient.dtype != self.dtype:
             say(f"  {self.transport.name} has no bfloat16: gradients travel in fp32")
         metrics.write("start", step=self.step, steps=self.plan.steps, ranks=self.transport.size)
+        if self.left_out:
+            say(f"Left out:    {len(self.left_out)} bad images")
+            metrics.write("left_out", images=self.left_out)
         say("Training")
         metrics.table_head()
 

@@ -1,83 +1,109 @@
-"""A data directory: TFRecord shards, their indexes, and what the labels mean."""
+"""A data directory: what kind of files it holds, and what the labels mean."""
 
 import json
-import re
-import sys
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from nvcnn.data.tfrecord import decode_example, index_path, read_records, scan, write_index
+from nvcnn.data.class_folders import find_classes, open_class_folders, split_folder
+from nvcnn.data.records import Records, open_records
+from nvcnn.data.source import Source
+from nvcnn.data.tars import Tars, open_tars
 from nvcnn.errors import InputError
-
-IMAGE, LABEL = "image/encoded", "image/class/label"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Files `<split>-*` of TFRecords in `directory`, each with an index; labels label_base .. label_base + classes."""
+    """The samples of a directory's splits "train" and "validation"; labels label_base .. label_base + num_classes - 1.
+
+    open: finds the source of a split, once.
+    """
 
     directory: Path
     num_classes: int
     label_base: int
     class_names: tuple[str, ...] | None
+    open: Callable[[str], Source] = field(repr=False, compare=False)
+    opened: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
+
+    def source(self, split: str) -> Source:
+        """Raises InputError for files that are absent, or that training would stumble over later."""
+        if split not in self.opened:
+            self.opened[split] = self.open(split)
+        return self.opened[split]
 
     def shards(self, split: str) -> list[Path]:
-        """The files of a split, in order of name. Raises InputError when there are none."""
-        shards = sorted(p for p in self.directory.glob(f"{split}-*") if p.suffix != ".idx" and p.is_file())
-        if not shards:
-            raise InputError(
-                f"--data_dir={self.directory}: no {split}-* files: prepare the data set, or correct the path"
-            )
-        return shards
+        """The files that hold many samples each; none in class folders."""
+        source = self.source(split)
+        return source.shards if isinstance(source, Records | Tars) else []
 
     def images(self, split: str) -> int:
-        """Records of a split, counted in its indexes."""
-        return sum(index_path(shard).read_bytes().count(b"\n") for shard in self.shards(split))
+        """Samples of a split."""
+        return len(self.source(split))
 
-    def zero_based(self, label: int) -> int:
-        """The class of a record's label. Raises InputError when the label is outside the classes."""
+    def without(self, split: str, left_out: Collection[int]) -> "Dataset":
+        """This data set without some samples of a split."""
+        return replace(self, opened={**self.opened, split: self.source(split).without(left_out)})
+
+    def zero_based(self, label: int | str, name: str) -> int:
+        """The class of a label. Raises InputError, which starts with the sample's `name`, when there is none."""
+        if isinstance(label, str):
+            raise InputError(f"{name}: its label {label[:20]!r} is no number: make the file again")
         if not 0 <= label - self.label_base < self.num_classes:
             last = self.label_base + self.num_classes - 1
             raise InputError(
-                f"--data_dir={self.directory}: label {label} is outside {self.label_base} .. {last}: "
+                f"{name}: label {label} is outside {self.label_base} .. {last}: "
                 "set --num_classes and --label_base to those of the data"
             )
         return label - self.label_base
 
 
-def find_dataset(data_dir: str | Path, *, num_classes: int | None, label_base: int | None, split: str) -> Dataset:
-    """The data set in `data_dir`, its `split` checked: shards, indexes (missing ones are built), first labels.
+def find_dataset(
+    data_dir: str | Path, *, num_classes: int | None, label_base: int | None, split: str, lenient: bool = False
+) -> Dataset:
+    """The data set in `data_dir`, its `split` checked: files, indexes (missing ones are built), first labels.
 
-    What the labels mean comes from dataset.json; without it from `num_classes` and `label_base`, else 1000 and 1.
+    What the labels of TFRecords and WebDataset tars mean comes from dataset.json; without it from `num_classes` and
+    `label_base`, else 1000 and 1. Class folders say it themselves.
+    lenient: what a check of every sample finds as well is left to that.
     Raises InputError for anything that training would stumble over later.
     """
     directory = Path(data_dir)
     flag = f"--data_dir={data_dir}"
     try:
-        empty = not any(directory.iterdir())
-    except OSError as error:
-        raise InputError(f"{flag}: {error.strerror}: prepare a data set there, or correct the path") from None
-    if empty:
-        raise InputError(f"{flag}: is empty: prepare a data set there, or correct the path")
-
-    declared = read_dataset_json(directory / "dataset.json")
-    for name, value in (("num_classes", num_classes), ("label_base", label_base)):
-        if value is not None and value != declared.get(name, value):
-            raise InputError(f"--{name}={value}: {directory}/dataset.json says {declared[name]}: leave the flag out")
-    names = declared.get("class_names")
-    dataset = Dataset(
-        directory,
-        declared.get("num_classes", 1000 if num_classes is None else num_classes),
-        declared.get("label_base", 1 if label_base is None else label_base),
-        None if names is None else tuple(names),
-    )
-    try:
-        for shard in dataset.shards(split):
-            check_index(shard)
-            check_first_record(dataset, shard)
+        kind = find_kind(directory)
+        declared = read_dataset_json(directory / "dataset.json")
+        open_split: Callable[[str], Source]
+        if kind == "class folders":
+            classes = find_classes(directory)
+            own = {"num_classes": len(classes), "label_base": 0, "class_names": classes}
+            for name, value in own.items():
+                if declared.get(name) not in (None, value):
+                    raise InputError(f"{directory}/dataset.json: {name} is not that of the class folders: remove it")
+            declared |= own
+            open_split = partial(open_class_folders, directory, classes=classes)
+        else:
+            open_split = partial(open_tars if kind == "tars" else open_records, directory, lenient=lenient)
+        for name, value in (("num_classes", num_classes), ("label_base", label_base)):
+            if value is not None and value != declared.get(name, value):
+                where = " has" if kind == "class folders" else "/dataset.json says"
+                raise InputError(f"--{name}={value}: {directory}{where} {declared[name]}: leave the flag out")
+        names = declared.get("class_names")
+        dataset = Dataset(
+            directory,
+            declared.get("num_classes", 1000 if num_classes is None else num_classes),
+            declared.get("label_base", 1 if label_base is None else label_base),
+            None if names is None else tuple(names),
+            open_split,
+        )
+        source = dataset.source(split)
+        if not lenient and kind != "class folders":
+            check_first_labels(dataset, split)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    images, promised = dataset.images(split), declared.get("images", {}).get(split)
+    images, promised = len(source), declared.get("images", {}).get(split)
     if images == 0:
         raise InputError(f"{flag}: its {split}-* files hold no images: prepare the data set again")
     if promised not in (None, images):
@@ -85,6 +111,47 @@ def find_dataset(data_dir: str | Path, *, num_classes: int | None, label_base: i
             f"{flag}: {images} {split} images, but dataset.json says {promised}: a shard is missing, or extra"
         )
     return dataset
+
+
+def find_kind(directory: Path) -> str:
+    """One of "TFRecords", "tars", "class folders". Raises InputError when `directory` holds none, or several."""
+    flag = f"--data_dir={directory}"
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise InputError(f"{flag}: {error.strerror}: prepare a data set there, or correct the path") from None
+    if not names:
+        raise InputError(f"{flag}: is empty: prepare a data set there, or correct the path")
+    found: dict[str, str] = {}  # kind -> an example
+    for name in names:
+        if name.startswith(("train-", "validation-", "val-")) and not name.endswith(".idx"):
+            if name.endswith(".tar"):
+                found.setdefault("tars", name)
+            elif not name.startswith("val-"):
+                found.setdefault("TFRecords", name)
+    for split in ("train", "validation"):
+        if folder := split_folder(directory, split):
+            found.setdefault("class folders", f"{folder.name}/")
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        raise InputError(f"{flag}: holds {one} ({first}) and {other} ({second}): keep one kind in a directory")
+    if not found:
+        folders = [name for name in names if (directory / name).is_dir()]
+        hint = f"; if {folders[0]} is a class, give the directory above {directory.name}/" if folders else ""
+        raise InputError(
+            f"{flag}: no train-* files (TFRecords, or train-*.tar) and no folder train/ there: "
+            f"prepare the data set, or correct the path{hint}"
+        )
+    return next(iter(found))
+
+
+def check_first_labels(dataset: Dataset, split: str) -> None:
+    """Finds wrong label ranges before training starts: of each file, the first label."""
+    source = dataset.source(split)
+    assert isinstance(source, Records | Tars)
+    for i in source.firsts():
+        _, label = source.read(i)
+        dataset.zero_based(label, source.name(i))
 
 
 def read_dataset_json(path: Path) -> dict:
@@ -113,42 +180,3 @@ def read_dataset_json(path: Path) -> dict:
     if not (isinstance(images, dict) and all(type(n) is int for n in images.values())):
         raise wrong("images must map each split to its number of images")
     return declared
-
-
-def check_index(shard: Path) -> None:
-    """Builds the shard's index if it has none; raises InputError if it is not that of this shard."""
-    index = index_path(shard)
-    if not index.exists():
-        print(f"{shard}: no index, building it", file=sys.stderr, flush=True)
-        records = list(scan(shard))
-        try:
-            write_index(shard, records)
-        except OSError as error:
-            raise InputError(
-                f"{index}: is missing and cannot be written ({error.strerror}): make {shard.parent} writable once"
-            ) from None
-    text = index.read_bytes()
-    size = shard.stat().st_size
-    if not re.fullmatch(rb"(\d+ \d+\n)*", text):
-        raise InputError(f"{index}: is not an index of lines 'offset size': delete it, it is built anew")
-    end = sum(map(int, text[text[:-1].rfind(b"\n") + 1 :].split()))
-    if end != size:
-        raise InputError(
-            f"{index}: ends at byte {end}, but {shard} has {size} bytes: the shard is truncated (copy it again) "
-            "or the index is of another file (delete it, it is built anew)"
-        )
-
-
-def check_first_record(dataset: Dataset, shard: Path) -> None:
-    """Finds wrong files and wrong label ranges before training starts."""
-    data = next(read_records(shard), None)
-    if data is None:
-        return
-    try:
-        example = decode_example(data)
-    except ValueError as error:
-        raise InputError(f"{shard}: its first record is {error}: prepare the data set again") from None
-    for name in (IMAGE, LABEL):
-        if len(example.get(name, ())) != 1:
-            raise InputError(f"{shard}: its first record has no {name}: prepare the data set again")
-    dataset.zero_based(example[LABEL][0])

@@ -1,36 +1,31 @@
-"""Fashion-MNIST as TFRecords: 60 000 training and 10 000 test images, 28 x 28 grey, 10 classes (MIT licence).
+"""Fashion-MNIST: 60 000 training and 10 000 test images, 28 x 28 grey, 10 classes (MIT licence).
 
 Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747; https://github.com/zalandoresearch/fashion-mnist
 """
 
 import gzip
 import hashlib
-import json
-import os
-import random
 import shutil
-import signal
 import struct
 import subprocess
-import sys
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
-from nvcnn.data.tfrecord import atomic_writer, encode_example, index_path, write_shard
+from nvcnn.data.images import png
+from nvcnn.data.prepare import Plan, Sample, check_out, is_complete
+from nvcnn.data.prepare import prepare as prepare_plan
 from nvcnn.errors import InputError
 
 CLASS_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
+TITLE = "Fashion-MNIST"
+SIDE = 28  # pixels
 SPLITS = {"train": ("train", 8), "validation": ("t10k", 2)}  # our name -> theirs, shards
-LABEL_BASE = 1  # of ImageNet's TFRecords, where 0 is the background
 
 # SHA-256 of the uncompressed content, because Debian compresses anew. Debian's bytes with the original's gzip header
 # (file name and time) put back have the MD5s that the data set's README publishes.
@@ -57,41 +52,16 @@ def read_idx(directory: Path, name: str) -> bytes:
     return data
 
 
-def parse_idx(images: bytes, labels: bytes) -> tuple[list[bytes], list[int], int, int]:
-    """Pixels of each image, labels, height, width. IDX is a big-endian header and then the raw values."""
+def parse_idx(images: bytes, labels: bytes) -> tuple[list[bytes], list[int]]:
+    """Pixels of each image, and labels. IDX is a big-endian header and then the raw values."""
     _, n, height, width = struct.unpack(">4I", images[:16])
     size = height * width
-    return [images[16 + i * size : 16 + (i + 1) * size] for i in range(n)], list(labels[8:]), height, width
+    return [images[16 + i * size : 16 + (i + 1) * size] for i in range(n)], list(labels[8:])
 
 
-def png(pixels: bytes, height: int, width: int) -> bytes:
-    """An 8-bit grey PNG without filters (ISO/IEC 15948): the same bytes wherever zlib is the same."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b"".join(b"\0" + pixels[y * width : (y + 1) * width] for y in range(height))
-    header = struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
-
-
-def _write(path: Path, images: list[bytes], labels: list[int], height: int, width: int) -> int:
-    """One shard, in a process of its own."""
-    write_shard(
-        path,
-        (
-            encode_example(
-                {
-                    "image/encoded": [png(pixels, height, width)],
-                    "image/class/label": [label + LABEL_BASE],
-                    "image/class/text": [CLASS_NAMES[label].encode()],
-                    **{f"image/object/bbox/{side}": [] for side in ("xmin", "ymin", "xmax", "ymax")},
-                }
-            )
-            for pixels, label in zip(images, labels, strict=True)
-        ),
-    )
-    return len(images)
+def encode(sample: Sample) -> tuple[bytes, bool]:
+    assert isinstance(sample.source, bytes)
+    return png(sample.source, SIDE, SIDE), False
 
 
 def _from_debian(directory: Path) -> Path:
@@ -142,85 +112,19 @@ def read_source(source: Path | None) -> dict[str, bytes]:
     raise InputError(f"Fashion-MNIST cannot be had ({'; '.join(failures)}): give its four .gz files with --source")
 
 
-@contextmanager
-def _progress(images: int) -> Iterator[Callable[[int, Path], object]]:
-    """A bar on a terminal with tqdm, else a line per shard."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None  # type: ignore[assignment, misc]
-    if tqdm is not None and sys.stderr.isatty():
-        with tqdm(total=images, unit="image", dynamic_ncols=True) as bar:
-            yield lambda n, path: bar.update(n)
-    else:
-        yield lambda n, path: print(f"{path.name}: {n} images", flush=True)
-
-
-def _check_out(out: Path, expected: Iterable[Path]) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out={out}: cannot be made ({error.strerror})") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise InputError(f"--out={out}: is not writable")
-    for path in sorted(out.iterdir()):
-        if path.name.startswith(".") and path.name.endswith(".tmp"):
-            path.unlink(missing_ok=True)  # of a run that was killed
-        elif path not in expected:
-            raise InputError(f"--out={out}: holds {path.name}, which is not of this data set: give an empty directory")
-
-
-def prepare(out: Path, source: Path | None = None, workers: int = 1) -> None:
-    """Writes train-0000?-of-00008, validation-0000?-of-00002, their indexes, and dataset.json last.
-
-    Shards that are there are kept, so an interrupted run goes on where it stopped; a complete directory costs nothing.
-    The same bytes every time. Raises InputError for an unusable `out` or `source`.
-    """
-    shards = {
-        split: [out / f"{split}-{i:05d}-of-{count:05d}" for i in range(count)] for split, (_, count) in SPLITS.items()
-    }
-    paths = [path for split in shards.values() for path in split]
-    summary = out / "dataset.json"
-    files = {summary, *paths, *map(index_path, paths)}
-    _check_out(out, files)
-    if all(path.exists() for path in files):
-        print(f"Fashion-MNIST in {out} is complete")
+def prepare(out: Path, source: Path | None = None, workers: int = 1, file_format: str = "tfrecord") -> None:
+    """Writes the data set to `out`; nothing to do if complete. Raises InputError for an unusable `out` or `source`."""
+    shards = {split: n for split, (_, n) in SPLITS.items()}
+    check_out(out, shards, file_format)  # before anything is downloaded
+    if is_complete(out, TITLE, file_format):
         return
-
     idx = read_source(source)
-    images = {}
-    tasks = []
-    for split, (prefix, count) in SPLITS.items():
-        pixels, labels, height, width = parse_idx(
-            idx[f"{prefix}-images-idx3-ubyte"], idx[f"{prefix}-labels-idx1-ubyte"]
-        )
-        order = list(range(len(pixels)))
-        random.Random(f"Fashion-MNIST {split}").shuffle(order)
-        images[split] = len(order)
-        for i, path in enumerate(shards[split]):
-            part = order[len(order) * i // count : len(order) * (i + 1) // count]
-            if not (path.exists() and index_path(path).exists()):
-                tasks.append((path, [pixels[j] for j in part], [labels[j] for j in part], height, width))
-
-    # A worker leaves Ctrl-C to this process and finishes its shard.
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    try:
-        with _progress(sum(len(task[1]) for task in tasks)) as update:
-            pending = {pool.submit(_write, *task): task[0] for task in tasks}
-            for done in as_completed(pending):
-                update(done.result(), pending[done])
-        with atomic_writer(summary) as file:
-            text = {
-                "num_classes": len(CLASS_NAMES),
-                "label_base": LABEL_BASE,
-                "class_names": CLASS_NAMES,
-                "images": images,
-            }
-            file.write((json.dumps(text, indent=2) + "\n").encode())
-    except OSError as error:
-        raise InputError(
-            f"--out={out}: {error.strerror}: make room or give another directory, then run again"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-    print(f"Fashion-MNIST in {out}: {', '.join(f'{n} {split} images' for split, n in images.items())}")
+    splits = {}
+    for split, (prefix, _) in SPLITS.items():
+        images, labels = parse_idx(idx[f"{prefix}-images-idx3-ubyte"], idx[f"{prefix}-labels-idx1-ubyte"])
+        splits[split] = [
+            Sample(f"{prefix} image {i}", label, image)
+            for i, (image, label) in enumerate(zip(images, labels, strict=True))
+        ]
+    plan = Plan(TITLE, CLASS_NAMES, splits, shards, encode, order=TITLE, file_format=file_format)
+    prepare_plan(plan, out, workers=workers)

@@ -1,32 +1,33 @@
-"""Records to uint8 batches on the training device, by NVIDIA DALI on the CPU or the GPU.
+"""Samples to uint8 batches on the training device, by NVIDIA DALI on the CPU or the GPU.
 
 https://docs.nvidia.com/deeplearning/dali/ . The resize is bilinear, with the antialiasing filter of Pillow and
 torchvision when it makes an image smaller.
 """
 
-import hashlib
+import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nvcnn.data.batch import Batch
-from nvcnn.data.dataset import IMAGE, LABEL, Dataset
-from nvcnn.data.tfrecord import index_path
+from nvcnn.data.dataset import Dataset
+from nvcnn.data.pillow import MAX_PIXELS, REPLACE, undecodable
+from nvcnn.data.position import check_position, derived_seed, share
+from nvcnn.data.scan import first_undecodable
+from nvcnn.data.source import Source
 from nvcnn.errors import InputError
-
-SHUFFLE_BUFFER = 4096  # images; shards are shuffled when they are made, this mixes them anew in each epoch
-
-
-def derived_seed(*parts: int | str) -> int:
-    """A 31-bit seed for one purpose; other parts give an unrelated one."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
 class Pipeline:
-    """TFRecord reader -> `pixels(dali, encoded image)`, label, a bit that is 1 with probability `flips`."""
+    """The reader of a split's source -> `pixels(dali, encoded image)`, label, a bit that is 1 with probability `flips`.
+
+    order: which sample comes when, of `Source.reader`.
+    """
 
     def __init__(
         self,
@@ -39,22 +40,22 @@ class Pipeline:
         threads: int,
         flips: float,
         seed: tuple[int | str, ...],
+        order: dict[str, Any],
         checkpoint: bytes | None = None,
         **reader: Any,
     ) -> None:
         try:
             import nvidia.dali as dali
-            import nvidia.dali.tfrecord as tf
         except ImportError as error:
             raise InputError(
-                f"--data_dir needs NVIDIA DALI ({error}): pip install nvcnn[dali], or leave --data_dir out "
-                "to train on synthetic data"
+                f"--data_dir needs NVIDIA DALI ({error}): pip install nvcnn[dali]; or --data_backend=torch, slower, "
+                "which needs Pillow alone"
             ) from None
         self.dataset = dataset
         self.split = split
+        self.source = dataset.source(split)
         self.device = device
         on_gpu = device.type == "cuda"
-        shards = dataset.shards(split)
         self.pipeline = dali.Pipeline(
             batch_size=batch_size,
             num_threads=threads,
@@ -64,56 +65,80 @@ class Pipeline:
             checkpoint=checkpoint,
         )
         with self.pipeline:
-            record = dali.fn.readers.tfrecord(
-                path=list(map(str, shards)),
-                index_path=[str(index_path(shard)) for shard in shards],
-                features={
-                    IMAGE: tf.FixedLenFeature([], tf.string, ""),
-                    LABEL: tf.FixedLenFeature([1], tf.int64, -1),
-                },
+            encoded, labels = self.source.reader(
+                dali,
+                order,
                 tensor_init_bytes=4096,  # of each image in the shuffle buffer; it grows where it has to
                 **reader,
             )
-            images, labels = pixels(dali, record[IMAGE]), record[LABEL]
+            info = dali.fn.get_property(encoded, key="source_info", device="cpu")
+            images = pixels(dali, without_bombs(dali, encoded))
             flip = dali.fn.random.coin_flip(probability=flips, dtype=dali.types.BOOL, seed=derived_seed(*seed, "flip"))
             if on_gpu:
-                self.pipeline.set_outputs(images, labels.gpu(), flip.gpu(), labels)
-            else:
-                self.pipeline.set_outputs(images, labels, flip, labels)
+                images, flip = images.gpu(), flip.gpu()
+            self.pipeline.set_outputs(images, flip, labels, info)
         with self.naming_the_input():
             self.pipeline.build()
 
     def run(self) -> Batch:
-        """The next batch. Raises InputError for a label outside the classes, RuntimeError for an unreadable image."""
+        """The next batch. Raises InputError for a label outside the classes or an image that cannot be decoded."""
         # Bound to this stream, outputs need no synchronisation; DALI reuses a buffer only when its tensor is freed.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         with self.naming_the_input():
-            outputs = self.pipeline.run(stream)
-        on_cpu = outputs[3].as_array()
-        for label in (on_cpu.min(), on_cpu.max()):
-            self.dataset.zero_based(int(label))
-        images, labels, flip = (torch.from_dlpack(output.as_tensor()) for output in outputs[:3])
-        return Batch(images, labels.view(-1) - self.dataset.label_base, flip)
+            images, flip, stored, info = self.pipeline.run(stream)
+        labels = torch.empty(len(stored), dtype=torch.int64, pin_memory=stream is not None)
+        for i, label in enumerate(self.source.labels(stored)):
+            try:
+                labels[i] = self.dataset.zero_based(label, "")
+            except InputError:
+                self.dataset.zero_based(label, self.source.place(bytes(info.at(i)).decode()))
+        images, flip = (torch.from_dlpack(output.as_tensor()) for output in (images, flip))
+        return Batch(images, labels.to(self.device, non_blocking=True), flip)
 
     @contextmanager
     def naming_the_input(self) -> Iterator[None]:
-        """Turns DALI's error about a file or an image into an InputError of one line."""
+        """Turns DALI's error about a file or an image into an InputError of one line that names it."""
         try:
             yield
         except RuntimeError as error:
-            found = re.search(r"dali\.fn\.(readers|decoders)\..*encountered:\s*(.+?)\s*(\n|$)", str(error), re.DOTALL)
+            text = str(error)
+            found = re.search(
+                r"fn\.(readers|decoders|peek_image_shape).*encountered:\s*(.+?)\s*(\n|$)", text, re.DOTALL
+            )
             if found is None or "CUDA" in found[2]:
                 raise
-            what = {"readers": "a file cannot be read", "decoders": "an image cannot be decoded"}[found[1]]
-            raise InputError(
-                f"--data_dir={self.dataset.directory}: {what} in {self.split}-* ({found[2]}): "
-                "copy or make the data set again"
-            ) from error
+            what = " ".join(found[2].split())
+            if found[1] == "readers":
+                message = unreadable(what, self.source, self.dataset.directory)
+            elif sample := re.search(r"Failed to decode sample #\d+ : (.+)", what):
+                message = undecodable(self.source.place(sample[1]), "its data are damaged") + REPLACE
+            else:  # DALI names no sample when not even a header can be read; the run is over, so there is time to look
+                message = first_undecodable(self.source) or (
+                    f"--data_dir={self.dataset.directory}: an image of {self.split} cannot be decoded ({what}), "
+                    "but Pillow decodes all of them: --data_backend=torch"
+                )
+            raise InputError(message) from error
 
 
-def reader_device(device: torch.device) -> dict[str, str]:
-    """Where images are decoded: 'mixed' takes the bytes from the CPU and leaves the pixels on the GPU."""
-    return {"device": "mixed" if device.type == "cuda" else "cpu"}
+def unreadable(what: str, source: Source, directory: Path) -> str:
+    """What DALI's reader says, with the file and the record it says it of in front."""
+    reason, again = re.sub(r"^Assert on .*? failed: ", "", what), "copy or make the data set again"
+    if record := re.search(r"[^:]*: (.* at index \d+)", reason):
+        return f"{source.place(record[1])} cannot be read ({reason}): {again}"
+    if (found := re.search(r"failed: (.+)$", reason)) and not os.access(found[1], os.R_OK):
+        return f"{found[1]}: cannot be read (deleted, or not readable any more): {again}"
+    if found and os.path.getsize(found[1]) == 0:
+        return undecodable(found[1], "it has no bytes") + REPLACE
+    return f"--data_dir={directory}: a file cannot be read ({reason}): {again}"
+
+
+def without_bombs(dali: Any, encoded: Any) -> Any:
+    """Of an image with too many pixels no bytes, which cannot be decoded: the run ends before the memory does."""
+    types = dali.types
+    shape = dali.fn.peek_image_shape(encoded, dtype=types.INT64)
+    fits = shape[0] * shape[1] <= MAX_PIXELS
+    size = dali.fn.cast(encoded.shape(dtype=types.INT32)[0:1] * fits, dtype=types.INT32)
+    return dali.fn.slice(encoded, types.Constant(0, dtype=types.INT32, shape=[1]), size, axes=[0])
 
 
 class TrainingData:
@@ -136,6 +161,7 @@ class TrainingData:
         ranks: int,
         device: torch.device,
         threads: int,
+        decode_on_gpu: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
         """`state`: of `state_dict()`, to go on with the very next batch.
@@ -143,21 +169,10 @@ class TrainingData:
         crop_area, crop_aspect: ranges of the crop's share of the image's area and of its width / height.
         """
         self.images = dataset.images("train")
-        total = batch_size * ranks
-        self.steps_per_epoch = self.images // total
-        if self.steps_per_epoch == 0:
-            raise InputError(
-                f"--data_dir={dataset.directory}: {self.images} training images are fewer than one total batch of "
-                f"{total} ({ranks} ranks x --batch_size={batch_size}): lower --batch_size"
-            )
-        if state is not None and state.get("images") != self.images:
-            raise InputError(
-                f"--data_dir={dataset.directory}: {self.images} training images, but the run to resume had "
-                f"{state.get('images', 'synthetic ones')}: give its data, or another --log_dir"
-            )
+        self.steps_per_epoch = check_position(dataset, batch_size, ranks, state, "dali")
         # The reader pads each rank's share to the largest and then to full batches; what is padded is dropped here.
-        share = -(-self.images // ranks)
-        self.padded_steps = -(-share // batch_size)
+        largest = math.ceil(self.images / ranks)
+        self.padded_steps = math.ceil(largest / batch_size)
         self.epoch: int = state["epoch"] if state else 0
         self.batch: int = state["batch"] if state else 0
 
@@ -167,7 +182,7 @@ class TrainingData:
                 random_area=list(crop_area),
                 random_aspect_ratio=list(crop_aspect),
                 seed=derived_seed(seed, rank, "crop"),
-                **reader_device(device),
+                device="mixed" if decode_on_gpu else "cpu",
             )
             return dali.fn.resize(cropped, size=(image_size, image_size))
 
@@ -184,10 +199,8 @@ class TrainingData:
             shard_id=rank,
             num_shards=ranks,
             pad_last_batch=True,
-            random_shuffle=True,
-            initial_fill=SHUFFLE_BUFFER,
-            shuffle_after_epoch=True,
-            shuffle_after_epoch_seed=derived_seed(seed, "order"),  # the same on all ranks: they share one order
+            # The same seed on all ranks: they share one order.
+            order={"shuffle_after_epoch": True, "shuffle_after_epoch_seed": derived_seed(seed, "order")},
         )
 
     def __iter__(self) -> "TrainingData":
@@ -205,7 +218,7 @@ class TrainingData:
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch handed out, the `batch`-th of epoch `epoch`, and the reader's own state."""
         reader = torch.frombuffer(bytearray(self.pipeline.pipeline.checkpoint()), dtype=torch.uint8)
-        return {"images": self.images, "epoch": self.epoch, "batch": self.batch, "reader": reader}
+        return {"backend": "dali", "images": self.images, "epoch": self.epoch, "batch": self.batch, "reader": reader}
 
     def close(self) -> None:
         """Ends the threads and frees the buffers; batches handed out stay valid."""
@@ -229,16 +242,17 @@ class EvaluationData:
         ranks: int,
         device: torch.device,
         threads: int,
+        decode_on_gpu: bool = False,
     ) -> None:
         images = dataset.images("validation")
-        self.images = images * (rank + 1) // ranks - images * rank // ranks
+        self.images = len(share(images, rank, ranks))
         self.batch_size = batch_size
         shards = min(ranks, images)  # DALI refuses more shards than images
         margin = (1 - crop) / 2
 
         def pixels(dali: Any, encoded: Any) -> Any:
             return dali.fn.resize(
-                dali.fn.decoders.image(encoded, **reader_device(device)),
+                dali.fn.decoders.image(encoded, device="mixed" if decode_on_gpu else "cpu"),
                 size=(image_size, image_size),
                 roi_start=(margin, margin),
                 roi_end=(1 - margin, 1 - margin),
@@ -256,7 +270,7 @@ class EvaluationData:
             seed=(0,),
             shard_id=shards * rank // ranks,
             num_shards=shards,
-            stick_to_shard=True,
+            order={"stick_to_shard": True},
         )
 
     def __iter__(self) -> Iterator[Batch]:

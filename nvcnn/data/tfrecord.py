@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from nvcnn.errors import InputError
 
@@ -132,35 +132,44 @@ def write_record(file: BinaryIO, data: bytes) -> int:
     return len(data) + FRAMING
 
 
-def _length(path: Path, header: bytes, at: int) -> int:
+def _length(path: Path, header: bytes, number: int, at: int) -> int:
     """Bytes of data that a record's 12-byte header announces."""
     if len(header) == 12 and struct.unpack("<I", header[8:])[0] == masked_crc(header[:8]):
         return struct.unpack("<Q", header[:8])[0]
-    raise InputError(f"{path}: no TFRecord at byte {at}: the file is truncated, damaged or of another format")
+    raise InputError(
+        f"{path}: no TFRecord at byte {at} (record {number}): the file is truncated, damaged or of another format"
+    )
 
 
 def scan(path: Path) -> Iterator[tuple[int, int]]:
     """(offset, size) of each record, from the headers alone. Raises InputError where the file is cut short."""
-    at = 0
+    at = number = 0
     end = path.stat().st_size
     with open(path, "rb") as file:
         while at < end:
             file.seek(at)
-            size = _length(path, file.read(12), at) + FRAMING
+            size = _length(path, file.read(12), number, at) + FRAMING
             if at + size > end:
-                raise InputError(f"{path}: the record at byte {at} is cut short: copy or make the file again")
+                raise InputError(f"{path}: record {number} at byte {at} is cut short: copy or make the file again")
             yield at, size
-            at += size
+            at, number = at + size, number + 1
 
 
-def read_records(path: Path) -> Iterator[bytes]:
-    """The data of each record. Raises InputError at the first whose CRCs do not match, or that is cut short."""
+def read_records(path: Path, digest: Any = None) -> Iterator[bytes]:
+    """The data of each record. Raises InputError at the first whose CRCs do not match, or that is cut short.
+
+    `digest`, of hashlib, gets every byte of the file.
+    """
     with open(path, "rb") as file:
-        for at, size in scan(path):
-            file.seek(at + 12)
-            data, crc = file.read(size - FRAMING), file.read(4)
+        for number, (at, size) in enumerate(scan(path)):
+            header, data, crc = file.read(12), file.read(size - FRAMING), file.read(4)
             if struct.unpack("<I", crc)[0] != masked_crc(data):
-                raise InputError(f"{path}: the record at byte {at} is damaged (its CRC differs): make the file again")
+                raise InputError(
+                    f"{path}: record {number} at byte {at} is damaged (its CRC differs): make the file again"
+                )
+            if digest is not None:
+                for part in (header, data, crc):
+                    digest.update(part)
             yield data
 
 

@@ -32,7 +32,7 @@ def counted() -> Iterator[list[Access]]:
 
     def noting(verb: str, method: Callable) -> Callable:
         def access(self, ptrs, *rest, **options):
-            mask = rest[1 if verb == "write" else 0].data
+            mask = rest[1 if verb == "write" else 0].data.astype(bool)
             size = ptrs.get_element_ty().primitive_bitwidth // 8
             launch.setdefault((verb, size), []).append(ptrs.data[numpy.broadcast_to(mask, ptrs.data.shape)].ravel())
             return method(self, ptrs, *rest, **options)
@@ -105,6 +105,30 @@ def backward_call(c: int = 24, residual: bool = False) -> tuple:
     return dy, x, y if residual else None, vectors(), True, True, residual
 
 
+def weight(k: int, c: int, size: int) -> Tensor:
+    return torch.randn(k, c, size, size).half().to(memory_format=torch.channels_last)
+
+
+ONE = ([1, 1], [0, 0], 1)  # stride, padding, groups
+
+
+def convolution_call(joins: bool) -> tuple:
+    """3x3 of a raw tensor; 1x1 of a join of two, which it writes; both with sums."""
+    center = torch.zeros(24)
+    if joins:
+        return images(24, 26), weight(24, 24, 1), *ONE, vectors(), images(24, 26), vectors(), center
+    return images(24, 14), weight(24, 24, 3), [1, 1], [1, 1], 1, vectors(), None, None, center
+
+
+def data_gradient_call(joined: bool) -> tuple:
+    """Through BatchNorm, with sums: of a raw input; of a join of two with a skip gradient."""
+    prologue = images(24, 26), vectors(), torch.rand(2, 24)
+    epilogue = None, None, images(24, 26), vectors(), None, None
+    if joined:
+        epilogue = images(24, 26), images(24, 26), images(24, 26), vectors(), images(24, 26), vectors()
+    return images(24, 26), weight(24, 24, 1), [26, 26], *ONE, *prologue, *epilogue
+
+
 CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     "statistics": ("batch_norm_statistics", statistics_call),
     "batch_norm": ("batch_norm", lambda: (images(24, 26), *torch.ones(2, 24), vectors(), None, True, True)),
@@ -126,6 +150,17 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     "data_gradient": (
         "batch_norm_data_gradient",
         lambda: (images(24, 26), images(24, 26), vectors(), torch.rand(2, 24)),
+    ),
+    "convolution": ("convolution", lambda: convolution_call(joins=False)),
+    "convolution, join": ("convolution", lambda: convolution_call(joins=True)),
+    "convolution_data_gradient": ("convolution_data_gradient", lambda: data_gradient_call(joined=False)),
+    "convolution_data_gradient, join": ("convolution_data_gradient", lambda: data_gradient_call(joined=True)),
+    "convolution_weight_gradient": (
+        "convolution_weight_gradient",
+        lambda: (
+            *(images(24, 14), images(24, 14), weight(24, 24, 3), [1, 1], [1, 1], 1),
+            *(images(24, 14), vectors(), torch.rand(2, 24), vectors()),
+        ),
     ),
     "max_pool": ("max_pool", lambda: (images(24, 24), 3, 2, 1, True)),
     "max_pool_backward": (
@@ -190,14 +225,27 @@ def test_flops_are_those_of_the_convolutions():
     forward = call_of(aten.convolution.default, x, w, None, *geometry, outputs=dy)
     assert roofline.flops_of(forward) == 2 * (2 * 10 * 10) * 16 * 8 * 9
     assert roofline.flops_of(call_of(aten.relu.default, x, outputs=x)) == 0
+    ours, geometry = torch.ops.nvcnn, ([1, 1], [1, 1])
+    for call in (
+        call_of(ours.convolution.default, x, w, *geometry, outputs=(dy, x, x)),
+        call_of(ours.convolution_data_gradient.default, dy, w, [10, 10], *geometry, outputs=(x, x, x)),
+        call_of(ours.convolution_weight_gradient.default, dy, x, w, *geometry),
+    ):
+        assert roofline.flops_of(call) == roofline.flops_of(forward)
 
 
 def test_a_step_of_resnet50_moves_less_than_the_plain_model():
-    ours, plain = ({row["name"]: row for row in roofline.rows_of(calls(), 256)} for calls in (step_calls, plain_calls))
+    ours, plain, fused = (
+        {row["name"]: row for row in roofline.rows_of(calls, 256)}
+        for calls in (step_calls(), plain_calls(), step_calls(conv="triton"))
+    )
     # 4.09 GMAC an image (torchvision's table of its weights), thrice, less the gradient of the first layer's input.
     assert plain["step"]["GFLOP/image"] == pytest.approx(24.3, abs=0.05)
     assert ours["step"]["GFLOP/image"] == pytest.approx(plain["step"]["GFLOP/image"], rel=1e-3)
     assert ours["step"]["MB/image"] < 0.85 * plain["step"]["MB/image"]  # although that has no optimizer
+    assert fused["step"]["GFLOP/image"] == pytest.approx(plain["step"]["GFLOP/image"], rel=1e-3)
+    assert fused["step"]["MB/image"] < 0.6 * plain["step"]["MB/image"]
+    assert fused["nvcnn::convolution"]["calls"] == 53
     assert ours["nvcnn::batch_norm"]["calls"] == plain["aten::native_batch_norm"]["calls"] == 53
 
 

@@ -226,7 +226,7 @@ def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, prec
     one, other = (state["weights"] for state in states.values())
     expected = KERNELS if conv == "torch" else KERNELS - REPLACED | CONVOLUTIONS
     assert set(re.search(r"^launched: (.*)$", texts["triton"], re.MULTILINE)[1].split()) == expected
-    assert f"Convolutions: 3 {conv} (--conv={conv})" in texts["triton"]
+    assert f"Convolution: 3 {conv} (--conv={conv})" in texts["triton"]
     for bn in ("bn1", "bn2", "bn3"):  # a mean differs on the scale of its channel's deviation
         deviation = one[f"{bn}.running_var"].sqrt()
         bound = 1e-3 if not precision else 1e-2

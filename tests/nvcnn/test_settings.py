@@ -36,6 +36,9 @@ NEWER = {
     "normalize": "signed",
     "num_classes": None,
     "label_base": None,
+    "data_backend": None,
+    "check_data": "none",
+    "skip_bad_images": False,
     "resnet_v1": False,
     "seed": 1,
     "keep": 3,
@@ -98,6 +101,8 @@ def test_short_and_negative_forms():
         ("--eval", "--data_dir"),
         ("--eval --data_dir=x", "--log_dir"),
         ("--transport=pigeon", "--transport"),
+        ("--data_backend=tf", "--data_backend"),
+        ("--check_data=all", "--check_data"),
     ],
 )
 def test_bad_flags_are_named_in_one_line(arguments, names):

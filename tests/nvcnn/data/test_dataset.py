@@ -119,7 +119,7 @@ def test_a_missing_index_that_cannot_be_written(directory, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("nvcnn.data.dataset.write_index", refuse)  # root may write everywhere
+    monkeypatch.setattr("nvcnn.data.records.write_index", refuse)  # root may write everywhere
     with pytest.raises(InputError, match=r"idx: is missing and cannot be written \(Permission denied\)"):
         find(directory)
 
@@ -164,7 +164,7 @@ def test_a_file_that_is_no_tfrecord(directory):
 )
 def test_a_first_record_of_another_kind(directory, record, what):
     write_shard(directory / "train-00001-of-00003", iter([record]))
-    with pytest.raises(InputError, match=rf"train-00001-of-00003: its first record .*{what}"):
+    with pytest.raises(InputError, match=rf"train-00001-of-00003: the record at byte 0 .*{what}"):
         find(directory)
 
 
@@ -172,5 +172,5 @@ def test_a_first_record_of_another_kind(directory, record, what):
     ("flags", "label"), [({"num_classes": 40}, 41), ({"label_base": 2}, 1), ({"num_classes": 20, "label_base": 0}, 21)]
 )
 def test_labels_outside_the_classes(directory, flags, label):
-    with pytest.raises(InputError, match=rf"--data_dir=.*label {label} is outside"):
+    with pytest.raises(InputError, match=rf"train-00.*: the record at byte \d+: label {label} is outside"):
         find(directory, **flags)

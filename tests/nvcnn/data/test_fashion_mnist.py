@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nvcnn.data import EvaluationData, fashion_mnist, find_dataset
+from nvcnn.data import EvaluationData, fashion_mnist, find_dataset, prepare
 from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.errors import InputError
 
@@ -60,7 +59,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_writes_every_image_once_with_its_features(tmp_path, source, device):
     out = tmp_path / "deep" / "out"
     fashion_mnist.prepare(out, source, workers=2)
-    assert len(list(out.iterdir())) == 2 * (8 + 2) + 1
+    assert len(list(out.iterdir())) == 2 * (8 + 2) + 2
     assert json.loads((out / "dataset.json").read_text()) == {
         "num_classes": 10,
         "label_base": 1,
@@ -96,18 +95,17 @@ def test_writes_every_image_once_with_its_features(tmp_path, source, device):
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypatch, capfd):
     fashion_mnist.prepare(tmp_path / "straight", source)
     out = tmp_path / "out"
-    write_shard = fashion_mnist.write_shard
 
-    def killed_in_the_middle(path, examples):
-        def some():
-            yield next(examples)
-            os._exit(9)
+    class KilledInTheMiddle(prepare.Summed):
+        def write(self, data):
+            if ".train-00005-of-00008." in self.file.name and self.size > 1000:
+                os._exit(9)
+            return super().write(data)
 
-        write_shard(path, some() if path.name == "train-00005-of-00008" else examples)
-
-    monkeypatch.setattr(fashion_mnist, "write_shard", killed_in_the_middle)
-    with pytest.raises(BrokenProcessPool):
-        fashion_mnist.prepare(out, source, workers=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "Summed", KilledInTheMiddle)
+        with pytest.raises(InputError, match="--workers=1: one was killed"):
+            fashion_mnist.prepare(out, source, workers=1)
     names = {path.name for path in out.iterdir()}
     assert "train-00004-of-00008" in names
     assert not {"train-00005-of-00008", "train-00005-of-00008.idx", "dataset.json"} & names
@@ -116,7 +114,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypa
         find_dataset(out, num_classes=None, label_base=None, split="validation")
     kept = (out / "train-00004-of-00008").stat().st_ino
 
-    monkeypatch.setattr(fashion_mnist, "write_shard", write_shard)
     capfd.readouterr()
     fashion_mnist.prepare(out, source, workers=2)
     printed = capfd.readouterr().out
@@ -226,7 +223,7 @@ def test_a_full_disk(tmp_path, source, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fashion_mnist, "write_shard", full)
+    monkeypatch.setattr(prepare, "write_record", full)
     with pytest.raises(InputError, match=r"--out=.*No space left on device.*run again"):
         fashion_mnist.prepare(tmp_path / "out", source)
 

@@ -1,0 +1,101 @@
+"""A folder per class, `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, as a source. A class's number is its place in order
+of name, and training and validation must have the same classes."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvcnn.data.source import same_everywhere
+from nvcnn.errors import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # what DALI and Pillow both decode; in any case
+FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
+
+
+class ClassFolders:
+    def __init__(self, paths: list[str], labels: list[int]):
+        # Of a million files one string and its cuts: worker processes share them, while counting references to a
+        # million strings would copy each page of them into every worker.
+        encoded = [os.fsencode(path) for path in paths]
+        self.names = b"\0".join(encoded)
+        self.ends = torch.tensor([len(path) + 1 for path in encoded], dtype=torch.int64).cumsum(0)
+        self.numbers = torch.tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, i: int) -> str:
+        start = int(self.ends[i - 1]) if i else 0
+        return os.fsdecode(self.names[start : int(self.ends[i]) - 1])
+
+    def place(self, info: str) -> str:
+        return info
+
+    def read(self, i: int) -> tuple[bytes, int | str]:
+        path = Path(self.name(i))
+        try:
+            return path.read_bytes(), int(self.numbers[i])
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}): copy or make the data set again") from None
+
+    def without(self, left_out: Collection[int]) -> "ClassFolders":
+        kept = sorted(set(range(len(self))) - set(left_out))
+        return ClassFolders([self.name(i) for i in kept], self.numbers[kept].tolist())
+
+    def reader(self, dali: Any, order: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+        return dali.fn.readers.file(
+            files=[self.name(i) for i in range(len(self))],
+            labels=self.numbers.tolist(),
+            **same_everywhere(order, buffer=False),
+            **options,
+        )
+
+    def labels(self, output: Any) -> list[int | str]:
+        return output.as_array().reshape(-1).tolist()
+
+
+def split_folder(directory: Path, split: str) -> Path | None:
+    return next((directory / name for name in FOLDERS[split] if (directory / name).is_dir()), None)
+
+
+def class_names(folder: Path) -> list[str]:
+    """The folders in `folder`, in order of name: the classes."""
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise InputError(f"{folder}: holds no class folders: put the images of each class into a folder there")
+    return names
+
+
+def find_classes(directory: Path) -> list[str]:
+    """The classes of training and validation, in order. Raises InputError when they differ."""
+    folders = [folder for split in FOLDERS if (folder := split_folder(directory, split))]
+    classes = [class_names(folder) for folder in folders]
+    for here, there in ((0, -1), (-1, 0)):
+        if absent := sorted(set(classes[there]) - set(classes[here])):
+            raise InputError(
+                f"{folders[here]}: has no folder {absent[0]}, which {folders[there]} has ({len(absent)} such): "
+                "a class's number is its place in order of name, so both must have the same"
+            )
+    return classes[0]
+
+
+def open_class_folders(directory: Path, split: str, classes: list[str]) -> ClassFolders:
+    """Raises InputError for a class without images, since more likely than not a copy broke off."""
+    folder = split_folder(directory, split)
+    if folder is None:
+        raise InputError(f"--data_dir={directory}: no folder {' or '.join(FOLDERS[split])} there")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(
+            entry.path
+            for entry in os.scandir(folder / name)
+            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
+        )
+        if not found:
+            raise InputError(f"{folder / name}: holds no images (*{', *'.join(SUFFIXES)}): copy the data set again")
+        paths += found
+        labels += [label] * len(found)
+    return ClassFolders(paths, labels)

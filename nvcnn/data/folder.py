@@ -1,0 +1,130 @@
+"""Class folders: DIR/<class>/**/<image>, as torchvision's ImageFolder has them; classes in order of name."""
+
+import math
+import os
+import random
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from nvcnn.data.images import SUFFIXES, Encoding, standard
+from nvcnn.data.prepare import Plan, Sample, read_sample, worker_pool
+from nvcnn.errors import InputError
+
+SHARD_BYTES = 1 << 27  # of source files, per shard where --shards does not say
+
+
+def scan_class(directory: str, name: str) -> tuple[list[tuple[str, int]], int]:
+    """(path below `directory`, bytes) of each image of a class, in order; and how many other files there are.
+
+    Links are followed, hidden files are not images. Raises InputError for what cannot be listed.
+    """
+    images, others = [], 0
+
+    def walk(below: str) -> None:
+        nonlocal others
+        for entry in os.scandir(os.path.join(directory, below)):
+            path = f"{below}/{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(path)
+            elif entry.name.lower().endswith(SUFFIXES):
+                # A link to nowhere becomes an unreadable image.
+                images.append((path, os.stat(entry.path).st_size if os.path.exists(entry.path) else 0))
+            else:
+                others += 1
+
+    try:
+        walk(name)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror}): make it readable") from None
+    return sorted(images), others
+
+
+def scan_folders(directory: Path, flag: str, workers: int) -> dict[str, list[tuple[str, int]]]:
+    """The images of each class, in order of name. Raises InputError when there are none."""
+    try:
+        classes = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{flag}={directory}: {error.strerror}: give a directory of class folders") from None
+    if not classes:
+        raise InputError(f"{flag}={directory}: holds no class folders: give the directory above them")
+    print(f"{directory}: listing {len(classes)} class folders", flush=True)
+    with worker_pool(workers) as pool:
+        found = dict(zip(classes, pool.map(scan_class, [str(directory)] * len(classes), classes), strict=True))
+    if others := sum(n for _, n in found.values()):
+        print(f"{directory}: {others} files are left out, whose names are not those of images", file=sys.stderr)
+    for name, (images, _) in found.items():
+        if not images:
+            raise InputError(f"{flag}={directory}: {name} holds no images ({', '.join(SUFFIXES)}): remove it")
+    return {name: images for name, (images, _) in found.items()}
+
+
+def to_samples(directory: Path, folders: Mapping[str, list[tuple[str, int]]], classes: list[str]) -> list[Sample]:
+    label = {name: i for i, name in enumerate(classes)}
+    return [
+        Sample(path, label[name], str(directory), 0, size) for name, images in folders.items() for path, size in images
+    ]
+
+
+def encode_file(sample: Sample, encoding: Encoding) -> tuple[bytes, bool]:
+    return standard(read_sample(sample), encoding)
+
+
+def divide(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Training and validation images: of each class the same share, chosen by `seed`."""
+    of_class: dict[int, list[int]] = {}
+    for i, sample in enumerate(samples):
+        of_class.setdefault(sample.label, []).append(i)
+    chosen: set[int] = set()
+    for label, members in of_class.items():
+        chosen.update(random.Random(f"{seed} validation {label}").sample(members, round(share * len(members))))
+    return [s for i, s in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
+
+
+def default_shards(splits: Mapping[str, list[Sample]]) -> list[int]:
+    """A file for each 128 MB of images."""
+    return [min(len(s), math.ceil(sum(image.size for image in s) / SHARD_BYTES) or 1) for s in splits.values()]
+
+
+def plan(
+    train: Path,
+    *,
+    val: Path | None = None,
+    val_share: float | None = None,
+    encoding: Encoding,
+    shards: tuple[int, ...] | None = None,
+    seed: int = 1,
+    file_format: str = "tfrecord",
+    workers: int = 1,
+) -> Plan:
+    """The images of `train`, and for validation those of `val`, or of each class that share. Raises InputError."""
+    folders = scan_folders(train, "--train", workers)
+    classes = list(folders)
+    splits = {"train": to_samples(train, folders, classes)}
+    if val is not None:
+        folders = scan_folders(val, "--val", workers)
+        if unknown := sorted(folders.keys() - set(classes)):
+            raise InputError(f"--val={val}: class {unknown[0]} is not in --train={train}: remove it, or add it there")
+        splits["validation"] = to_samples(val, folders, classes)
+    elif val_share is not None:
+        splits["train"], splits["validation"] = divide(splits["train"], val_share, seed)
+        if not (splits["train"] and splits["validation"]):
+            raise InputError(f"--val_share={val_share}: leaves no image for training or none for validation")
+    counts = shards or default_shards(splits)
+    return Plan(
+        "Class folders",
+        tuple(classes),
+        splits,
+        dict(zip(splits, counts, strict=False)),
+        partial(encode_file, encoding=encoding),
+        order=str(seed),
+        file_format=file_format,
+        flags=encoding_flags(encoding) | {"seed": seed, "val_share": val_share},
+    )
+
+
+def encoding_flags(encoding: Encoding) -> dict[str, int | str | None]:
+    return {"max_side": encoding.max_side, "quality": encoding.quality, "check": encoding.check}

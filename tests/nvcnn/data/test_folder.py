@@ -1,0 +1,109 @@
+"""Class folders: what is found in them, how they are divided, what is refused."""
+
+import io
+import os
+
+import pytest
+from PIL import Image
+
+from nvcnn.data import folder
+from nvcnn.data.images import Encoding
+from nvcnn.data.prepare import prepare
+from nvcnn.data.tfrecord import decode_example, read_records
+from nvcnn.errors import InputError
+from tests.raw_imagenet import jpeg, photograph
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Two classes of 10 images in several formats, one of them deeper and behind a link."""
+    for label, name in enumerate(("cat", "ant")):
+        (tmp_path / "train" / name / "more").mkdir(parents=True)
+        for i in range(10):
+            form, suffix = (("JPEG", "jpg"), ("PNG", "PNG"), ("BMP", "bmp"))[i % 3]
+            place = tmp_path / "train" / name / ("more" if i % 2 else ".")
+            (place / f"{i}.{suffix}").write_bytes(jpeg(photograph(i + 50 * label, label), format=form))
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("what a cat is")
+    (tmp_path / "train" / "cat" / "._7.jpg").write_bytes(b"of macOS")
+    (tmp_path / "train" / ".git").mkdir()
+    (tmp_path / "train" / "ant").rename(tmp_path / "elsewhere")
+    (tmp_path / "train" / "ant").symlink_to(tmp_path / "elsewhere")
+    return tmp_path / "train"
+
+
+def plan(train, **changes):
+    return folder.plan(train, **{"encoding": Encoding()} | changes)
+
+
+def labels_and_formats(out, split):
+    records = [decode_example(r) for p in sorted(out.glob(f"{split}-?????-of-?????")) for r in read_records(p)]
+    return sorted(
+        (r["image/class/text"][0].decode(), r["image/class/label"][0], Image.open(io.BytesIO(e)).format)
+        for r in records
+        for e in r["image/encoded"]
+    )
+
+
+def test_classes_in_order_of_name(train, tmp_path, capfd):
+    made = plan(train)
+    assert made.class_names == ("ant", "cat")
+    assert len(made.splits["train"]) == 20
+    assert made.shards == {"train": 1}
+    assert "1 files are left out, whose names are not those of images" in capfd.readouterr().err
+    prepare(made, tmp_path / "out")
+    expected = [(name, label, form) for label, name in ((1, "ant"), (2, "cat")) for form in ["JPEG"] * 7 + ["PNG"] * 3]
+    assert labels_and_formats(tmp_path / "out", "train") == expected  # BMP becomes JPEG
+
+
+def test_a_share_of_each_class(train, tmp_path):
+    made = plan(train, val_share=0.3)
+    for split, n in (("train", 7), ("validation", 3)):
+        assert [sum(s.label == label for s in made.splits[split]) for label in (0, 1)] == [n, n]
+    names = {split: {s.name for s in samples} for split, samples in made.splits.items()}
+    assert not names["train"] & names["validation"]
+    assert len(names["train"] | names["validation"]) == 20
+    assert plan(train, val_share=0.3).splits == made.splits
+    assert plan(train, val_share=0.3, seed=2).splits != made.splits
+
+
+def test_validation_folders_have_the_classes_of_training(train, tmp_path):
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    (tmp_path / "val" / "cat" / "1.jpg").write_bytes(jpeg(photograph(1, 1)))
+    assert [s.label for s in plan(train, val=tmp_path / "val").splits["validation"]] == [1]
+    (tmp_path / "val" / "cat").rename(tmp_path / "val" / "dog")
+    with pytest.raises(InputError, match=r"--val=.*class dog is not in --train="):
+        plan(train, val=tmp_path / "val")
+
+
+def test_a_shard_for_each_128_mb(train, monkeypatch):
+    monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
+    made = plan(train, val_share=0.3)
+    total = sum(sample.size for sample in made.splits["train"])
+    assert made.shards["train"] == -(-total // 20_000) > 1
+
+
+def test_what_is_no_data_set(train, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"--train=.*absent: No such file or directory: give a directory of class"):
+        plan(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"--train=.*more: holds no class folders"):
+        plan(train / "cat" / "more")
+    with pytest.raises(InputError, match=r"--val_share=0\.01: leaves no image"):
+        plan(train, val_share=0.01)
+    (train / "empty").mkdir()
+    with pytest.raises(InputError, match=r"--train=.*train: empty holds no images"):
+        plan(train)
+    (train / "empty").rmdir()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    scandir = os.scandir  # root may read everywhere
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if str(path).endswith("more") else scandir(path))
+    with pytest.raises(InputError, match=r"more: cannot be listed \(Permission denied\)"):
+        plan(train)
+
+
+def test_a_link_to_nowhere_is_an_unreadable_image(train, tmp_path):
+    (train / "cat" / "gone.jpg").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"1 unreadable images.*cat/gone\.jpg: cannot be read \(No such file"):
+        prepare(plan(train), tmp_path / "out")

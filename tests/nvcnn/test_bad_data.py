@@ -1,0 +1,346 @@
+"""Every way in which data can be bad: what is said of it, by each backend, for each kind of files.
+
+docs/bad-data.md is made of what is said here: `NVCNN_WRITE_DOCS=1 pytest tests/nvcnn/test_bad_data.py` writes it.
+"""
+
+import io
+import itertools
+import os
+import re
+import shutil
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from nvcnn.check_data import check_data, search
+from nvcnn.data import Dataset, choose_backend, find_dataset, open_training
+from nvcnn.data.tfrecord import encode_example, index_path, write_shard
+from nvcnn.distributed import Launch, Transport
+from nvcnn.errors import InputError
+
+DOCS = Path(__file__).parents[2] / "docs/bad-data.md"
+CPU = torch.device("cpu")
+READ: dict[str, Any] = {"image_size": 8, "crop_area": (0.1, 1.0), "crop_aspect": (0.8, 1.25), "seed": 1}
+READ |= {"rank": 0, "ranks": 1, "device": CPU, "threads": 1}
+ALONE = Transport(Launch())
+IMAGES, BAD = 12, 7  # the eighth sample is the bad one
+KINDS = ("records", "tars", "folders")
+
+
+def jpeg(i: int) -> bytes:
+    data = io.BytesIO()
+    noise = Image.frombytes("RGB", (16, 16), bytes((i * 31 + n * 17) % 256 for n in range(768)))
+    noise.resize((48, 32), Image.Resampling.BICUBIC).save(data, "JPEG")
+    return data.getvalue()
+
+
+@cache
+def bomb() -> bytes:
+    """A black PNG of 30 000 x 30 000 pixels in 900 kB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    compressor = zlib.compressobj(9)
+    rows = b"".join(compressor.compress(bytes(1 + 30_000)) for _ in range(30_000)) + compressor.flush()
+    header = struct.pack(">2I5B", 30_000, 30_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def write(kind: str, directory: Path, images: dict[int, bytes], labels: dict[int, object]) -> None:
+    """Twelve images of two classes in two files, or two folders; some with another content or label."""
+    data = [images.get(i, jpeg(i)) for i in range(IMAGES)]
+    if kind == "folders":
+        for i, content in enumerate(data):
+            path = directory / f"train/class{label_of(kind, i)}/{i:02d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return
+    directory.mkdir(exist_ok=True)
+    for s in range(2):
+        part = [
+            (i, data[i], labels.get(i, label_of(kind, i) + 1)) for i in range(s * IMAGES // 2, (s + 1) * IMAGES // 2)
+        ]
+        if kind == "records":
+            write_shard(
+                directory / f"train-{s:05d}-of-00002",
+                (encode_example({"image/encoded": [d], "image/class/label": [n]}) for _, d, n in part),
+            )
+            continue
+        with tarfile.open(directory / f"train-{s:05d}.tar", "w") as tar:
+            for i, d, n in part:
+                for suffix, content in (("jpg", d), ("cls", str(n).encode())):
+                    member = tarfile.TarInfo(f"{i:02d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def find(kind: str, directory: Path, **options: bool) -> Dataset:
+    flags = {"num_classes": None, "label_base": None} if kind == "folders" else {"num_classes": 2, "label_base": 1}
+    return find_dataset(directory, **flags, split="train", **options)
+
+
+def grey(value: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("L", (48, 32), value).save(data, "JPEG")
+    return data.getvalue()
+
+
+def label_of(kind: str, i: int) -> int:
+    return i * 2 // IMAGES if kind == "folders" else i % 2
+
+
+def shard(directory: Path) -> Path:
+    """The second file, where the bad sample is the second one."""
+    return next(p for p in sorted(directory.glob("train-00001*")) if p.suffix != ".idx")
+
+
+def record(directory: Path) -> list[int]:
+    """Offset and size of the bad record."""
+    return [int(n) for n in index_path(shard(directory)).read_text().splitlines()[BAD - IMAGES // 2].split()]
+
+
+def shorter(directory: Path, _: str, *, index: bool) -> None:
+    path = shard(directory)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    if not index:
+        index_path(path).unlink()
+
+
+def changed(directory: Path, _: str, *, label: bool) -> None:
+    """The bad record's last byte, its label, from 2 to 1; or its first, the number of a field."""
+    data = bytearray(shard(directory).read_bytes())
+    start, size = record(directory)
+    data[start + size - 5 if label else start + 12] ^= 3
+    shard(directory).write_bytes(data)
+
+
+def unreadable(directory: Path, kind: str) -> None:
+    """A link in a circle, which root cannot read either."""
+    path = directory / "train/class1" if kind == "folders" else shard(directory)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(path.name)
+
+
+@dataclass
+class Case:
+    """Damaged content or label of the bad sample, or a `damage` done to the finished files."""
+
+    title: str
+    image: Callable[[], bytes] | None = None
+    label: object = None
+    damage: Callable[[Path, str], None] | None = None
+    kinds: tuple[str, ...] = KINDS
+    while_training: bool = False
+
+
+def deleted(directory: Path, kind: str) -> None:
+    for path in directory.rglob("*.jpg" if kind == "folders" else "train-*"):
+        if path.suffix != ".idx":
+            path.unlink()
+
+
+CASES = [
+    Case("A JPEG cut in the middle", image=lambda: jpeg(BAD)[: len(jpeg(BAD)) // 2]),
+    Case("An image without bytes", image=lambda: b""),
+    Case("Something that is no image", image=lambda: b"<html>404 Not Found</html>"),
+    Case("An image of 30 000 x 30 000 pixels", image=bomb),
+    Case("A label outside the classes", label=3, kinds=("records", "tars")),
+    Case("A label that is no number", label="cat", kinds=("tars",)),
+    Case("A file cut short, without an index", damage=partial(shorter, index=False), kinds=("records", "tars")),
+    Case("A file that is shorter than its index", damage=partial(shorter, index=True), kinds=("records", "tars")),
+    Case("A record with another label than was written", damage=partial(changed, label=True), kinds=("records",)),
+    Case("A record that is no tf.train.Example any more", damage=partial(changed, label=False), kinds=("records",)),
+    Case("A file or a folder that cannot be read", damage=unreadable),
+    Case("Files deleted while training", damage=deleted, while_training=True),
+]
+WITH = {  # what a row of the table is about -> backend, --check_data, --skip_bad_images
+    "DALI": ("dali_cpu", "none", False),
+    "`--data_backend=torch`": ("torch", "none", False),
+    "`--check_data=images`": ("dali_cpu", "images", False),
+    "`--skip_bad_images`": ("dali_cpu", "none", True),
+}
+
+
+def run(directory: Path, kind: str, case: Case, backend: str, check: str, skip: bool) -> tuple[list[str], set[int]]:
+    """What train.py prints of the data, and the labels of three epochs, by the functions that train.py calls."""
+    printed: list[str] = []
+    labels: set[int] = set()
+    try:
+        dataset = find(kind, directory, lenient=skip)
+        dataset, left_out = check_data(dataset, "train", check, skip, ALONE, 1)
+        printed += [f"left out: {line}" for line in left_out]
+        data = open_training(
+            dataset,
+            choose_backend(backend, CPU),
+            batch_size=2,
+            **READ,
+        )
+        if case.while_training:
+            case.damage(directory, kind)  # type: ignore[misc]
+        for _ in range(3 * data.steps_per_epoch):
+            labels |= set(next(data).labels.tolist())
+        printed += [] if skip and left_out else ["(trains on)"]
+    except InputError as error:
+        printed.append(f"train.py: {error}")
+    return printed, labels
+
+
+def rows(case: Case, directory: Path) -> Iterator[str]:
+    """Of the case's table, each `directory` named DIR."""
+    for kind in case.kinds:
+        for n, (title, how) in enumerate(WITH.items()):
+            data = directory / f"{kind}{n}"
+            images = {BAD: case.image()} if case.image else {}
+            write(kind, data, images, {BAD: case.label} if case.label is not None else {})
+            if case.damage and not case.while_training:
+                find(kind, data)  # builds the indexes
+                case.damage(data, kind)
+            printed, labels = run(data, kind, case, *how)
+            assert labels <= {0, 1}
+            assert not any("\n" in line for line in printed)
+            text = "<br>".join(printed).replace(str(data), "DIR").replace("|", "\\|")
+            yield f"| {kind} | {title} | {text} |"
+
+
+HEAD = """# Bad data, and what is said of it
+
+Made by `NVCNN_WRITE_DOCS=1 pytest tests/nvcnn/test_bad_data.py`, which also checks it. `train.py` and `eval.py` end
+with exit code 2 and the line that is shown, on all ranks; the numbers are those of the test's small files. DIR is
+`--data_dir`. Above such a line the libraries that decode may print lines of their own.
+
+What is looked at, and when:
+
+- **At the start, always:** the kind of files, each index against the size of its file, and of each TFRecord file and
+  tar the first record: its CRC, its parts, its label.
+- **While training:** every label, every file and every image, as they come. An image that cannot be decoded ends the
+  run; nothing is ever put in its place. Pillow (`--data_backend=torch`) checks each record's CRC as well, DALI does
+  not: a record that was changed and still parses is trained as it is.
+- **`--check_data=records`:** at the start, every record and label; the time of reading all files once.
+  **`--check_data=images`:** every image is decoded, too. Both are shared out over ranks and cores.
+- **`--skip_bad_images`** (also of `eval.py`): every image is decoded at the start, and what is bad is left out: DALI
+  reads by an index or a list without it, so that epochs are those of a data set which never held it. Each is printed,
+  counted, and in `metrics.jsonl` (`"event": "left_out"`). A resumed run must find the same number of images. Files
+  that cannot be read at all, or have no index and are cut short, are errors all the same.
+
+Not seen by anything but a CRC: bytes changed in the middle of a JPEG, which every decoder takes and shows as noise.
+Class folders and tars have no CRC. A file that is cut while DALI has it mapped ends the process with SIGBUS, and with
+it the job.
+"""
+
+
+def normal(text: str) -> str:
+    """Without sizes and offsets, which follow the version of a JPEG encoder or of zlib."""
+    return re.sub(r"\b\d{2,}\b", "N", text)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.title.replace(" ", "-"))
+def test_what_is_said_is_what_the_page_says(case, tmp_path):
+    found = list(rows(case, tmp_path))
+    section = "\n".join([f"\n## {case.title}\n", "| files | with | printed |", "|---|---|---|", *found]) + "\n"
+    if os.environ.get("NVCNN_WRITE_DOCS"):
+        if case is CASES[0]:
+            DOCS.write_text(HEAD)
+        with DOCS.open("a") as file:
+            file.write(section)
+    assert normal(section) in normal(DOCS.read_text())
+
+
+def test_the_page_has_nothing_else():
+    text = DOCS.read_text()
+    assert text.startswith(HEAD)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [case.title for case in CASES]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["dali_cpu", "torch"])
+def test_what_is_left_out_is_the_bad_alone(tmp_path, kind, backend):
+    """Two bad ones of twelve. The good ones keep their labels: each class has its own grey."""
+    good = {i: grey(40 if label_of(kind, i) == 0 else 200) for i in range(IMAGES)}
+    write(kind, tmp_path / "data", good | {0: b"", BAD: jpeg(BAD)[:300]}, {})
+    dataset, left_out = check_data(find(kind, tmp_path / "data", lenient=True), "train", "none", True, ALONE, 1)
+    assert len(left_out) == 2
+    assert dataset.images("train") == 10
+    data = open_training(
+        dataset,
+        backend,
+        batch_size=5,
+        **READ,
+    )
+    for _ in range(3):
+        labels = []
+        for images, batch, _ in itertools.islice(data, data.steps_per_epoch):
+            assert ((images.float().mean((1, 2, 3)) > 120).long() == batch).all()
+            labels += batch.tolist()
+        assert sorted(labels) == [0] * 5 + [1] * 5
+
+
+def test_all_bad(tmp_path):
+    write("folders", tmp_path / "data", dict.fromkeys(range(IMAGES), b""), {})
+    with pytest.raises(
+        InputError, match=r"--data_dir=.*data: all 12 train images are bad, the first: .*00\.jpg.*no bytes"
+    ):
+        check_data(find("folders", tmp_path / "data"), "train", "none", True, ALONE, 1)
+
+
+def test_records_are_checked_without_decoding(tmp_path, capsys):
+    write("records", tmp_path / "data", {BAD: b"no image"}, {})
+    dataset = find("records", tmp_path / "data")
+    assert check_data(dataset, "train", "records", False, ALONE, 1) == (dataset, [])
+    assert re.fullmatch(r"Checked 12 train images in \d+\.\d s: 0 bad\n", capsys.readouterr().out)
+    changed(tmp_path / "data", "records", label=True)
+    with pytest.raises(
+        InputError, match=r"record at byte \d+ is damaged \(its CRC differs\).* \(1 bad of 12: --skip_bad"
+    ):
+        check_data(find("records", tmp_path / "data"), "train", "records", False, ALONE, 1)
+
+
+def test_a_search_by_many_processes_finds_the_same(tmp_path, monkeypatch):
+    write("tars", tmp_path / "data", {1: b"", BAD: b"x"}, {10: "cat"})
+    dataset = find("tars", tmp_path / "data")
+    monkeypatch.setattr("nvcnn.check_data.PIECE", 2)
+    one, three = (search(dataset, "train", range(IMAGES), True, n, quiet=True) for n in (1, 3))
+    assert [i for i, _ in one] == [1, BAD, 10]
+    assert sorted(three) == one
+
+
+def test_ranks_share_the_search_and_agree(tmp_path):
+    write("folders", tmp_path / "data", {1: b"", BAD: b"x", 10: b"y"}, {})
+    dataset = find("folders", tmp_path / "data")
+
+    class Three(Transport):
+        """Rank 1 of 3; the others have searched already."""
+
+        rank, size = 1, 3
+
+        def gather(self, value):
+            assert [i for i, _ in value] == [1, BAD, 10]  # all are in its share 1, 4, 7, 10
+            return [[(6, "of rank 0")], value, []]
+
+    found, left_out = check_data(dataset, "train", "none", True, Three(Launch()), 1)
+    assert found.images("train") == 8
+    assert left_out[1] == "of rank 0"
+
+
+def test_a_directory_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write("folders", tmp_path / "data", {}, {})
+    with monkeypatch.context() as patch:  # root may read everywhere
+        patch.setattr("nvcnn.data.dataset.os.listdir", refuse)
+        with pytest.raises(InputError, match=r"--data_dir=.*data: Permission denied"):
+            find("folders", tmp_path / "data")
+    monkeypatch.setattr("nvcnn.data.class_folders.os.scandir", refuse)
+    with pytest.raises(InputError, match=r"data/train: cannot be read \(Permission denied\)"):
+        find("folders", tmp_path / "data")
