@@ -2,14 +2,16 @@
 
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
-`short`, which the tests compile: the steps of two small models and the optimizer's options. `all`: ResNet-50's step as
-well, in fp16 and bf16, as launched without a table and with each table of kernels/configs/ (on its own GPU). Equal
-launches are compiled once; `calls` says how often they occur in a step of ResNet-50.
+`short`, which the tests compile: the steps of two small models, the optimizer's options, and the convolutions that have
+most fused into them. `all`: ResNet-50's steps as well, with --conv=torch and --conv=triton, in fp16 and bf16, as
+launched without a table and with each table of kernels/configs/ (on its own GPU). Equal launches are compiled once;
+`calls` says how often they occur in a step of ResNet-50.
 
-A breach (exit 1) is a spill, or a stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for
-every thread of the program, which scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels
-may be mirrored, three of them each, and positions in a window are half as wide as the values beside them) and what
-UNALIGNED names. Occupancy is the share of an SM's warps that registers and shared memory leave room for.
+A breach (exit 1) is a spill, a program that does not fit an SM, a product of matrices of halves without the chip's own
+instruction for it, or a stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for every
+thread of the program, which scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels may be
+mirrored, three of them each, and positions in a window are half as wide as the values beside them) and what UNALIGNED
+names. Occupancy is the share of an SM's warps that registers and shared memory leave room for.
 """
 
 import argparse
@@ -28,7 +30,7 @@ import torch
 import triton
 
 from benchmarks import report
-from benchmarks.trace import Call, Launch, compiled, launches, meta_run, recorded, step_calls
+from benchmarks.trace import Call, Launch, Layout, compiled, launches, meta_run, recorded, step_calls
 from kernels.configurations import TABLES, TEST
 from kernels.implementation import INTERPRETED
 
@@ -36,7 +38,10 @@ CHIPS = (80, 90, 100)
 GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip
 # Per SM, from the table of compute capabilities in the CUDA C++ Programming Guide; all have 64 warps, 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
-UNALIGNED = ("trust_ratio.kernel ",)  # reads the sums of one tensor's blocks, which begin anywhere, from the L2 cache
+MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+# The first reads the sums of one tensor's blocks, which begin anywhere, from the L2 cache; pixels of images begin
+# anywhere, too.
+UNALIGNED = re.compile(r"^trust_ratio\.kernel | NARROW=3 ")
 
 
 def short_calls() -> Iterator[Call]:
@@ -54,6 +59,24 @@ def short_calls() -> Iterator[Call]:
             larc.step()
         staged.optimizer.step()
     yield from calls
+    for dtype in (half, bfloat16):
+        yield from most_fused(step_calls(dtype=dtype, conv="triton"))
+
+
+def most_fused(calls: Iterable[Call]) -> list[Call]:
+    """Of each convolution op, of 1 x 1 and of 3 x 3, the call that takes most tensors, which holds most registers."""
+    found: dict[tuple[str, int], Call] = {}
+    for call in calls:
+        weight = call["out" if call.name.endswith("weight_gradient") else "weight"]
+        if call.name.startswith("nvcnn::convolution") and weight.shape[3] <= 3:
+            best = found.setdefault((call.name, weight.shape[3]), call)
+            if len(tensors(call)) > len(tensors(best)):
+                found[call.name, weight.shape[3]] = call
+    return list(found.values())
+
+
+def tensors(call: Call) -> list[str]:
+    return [name for name, value in call.arguments if isinstance(value, Layout)]
 
 
 def counted(calls: Iterable[Call], chip: int, table: str = "") -> Counter[Launch]:
@@ -72,7 +95,7 @@ def all_launches(which: str) -> Counter[Launch]:
     if which == "all":
         tables = [(chip_of(file.stem), file.stem) for file in TABLES.glob("*.json") if file.stem != TEST]
         for dtype in (torch.float16, torch.bfloat16):
-            step = step_calls(dtype=dtype)
+            step = step_calls(dtype=dtype) + step_calls(dtype=dtype, conv="triton")
             for chip, table in [(chip, "") for chip in CHIPS] + tables:
                 found |= counted(step, chip, table)
     short = list(short_calls())
@@ -96,8 +119,14 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     registers, spills = resource_usage(kernel.asm["cubin"])
     accesses = accesses_of(ptx)
+    room = occupancy(launch.chip, registers, shared, warps)
+    matrix = next(iter(re.findall("|".join(MATRIX.values()), ptx)), "-")
     breaches = [f"{spills} bytes of spills"] if spills else []
-    for place in [] if launch.name.startswith(UNALIGNED) else sorted(streams(ttgir, warps * 32)):
+    if not room:
+        breaches.append("does not fit an SM")
+    if re.search(r"tt\.dot .*xb?f16>", kernel.asm["ttir"]) and matrix != MATRIX[launch.chip]:
+        breaches.append(f"multiplies matrices without {MATRIX[launch.chip]}")
+    for place in [] if UNALIGNED.search(launch.name) else sorted(streams(ttgir, warps * 32)):
         width = min((width for _, width, at in accesses if at == place), default=0)
         if width < 16:
             breaches.append(f"{width} bytes at a time at {place}")
@@ -110,8 +139,8 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
         "spills": spills,
         "load": max((width for verb, width, _ in accesses if verb != "st"), default=0),
         "store": max((width for verb, width, _ in accesses if verb == "st"), default=0),
-        "matrix": next(iter(re.findall(r"wgmma|tcgen05\.mma|mma\.sync", ptx)), "-"),
-        "occupancy": f"{occupancy(launch.chip, registers, shared, warps):.0%}",
+        "matrix": matrix,
+        "occupancy": f"{room:.0%}",
         "breach": "; ".join(breaches),
     }
 

@@ -44,6 +44,7 @@ from kernels.geometry import (
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 
 def activation(
@@ -73,15 +74,13 @@ def reference(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain PyTorch; the sums have one part. Arguments and results as in `convolution`."""
-    wide = single_or_double(x)
+    wide = single_or_double(x)  # in halves PyTorch's convolutions sum in halves on some CPUs
     a = activation(x, vectors, residual, residual_vectors)
-    y = F.conv2d(a, weight, None, stride, padding, 1, groups).contiguous(memory_format=torch.channels_last)
-    if scale is not None or shift is not None or add is not None:
-        value = y.to(wide)
-        value = value if scale is None else value * scale.view(-1, 1, 1)
-        value = value if shift is None else value + shift.view(-1, 1, 1)
-        y = (value if add is None else value + add).to(x.dtype)
-    y = y.relu_() if relu else y
+    y = F.conv2d(a.to(wide), weight.to(wide), None, stride, padding, 1, groups)
+    y = y if scale is None else y * scale.view(-1, 1, 1)
+    y = y if shift is None else y + shift.view(-1, 1, 1)
+    y = y if add is None else y + add
+    y = (y.relu_() if relu else y).to(x.dtype, memory_format=torch.channels_last)
     sums = torch.empty(0, dtype=wide, device=x.device)
     if center is not None:
         d = y.to(wide) - center.view(-1, 1, 1)
@@ -221,7 +220,7 @@ def fusion_of(**tensors: Tensor | None) -> str:
     return "+".join(name for name, tensor in tensors.items() if tensor is not None) or "alone"
 
 
-@torch.library.custom_op("nvcnn::convolution", mutates_args=())
+@operator("convolution")
 def convolution(
     x: Tensor,
     weight: Tensor,

@@ -42,6 +42,7 @@ from kernels.geometry import (
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 
 def output_gradient(g: Tensor, y: Tensor | None, vectors: Tensor | None, factors: Tensor | None) -> Tensor:
@@ -79,19 +80,18 @@ def reference(
     branch_vectors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain PyTorch; the sums have one part. Arguments as in `convolution_data_gradient`."""
-    dy = output_gradient(g, y, vectors, factors)
-    like = g.new_empty(1).expand(g.shape[0], weight.shape[1] * groups, *size)
-    geometry_of = (stride, padding, [1, 1], False, [0, 0], groups, [True, False, False])
-    dx = torch.ops.aten.convolution_backward(dy, like, weight, None, *geometry_of)[0]
-    dx = dx.contiguous(memory_format=torch.channels_last)
-    if skip is not None:
-        dx += skip
+    wide = single_or_double(g)
+    dy, weight = output_gradient(g, y, vectors, factors).to(wide), weight.to(wide)
+    like = dy.new_empty(1).expand(g.shape[0], weight.shape[1] * groups, *size)
+    how = (stride, padding, [1, 1], False, [0, 0], groups, [True, False, False])
+    dx = torch.ops.aten.convolution_backward(dy, like, weight, None, *how)[0]
+    dx = (dx if skip is None else dx + skip).to(g.dtype, memory_format=torch.channels_last)
     if z is None and x is not None and x_vectors is not None:
         z = batch_norm_reference(x, x_vectors, None, False)
     if z is not None:
         dx = torch.ops.aten.threshold_backward(dx, z, 0)
     sums, branch_sums = (
-        torch.empty(0, dtype=single_or_double(g), device=g.device)
+        torch.empty(0, dtype=wide, device=g.device)
         if raw is None or of_raw is None
         else sums_reference(dx, raw, of_raw)
         for raw, of_raw in ((x, x_vectors), (branch, branch_vectors))
@@ -237,7 +237,7 @@ def classes_and_tiles(shape: Geometry, config: Configuration) -> tuple[int, int]
     return across * along, triton.cdiv(rows, config["BLOCK_ROWS"])
 
 
-@torch.library.custom_op("nvcnn::convolution_data_gradient", mutates_args=())
+@operator("convolution_data_gradient")
 def convolution_data_gradient(
     g: Tensor,
     weight: Tensor,

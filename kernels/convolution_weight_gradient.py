@@ -35,8 +35,9 @@ from kernels.geometry import (
     normalised,
     through_batch_norm,
 )
-from kernels.images import check_images
+from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
+from kernels.operators import operator
 
 
 def reference(
@@ -53,10 +54,10 @@ def reference(
     accumulate: bool,
 ) -> None:
     """The formula in plain PyTorch. Arguments as in `convolution_weight_gradient`."""
-    dy, a = output_gradient(g, y, vectors, factors), activation(x, x_vectors)
-    like = g.new_empty(1).expand(out.shape)
-    geometry_of = (stride, padding, [1, 1], False, [0, 0], groups, [False, True, False])
-    dw = torch.ops.aten.convolution_backward(dy, a, like, None, *geometry_of)[1]
+    wide = single_or_double(g)
+    dy, a = output_gradient(g, y, vectors, factors).to(wide), activation(x, x_vectors).to(wide)
+    how = (stride, padding, [1, 1], False, [0, 0], groups, [False, True, False])
+    dw = torch.ops.aten.convolution_backward(dy, a, dy.new_empty(1).expand(out.shape), None, *how)[1]
     out.add_(dw) if accumulate else out.copy_(dw)
 
 
@@ -191,7 +192,7 @@ def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int,
     return tiles_of_run, tiles, triton.cdiv(shape.rows, rows_a_part), rows_a_part
 
 
-@torch.library.custom_op("nvcnn::convolution_weight_gradient", mutates_args=("out",))
+@operator("convolution_weight_gradient", mutates_args=("out",))
 def convolution_weight_gradient(
     g: Tensor,
     x: Tensor,

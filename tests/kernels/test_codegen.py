@@ -3,6 +3,7 @@
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -10,7 +11,7 @@ from importlib import import_module
 import pytest
 
 import kernels
-from benchmarks.codegen import CHIPS, UNALIGNED, accesses_of, chip_of, main, occupancy, streams
+from benchmarks.codegen import CHIPS, MATRIX, UNALIGNED, accesses_of, chip_of, main, occupancy, streams
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,25 @@ def rows(tmp_path_factory):
 def test_nothing_spills_and_streams_move_16_bytes_at_a_time(rows):
     for row in rows:
         assert (row["spills"], row["breach"]) == (0, ""), row
-        streams_values = "vectors_kernel" not in row["name"] and not row["name"].startswith(UNALIGNED)
+        streams_values = "vectors_kernel" not in row["name"] and not UNALIGNED.search(row["name"])
         if streams_values and "images:u8" not in row["name"]:
             assert max(row["load"], row["store"]) >= 16, row
+
+
+def test_convolutions_multiply_with_the_chips_own_instruction(rows):
+    convolutions = [row for row in rows if re.match(r"convolution\w*\.kernel ", row["name"])]
+    assert {(row["chip"], row["matrix"]) for row in convolutions} == {
+        (f"sm_{chip}", instruction) for chip, instruction in MATRIX.items()
+    }
+    for op, tensors in {
+        "convolution": ("residual", "joined"),
+        "convolution_data_gradient": ("y", "skip", "z", "x", "branch"),
+        "convolution_weight_gradient": ("y",),
+    }.items():
+        names = [row["name"] for row in convolutions if row["name"].startswith(f"{op}.")]
+        for window in ("R=1 S=1", "R=3 S=3"):
+            assert any(window in name for name in names), (op, window)
+        assert any(all(f" {tensor}:fp16" in name for tensor in tensors) for name in names), op
 
 
 def test_every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(rows):
@@ -47,6 +64,7 @@ def test_every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(r
         assert {row["name"].split()[0] for row in rows if f":{dtype}" in row["name"]} >= {
             *("batch_norm.kernel", "batch_norm.sums_kernel", "batch_norm.gradient_kernel"),
             *("batch_norm_statistics.sums_kernel", "global_average.kernel", "max_pool.kernel", "prepare_input.kernel"),
+            *("convolution.kernel", "convolution_data_gradient.kernel", "convolution_weight_gradient.kernel"),
             *("gradient_statistics.kernel", "larc_update.kernel", "larc_update.refresh_kernel"),
         }
 

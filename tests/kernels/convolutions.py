@@ -1,0 +1,246 @@
+"""What the tests of the three convolution ops share: geometries, their float64 twins, and bounds."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from kernels.batch_norm_statistics import MEAN, SCALE, SHIFT
+from kernels.implementation import INTERPRETED
+from tests.kernels.images import SMALLEST, integers, randn, unit
+
+U = 2.0**-24  # half a unit in the last place of fp32
+DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Shape(NamedTuple):
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+
+    def __str__(self):
+        return (
+            f"{self.n}x{self.c}x{self.h}x{self.w}-{self.k}x{self.r}x{self.s}"
+            f"-s{self.stride[0]}{self.stride[1]}-p{self.padding[0]}{self.padding[1]}-g{self.groups}"
+        )
+
+    @property
+    def x(self) -> tuple[int, ...]:
+        return self.n, self.c, self.h, self.w
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return self.k, self.c // self.groups, self.r, self.s
+
+    @property
+    def y(self) -> tuple[int, ...]:
+        sizes = zip((self.h, self.w), (self.r, self.s), self.stride, self.padding, strict=True)
+        return self.n, self.k, *((size + 2 * p - r) // stride + 1 for size, r, stride, p in sizes)
+
+    @property
+    def how(self) -> tuple[tuple[int, int], tuple[int, int], int]:
+        """Stride, padding, groups: as the ops take them."""
+        return self.stride, self.padding, self.groups
+
+
+# Of every convolution of resnet50, resnext50, googlenet, vgg16, alexnet, inception3, inception4, inception-resnet2 and
+# overfeat: fewer channels and pixels, each geometry once (`test_convolution.test_the_models_geometries` says how). Few
+# tests need all of them: the first list has each kernel, stride, padding and groups once, but for equal axes.
+MODELS = [
+    Shape(1, 18, 6, 6, 18, 1, 1),
+    Shape(1, 18, 8, 8, 18, 1, 1, (2, 2)),
+    Shape(1, 18, 6, 6, 18, 1, 3, (1, 1), (0, 1)),
+    Shape(1, 18, 7, 5, 18, 7, 1, (1, 1), (3, 0)),
+    Shape(1, 3, 6, 6, 18, 3, 3, (1, 1), (1, 1)),
+    Shape(1, 3, 7, 7, 18, 3, 3, (2, 2)),
+    Shape(1, 18, 5, 5, 18, 3, 3),
+    Shape(1, 18, 5, 5, 18, 3, 3, (1, 1), (1, 1)),
+    Shape(1, 18, 7, 7, 18, 3, 3, (2, 2)),
+    Shape(1, 18, 8, 8, 18, 3, 3, (2, 2), (1, 1)),
+    Shape(1, 16, 6, 6, 16, 3, 3, (1, 1), (1, 1), 4),
+    Shape(1, 16, 6, 6, 16, 3, 3, (2, 2), (1, 1), 4),
+    Shape(1, 18, 5, 5, 18, 5, 5, (1, 1), (2, 2)),
+    Shape(1, 3, 8, 8, 18, 7, 7, (2, 2), (3, 3)),
+    Shape(1, 3, 11, 11, 18, 11, 11, (4, 4), (2, 2)),
+]
+TWINS = [
+    Shape(1, 18, 5, 5, 18, 1, 1),
+    Shape(1, 18, 6, 6, 18, 1, 1, (2, 2)),
+    Shape(1, 18, 6, 6, 18, 3, 1, (1, 1), (1, 0)),
+    Shape(1, 18, 5, 7, 18, 1, 7, (1, 1), (0, 3)),
+    Shape(1, 18, 6, 6, 18, 3, 3, (1, 1), (1, 1)),
+    Shape(1, 18, 5, 5, 18, 3, 3, (2, 2)),
+    Shape(1, 18, 6, 6, 18, 3, 3, (2, 2), (1, 1)),
+    Shape(1, 16, 5, 5, 16, 3, 3, (1, 1), (1, 1), 4),
+    Shape(1, 16, 8, 8, 16, 3, 3, (2, 2), (1, 1), 4),
+    Shape(1, 18, 6, 6, 18, 5, 5),
+    Shape(1, 3, 15, 15, 18, 11, 11, (4, 4)),
+]
+
+# What no model has, or has in one place only.
+ODD = [
+    Shape(2, 24, 1, 1, 20, 1, 1),
+    Shape(3, 9, 1, 1, 5, 3, 3, (1, 1), (1, 1)),
+    Shape(2, 5, 7, 4, 7, 3, 2, (3, 1), (0, 2)),
+    Shape(2, 4, 9, 7, 6, 7, 7, (2, 2), (3, 3)),
+    Shape(1, 8, 7, 9, 6, 7, 7, (2, 2), (3, 3)),
+    Shape(1, 17, 9, 9, 3, 2, 2, (3, 3)),
+    Shape(2, 24, 5, 6, 12, 1, 3, (1, 2), (0, 1), 3),
+    Shape(1, 20, 4, 5, 20, 3, 3, (1, 1), (1, 1), 20),
+    Shape(1, 20, 4, 4, 40, 3, 3, (2, 2), (1, 1), 2),
+    Shape(1, 3, 1, 1, 4, 3, 3, (2, 2), (1, 1)),
+]
+
+SHAPES = [
+    *(pytest.param(shape, id=str(shape)) for shape in MODELS + ODD),
+    *(pytest.param(shape, id=str(shape), marks=pytest.mark.full) for shape in TWINS),
+]
+COMMON = [Shape(1, 64, 6, 6, 24, 1, 1), Shape(2, 32, 5, 4, 24, 3, 3, (2, 2), (1, 1))]
+FEW = [MODELS[1], MODELS[5], MODELS[9], MODELS[11]]
+
+
+@st.composite
+def random_shapes(draw):
+    """Any geometry with a result; few enough products for the interpreter."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    c, k = (draw(st.integers(1, 24 // groups)) * groups for _ in range(2))
+    r, s = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (1, 4), (5, 1), (2, 3)]))
+    stride = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (3, 2)]))
+    padding = draw(st.integers(0, r)), draw(st.integers(0, s))
+    h, w = (draw(st.integers(max(1, taps - 2 * p), 8)) for taps, p in zip((r, s), padding, strict=True))
+    return Shape(draw(st.integers(1, 2)), c, h, w, k, r, s, stride, padding, groups)
+
+
+def spread(vector: Tensor) -> Tensor:
+    return vector.double().view(-1, 1, 1)
+
+
+def convolved(a: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+    return F.conv2d(a.double(), weight.double(), None, shape.stride, shape.padding, 1, shape.groups)
+
+
+def of_input(dy: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+    how = shape.stride, shape.padding, 1, shape.groups
+    return conv2d_input(shape.x, weight.double(), dy.double(), *how)
+
+
+def of_weight(dy: Tensor, a: Tensor, shape: Shape) -> Tensor:
+    how = shape.stride, shape.padding, 1, shape.groups
+    return conv2d_weight(a.double(), shape.weight, dy.double(), *how)
+
+
+def integer_vectors(rows, channels, device) -> Tensor:
+    return torch.randint(-2, 3, (rows, channels), device=device).float()
+
+
+def random_vectors(channels, device) -> Tensor:
+    """As of a BatchNorm: mean, scale, shift, rstd, mean_low."""
+    mean, shift = torch.randn(2, channels, device=device)
+    scale, rstd = torch.rand(2, channels, device=device) + 0.5
+    return torch.stack((mean, scale, shift, rstd, mean * U))
+
+
+def normalised(x: Tensor, vectors: Tensor) -> Tensor:
+    return (x.double() - spread(vectors[MEAN])) * spread(vectors[SCALE]) + spread(vectors[SHIFT])
+
+
+def normalised_terms(x: Tensor, vectors: Tensor) -> Tensor:
+    """What (x - mean) scale + shift, or x scale + (shift - mean scale), is a sum of."""
+    return normalised(x.abs(), torch.stack((-vectors[MEAN].abs(), vectors[SCALE].abs(), vectors[SHIFT].abs())))
+
+
+class Operand(NamedTuple):
+    """A value in float64, and how far the one that is multiplied may be from it."""
+
+    exact: Tensor
+    error: Tensor
+
+
+def as_it_is(x: Tensor) -> Operand:
+    return Operand(x.double(), torch.zeros_like(x, dtype=torch.float64))
+
+
+def activation(x, vectors, implementation, residual=None, residual_vectors=None) -> Operand:
+    """relu((x - mean) scale + shift + residual). The reference rounds each of its two steps, and each of its sums."""
+    if vectors is None:
+        return as_it_is(x)
+    exact, terms = normalised(x, vectors), normalised_terms(x, vectors)
+    if residual is not None:
+        raw = residual_vectors is not None
+        exact = exact + (normalised(residual, residual_vectors) if raw else residual.double())
+        terms = terms + (normalised_terms(residual, residual_vectors) if raw else residual.double().abs())
+    roundings = 4 if implementation == "reference" and residual is not None else 1
+    error = 6 * U * terms
+    return Operand(exact.relu(), error + roundings * (unit(x.dtype, implementation) * (terms + error) + least(x)))
+
+
+def output_gradient(g, y, vectors, factors, implementation) -> Operand:
+    """scale g + factors[0] (y - mean) + factors[1]."""
+    if vectors is None:
+        return as_it_is(g)
+    scale = spread(vectors[SCALE])
+    exact, terms = scale * g.double(), scale.abs() * g.double().abs()
+    if factors is not None:
+        slope, offset, mean = spread(factors[0]), spread(factors[1]), spread(vectors[MEAN])
+        exact = exact + slope * (y.double() - mean) + offset
+        terms = terms + slope.abs() * (y.double().abs() + mean.abs()) + offset.abs()
+    error = 6 * U * terms
+    return Operand(exact, error + unit(g.dtype, implementation) * (exact.abs() + error) + least(g))
+
+
+def least(x: Tensor) -> float:
+    return SMALLEST[x.dtype]
+
+
+def product_error(multiply, a: Operand, b: Operand, terms: int) -> Tensor:
+    """Of sums of that many products: fp32 sums in any order, and operands that are off."""
+    size = multiply(a.exact.abs() + a.error, b.exact.abs() + b.error)
+    return (terms + 2) * U * size + (size - multiply(a.exact.abs(), b.exact.abs())).clamp(min=0) + 1e-13 * size
+
+
+def check_close(got: Tensor, exact: Tensor, bound: Tensor | float, name: str) -> None:
+    """Says where it is not: index, both values, how many."""
+    wrong = ~((got.double() - exact).abs() <= bound)
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        share = f"{int(wrong.sum())} of {wrong.numel()} values"
+        limit = bound[at].item() if isinstance(bound, Tensor) else bound
+        raise AssertionError(f"{name}{list(at)}: {got[at].item()}, not {exact[at].item()} +- {limit}; {share}")
+
+
+def check_error(got: Tensor, pytorch: Tensor, exact: Tensor) -> None:
+    """Of all values together and of the worst, at most twice that of PyTorch's operator in the same dtype."""
+    ours, theirs = (result.double() - exact for result in (got, pytorch))
+    assert theirs.norm() > 0
+    assert ours.norm() <= 2 * theirs.norm()
+    assert ours.abs().max() <= 2 * theirs.abs().max()
+
+
+def rounded_bound(exact: Tensor, error: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
+    return error + unit(dtype, implementation) * (exact.abs() + error) + SMALLEST[dtype]
+
+
+def small_integers(shape, dtype, device) -> Tensor:
+    return integers(shape, dtype, device, -2, 2)
+
+
+def tensors(shape: Shape, dtype, device, make=randn) -> dict[str, Tensor]:
+    """x, weight, g and what else the ops take, by their arguments' names."""
+    return {
+        "x": make(shape.x, dtype, device),
+        "residual": make(shape.x, dtype, device),
+        "weight": make(shape.weight, dtype, device),
+        "g": make(shape.y, dtype, device),
+        "y": make(shape.y, dtype, device),
+    }

@@ -1,0 +1,278 @@
+"""The forward convolution, with its prologues and epilogues, against PyTorch in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from kernels import batch_norm_statistics, batch_norm_vectors, convolution
+from tests.kernels.convolutions import (
+    COMMON,
+    DTYPES,
+    FEW,
+    MODELS,
+    SHAPES,
+    TWINS,
+    Shape,
+    U,
+    activation,
+    as_it_is,
+    check_close,
+    check_error,
+    convolved,
+    integer_vectors,
+    product_error,
+    random_shapes,
+    random_vectors,
+    rounded_bound,
+    small_integers,
+    spread,
+    tensors,
+)
+from tests.kernels.images import channels_last, randn
+
+POINTWISE = Shape(2, 21, 5, 4, 19, 1, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_exact_on_integers(implementation, device, shape):
+    """With the producer's vectors, and the sums for the next; padding is 0 behind them."""
+    torch.manual_seed(0)
+    given = tensors(shape, torch.float16, device, small_integers)
+    vectors, center = integer_vectors(5, shape.c, device), integer_vectors(1, shape.k, device)[0]
+    y, z, sums = convolution(given["x"], given["weight"], *shape.how, vectors=vectors, center=center)
+    exact = convolved(activation(given["x"], vectors, implementation).exact, given["weight"], shape)
+    assert torch.equal(y, exact.half())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    d = y.double() - spread(center)
+    assert torch.equal(sums.double().sum(1), torch.stack((d.sum((0, 2, 3)), d.square().sum((0, 2, 3)))))
+    assert z.numel() == 0
+
+
+@pytest.mark.parametrize("shape", FEW, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alone_is_exact_on_integers(implementation, device, dtype, shape):
+    given = tensors(shape, dtype, device, small_integers)
+    y, z, sums = convolution(given["x"], given["weight"], *shape.how)
+    assert torch.equal(y, convolved(given["x"], given["weight"], shape).to(dtype))
+    assert z.numel() == sums.numel() == 0
+
+
+@pytest.mark.parametrize("shape", COMMON, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype, shape):
+    torch.manual_seed(0)
+    given = tensors(shape, dtype, device)
+    x, weight = given["x"], given["weight"]
+    pytorch = F.conv2d(x, weight, None, shape.stride, shape.padding, 1, shape.groups)
+    check_error(convolution(x, weight, *shape.how)[0], pytorch, convolved(x, weight, shape))
+
+
+def check(shape, dtype, device, implementation, prologue, sums):
+    given = tensors(shape, dtype, device)
+    x, weight, residual = given["x"], given["weight"], given["residual"]
+    arguments = {}
+    if prologue != "none":
+        arguments["vectors"] = random_vectors(shape.c, device)
+    if prologue in ("join", "raw join"):
+        arguments["residual"] = residual
+    if prologue == "raw join":
+        arguments["residual_vectors"] = random_vectors(shape.c, device)
+    center = torch.randn(shape.k, device=device) if sums else None
+    y, z, got = convolution(x, weight, *shape.how, **arguments, center=center)
+
+    a = activation(x, arguments.get("vectors"), implementation, *list(arguments.values())[1:])
+    if "residual" in arguments:
+        check_close(z, a.exact, a.error, "z")
+        a = as_it_is(z)  # which is what is multiplied
+    exact = convolved(a.exact, weight, shape)
+    terms = shape.r * shape.s * shape.c // shape.groups
+    error = product_error(lambda a, w: convolved(a, w, shape), a, as_it_is(weight), terms)
+    check_close(y, exact, rounded_bound(exact, error, dtype, implementation), "y")
+    if sums:
+        d = y.double() - spread(center)
+        values = y.numel() // shape.k + 4
+        for i, value in enumerate((d, d.square())):
+            bound = values * U * value.abs().sum((0, 2, 3)) + values * 1e-30
+            check_close(got[i].double().sum(0), value.sum((0, 2, 3)), bound, f"sums[{i}]")
+
+
+@pytest.mark.parametrize("prologue", ["none", "vectors", "join", "raw join"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, prologue):
+    torch.manual_seed(0)
+    check(POINTWISE, dtype, device, implementation, prologue, True)
+
+
+@settings(max_examples=12)
+@given(
+    shape=random_shapes(),
+    dtype=st.sampled_from(DTYPES),
+    prologue=st.sampled_from(["none", "vectors"]),
+    sums=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shape(implementation, device, shape, dtype, prologue, sums, seed):
+    torch.manual_seed(seed)
+    check(shape, dtype, device, implementation, prologue, sums)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_join_is_exact_on_integers(implementation, device, raw):
+    given = tensors(POINTWISE, torch.float16, device, small_integers)
+    vectors, others = integer_vectors(5, POINTWISE.c, device), integer_vectors(5, POINTWISE.c, device)
+    y, z, _ = convolution(
+        *(given["x"], given["weight"], *POINTWISE.how, vectors, given["residual"], others if raw else None)
+    )
+    exact = activation(given["x"], vectors, implementation, given["residual"], others if raw else None).exact
+    assert torch.equal(z, exact.half())
+    assert torch.equal(y, convolved(exact, given["weight"], POINTWISE).half())
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scale_shift_add_relu_are_exact_on_integers(implementation, device, scaled, add, relu):
+    """Bias and ReLU, or an evaluation's folded BatchNorm, join and ReLU."""
+    shape = Shape(2, 5, 6, 5, 19, 3, 3, (2, 1), (1, 1))
+    given = tensors(shape, torch.float16, device, small_integers)
+    scale, shift = integer_vectors(2, shape.k, device)
+    y, *_ = convolution(
+        *(given["x"], given["weight"], *shape.how),
+        scale=scale if scaled else None,
+        shift=shift,
+        add=given["g"] if add else None,
+        relu=relu,
+    )
+    exact = convolved(given["x"], given["weight"], shape) * (spread(scale) if scaled else 1) + spread(shift)
+    exact = exact + (given["g"].double() if add else 0)
+    assert torch.equal(y, (exact.relu() if relu else exact).half())
+
+
+def test_the_sums_make_the_vectors_of_the_statistics(implementation, device):
+    torch.manual_seed(0)
+    given = tensors(POINTWISE, torch.float16, device)
+    center, gamma, beta = (torch.randn(POINTWISE.k, device=device) for _ in range(3))
+    y, _, sums = convolution(given["x"], given["weight"], *POINTWISE.how, center=center)
+    scratch = [torch.empty(POINTWISE.k, device=device) for _ in range(4)]
+    vectors = batch_norm_vectors(sums, center, y.numel() // POINTWISE.k, gamma, beta, *scratch[:2], 1e-4)
+    assert torch.allclose(vectors, batch_norm_statistics(y, gamma, beta, *scratch[2:], 1e-4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implementation, device, value):
+    shape = Shape(2, 17, 5, 5, 3, 3, 3, (1, 1), (1, 1))
+    given = tensors(shape, torch.float16, device)
+    given["x"][1, 16, 2, 2] = value
+    y, _, sums = convolution(
+        given["x"],
+        given["weight"].abs(),
+        *shape.how,
+        vectors=random_vectors(17, device),
+        center=torch.zeros(3, device=device),
+    )
+    assert not y[1, :, 1:4, 1:4].isfinite().any()
+    assert y[0].isfinite().all()
+    assert y[1, :, 0].isfinite().all()
+    assert not sums.sum(1).isfinite().any()
+
+
+def test_two_runs_give_the_same_bits(implementation, device):
+    given = tensors(POINTWISE, torch.float16, device)
+    arguments = {
+        "vectors": random_vectors(21, device),
+        "residual": given["residual"],
+        "center": torch.zeros(19, device=device),
+    }
+    first, second = (convolution(given["x"], given["weight"], *POINTWISE.how, **arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_opcheck(implementation, device):
+    given = tensors(POINTWISE, torch.float32, device)
+    x, weight, how = given["x"], given["weight"], POINTWISE.how
+    vectors, of_y = random_vectors(21, device), torch.rand(19, device=device)
+    for arguments in (
+        {},
+        {"vectors": vectors, "residual": given["residual"], "residual_vectors": vectors, "center": of_y},
+        {"scale": of_y, "shift": of_y, "add": given["g"], "relu": True},
+    ):
+        torch.library.opcheck(convolution.overload, (x, weight, *how), arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": lambda t: t.contiguous()}, "convolution: x must be channels-last"),
+        ({"x": lambda t: t.int()}, "convolution: x must be one of"),
+        ({"x": lambda t: t[:1].expand(2, -1, -1, -1)}, "convolution: x must be channels-last"),
+        (
+            {"x": lambda _: channels_last(torch.zeros(2, 3, 4, 5))},
+            r"1 groups of the weight \(6, 4, 3, 3\) take 4 channels.*has 3",
+        ),
+        (
+            {"x": lambda _: channels_last(torch.zeros(2, 4, 1, 1))},
+            r"1 x 1 pixels and padding .0, 0. are smaller than.* 3 x 3",
+        ),
+        ({"weight": lambda t: t.contiguous()}, "weight must be channels-last"),
+        ({"weight": lambda t: t.to("meta")}, "weight must be torch.float32, on cpu; got torch.float32, on meta"),
+        ({"weight": lambda t: t.half()}, "weight must be torch.float32, on cpu; got torch.float16"),
+        ({"stride": lambda _: (0, 1)}, "stride and padding are two each"),
+        ({"stride": lambda _: (1,)}, "stride and padding are two each"),
+        ({"groups": lambda _: 4}, "4 groups of the weight"),
+        ({"vectors": lambda t: t[:4]}, r"vectors must be \(5, 4\)"),
+        ({"vectors": lambda t: t.half()}, r"vectors must be \(5, 4\), torch.float32.*float16"),
+        ({"center": lambda _: torch.zeros(5)}, r"center must be \(6,\).*got \(5,\)"),
+        ({"shift": lambda _: torch.zeros(6, 1)}, r"shift must be \(6,\)"),
+        ({"add": lambda _: channels_last(torch.zeros(2, 6, 3, 3))}, r"add must be \(2, 6, 2, 3\)"),
+        ({"residual": lambda _: channels_last(torch.zeros(2, 4, 4, 5))}, "a residual is joined by a 1 x 1 weight"),
+        (
+            {"vectors": lambda _: None, "residual": lambda _: channels_last(torch.zeros(2, 4, 4, 5))},
+            "a residual needs vectors",
+        ),
+        ({"residual_vectors": lambda _: torch.zeros(5, 4)}, "residual_vectors need a residual"),
+    ],
+)
+def test_refuses(change, message):
+    arguments = {"x": randn((2, 4, 4, 5), torch.float32, "cpu"), "weight": randn((6, 4, 3, 3), torch.float32, "cpu")}
+    arguments |= {"stride": (1, 1), "padding": (0, 0), "groups": 1, "vectors": torch.rand(5, 4)}
+    for name, broken in change.items():
+        arguments[name] = broken(arguments.get(name))
+    with pytest.raises(ValueError, match=message):
+        convolution.launcher(**arguments)  # the operator would be the fake one for meta tensors
+
+
+@pytest.mark.full
+def test_the_models_geometries():
+    """MODELS and TWINS are all of those models: channels reduced, and pixels by whole periods of strides."""
+    timm, models = pytest.importorskip("timm"), pytest.importorskip("torchvision").models
+
+    def reduced(x, layer):
+        (_, c, *size), (r, s) = x.shape, layer.kernel_size
+        for axis, (taps, stride) in enumerate(zip((r, s), layer.stride, strict=True)):
+            while size[axis] > 6 and size[axis] - 2 * stride >= max(taps, 5):
+                size[axis] -= 2 * stride
+        narrow = 16 if layer.groups > 1 else c if c < 8 else 18
+        wide = 16 if layer.groups > 1 else 18
+        assert layer.dilation == (1, 1)
+        return Shape(1, narrow, *size, wide, r, s, layer.stride, layer.padding, 4 if layer.groups > 1 else 1)
+
+    found = {  # overfeat, of which neither package has a model
+        Shape(1, 3, 15, 15, 18, 11, 11, (4, 4)),
+        Shape(1, 18, 6, 6, 18, 5, 5),
+        Shape(1, 18, 6, 6, 18, 3, 3, (1, 1), (1, 1)),
+    }
+    plain = {"aux_logits": False, "init_weights": False}
+    with torch.device("meta"):
+        networks = [
+            *((models.resnet50(), 224), (models.resnext50_32x4d(), 224), (models.googlenet(**plain), 224)),
+            *((models.vgg16(), 224), (models.alexnet(), 227), (models.inception_v3(**plain), 299)),
+            *((timm.create_model(name), 299) for name in ("inception_v4", "inception_resnet_v2")),
+        ]
+    for network, size in networks:
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_hook(lambda layer, inputs, _: found.add(reduced(inputs[0], layer)))
+        network.eval()(torch.empty(1, 3, size, size, device="meta"))
+    assert found == {*MODELS, *TWINS}
