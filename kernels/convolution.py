@@ -29,13 +29,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.batch_norm import reference as batch_norm_reference
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.configurations import Configuration
 from kernels.geometry import (
     Geometry,
     channels_of_groups,
     check_channels,
     check_like,
     check_weight,
+    configured_for,
     empty_images,
     geometry,
     locate,
@@ -207,7 +208,7 @@ def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "num_warps": 8,
         "num_stages": 3,
     }
-    return configuration("convolution", f"{dtype_name(x.dtype)} {shape.key} {fusion}", x.device, computed)
+    return configured_for("convolution", x, shape, fusion, computed)
 
 
 def tile_of(channels: int, most: int) -> int:

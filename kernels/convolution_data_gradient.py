@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.batch_norm import reference as batch_norm_reference
 from kernels.batch_norm_statistics import MEAN, SCALE
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.configurations import Configuration
 from kernels.convolution import fusion_of, tile_of
 from kernels.geometry import (
     Geometry,
@@ -33,6 +33,7 @@ from kernels.geometry import (
     check_like,
     check_together,
     check_weight,
+    configured_for,
     empty_images,
     geometry,
     locate,
@@ -227,7 +228,7 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "num_warps": 8,
         "num_stages": 3,
     }
-    return configuration("convolution_data_gradient", f"{dtype_name(g.dtype)} {shape.key} {fusion}", g.device, computed)
+    return configured_for("convolution_data_gradient", g, shape, fusion, computed)
 
 
 def classes_and_tiles(shape: Geometry, config: Configuration) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_norm_statistics import sum_parts
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.configurations import Configuration
 from kernels.convolution import activation, fusion_of, tile_of
 from kernels.convolution_data_gradient import output_gradient
 from kernels.geometry import (
@@ -29,6 +29,7 @@ from kernels.geometry import (
     check_like,
     check_together,
     check_weight,
+    configured_for,
     geometry,
     locate,
     multiply_add,
@@ -175,8 +176,7 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "num_warps": 8,
         "num_stages": 3,
     }
-    key = f"{dtype_name(g.dtype)} {shape.key} {fusion}"
-    return configuration("convolution_weight_gradient", key, g.device, computed)
+    return configured_for("convolution_weight_gradient", g, shape, fusion, computed)
 
 
 def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import check_images, check_vectors, single_or_double
 from kernels.implementation import INTERPRETED
 
@@ -101,6 +102,16 @@ def geometry(
             f"or the weight {tuple(weight.shape)} has as many"
         )
     return Geometry(n, c, h, w, k, oh, ow, r, s, (stride[0], stride[1]), (padding[0], padding[1]), groups)
+
+
+def configured_for(op: str, x: Tensor, shape: Geometry, fusion: str, computed: Configuration) -> Configuration:
+    """The table's configuration of the op, or `computed`. ValueError for a tile that 32 bits do not reach across."""
+    config = configuration(op, f"{dtype_name(x.dtype)} {shape.key} {fusion}", x.device, computed)
+    if config["BLOCK_ROWS"] > MOST_ROWS:
+        raise ValueError(
+            f"{op}: BLOCK_ROWS is {config['BLOCK_ROWS']} in the table for {shape.key}; at most {MOST_ROWS}"
+        )
+    return config
 
 
 def check_weight(op: str, name: str, weight: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
