@@ -1,6 +1,7 @@
-"""Everything that needs a GPU, in one go: the tests with compiled kernels, the ops, the layers, the whole step.
+"""Everything that needs a GPU, in one go: the tests with compiled kernels, the ops, the layers, the convolutions, the
+whole step.
 
-python3 -m benchmarks.gpu [tests|ops|layers|step] [--out DIR]        (`make gpu`)
+python3 -m benchmarks.gpu [tests|ops|layers|conv|step] [--out DIR]        (`make gpu`)
 
 Needs PyTorch, Triton and pytest, no network. Each part is a process of its own with a limit of 8 minutes, and writes
 GPU.PART.json (and .log) as it goes; GPU.md and GPU.png are made of what is there after each. Exit code 1 if a test
@@ -28,7 +29,8 @@ PARTS = {
     # Not tests/nvcnn/data, tests/end_to_end and tests/test_install.py: they are about packages, not about the GPU.
     "tests": ["pytest", "-vv", "-p", "no:cacheprovider", "--ignore=tests/nvcnn/data", "tests/kernels", "tests/nvcnn"],
     "ops": ["benchmarks.ops", "--device=cuda"],
-    "layers": ["benchmarks.layers"],
+    "layers": ["benchmarks.layers", *["batch_norm", "max_pool", "global_average", "cross_entropy", "prepare_input"]],
+    "conv": ["benchmarks.layers", "convolution", "bottleneck"],
     "step": ["benchmarks.step", "--device=cuda"],
 }
 
@@ -113,7 +115,7 @@ def draw(path: Path, title: str, shares: dict[str, float]) -> None:
     axes.bar_label(bars, fmt="%.0f %%", padding=2)
     axes.axvline(100, color="black", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlabel("share of copy bandwidth, %")
+    axes.set_xlabel("share of the floor, %")
     axes.set_title(title)
     figure.savefig(path, dpi=120)
 

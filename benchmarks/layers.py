@@ -4,8 +4,8 @@ python -m benchmarks.layers [--json FILE] [NAME ...]    layers whose name contai
 
 `pytest benchmarks/ --benchmark-only` times each contender on its own, grouped by layer, and `--benchmark-compare` sets
 two runs side by side. Here contenders take turns. On a GPU, in fp16 at batch 256, they run as CUDA graphs over several
-sets of inputs that together exceed the L2 cache, next to torch.compile and to the floor, the bytes that nvcnn's own ops
-must move; on a CPU, in fp32 at batch 2, the references run.
+sets of inputs that together exceed the L2 cache, next to torch.compile and to the floor of nvcnn's own ops, that of
+`benchmarks.ops`; on a CPU, in fp32 at batch 2, the references run.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import report, roofline, timing
+from benchmarks import ops, report, roofline, timing
 from benchmarks.trace import META, recorded
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d
 
-COPY = 1 << 30
+COPY, MATMUL = 1 << 30, 8192
 OURS = "nvcnn"
 
 Inputs = tuple[Tensor, ...]
@@ -35,15 +35,19 @@ Contender = Callable[..., tuple[Tensor, ...]]  # (*inputs, backward) -> outputs,
 
 @dataclass(frozen=True)
 class Layer:
-    """One op at one shape. `contenders` make what is timed; OURS is among them. `phases`: of `backward`."""
+    """One op at one shape. `contenders` make what is timed; OURS is among them. `phases`: of `backward`.
+
+    `work` says what a phase computes, if it is not forward, or forward and backward.
+    """
 
     name: str
     inputs: Callable[[torch.device, torch.dtype], Inputs]
     contenders: Mapping[str, Callable[[torch.device], Contender]]
     phases: tuple[bool, ...] = (False, True)
+    work: str = ""
 
     def title(self, backward: bool) -> str:
-        return f"{self.name}, {'forward and backward' if backward else 'forward'}"
+        return f"{self.name}, {self.work or ('forward and backward' if backward else 'forward')}"
 
 
 def device_and_batch() -> tuple[torch.device, torch.dtype, int]:
@@ -117,18 +121,20 @@ def step_of(contender: Contender, sets: list[Inputs], backward: bool) -> timing.
     return step
 
 
-def floor_bytes(layer: Layer, dtype: torch.dtype, backward: bool) -> int:
-    """What our ops must move, by the roofline."""
+def bytes_and_flops(layer: Layer, dtype: torch.dtype, backward: bool) -> tuple[int, int]:
+    """What our ops must move and compute, by the roofline."""
     contender = layer.contenders[OURS](META)
     inputs = layer.inputs(META, dtype)
     with recorded():
         contender(*inputs, backward=backward)  # makes the gradient's direction, which is none of its work
     with recorded() as calls:
         contender(*inputs, backward=backward)
-    return sum(map(roofline.bytes_of, calls))
+    return sum(map(roofline.bytes_of, calls)), sum(map(roofline.flops_of, calls))
 
 
-def compare(layer: Layer, backward: bool, *, copy: int = COPY, rounds: int = 10) -> list[dict[str, Any]]:
+def compare(
+    layer: Layer, backward: bool, *, copy: int = COPY, n: int = MATMUL, rounds: int = 10
+) -> list[dict[str, Any]]:
     """A row against each other contender, and on a GPU one against the floor. A contender that fails says why."""
     device, dtype, _ = device_and_batch()
     sets = inputs_in_turn(layer, device, dtype)
@@ -143,17 +149,19 @@ def compare(layer: Layer, backward: bool, *, copy: int = COPY, rounds: int = 10)
             if name == OURS:
                 raise
             rows.append(timing.missing(f"{title} / {name}", "us", error))
+    peers = [name for name in steps if name != OURS]
     if device.type == "cuda":
-        source, target = torch.randn(2, copy // 4, device=device)
-        steps["copy"] = partial(target.copy_, source)
+        needed, flops = bytes_and_flops(layer, dtype, backward)
+        steps["copy"] = ops.copy(copy, device)
+        if flops:
+            steps["matmul"] = ops.matmul(n, dtype, device)
     times = timing.alternate(steps, device, rounds=rounds, repeat=5 if device.type == "cuda" else 1, warm_up=2)
-    per_set = {name: [ms / len(sets) for ms in values] for name, values in times.items()}
-    peers = [name for name in steps if name not in (OURS, "copy")]
+    per_set = {name: [ms / len(sets) for ms in times[name]] for name in (OURS, *peers)}
     rows = [timing.row(f"{title} / {name}", "us", per_set[OURS], per_set[name]) for name in peers] + rows
-    if "copy" in times:
-        needed = floor_bytes(layer, dtype, backward)
-        floor = [ms * needed / (2 * copy) for ms in times["copy"]]
-        rows.append(timing.row(f"{title} / floor", "us", per_set[OURS], floor))
+    if device.type == "cuda":
+        least = ops.floor(needed, flops, times, size=copy, n=n)
+        row = timing.row(f"{title} / floor", "us", per_set[OURS], least)
+        rows.append(row | {"note": ops.rates(needed, flops, row["ours"])})
     return rows
 
 

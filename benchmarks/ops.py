@@ -2,10 +2,11 @@
 
 python -m benchmarks.ops [--device=cpu|cuda] [--json FILE]
 
-The floor of an op is the bytes it must move, over the copy bandwidth of the same rounds: a `ratio` of 0.9 is 90 % of
-it. On a GPU gradients, model weights and activations (batch 256) are fp16, each op is timed as a CUDA graph over
-several arenas or sets of tensors in turn, which together exceed any cache; whole optimizer steps are timed as their
-users call them. On a CPU the layers' ops are left out: references run there, which are not made for one pass.
+The floor of an op is the bytes it must move, over the copy bandwidth of the same rounds, or its FLOPs over their matrix
+rate, whichever takes longer: a `ratio` of 0.9 is 90 % of it. On a GPU gradients, model weights and activations (batch
+256) are fp16, each op is timed as a CUDA graph over several arenas or sets of tensors in turn, which together exceed
+any cache; whole optimizer steps are timed as their users call them. On a CPU the layers' ops are left out: references
+run there, which are not made for one pass.
 """
 
 import argparse
@@ -88,27 +89,47 @@ def bytes_of(arena: Arena) -> dict[str, int]:
     }
 
 
-def layer_calls(model: str, batch: int, dtype: torch.dtype) -> list[Call]:
-    """The calls of the project's ops in a step of the model, but for the optimizer's."""
+def floor(needed: int, flops: int, times: dict[str, list[float]], *, size: int, n: int) -> list[float]:
+    """The milliseconds of each round that no device with its "copy" of `size` bytes and its "matmul" of n can pass."""
+    memory = [ms * needed / (2 * size) for ms in times["copy"]]
+    if not flops:
+        return memory
+    return [max(least, ms * flops / (2 * n**3)) for least, ms in zip(memory, times["matmul"], strict=True)]
+
+
+def rates(needed: int, flops: int, us: float) -> str:
+    """Of what moves so many bytes and does so many FLOPs in that time."""
+    return f"{timing.significant(needed / us / 1e3)} GB/s" + (
+        f", {timing.significant(flops / us / 1e6)} TFLOP/s" if flops else ""
+    )
+
+
+def layer_calls(model: str, batch: int, dtype: torch.dtype) -> Counter[Call]:
+    """The calls of the project's ops in a step of the model, but for the optimizer's, and how often each occurs.
+
+    With --conv=torch and with --conv=triton: what is in both counts as in the one that has more.
+    """
     optimizer_ops = {f"nvcnn::{op}" for op in OPS}
-    calls = step_calls(model, batch, dtype)
-    return [call for call in calls if call.name.startswith("nvcnn::") and call.name not in optimizer_ops]
+    calls = Counter(step_calls(model, batch, dtype)) | Counter(step_calls(model, batch, dtype, "triton"))
+    ours = {call: n for call, n in calls.items() if call.name.startswith("nvcnn::") and call.name not in optimizer_ops}
+    return Counter(ours)
 
 
 def measure_layers(
-    model: str, batch: int, device: torch.device, dtype: torch.dtype, *, size: int, rounds: int
+    model: str, batch: int, device: torch.device, dtype: torch.dtype, *, size: int, n: int, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each distinct call of the layers' ops, the heaviest first, between copies of `size` bytes."""
-    copies = timing.captured(copy(size, device), device)
-    calls = Counter(layer_calls(model, batch, dtype))
+    """A row for each distinct call of the layers' ops, the heaviest first, between copies and products of matrices."""
+    ceiling = {"copy": copy(size, device), "matmul": matmul(n, dtype, device)}
+    ceiling = {name: timing.captured(step, device) for name, step in ceiling.items()}
+    calls = layer_calls(model, batch, dtype)
     for call, count in sorted(calls.items(), key=lambda item: -item[1] * roofline.bytes_of(item[0])):
         step, sets = replay(call, device)
-        steps = {"copy": copies, "ours": timing.captured(step, device)}
+        steps = ceiling | {"ours": timing.captured(step, device)}
         times = timing.alternate(steps, device, rounds=rounds, repeat=5, warm_up=2)
-        needed = roofline.bytes_of(call)
-        floor = [ms * needed / (2 * size) for ms in times["copy"]]
-        row = timing.row(f"{model}: {describe(call)} / floor", "us", [ms / sets for ms in times["ours"]], floor)
-        yield row | {"note": f"{count} a step, {timing.significant(needed / row['ours'] / 1e3)} GB/s"}
+        needed, flops = roofline.bytes_of(call), roofline.flops_of(call)
+        least = floor(needed, flops, times, size=size, n=n)
+        row = timing.row(f"{model}: {describe(call)} / floor", "us", [ms / sets for ms in times["ours"]], least)
+        yield row | {"note": f"{count} a step, {rates(needed, flops, row['ours'])}"}
 
 
 def amp_unscale(arena: Arena) -> timing.Step:
@@ -136,9 +157,8 @@ def measure_ops(model: str, device: torch.device, dtype: torch.dtype, *, size: i
     head = f"{model}, {str(dtype).removeprefix('torch.')}:"
     rows = []
     for op, needed in bytes_of(optimizers[0].arena).items():
-        floor = [ms * needed / (2 * size) for ms in times["copy"]]
-        row = timing.row(f"{head} {op} / floor", "us", per_op[op], floor)
-        rows.append(row | {"note": f"{timing.significant(needed / row['ours'] / 1e3)} GB/s"})
+        row = timing.row(f"{head} {op} / floor", "us", per_op[op], floor(needed, 0, times, size=size, n=0))
+        rows.append(row | {"note": rates(needed, 0, row["ours"])})
     statistics, ratio = per_op["gradient_statistics"], timing.significant(median(per_op["trust_ratio"]) * 1e3)
     rows.append(timing.missing(f"{head} trust_ratio", "us", "8 bytes a block, out of the cache") | {"ours": ratio})
     rows.append(timing.row(f"{head} gradient_statistics / {unscale}", "us", statistics, per_op[unscale]))
@@ -201,9 +221,9 @@ def main() -> int:
     dtypes = (torch.float16, torch.bfloat16) if gpu else (torch.float32, torch.bfloat16)
     add(ceilings(device, dtypes, size=size, n=n, rounds=rounds))
     add(measure_ops("resnet50", device, dtypes[0], size=size, rounds=rounds))
-    if gpu:
-        add(measure_layers("resnet50", 256, device, dtypes[0], size=size, rounds=rounds))
     add(measure_steps(OURS, PEERS, device, rounds=rounds, repeat=20 if gpu else 1))
+    if gpu:
+        add(measure_layers("resnet50", 256, device, dtypes[0], size=size, n=n, rounds=rounds))
     print(report.table(timing.shown(rows)))
     return 0
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from benchmarks import timing
-from benchmarks.roofline import moved
+from benchmarks.roofline import CONVOLUTIONS, moved
 from benchmarks.trace import Call, Layout
 
 
@@ -44,11 +44,16 @@ def replay(call: Call, device: torch.device) -> tuple[timing.Step, int]:
 
 
 def describe(call: Call) -> str:
-    """The op, its shape, and the flags that are set."""
+    """The op, its shape, the weight's and the stride, the flags that are set, and what else is fused."""
     values = dict(call.arguments)
     words = [call.name.removeprefix("nvcnn::")]
     shape = next((v.shape for v in values.values() if isinstance(v, Layout)), ())
     words.append(" x ".join(map(str, shape[1:])))
+    fused = ["residual", "y"]
+    if call.name in CONVOLUTIONS:
+        k, _, r, s = call[CONVOLUTIONS[call.name][1]].shape
+        words.append(f"weight {k} x {r} x {s} stride {call['stride'][0]}")
+        fused += ["residual_vectors", "vectors", "skip", "z", "x_vectors", "branch"]
     words += [name for name, v in values.items() if v is True]
-    words += [name for name in ("residual", "y") if isinstance(values.get(name), Layout)]
+    words += [name for name in fused if isinstance(values.get(name), Layout)]
     return " ".join(words)

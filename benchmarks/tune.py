@@ -2,10 +2,11 @@
 
 python3 -m benchmarks.tune [--model resnet50] [--batch 256] [--minutes 25] [NAME ...]        (`make tune`)
 
-For every call of the model's step, in fp16 and bf16: from the configuration in use, climb to the best neighbour (one
-of its numbers doubled or halved) until none is faster by MARGIN; what does not compile, or changes the result, is no
-neighbour. The table keeps what it has of other ops and keys, and is written after each call, so that what is measured
-stays when time runs out; heavy calls come first. NAME: only ops whose name contains one.
+For every call of the model's step, with --conv=torch and with --conv=triton, in fp16 and bf16: from the configuration
+in use, climb to the best neighbour (one of its numbers doubled or halved) until none is faster by MARGIN; what does not
+compile, or changes the result, is no neighbour. The table keeps what it has of other ops and keys, and is written after
+each call, so that what is measured stays when time runs out; heavy calls come first. NAME: only ops whose name contains
+one.
 """
 
 import argparse
@@ -69,7 +70,8 @@ def results(call: Call, device: torch.device) -> list[Tensor]:
     torch.manual_seed(0)
     made = arguments(call, device)
     returned = call.op(**made)
-    return [t for t in tree_leaves((returned, made)) if isinstance(t, Tensor)]
+    # Sums are (2, parts, channels), and how many parts there are is the configuration's business.
+    return [t.sum(1) if t.dim() == 3 else t for t in tree_leaves((returned, made)) if isinstance(t, Tensor)]
 
 
 def agrees(call: Call, device: torch.device, expected: list[Tensor]) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
+from benchmarks.layers import all_layers
 
 
 @pytest.fixture
@@ -160,6 +161,8 @@ def test_a_failing_test_is_the_exit_code(machine, tmp_path, module, capfd):
 
 
 def test_the_parts_are_there():
+    for layer in all_layers():
+        assert sum(any(name in layer.name for name in gpu.PARTS[part][1:]) for part in ("layers", "conv")) == 1
     for module in ("ops", "layers", "step"):
         assert gpu.PARTS[module][0] == f"benchmarks.{module}"
         assert (Path(gpu.__file__).parent / f"{module}.py").exists()

@@ -33,7 +33,8 @@ def test_the_batch_norms_are_those_of_resnet50():
 
 def test_every_op_of_a_layer_has_a_benchmark():
     assert {layer.name.split()[0] for layer in ALL} == {
-        *("batch_norm", "max_pool", "global_average", "cross_entropy", "prepare_input")
+        *("batch_norm", "max_pool", "global_average", "cross_entropy", "prepare_input"),
+        *("convolution", "bottleneck"),
     }
 
 
@@ -62,7 +63,7 @@ def test_a_layer_has_a_row_for_each_peer_measured_or_with_its_reason(device):
 
     contenders = {OURS: lambda device: run, "twice": lambda device: run, "absent": absent}
     layer = Layer("double 4", lambda device, dtype: (torch.ones(4, device=device),), contenders, phases=(False,))
-    rows = layers.compare(layer, False, copy=1 << 20, rounds=3)
+    rows = layers.compare(layer, False, copy=1 << 20, n=64, rounds=3)
     measured, missing = rows[:2]
     assert measured["name"] == "double 4, forward / twice"
     assert measured["ratio"] > 0
@@ -74,8 +75,8 @@ def test_the_floor_is_the_bytes_of_our_ops():
     layer = next(layer for layer in ALL if layer.name.startswith("max_pool"))
     batch = layers.device_and_batch()[2]
     x, y = 64 * 112 * 112, 64 * 56 * 56
-    assert layers.floor_bytes(layer, torch.float16, False) == batch * (2 * x + 2 * y + y)
-    assert layers.floor_bytes(layer, torch.float16, True) == 2 * batch * (2 * x + 2 * y + y)
+    assert layers.bytes_and_flops(layer, torch.float16, False) == (batch * (2 * x + 2 * y + y), 0)
+    assert layers.bytes_and_flops(layer, torch.float16, True) == (2 * batch * (2 * x + 2 * y + y), 0)
 
 
 def test_a_name_that_is_no_layers_is_bad_usage(monkeypatch, capsys):
@@ -84,3 +85,26 @@ def test_a_name_that_is_no_layers_is_bad_usage(monkeypatch, capsys):
         layers.main()
     assert stopped.value.code == 2
     assert "no_such_layer" in capsys.readouterr().err
+
+
+def test_the_floor_of_a_convolution_has_its_flops():
+    batch, dtype = layers.device_and_batch()[2], torch.float16
+    found = {layer.work: layer for layer in ALL if layer.name.startswith("convolution layer2.1.conv2 128 x ")}
+    pixels = batch * int(next(iter(found.values())).name.split()[4]) ** 2
+    activation, weight = 2 * pixels * 128, 2 * 128 * 128 * 9
+    for work in ("forward", "data gradient", "weight gradient"):
+        flops = 2 * pixels * 128 * 128 * 9
+        assert layers.bytes_and_flops(found[work], dtype, False) == (2 * activation + weight, flops), work
+    assert found["data gradient"].title(False).endswith(", data gradient")
+
+
+def test_a_block_of_resnet50_moves_less_fused():
+    fused, apart = (
+        Layer("block", layer.inputs, {OURS: layer.contenders[name]})
+        for layer in ALL
+        if layer.name.startswith("bottleneck layer2.1")
+        for name in (OURS, "torchvision")
+    )
+    moved = {name: layers.bytes_and_flops(layer, torch.float32, True) for name, layer in (("f", fused), ("a", apart))}
+    assert moved["f"][0] < 0.7 * moved["a"][0]
+    assert moved["f"][1] == moved["a"][1]
