@@ -70,7 +70,7 @@ class Places(TorchDispatchMode):
         self.found: dict[int, Place] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.nvcnn.convolution.default:
+        if func is kernels.convolution.overload:
             x, weight, stride, padding, groups, vectors, residual, residual_vectors, *_ = args
             reads = "raw" if vectors is not None else "activation"
             if residual is not None:
