@@ -8,6 +8,7 @@ import torch
 from benchmarks import tune
 from benchmarks.ops import layer_calls
 from benchmarks.replay import arguments, describe, replay
+from benchmarks.trace import call_of
 from kernels import configurations
 from kernels.implementation import INTERPRETED
 
@@ -107,6 +108,25 @@ def test_a_lost_device_is_not_a_slow_configuration(calls, tmp_path):
 
     with pytest.raises(RuntimeError, match="illegal"):
         tune.tune(tune.Counter([calls["nvcnn::max_pool"]]), CPU, tmp_path / "t.json", clock=clock, seconds=100)
+
+
+@interpreted
+def test_sums_over_other_parts_agree(monkeypatch):
+    """The best has larger tiles of rows: fewer parts."""
+    x, w = (torch.empty(shape).to(memory_format=torch.channels_last) for shape in ((2, 8, 5, 5), (8, 8, 1, 1)))
+    convolution = torch.ops.nvcnn.convolution.default
+    call = call_of(convolution, x, w, [1, 1], [0, 0], center=torch.empty(8))
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    start = {"BLOCK_ROWS": 16, "BLOCK_OUT": 16, "BLOCK_IN": 16, "num_warps": 4, "num_stages": 2}
+
+    def clock(call):
+        call.op(**arguments(call, CPU))
+        (config,) = configurations.answers.values()
+        return 1000 / config["BLOCK_ROWS"]
+
+    (key,) = tune.looked_up(call, CPU, {"convolution": {"*": start}})
+    best, cost, first = tune.climb(call, *key, start, CPU, {}, clock)
+    assert (best["BLOCK_ROWS"], cost, first) == (256, 1000 / 256, 1000 / 16), "more than MOST_ROWS is refused"
 
 
 def test_wrong_numbers_do_not_agree(calls):

@@ -96,6 +96,7 @@ def vectors(*shape):
 
 X = (11000, 64, 56, 56)  # 2.2e9 values
 C = X[1]
+PLAIN, PADDED = ((1, 1), (0, 0), 1), ((1, 1), (1, 1), 1)  # strides, padding, groups
 CALLS = {
     "global_average": lambda: [meta(*X)],
     "global_average_backward": lambda: [meta(2**16, 2**12), 3, 3],
@@ -105,6 +106,20 @@ CALLS = {
     "max_pool": lambda: [meta(*X), 3, 1, 1, True],
     "max_pool_backward": lambda: [meta(*X), meta(*X, dtype=torch.uint8), 56, 56, 3, 1, 1],
     "cross_entropy": lambda: [meta(2**17, 20000), meta(2**17, dtype=torch.int64), vectors(1), 0.1],
+    "convolution": lambda: [meta(*X), meta(C, C, 3, 3), *PADDED, vectors(5, C), None, None, vectors(C)],
+    "convolution join": lambda: [meta(*X), meta(C, C, 1, 1), *PLAIN, vectors(5, C), meta(*X), vectors(5, C)],
+    "convolution_data_gradient": lambda: [
+        *(meta(*X), meta(C, C, 3, 3), (56, 56), *PADDED, meta(*X), vectors(5, C), vectors(2, C)),
+        *(None, None, meta(*X), vectors(5, C)),
+    ],
+    "convolution_data_gradient join": lambda: [
+        *(meta(*X), meta(C, C, 1, 1), (56, 56), *PLAIN, None, None, None),
+        *(meta(*X), meta(*X), meta(*X), vectors(5, C), meta(*X), vectors(5, C)),
+    ],
+    "convolution_weight_gradient": lambda: [
+        *(meta(*X), meta(*X), meta(C, C, 3, 3), *PADDED),
+        *(meta(*X), vectors(5, C), vectors(2, C), vectors(5, C)),
+    ],
     "prepare_input": lambda: [
         meta(15000, 224, 224, 3, dtype=torch.uint8).contiguous(),
         meta(15000, dtype=torch.bool),
@@ -113,9 +128,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("op", CALLS)
-def test_offsets_do_not_overflow(launches, op):
-    operators[f"nvcnn::{op}"].launcher(*CALLS[op]())
+@pytest.mark.parametrize("call", CALLS)
+def test_offsets_do_not_overflow(launches, call):
+    operators[f"nvcnn::{call.split()[0]}"].launcher(*CALLS[call]())
     large = [i for i, tensor in enumerate(launches.tensors, 1) if tensor.numel() > 2**31]
     assert large
     for i in large:
