@@ -7,11 +7,12 @@ most fused into them. `all`: ResNet-50's steps as well, with --conv=torch and --
 launched without a table and with each table of kernels/configs/ (on its own GPU). Equal launches are compiled once;
 `calls` says how often they occur in a step of ResNet-50.
 
-A breach (exit 1) is a spill, a program that does not fit an SM, a product of matrices of halves without the chip's own
-instruction for it, or a stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for every
-thread of the program, which scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels may be
-mirrored, three of them each, and positions in a window are half as wide as the values beside them) and what UNALIGNED
-names. Occupancy is the share of an SM's warps that registers and shared memory leave room for.
+Convolutions of 1 x 1 are compiled with TMA, too. A breach (exit 1) is a spill, a program that does not fit an SM, a
+product of matrices of halves without the chip's own instruction for it, a tile not loaded by TMA that should be, or a
+stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for every thread of the program, which
+scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels may be mirrored, three of them
+each, and positions in a window are half as wide as the values beside them) and what UNALIGNED names. Occupancy is the
+share of an SM's warps that registers and shared memory leave room for.
 """
 
 import argparse
@@ -22,16 +23,20 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 
 from benchmarks import report
+from benchmarks.roofline import CONVOLUTIONS
 from benchmarks.trace import Call, Launch, Layout, compiled, launches, meta_run, recorded, step_calls
-from kernels.configurations import TABLES, TEST
+from kernels import geometry
+from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
 
 CHIPS = (80, 90, 100)
@@ -67,16 +72,42 @@ def most_fused(calls: Iterable[Call]) -> list[Call]:
     """Of each convolution op, of 1 x 1 and of 3 x 3, the call that takes most tensors, which holds most registers."""
     found: dict[tuple[str, int], Call] = {}
     for call in calls:
-        weight = call["out" if call.name.endswith("weight_gradient") else "weight"]
-        if call.name.startswith("nvcnn::convolution") and weight.shape[3] <= 3:
-            best = found.setdefault((call.name, weight.shape[3]), call)
-            if len(tensors(call)) > len(tensors(best)):
-                found[call.name, weight.shape[3]] = call
-    return list(found.values())
+        if call.name not in CONVOLUTIONS:
+            continue
+        size = call[CONVOLUTIONS[call.name][1]].shape[3]
+        best = found.setdefault((call.name, size), call)
+        if len(tensors(call)) > len(tensors(best)):
+            found[call.name, size] = call
+    return [call for (_, size), call in found.items() if size <= 3]
 
 
 def tensors(call: Call) -> list[str]:
     return [name for name, value in call.arguments if isinstance(value, Layout)]
+
+
+@contextmanager
+def tma() -> Iterator[None]:
+    """Convolutions load tiles by descriptors."""
+
+    def configured(*arguments: Any) -> Configuration:
+        return {**configuration(*arguments), "TMA": 1}
+
+    with mock.patch.object(geometry, "configuration", configured):
+        yield
+
+
+def with_tma(calls: Iterable[Call]) -> Counter[Launch]:
+    """The launches of 1 x 1 convolutions with TMA, on the chips that have it."""
+    pointwise = [
+        call
+        for call in calls
+        if call.name in CONVOLUTIONS
+        and call["stride"] == (1, 1)
+        and call[CONVOLUTIONS[call.name][1]].shape[2:] == (1, 1)
+    ]
+    with tma():
+        found = [counted(pointwise, chip) for chip in CHIPS if chip >= 90]
+    return Counter({launch: n for one in found for launch, n in one.items() if "_tiles:tma" in launch.name})
 
 
 def counted(calls: Iterable[Call], chip: int, table: str = "") -> Counter[Launch]:
@@ -98,9 +129,11 @@ def all_launches(which: str) -> Counter[Launch]:
             step = step_calls(dtype=dtype) + step_calls(dtype=dtype, conv="triton")
             for chip, table in [(chip, "") for chip in CHIPS] + tables:
                 found |= counted(step, chip, table)
+            found |= with_tma(step)
     short = list(short_calls())
     for chip in CHIPS:
         found.update(dict.fromkeys(counted(short, chip), 0))
+    found.update(dict.fromkeys(with_tma(short), 0))
     return found
 
 
@@ -126,6 +159,9 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
         breaches.append("does not fit an SM")
     if re.search(r"tt\.dot .*xb?f16>", kernel.asm["ttir"]) and matrix != MATRIX[launch.chip]:
         breaches.append(f"multiplies matrices without {MATRIX[launch.chip]}")
+    loads_by_tma = "cp.async.bulk.tensor" in ptx
+    if "_tiles:tma" in launch.name and not loads_by_tma:
+        breaches.append("loads tiles without TMA")
     for place in [] if UNALIGNED.search(launch.name) else sorted(streams(ttgir, warps * 32)):
         width = min((width for _, width, at in accesses if at == place), default=0)
         if width < 16:
@@ -140,6 +176,7 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
         "load": max((width for verb, width, _ in accesses if verb != "st"), default=0),
         "store": max((width for verb, width, _ in accesses if verb == "st"), default=0),
         "matrix": matrix,
+        "tma": "yes" if loads_by_tma else "-",
         "occupancy": f"{room:.0%}",
         "breach": "; ".join(breaches),
     }

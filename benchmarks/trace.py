@@ -203,6 +203,8 @@ class Launch:
         for argument, kind in data["signature"].items():
             if argument in constants:
                 words.append(f"{argument}={constants[argument]}")
+            elif kind.startswith("tensordesc"):
+                words.append(f"{argument}:tma")
             elif kind == "i64" or (kind.startswith("*") and kind != "*fp32"):
                 words.append(f"{argument}:{kind.strip('*')}")
             elif kind == "i32" and argument in aligned:

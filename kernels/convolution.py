@@ -39,6 +39,7 @@ from kernels.geometry import (
     configured_for,
     empty_images,
     geometry,
+    launch_options,
     locate,
     multiply_add,
     normalised,
@@ -110,6 +111,8 @@ def kernel(
     K,
     OH,
     OW,
+    x_tiles,
+    weight_tiles,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -160,7 +163,10 @@ def kernel(
         elif not SAME:
             inside &= ((h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W))[:, None]
         at = (x_row + (r * W + s) * channels)[:, None] + run[None, :]
-        a = tl.load(x + x_tile + at, mask=inside, other=0.0)
+        if x_tiles is not None:
+            a = x_tiles.load([first.to(tl.int32), step * BLOCK_IN])
+        else:
+            a = tl.load(x + x_tile + at, mask=inside, other=0.0)
         if vectors is not None:
             value = normalised(a, vectors, c, channel, C)
             if residual is not None:
@@ -172,10 +178,13 @@ def kernel(
             a = value.to(x.dtype.element_ty)
             if joined is not None:
                 tl.store(joined + x_tile + at, a, mask=inside & (block == 0))
-        weighted = known[:, None] & channel[None, :]
-        if GROUPS > 1:
-            weighted &= group[:, None] == (run // of_group)[None, :]
-        b = tl.load(weight + (weight_row + tap * of_group)[:, None] + run[None, :], mask=weighted, other=0.0)
+        if weight_tiles is not None:
+            b = weight_tiles.load([block * BLOCK_OUT, step * BLOCK_IN])
+        else:
+            weighted = known[:, None] & channel[None, :]
+            if GROUPS > 1:
+                weighted &= group[:, None] == (run // of_group)[None, :]
+            b = tl.load(weight + (weight_row + tap * of_group)[:, None] + run[None, :], mask=weighted, other=0.0)
         result = multiply_add(a, tl.trans(b), result)
 
     at = tl.arange(0, BLOCK_ROWS)[:, None] * K + k[None, :]
@@ -205,6 +214,7 @@ def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.k, 128 if shape.groups == 1 else 64),
         "BLOCK_IN": tile_of(shape.run, deep if shape.groups == 1 else 64),
+        "TMA": 0,
         "num_warps": 8,
         "num_stages": 3,
     }
@@ -262,6 +272,8 @@ def convolution(
     parts = triton.cdiv(shape.rows, config["BLOCK_ROWS"])
     z, sums = outputs(x, shape, residual, center, parts)
     grid = (parts * triton.cdiv(shape.k, config["BLOCK_OUT"]),)
+    tiles = {"x": (x, "BLOCK_ROWS", "BLOCK_IN"), "weight": (weight, "BLOCK_OUT", "BLOCK_IN")}
+    options = launch_options("convolution", shape, config, **tiles)
     kernel[grid](
         *(x, weight, vectors, residual, residual_vectors, None if residual is None else z),
         *(center, scale, shift, add, y, sums, shape.rows),
@@ -269,7 +281,7 @@ def convolution(
         **shape.constants,
         NARROW=shape.narrow,
         RELU=relu,
-        **config,
+        **options,
     )
     return y, z, sums
 
@@ -283,7 +295,7 @@ def checked(x, weight, stride, padding, groups, vectors, residual, residual_vect
     check_like(op, x, residual=residual)
     if (residual is not None and vectors is None) or (residual_vectors is not None and residual is None):
         raise ValueError(f"{op}: a residual needs vectors, and residual_vectors need a residual")
-    if residual is not None and (shape.r * shape.s * shape.stride[0] * shape.stride[1] > 1 or any(shape.padding)):
+    if residual is not None and not shape.pointwise:
         raise ValueError(
             f"{op}: a residual is joined by a 1 x 1 weight with stride 1, without padding; "
             f"got {shape.r} x {shape.s}, stride {shape.stride}, padding {shape.padding}"

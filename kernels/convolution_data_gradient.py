@@ -36,6 +36,7 @@ from kernels.geometry import (
     configured_for,
     empty_images,
     geometry,
+    launch_options,
     locate,
     multiply_add,
     normalised,
@@ -121,6 +122,8 @@ def kernel(
     K,
     OH,
     OW,
+    g_tiles,
+    weight_tiles,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -176,15 +179,21 @@ def kernel(
         if not SAME:
             inside &= ((i - q >= 0) & (i - q < OH) & (j - p >= 0) & (j - p < OW))[:, None]
         at = (g_row - (q * OW + p) * K)[:, None] + k[None, :]
-        a = tl.load(g + g_tile + at, mask=inside, other=0.0)
+        if g_tiles is not None:
+            a = g_tiles.load([first.to(tl.int32), step * BLOCK_IN])
+        else:
+            a = tl.load(g + g_tile + at, mask=inside, other=0.0)
         if vectors is not None:
             a = through_batch_norm(a, y, vectors, factors, g_tile + at, inside, k, channel, K).to(g.dtype.element_ty)
-        tap_of_weight = (first_r + q * STRIDE_H) * S + first_s + p * STRIDE_W
-        weighted = channel[:, None] & known[None, :]
-        if GROUPS > 1:
-            weighted &= (k // (K // GROUPS))[:, None] == group[None, :]
-        of_weight = (k * R * S + tap_of_weight)[:, None] * (C // GROUPS) + column[None, :]
-        b = tl.load(weight + of_weight, mask=weighted, other=0.0)
+        if weight_tiles is not None:
+            b = weight_tiles.load([step * BLOCK_IN, c0])
+        else:
+            tap_of_weight = (first_r + q * STRIDE_H) * S + first_s + p * STRIDE_W
+            weighted = channel[:, None] & known[None, :]
+            if GROUPS > 1:
+                weighted &= (k // (K // GROUPS))[:, None] == group[None, :]
+            of_weight = (k * R * S + tap_of_weight)[:, None] * (C // GROUPS) + column[None, :]
+            b = tl.load(weight + of_weight, mask=weighted, other=0.0)
         result = multiply_add(a, b, result)
 
     at = dx_tile + dx_row[:, None] + c[None, :]
@@ -213,6 +222,7 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 64),
         "BLOCK_IN": tile_of(shape.k, 32),
+        "TMA": 0,
         "num_warps": 8,
         "num_stages": 3,
     }
@@ -278,11 +288,13 @@ def convolution_data_gradient(
     config = configured(g, shape, fusion_of(vectors=vectors, y=y, skip=skip, z=z, x=x, branch=branch))
     classes, tiles = classes_and_tiles(shape, config)
     sums, branch_sums = (empty_sums(g, raw, classes * tiles, shape.c) for raw in (x, branch))
+    matrices = {"g": (g, "BLOCK_ROWS", "BLOCK_IN"), "weight": (weight, "BLOCK_IN", "BLOCK_OUT")}
+    options = launch_options(op, shape, config, **matrices)
     kernel[(tiles * triton.cdiv(shape.c, config["BLOCK_OUT"]), classes)](
         *(g, weight, *prologue, *epilogue, dx, sums, branch_sums),
         *(shape.n, shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
-        **config,
+        **options,
     )
     return dx, sums, branch_sums
 

@@ -31,6 +31,7 @@ from kernels.geometry import (
     check_weight,
     configured_for,
     geometry,
+    launch_options,
     locate,
     multiply_add,
     normalised,
@@ -80,6 +81,8 @@ def kernel(
     K,
     OH,
     OW,
+    g_tiles,
+    x_tiles,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -119,7 +122,10 @@ def kernel(
         exists = tl.arange(0, BLOCK_ROWS) < rows - first
         at = first * K + (tl.arange(0, BLOCK_ROWS)[:, None] * K + k[None, :])
         inside = exists[:, None] & known[None, :]
-        dy = tl.load(g + at, mask=inside, other=0.0)
+        if g_tiles is not None:
+            dy = g_tiles.load([first.to(tl.int32), k0])
+        else:
+            dy = tl.load(g + at, mask=inside, other=0.0)
         if vectors is not None:
             dy = through_batch_norm(dy, y, vectors, factors, at, inside, k, known, K).to(g.dtype.element_ty)
         inside = exists[:, None] & channel[None, :]
@@ -134,7 +140,10 @@ def kernel(
                 inside &= ((h >= 0) & (h < H))[:, None] & (s_of_run >= 0) & (s_of_run < W)
             else:
                 inside &= ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-        a = tl.load(x + at, mask=inside, other=0.0)
+        if x_tiles is not None:
+            a = x_tiles.load([first.to(tl.int32), tile % tiles_of_run * BLOCK_IN])
+        else:
+            a = tl.load(x + at, mask=inside, other=0.0)
         if x_vectors is not None:
             value = tl.maximum(normalised(a, x_vectors, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
             a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
@@ -173,6 +182,7 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_OUT": tile_of(shape.k, most),
         "BLOCK_IN": tile_of(shape.run, most),
         "PROGRAMS": 264,
+        "TMA": 0,
         "num_warps": 8,
         "num_stages": 3,
     }
@@ -229,9 +239,11 @@ def convolution_weight_gradient(
         raise ValueError(f"{op}: factors need vectors")
     if not runs_triton(g.device):
         return reference(g, x, out, stride, padding, groups, y, vectors, factors, x_vectors, accumulate)
-    config = dict(configured(g, shape, fusion_of(vectors=vectors, y=y, x_vectors=x_vectors)))
+    config = configured(g, shape, fusion_of(vectors=vectors, y=y, x_vectors=x_vectors))
     tiles_of_run, tiles, parts, rows_a_part = launch_sizes(shape, config)
-    del config["PROGRAMS"]
+    matrices = {"g": (g, "BLOCK_ROWS", "BLOCK_OUT"), "x": (x, "BLOCK_ROWS", "BLOCK_IN")}
+    options = launch_options(op, shape, config, **matrices)
+    del options["PROGRAMS"]
     partial = out
     if parts > 1:
         partial = torch.empty((parts, out.numel()), dtype=torch.float32, device=g.device)
@@ -241,7 +253,7 @@ def convolution_weight_gradient(
         **shape.constants,
         NARROW=shape.narrow,
         ACCUMULATE=accumulate and parts == 1,
-        **config,
+        **options,
     )
     if parts > 1:
         grid = (triton.cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)

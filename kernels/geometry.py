@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import check_images, check_vectors, single_or_double
@@ -64,6 +65,11 @@ class Geometry(NamedTuple):
         return self.narrow * self.s or self.c
 
     @property
+    def pointwise(self) -> bool:
+        """Whether a row of y is one of x."""
+        return self.r * self.s * self.stride[0] * self.stride[1] == 1 and not any(self.padding)
+
+    @property
     def constants(self) -> dict[str, int]:
         """What kernels are compiled for."""
         of_axes = dict(zip(("STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W"), self.stride + self.padding, strict=True))
@@ -112,6 +118,29 @@ def configured_for(op: str, x: Tensor, shape: Geometry, fusion: str, computed: C
             f"{op}: BLOCK_ROWS is {config['BLOCK_ROWS']} in the table for {shape.key}; at most {MOST_ROWS}"
         )
     return config
+
+
+def launch_options(
+    op: str, shape: Geometry, config: Configuration, **matrices: tuple[Tensor, str, str]
+) -> dict[str, int | TensorDescriptor | None]:
+    """The keyword arguments of a launch: the configuration and, by name, NAME_tiles.
+
+    These are None, or for {"TMA": 1} descriptors, by which Hopper's and later GPUs load whole tiles: of a channels-last
+    tensor as a matrix (N H W, C), tiles of config[rows] x config[columns]. ValueError where that is not possible.
+    """
+    options: dict[str, int | TensorDescriptor | None] = {name: n for name, n in config.items() if name != "TMA"}
+    for name, (tensor, rows, columns) in matrices.items():
+        options[f"{name}_tiles"] = None
+        if config.get("TMA"):
+            n, c, h, w = tensor.shape
+            if not shape.pointwise or shape.groups > 1 or c * tensor.element_size() % 16 or n * h * w >= 2**31:
+                raise ValueError(
+                    f"{op}: TMA is for a 1 x 1 weight with stride 1, without padding or groups, and under 2^31 "
+                    f"pixels of a multiple of 16 bytes; got {shape.key}, {name} {tuple(tensor.shape)}"
+                )
+            tile = [config[rows], config[columns]]
+            options[f"{name}_tiles"] = TensorDescriptor(tensor, [n * h * w, c], [c, 1], tile)
+    return options
 
 
 def check_weight(op: str, name: str, weight: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:

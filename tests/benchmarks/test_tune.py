@@ -110,6 +110,14 @@ def test_a_lost_device_is_not_a_slow_configuration(calls, tmp_path):
         tune.tune(tune.Counter([calls["nvcnn::max_pool"]]), CPU, tmp_path / "t.json", clock=clock, seconds=100)
 
 
+def test_the_neighbours_of_a_configuration():
+    around = list(tune.neighbours({"BLOCK": 1, "TMA": 0, "num_warps": 16}))
+    assert around == [
+        *({"BLOCK": 2, "TMA": 0, "num_warps": 16}, {"BLOCK": 1, "TMA": 1, "num_warps": 16}),
+        {"BLOCK": 1, "TMA": 0, "num_warps": 8},
+    ]
+
+
 @interpreted
 def test_sums_over_other_parts_agree(monkeypatch):
     """The best has larger tiles of rows: fewer parts."""

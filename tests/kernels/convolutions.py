@@ -1,5 +1,7 @@
 """What the tests of the three convolution ops share: geometries, their float64 twins, and bounds."""
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from kernels import geometry
 from kernels.batch_norm_statistics import MEAN, SCALE, SHIFT
 from kernels.implementation import INTERPRETED
 from tests.kernels.images import SMALLEST, integers, randn, unit
@@ -108,6 +111,33 @@ SHAPES = [
 ]
 COMMON = [Shape(1, 64, 6, 6, 24, 1, 1), Shape(2, 32, 5, 4, 24, 3, 3, (2, 2), (1, 1))]
 FEW = [MODELS[1], MODELS[5], MODELS[9], MODELS[11]]
+
+TILES = Shape(2, 24, 5, 4, 40, 1, 1)  # whose rows are multiples of 16 bytes
+
+
+@contextmanager
+def tma():
+    """The ops' configuration loads tiles by descriptor."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("a GPU without TMA")
+    lookup = geometry.configuration
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "configuration", lambda *arguments: {**lookup(*arguments), "TMA": 1})
+        yield
+
+
+def check_tma(run: Callable[[], tuple[Tensor, ...]], loads: int) -> None:
+    """The same bits as without, by as many kinds of tiles."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVCNN_KERNELS", "triton")
+        plain = run()
+        descriptor = geometry.TensorDescriptor
+        patch.setattr(geometry, "TensorDescriptor", lambda *arguments: made.append(descriptor(*arguments)) or made[-1])
+        with tma():
+            tiled = run()
+    assert len(made) == loads
+    assert all(torch.equal(a, b) for a, b in zip(plain, tiled, strict=True))
 
 
 @st.composite

@@ -49,6 +49,12 @@ def test_convolutions_multiply_with_the_chips_own_instruction(rows):
         assert any(all(f" {tensor}:fp16" in name for tensor in tensors) for name in names), op
 
 
+def test_tiles_of_pointwise_convolutions_are_loaded_by_tma(rows):
+    found = {(row["name"].split()[0], row["chip"]) for row in rows if row["tma"] == "yes"}
+    ops = ("convolution", "convolution_data_gradient", "convolution_weight_gradient")
+    assert found == {(f"{op}.kernel", chip) for op in ops for chip in ("sm_90", "sm_100")}
+
+
 def test_every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(rows):
     modules = [import_module(f"kernels.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)]
     kernel_names = {

@@ -13,6 +13,7 @@ from tests.kernels.convolutions import (
     FEW,
     MODELS,
     SHAPES,
+    TILES,
     TWINS,
     Shape,
     U,
@@ -20,6 +21,7 @@ from tests.kernels.convolutions import (
     as_it_is,
     check_close,
     check_error,
+    check_tma,
     convolved,
     integer_vectors,
     product_error,
@@ -29,6 +31,7 @@ from tests.kernels.convolutions import (
     small_integers,
     spread,
     tensors,
+    tma,
 )
 from tests.kernels.images import channels_last, randn
 
@@ -176,6 +179,21 @@ def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implem
     assert y[0].isfinite().all()
     assert y[1, :, 0].isfinite().all()
     assert not sums.sum(1).isfinite().any()
+
+
+def test_tiles_by_tma_give_the_same_bits(device):
+    given = tensors(TILES, torch.float16, device)
+    vectors, center = random_vectors(TILES.c, device), torch.zeros(TILES.k, device=device)
+    for prologue in ((), (vectors,), (vectors, given["residual"], vectors)):
+        check_tma(lambda: convolution(given["x"], given["weight"], *TILES.how, *prologue, center=center), 2)  # noqa: B023
+
+
+@pytest.mark.parametrize("shape", [MODELS[0], MODELS[7]], ids=str)
+def test_refuses_tma_where_rows_are_no_tiles(device, monkeypatch, shape):
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    given = tensors(shape, torch.float16, device)
+    with tma(), pytest.raises(ValueError, match=r"convolution: TMA is for a 1 x 1 weight.* got N=1 C=18 .*x \(1, 18"):
+        convolution(given["x"], given["weight"], *shape.how)
 
 
 def test_two_runs_give_the_same_bits(implementation, device):

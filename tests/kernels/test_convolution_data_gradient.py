@@ -13,11 +13,13 @@ from tests.kernels.convolutions import (
     DTYPES,
     FEW,
     SHAPES,
+    TILES,
     Shape,
     U,
     as_it_is,
     check_close,
     check_error,
+    check_tma,
     integer_vectors,
     normalised,
     normalised_terms,
@@ -202,6 +204,15 @@ def test_a_nan_lets_the_gradient_pass(implementation, device):
     dx, sums, _ = gradient(given, POINTWISE, x=given["x"], x_vectors=vectors)
     assert dx[0, 3, 1, 1] != 0
     assert sums.sum(1).isfinite().sum() == 2 * POINTWISE.c - 1
+
+
+def test_tiles_by_tma_give_the_same_bits(device):
+    given = tensors(TILES, torch.float16, device)
+    vectors, x_vectors = random_vectors(TILES.k, device), random_vectors(TILES.c, device)
+    every = {"y": given["y"], "vectors": vectors, "factors": vectors[:2].clone()}
+    every |= {"skip": given["residual"], "x": given["x"], "x_vectors": x_vectors}
+    for options in ({}, every):
+        check_tma(lambda: gradient(given, TILES, **options), 2)  # noqa: B023
 
 
 def test_two_runs_give_the_same_bits(implementation, device):

@@ -12,10 +12,12 @@ from tests.kernels.convolutions import (
     DTYPES,
     FEW,
     SHAPES,
+    TILES,
     Shape,
     activation,
     check_close,
     check_error,
+    check_tma,
     integer_vectors,
     of_weight,
     output_gradient,
@@ -122,6 +124,14 @@ def test_a_value_that_is_not_finite_spoils_its_channel_alone(implementation, dev
     spoilt = finite.transpose(0, 1) if of == "x" else finite
     assert not spoilt[17].any()
     assert spoilt[:17].all()
+
+
+def test_tiles_by_tma_give_the_same_bits(device):
+    given = tensors(TILES, torch.float16, device)
+    vectors, x_vectors = random_vectors(TILES.k, device), random_vectors(TILES.c, device)
+    every = {"y": given["y"], "vectors": vectors, "factors": vectors[:2].clone(), "x_vectors": x_vectors}
+    for options in ({}, every):
+        check_tma(lambda: (gradient(given, TILES, torch.float32, **options),), 2)  # noqa: B023
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
