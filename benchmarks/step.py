@@ -4,7 +4,8 @@ python -m benchmarks.step [--device=cpu|cuda] [--json FILE]
 
 On a GPU: ResNet-50, batch 256, 224 x 224, fp16. On the CPU, to prove the script: ResNet-18, batch 4, 64 x 64, fp32.
 The peers are plain channels-last loops with SGD(fused=True), on a GPU with automatic mixed precision, GradScaler and
-cudnn.benchmark. They get normalised fp32 images; ours starts from uint8, as from a decoder, and has LARC.
+cudnn.benchmark. They get normalised fp32 images; ours starts from uint8, as from a decoder, and has LARC. On a GPU ours
+runs with --conv=auto, and its other ways to compute convolutions are among the peers.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +27,7 @@ from benchmarks import report, timing
 from nvcnn.data import SyntheticData
 from nvcnn.distributed import connect
 from nvcnn.larc import MOMENTUM, WEIGHT_DECAY
+from nvcnn.machine import versions
 from nvcnn.settings import Settings
 from nvcnn.train import Run
 
@@ -49,8 +52,8 @@ CPU = Case(torch.device("cpu"), "resnet18", 4, 64, torch.float32)
 GPU = Case(torch.device("cuda"), "resnet50", 256, 224, torch.float16)
 
 
-def ours(case: Case) -> timing.Step:
-    """The trainer's own step."""
+def ours(case: Case, conv: str = "auto") -> timing.Step:
+    """The trainer's own step with --conv."""
     half = case.dtype == torch.float16
     settings = Settings(
         model=case.model,
@@ -60,6 +63,7 @@ def ours(case: Case) -> timing.Step:
         loss_scale="dynamic" if half else 1.0,
         larc_eta=1e-3,
         learning_rate=LEARNING_RATE,
+        conv=conv,
     )
     run = Run(settings, None, connect(settings.transport), None)
     if run.device.type != case.device.type:
@@ -127,6 +131,9 @@ def timm(case: Case) -> timing.Step:
 
 
 PEERS: dict[str, Callable[[Case], timing.Step]] = {"torchvision": torchvision, "timm": timm}
+OURS: dict[str, Callable[[Case], timing.Step]] = {
+    f"nvcnn, --conv={conv}": partial(ours, conv=conv) for conv in ("triton", "cudnn", "torch")
+}
 # Last: on a GPU it tunes for minutes, and what stands by then is kept.
 COMPILED = {"torchvision, max-autotune": lambda case: torchvision(case, "max-autotune")}
 
@@ -149,7 +156,7 @@ def compare(
             steps = {"nvcnn": own, peer: make(case)}
             times = timing.alternate(steps, case.device, rounds=rounds, repeat=repeat, warm_up=5)
             package = peer.split(",")[0]
-            note = f"{package} {metadata.version(package)}"
+            note = f"{package} {versions().get(package) or metadata.version(package)}"
             rows.append(timing.row(name, "images/s", times["nvcnn"], times[peer], images=case.batch, note=note))
         except Exception as error:  # whatever a peer raises is its result
             rows.append(timing.missing(name, "images/s", error))
@@ -175,7 +182,7 @@ def main() -> int:
             report.write(arguments.json, "step", rows)
 
     if torch.cuda.is_available():
-        rows = compare(GPU, PEERS | COMPILED, rounds=8, repeat=10, write=write)
+        rows = compare(GPU, PEERS | OURS | COMPILED, rounds=8, repeat=10, write=write)
     else:
         rows = compare(CPU, PEERS, rounds=9, repeat=3, write=write)
     print(report.table(timing.shown(rows)))

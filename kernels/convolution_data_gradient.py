@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.batch_norm import data_gradient_reference, sums_reference
 from kernels.batch_norm import reference as batch_norm_reference
-from kernels.batch_norm_statistics import MEAN, SCALE
 from kernels.configurations import Configuration
 from kernels.convolution import fusion_of, tile_of
 from kernels.geometry import (
@@ -49,19 +49,7 @@ from kernels.operators import operator
 
 def output_gradient(g: Tensor, y: Tensor | None, vectors: Tensor | None, factors: Tensor | None) -> Tensor:
     """dy in plain PyTorch. Arguments as in `convolution_data_gradient`."""
-    if vectors is None:
-        return g
-    dy = g * vectors[SCALE].view(-1, 1, 1)
-    if factors is not None and y is not None:
-        slope, offset, mean = (v.view(-1, 1, 1) for v in (*factors, vectors[MEAN]))
-        dy += slope * (y - mean) + offset
-    return dy.to(g.dtype)
-
-
-def sums_reference(g: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
-    """(2, 1, C): the sums of g and of g (x - mean)."""
-    g, d = g.to(vectors.dtype), x - vectors[MEAN].view(-1, 1, 1)
-    return torch.stack((g.sum((0, 2, 3)), (g * d).sum((0, 2, 3)))).unsqueeze(1)
+    return g if vectors is None else data_gradient_reference(g, g if y is None else y, vectors, factors)
 
 
 def reference(

@@ -32,6 +32,7 @@ import kernels
 from nvcnn import checkpoint
 from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
+from nvcnn.machine import chosen_kernels
 from nvcnn.memory import on_meta
 from nvcnn.models.conv_bn import ALGORITHMS, Join, Raw, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
@@ -70,7 +71,7 @@ class Places(TorchDispatchMode):
         self.found: dict[int, Place] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.nvcnn.convolution.default:
+        if func is kernels.convolution.overload:
             x, weight, stride, padding, groups, vectors, residual, residual_vectors, *_ = args
             reads = "raw" if vectors is not None else "activation"
             if residual is not None:
@@ -163,7 +164,7 @@ def machine() -> str:
         source.update(file.read_bytes())
     parts = {"torch": torch.__version__, "triton": triton.__version__, "cuDNN": torch.backends.cudnn.version()}
     words = [torch.cuda.get_device_name(), *(f"{name} {version}" for name, version in parts.items())]
-    return ", ".join([*words, f"kernels {source.hexdigest()[:12]}"])
+    return ", ".join([*words, f"kernels {source.hexdigest()[:12]} ({chosen_kernels()})"])
 
 
 def cache_file() -> Path:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+import nvcnn
 from benchmarks import step
 
 
@@ -33,6 +34,12 @@ def test_every_peer_has_a_row_measured_or_with_its_reason(case):
     assert [len(rows) for rows in written] == [1, 1, 2, 2, 3, 3]
     assert written[2][0] == rows[0]
     assert "ended while" in written[2][1]["note"]
+
+
+def test_ours_with_another_algorithm_has_a_row(case):
+    (row,) = step.compare(case, {"nvcnn, --conv=triton": step.OURS["nvcnn, --conv=triton"]}, rounds=1, repeat=1)
+    assert row["ratio"] > 0, row["note"]
+    assert row["note"] == f"nvcnn {nvcnn.__version__}"
 
 
 def test_timm_has_a_row_too(case):

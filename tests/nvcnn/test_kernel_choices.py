@@ -104,6 +104,15 @@ def test_another_machine_s_measurements_do_not_count(measured, monkeypatch):
     assert json.loads(cache_file().read_text()).keys() == {"a GPU, some versions", "a GPU, other versions"}
 
 
+def test_measurements_are_of_these_kernels_and_versions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    here = kernel_choices.machine()
+    assert here.startswith(f"NVIDIA H100, torch {torch.__version__}, triton ")
+    assert here.endswith("(reference)")
+    monkeypatch.setattr(kernel_choices.Path, "read_bytes", lambda file: b"changed")
+    assert kernel_choices.machine() != here
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', '{"a": {"b": {"triton": "fast"}}}', "\x00\xff"])
 def test_a_corrupt_cache_is_discarded_with_a_line(measured, content):
     cache_file().parent.mkdir(parents=True)
