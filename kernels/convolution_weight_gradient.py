@@ -171,6 +171,7 @@ def sum_kernel(partial, dw, parts, size, ACCUMULATE: tl.constexpr, BLOCK_PARTS: 
     tl.store(dw + at, total.to(dw.dtype.element_ty), mask=at < size)
 
 
+PROGRAMS = 264  # two on each SM of a H100
 SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 
 
@@ -182,7 +183,7 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_ROWS": 32 if block_out * block_in > 128 * 64 else 64,
         "BLOCK_OUT": block_out,
         "BLOCK_IN": block_in,
-        "PROGRAMS": 264,
+        "PROGRAMS": PROGRAMS,
         "TMA": 0,
         "num_warps": 8,
         "num_stages": 3,
