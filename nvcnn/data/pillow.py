@@ -114,15 +114,14 @@ def pixels(image: "Image.Image") -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
-def resized(image: "Image.Image", image_size: int, box: tuple[float, float, float, float] | None = None) -> Tensor:
-    """(image_size, image_size, 3) uint8: bilinear, with an antialiasing filter when it gets smaller."""
+def middle(image: "Image.Image", image_size: int, crop: float) -> Tensor:
+    """(image_size, image_size, 3) uint8: the middle `crop` of width and height, bilinear, with antialiasing.
+
+    The cut is not rounded to whole pixels.
+    """
     from PIL import Image
 
-    return pixels(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box))
-
-
-def middle(image: "Image.Image", image_size: int, crop: float) -> Tensor:
-    """The middle `crop` of width and height; the cut is not rounded to whole pixels."""
     margin = (1 - crop) / 2
     w, h = image.size
-    return resized(image, image_size, (margin * w, margin * h, (1 - margin) * w, (1 - margin) * h))
+    box = (margin * w, margin * h, (1 - margin) * w, (1 - margin) * h)
+    return pixels(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box))

@@ -18,6 +18,7 @@ from nvcnn.data.batch import Batch
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.pillow import MAX_PIXELS, REPLACE, undecodable
 from nvcnn.data.position import check_position, derived_seed, share
+from nvcnn.data.resize import BatchResizer
 from nvcnn.data.scan import first_undecodable
 from nvcnn.data.source import Source
 from nvcnn.errors import InputError
@@ -26,7 +27,7 @@ from nvcnn.errors import InputError
 class Pipeline:
     """The reader of a split's source -> `pixels(dali, encoded image)`, label, a bit that is 1 with probability `flips`.
 
-    order: which sample comes when, of `Source.reader`.
+    order: which sample comes when, of `Source.reader`. resize_to: of images that `pixels` leaves as large as they are.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Pipeline:
         seed: tuple[int | str, ...],
         order: dict[str, Any],
         checkpoint: bytes | None = None,
+        resize_to: int | None = None,
         **reader: Any,
     ) -> None:
         try:
@@ -55,6 +57,7 @@ class Pipeline:
         self.split = split
         self.source = dataset.source(split)
         self.device = device
+        self.resize = BatchResizer(resize_to, threads) if resize_to else None
         on_gpu = device.type == "cuda"
         self.pipeline = dali.Pipeline(
             batch_size=batch_size,
@@ -92,7 +95,8 @@ class Pipeline:
                 labels[i] = self.dataset.zero_based(label, "")
             except InputError:
                 self.dataset.zero_based(label, self.source.place(bytes(info.at(i)).decode()))
-        images, flip = (torch.from_dlpack(output.as_tensor()) for output in (images, flip))
+        images = self.resize(images) if self.resize else torch.from_dlpack(images.as_tensor())
+        flip = torch.from_dlpack(flip.as_tensor())
         return Batch(images, labels.to(self.device, non_blocking=True), flip)
 
     @contextmanager
@@ -184,7 +188,8 @@ class TrainingData:
                 seed=derived_seed(seed, rank, "crop"),
                 device="mixed" if decode_on_gpu else "cpu",
             )
-            return dali.fn.resize(cropped, size=(image_size, image_size))
+            # For a GPU, the GPU resizes, whoever decodes: DALI's resize on a CPU takes nearly as long as decoding.
+            return dali.fn.resize(cropped.gpu(), size=(image_size, image_size)) if device.type == "cuda" else cropped
 
         self.pipeline = Pipeline(
             dataset,
@@ -196,6 +201,7 @@ class TrainingData:
             flips=0.5,
             seed=(seed, rank),
             checkpoint=bytes(state["reader"].tolist()) if state else None,
+            resize_to=image_size if device.type == "cpu" else None,
             shard_id=rank,
             num_shards=ranks,
             pad_last_batch=True,
@@ -251,8 +257,9 @@ class EvaluationData:
         margin = (1 - crop) / 2
 
         def pixels(dali: Any, encoded: Any) -> Any:
+            decoded = dali.fn.decoders.image(encoded, device="mixed" if decode_on_gpu else "cpu")
             return dali.fn.resize(
-                dali.fn.decoders.image(encoded, device="mixed" if decode_on_gpu else "cpu"),
+                decoded.gpu() if device.type == "cuda" else decoded,
                 size=(image_size, image_size),
                 roi_start=(margin, margin),
                 roi_end=(1 - margin, 1 - margin),

@@ -19,6 +19,7 @@ from nvcnn.data.batch import Batch
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.pillow import REPLACE, undecodable
 from nvcnn.data.position import check_position, derived_seed, share
+from nvcnn.data.resize import resize
 from nvcnn.errors import InputError
 
 Key = tuple[int, int]  # epoch, sample
@@ -52,7 +53,9 @@ class Samples:
             return pillow.middle(image, self.image_size, self.how["crop"]), number, False
         generator = random.Random(derived_seed(self.how["seed"], "crop", epoch, i))
         box = pillow.random_crop(*image.size, self.how["crop_area"], self.how["crop_aspect"], generator)
-        return pillow.resized(image.crop(box), self.image_size), number, generator.random() < 0.5
+        out = torch.empty(self.image_size, self.image_size, 3, dtype=torch.uint8)
+        resize(pillow.pixels(image.crop(box)), out)
+        return out, number, generator.random() < 0.5
 
     def __getitems__(self, keys: list[Key]) -> Batch | str:
         pillow.require_pillow()
