@@ -7,7 +7,10 @@ number of workers, and a resumed run's are those of an undisturbed one.
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -30,6 +33,11 @@ def ignore_signals(_: int) -> None:
     """A signal to stop reaches the whole group; the workers go on until the rank has saved and ends them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def kill(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 class Samples:
@@ -66,11 +74,11 @@ class Samples:
         return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(flips))
 
 
-def load(samples: Samples, batches: Any, workers: int, device: torch.device) -> Iterator[Batch]:
+def load(samples: Samples, keys: Any, workers: int, device: torch.device) -> Iterator[Batch]:
     """The batches of lists of keys, in that order, on `device`. Raises InputError for the first that has none."""
     loader: DataLoader = DataLoader(
         samples,  # type: ignore[arg-type]
-        batch_sampler=batches,
+        batch_sampler=keys,
         num_workers=workers,
         collate_fn=lambda batch: batch,
         persistent_workers=True,
@@ -78,7 +86,11 @@ def load(samples: Samples, batches: Any, workers: int, device: torch.device) -> 
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
-    for batch in loader:
+    others = set(active_children())
+    batches = iter(loader)
+    # A program that ends without closing its data asks its children to, by a signal which these ignore, and waits.
+    Finalize(batches, kill, [set(active_children()) - others], exitpriority=0)
+    for batch in batches:
         if isinstance(batch, str):
             raise InputError(batch)
         yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
