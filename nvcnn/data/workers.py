@@ -5,12 +5,10 @@ sample looks like in an epoch depends on the seed, the epoch and its number alon
 number of workers, and a resumed run's are those of an undisturbed one.
 """
 
+import atexit
 import random
 import signal
-from collections.abc import Iterable, Iterator
-from multiprocessing import active_children
-from multiprocessing.process import BaseProcess
-from multiprocessing.util import Finalize
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -33,11 +31,6 @@ def ignore_signals(_: int) -> None:
     """A signal to stop reaches the whole group; the workers go on until the rank has saved and ends them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def kill(processes: Iterable[BaseProcess]) -> None:
-    for process in processes:
-        process.kill()
 
 
 class Samples:
@@ -74,7 +67,7 @@ class Samples:
         return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(flips))
 
 
-def load(samples: Samples, keys: Any, workers: int, device: torch.device) -> Iterator[Batch]:
+def loaded(samples: Samples, keys: Any, workers: int, device: torch.device) -> Generator[Batch]:
     """The batches of lists of keys, in that order, on `device`. Raises InputError for the first that has none."""
     loader: DataLoader = DataLoader(
         samples,  # type: ignore[arg-type]
@@ -86,14 +79,33 @@ def load(samples: Samples, keys: Any, workers: int, device: torch.device) -> Ite
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
-    others = set(active_children())
-    batches = iter(loader)
-    # A program that ends without closing its data asks its children to, by a signal which these ignore, and waits.
-    Finalize(batches, kill, [set(active_children()) - others], exitpriority=0)
-    for batch in batches:
+    for batch in loader:
         if isinstance(batch, str):
             raise InputError(batch)
         yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+class Loader:
+    """`loaded`, whose workers end when this is closed, dropped, or the program ends.
+
+    At its end a program would ask them to end by a signal that they ignore, and wait for them.
+    """
+
+    def __init__(self, *what: Any):
+        self.batches = loaded(*what)
+        atexit.register(self.batches.close)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self.batches)
+
+    def close(self) -> None:
+        atexit.unregister(self.batches.close)
+        self.batches.close()
+
+    __del__ = close
 
 
 class Order:
@@ -142,7 +154,7 @@ class WorkerTrainingData:
         self.batch: int = state["batch"] if state else 0
         order = Order(self.images, self.steps_per_epoch, batch_size, rank, ranks, seed, (self.epoch, self.batch))
         samples = Samples(dataset, "train", image_size, seed=seed, crop_area=crop_area, crop_aspect=crop_aspect)
-        self.loaded = load(samples, order, threads, device)
+        self.loader = Loader(samples, order, threads, device)
 
     def __iter__(self) -> "WorkerTrainingData":
         return self
@@ -150,7 +162,7 @@ class WorkerTrainingData:
     def __next__(self) -> Batch:
         if self.batch == self.steps_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
-        batch = next(self.loaded)
+        batch = next(self.loader)
         self.batch += 1
         return batch
 
@@ -159,7 +171,7 @@ class WorkerTrainingData:
 
     def close(self) -> None:
         """Ends the workers."""
-        del self.loaded
+        self.loader.close()
 
 
 class WorkerEvaluationData:
@@ -182,7 +194,7 @@ class WorkerEvaluationData:
         self.images = len(mine)
         samples = Samples(dataset, "validation", image_size, crop=crop)
         batches = [[(0, i) for i in mine[at : at + batch_size]] for at in range(0, len(mine), batch_size)]
-        self.open = lambda: load(samples, batches, threads, device)
+        self.open = lambda: Loader(samples, batches, threads, device)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.open() if self.images else iter(())
