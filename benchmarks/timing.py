@@ -68,9 +68,9 @@ def alternate(
 
 
 def row(
-    name: str, unit: str, ours: list[float], peer: list[float], *, images: int = 0, note: str = ""
+    name: str, unit: str, ours: list[float], peer: list[float], *, images: float = 0, note: str = ""
 ) -> dict[str, Any]:
-    """A row of the report from milliseconds of the same rounds, as ms, us or images/s (of steps of `images`).
+    """A row of the report from milliseconds of the same rounds, as ms, us, images/s or MB/s (of steps of `images`).
 
     Medians; `ratio` says how many times faster ours is, `spread` its quartiles over the rounds.
     """
@@ -78,6 +78,7 @@ def row(
         "ms": lambda ms: ms,
         "us": lambda ms: ms * 1e3,
         "images/s": lambda ms: images / ms * 1e3,
+        "MB/s": lambda ms: images / ms * 1e3,
     }[unit]
     ratios = [p / o for o, p in zip(ours, peer, strict=True)]
     low, _, high = quantiles(ratios) if len(ratios) > 1 else ratios * 3

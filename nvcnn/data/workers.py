@@ -5,9 +5,10 @@ sample looks like in an epoch depends on the seed, the epoch and its number alon
 number of workers, and a resumed run's are those of an undisturbed one.
 """
 
+import atexit
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -66,11 +67,11 @@ class Samples:
         return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(flips))
 
 
-def load(samples: Samples, batches: Any, workers: int, device: torch.device) -> Iterator[Batch]:
+def loaded(samples: Samples, keys: Any, workers: int, device: torch.device) -> Generator[Batch]:
     """The batches of lists of keys, in that order, on `device`. Raises InputError for the first that has none."""
     loader: DataLoader = DataLoader(
         samples,  # type: ignore[arg-type]
-        batch_sampler=batches,
+        batch_sampler=keys,
         num_workers=workers,
         collate_fn=lambda batch: batch,
         persistent_workers=True,
@@ -82,6 +83,29 @@ def load(samples: Samples, batches: Any, workers: int, device: torch.device) -> 
         if isinstance(batch, str):
             raise InputError(batch)
         yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+class Loader:
+    """`loaded`, whose workers end when this is closed, dropped, or the program ends.
+
+    At its end a program would ask them to end by a signal that they ignore, and wait for them.
+    """
+
+    def __init__(self, *what: Any):
+        self.batches = loaded(*what)
+        atexit.register(self.batches.close)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self.batches)
+
+    def close(self) -> None:
+        atexit.unregister(self.batches.close)
+        self.batches.close()
+
+    __del__ = close
 
 
 class Order:
@@ -130,7 +154,7 @@ class WorkerTrainingData:
         self.batch: int = state["batch"] if state else 0
         order = Order(self.images, self.steps_per_epoch, batch_size, rank, ranks, seed, (self.epoch, self.batch))
         samples = Samples(dataset, "train", image_size, seed=seed, crop_area=crop_area, crop_aspect=crop_aspect)
-        self.loaded = load(samples, order, threads, device)
+        self.loader = Loader(samples, order, threads, device)
 
     def __iter__(self) -> "WorkerTrainingData":
         return self
@@ -138,7 +162,7 @@ class WorkerTrainingData:
     def __next__(self) -> Batch:
         if self.batch == self.steps_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
-        batch = next(self.loaded)
+        batch = next(self.loader)
         self.batch += 1
         return batch
 
@@ -147,7 +171,7 @@ class WorkerTrainingData:
 
     def close(self) -> None:
         """Ends the workers."""
-        del self.loaded
+        self.loader.close()
 
 
 class WorkerEvaluationData:
@@ -170,7 +194,7 @@ class WorkerEvaluationData:
         self.images = len(mine)
         samples = Samples(dataset, "validation", image_size, crop=crop)
         batches = [[(0, i) for i in mine[at : at + batch_size]] for at in range(0, len(mine), batch_size)]
-        self.open = lambda: load(samples, batches, threads, device)
+        self.open = lambda: Loader(samples, batches, threads, device)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.open() if self.images else iter(())

@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -299,3 +301,18 @@ def test_without_pillow(sources, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
     with pytest.raises(InputError, match=r"pip install nvcnn\[images\]"):
         training(sources["records"], "torch")
+
+
+def test_a_program_that_does_not_close_its_data_ends(sources):
+    """Its workers ignore the signal by which Python ends them at exit."""
+    program = f"""
+from nvcnn.data import find_dataset, open_training
+import torch
+
+dataset = find_dataset({str(sources["records"].directory)!r}, num_classes=61, label_base=None, split="train")
+data = open_training(dataset, "torch", batch_size=4, image_size=16, crop_area=(0.3, 1.0), crop_aspect=(0.8, 1.25),
+                     seed=1, rank=0, ranks=1, device=torch.device("cpu"), threads=2)
+print(len(next(data).labels), flush=True)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "4\n"), ended.stderr
