@@ -42,11 +42,8 @@ from nvcnn.data.prepare import prepare
 SIZE, BATCH = 224, 64
 AREA, ASPECT = (0.1, 1.0), (0.8, 1.25)
 CORES = len(os.sched_getaffinity(0))
-LONG, SHORT, SPREAD = (
-    445,
-    345,
-    0.3,
-)  # pixels of the median image, and the standard deviation of the logarithm of its size
+LONG, SHORT = 445, 345  # pixels of the median image
+SPREAD = 0.3  # standard deviation of the logarithm of an image's sides
 QUALITY = 99  # with it they have the bytes a pixel that ImageNet's have: scaled down, photographs are smooth
 READ_AHEAD = 2 * CORES + 2  # batches that a contender has ready, at most
 SETTLE = 0.5  # seconds in which it reads them, after its turn
