@@ -27,7 +27,7 @@ def resnet50() -> dict[str, Place]:
     """The places of its convolutions, of equal ones the first; on a CPU those of one block, on images of 6 x 6."""
     device, dtype, batch = device_and_batch()
     found: dict[Place, str] = {}
-    for name, place in places(build_model("resnet50", num_classes=1000, seed=0), batch, 224, dtype).items():
+    for name, place in places(build_model("resnet50", num_classes=1000, seed=0), batch, 224, dtype, channels=4).items():
         if device.type == "cuda":
             found.setdefault(place, name)
         elif name.startswith(("layer2.0", "layer2.1")):

@@ -44,9 +44,9 @@ GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name 
 # Per SM, from the table of compute capabilities in the CUDA C++ Programming Guide; all have 64 warps, 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-# The first reads the sums of one tensor's blocks, which begin anywhere, from the L2 cache; pixels of images begin
-# anywhere, too.
-UNALIGNED = re.compile(r"^trust_ratio\.kernel | NARROW=3 ")
+# The first reads the sums of one tensor's blocks, which begin anywhere, from the L2 cache; runs of an image's pixels
+# begin anywhere, too, a pixel being 3 values or 4.
+UNALIGNED = re.compile(r"^trust_ratio\.kernel | NARROW=[34] ")
 
 
 def short_calls() -> Iterator[Call]:

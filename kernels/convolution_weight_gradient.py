@@ -176,11 +176,14 @@ SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 
 
 def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
-    """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64; as many programs as run at once."""
+    """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64; as many programs as run at once.
+
+    Runs of taps take registers for their addresses: 32 rows, too.
+    """
     most = 128 if shape.groups == 1 else 64
     block_out, block_in = tile_of(shape.k, most), tile_of(shape.run, most)
     computed = {
-        "BLOCK_ROWS": 32 if block_out * block_in > 128 * 64 else 64,
+        "BLOCK_ROWS": 32 if block_out * block_in > 128 * 64 or shape.narrow else 64,
         "BLOCK_OUT": block_out,
         "BLOCK_IN": block_in,
         "PROGRAMS": PROGRAMS,

@@ -18,14 +18,17 @@ from nvcnn.check_data import check_data
 from nvcnn.data import Batch, choose_backend, find_dataset, open_evaluation, prepare_input
 from nvcnn.distributed import Transport, connect
 from nvcnn.errors import InputError
+from nvcnn.kernel_choices import choose, places, use
 from nvcnn.machine import compute_dtype, use_device
 from nvcnn.metrics import draw_curve
-from nvcnn.models import build_model, find_model
+from nvcnn.models import MODELS, build_model, find_model
 from nvcnn.models.layers import cast_matrices
 
 
 @torch.no_grad()
-def count_hits(model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, normalize: str) -> Tensor:
+def count_hits(
+    model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, normalize: str, channels: int = 3
+) -> Tensor:
     """int64 (3,): images, top-1 hits, top-5 hits of this rank's shard, on the CPU.
 
     An image whose logits are not all finite is no hit; among equal logits topk decides, so that a model that says the
@@ -34,7 +37,7 @@ def count_hits(model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, norm
     model.eval()
     seen, counts = 0, torch.zeros(2, dtype=torch.int64)
     for images, labels, flip in data:
-        logits = model(prepare_input(images, flip, dtype=dtype, normalize=normalize))
+        logits = model(prepare_input(images, flip, dtype=dtype, normalize=normalize, channels=channels))
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = (best == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
         seen += len(labels)
@@ -68,6 +71,7 @@ class Evaluation:
     checkpoint: str | None = None
     model: str | None = None
     batch_size: int = 64
+    conv: str = "auto"
     json: bool = False
     transport: str = "horovod"
     data_backend: str | None = None
@@ -123,19 +127,24 @@ def evaluate(asked: Evaluation) -> int:
     if problem := misfit(model.state_dict(), state["weights"]):
         raise InputError(f"{path}: does not fit {state['model']}: {problem}")
     model.load_state_dict(state["weights"])
-    model = cast_matrices(model.to(device), dtype)
+    model = cast_matrices(model.to(device), dtype).eval()
+    channels, image_size = MODELS[state["model"]].channels(device), state["preprocessing"]["image_size"]
+    choices = choose(
+        asked.conv, places(model, asked.batch_size, image_size, dtype, channels), device, transport, stored=None
+    )
+    use(model, choices.algorithms)
     data = open_evaluation(
         dataset,
         backend,
         batch_size=asked.batch_size,
-        image_size=state["preprocessing"]["image_size"],
+        image_size=image_size,
         crop=state["preprocessing"]["eval_crop"],
         rank=transport.rank,
         ranks=transport.size,
         device=device,
         threads=threads,
     )
-    result = summed(count_hits(model, data, dtype, state["preprocessing"]["normalize"]), transport)
+    result = summed(count_hits(model, data, dtype, state["preprocessing"]["normalize"], channels), transport)
     if left_out:
         result["left_out"] = len(left_out)
     result |= {"step": int(state["optimizer"]["counters"][0]), "checkpoint": str(path)}

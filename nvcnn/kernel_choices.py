@@ -4,9 +4,10 @@ python -m nvcnn.kernel_choices [--log_dir DIR]     what was measured on this mac
 
 With --conv=auto, rank 0 of a run on GPUs measures, once for each place that a convolution has: forward and backward,
 with the BatchNorm around it, since what is fused on one side is a pass of its own on the other; all three parts of a
-convolution jointly, as they share what is in memory. Every rank gets the same answer, and checkpoints keep it: another
-algorithm would round differently. The measurements are kept in $XDG_CACHE_HOME/nvcnn/kernel_choices.json (by default
-in ~/.cache), for this GPU, these versions and these kernels.
+convolution jointly, as they share what is in memory. An evaluation measures forward, with what comes behind. Every rank
+gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The measurements
+are kept in $XDG_CACHE_HOME/nvcnn/kernel_choices.json (by default in ~/.cache), for this GPU, these versions and these
+kernels.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
 from nvcnn.machine import chosen_kernels
 from nvcnn.memory import on_meta
-from nvcnn.models.conv_bn import ALGORITHMS, Join, Raw, activation, conv_bn
+from nvcnn.models.conv_bn import ALGORITHMS, Folded, Join, Raw, activation, conv_bn, written
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.program import run
 
@@ -45,7 +46,7 @@ Measurements = dict[str, dict[str, Times]]  # by machine, by place
 
 
 class Place(NamedTuple):
-    """A convolution as a training step meets it: two with equal places take the same time."""
+    """A convolution as a training step, or an evaluation, meets it: two with equal places take the same time."""
 
     x: tuple[int, int, int, int]  # N, C, H, W
     weight: tuple[int, int, int, int]  # K, C / groups, R, S
@@ -55,12 +56,13 @@ class Place(NamedTuple):
     dtype: torch.dtype
     reads: str  # an activation, a raw tensor, or a join of a raw tensor with an activation or with another
     gradient: bool  # x has one
+    folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
 
     def __str__(self) -> str:
         sizes = ("x".join(map(str, numbers)) for numbers in (self.x, self.weight, self.stride, self.padding))
         words = "x {} weight {} stride {} padding {}".format(*sizes)
         words += f" groups {self.groups} {str(self.dtype).removeprefix('torch.')} {self.reads}"
-        return words if self.gradient else words + ", without its gradient"
+        return words + (f", {self.folded}" if self.folded else "" if self.gradient else ", without its gradient")
 
 
 class Places(TorchDispatchMode):
@@ -69,26 +71,43 @@ class Places(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[int, Place] = {}
+        self.padded: list[tuple[Tensor, Tensor]] = []  # weights, and what stands for them
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten.constant_pad_nd.default:
+            self.padded.append((args[0], result))
         if func is kernels.convolution.overload:
-            x, weight, stride, padding, groups, vectors, residual, residual_vectors, *_ = args
-            reads = "raw" if vectors is not None else "activation"
-            if residual is not None:
-                reads = "join" if residual_vectors is None else "join of two"
-            geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
-            self.found[id(weight)] = Place(*geometry, x.dtype, reads, x.requires_grad)
-        return func(*args, **kwargs or {})
+            self.note(*args, **kwargs)
+        return result
+
+    def note(
+        self, x, weight, stride, padding, groups, vectors=None, residual=None, residual_vectors=None,
+        center=None, scale=None, shift=None, add=None, relu=False,
+    ):  # fmt: skip
+        reads = "raw" if vectors is not None else "activation"
+        if residual is not None:
+            reads = "join" if residual_vectors is None else "join of two"
+        folded = "" if scale is None else "folded" if add is None else "folded, adding"
+        geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
+        of = next((original for original, padded in self.padded if padded is weight), weight)
+        self.found[id(of)] = Place(*geometry, x.dtype, reads, x.requires_grad, folded)
 
 
-def places(model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype) -> dict[str, Place]:
-    """The place of each convolution of a block of `conv_bn`, by its name in the model. Nothing is computed."""
+def places(
+    model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3
+) -> dict[str, Place]:
+    """The place of each convolution of a block of `conv_bn`, by its name in the model. Nothing is computed.
+
+    Of a training step, or of an evaluation, as the model's mode is.
+    """
     convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
     before = [conv.algorithm for conv in convolutions]
-    state, images = on_meta(model, batch_size, image_size, dtype)
+    state, images = on_meta(model, batch_size, image_size, dtype, channels)
     try:
         use(model, dict.fromkeys((name for name, m in model.named_modules() if isinstance(m, Conv2d)), "triton"))
-        with Places() as noted:
+        with torch.set_grad_enabled(model.training), Places() as noted:
             torch.func.functional_call(model, state, images)
     finally:
         for conv, algorithm in zip(convolutions, before, strict=True):
@@ -106,7 +125,7 @@ def use(model: nn.Module, algorithms: dict[str, str]) -> None:
 
 
 def step_of(place: Place, algorithm: str, device: torch.device) -> Callable[[], list[Tensor]]:
-    """What computes the place on random tensors: forward, then the gradients, which it returns."""
+    """What computes the place on random tensors: forward, then the gradients, which it returns; or forward alone."""
     c, (k, _, *kernel_size) = place.x[1], place.weight
 
     def images(*shape: int) -> Tensor:
@@ -122,6 +141,12 @@ def step_of(place: Place, algorithm: str, device: torch.device) -> Callable[[], 
     cast_matrices(conv.to(device), place.dtype)
     conv.algorithm = algorithm
     bn = BatchNorm2d(k).to(device)
+    if place.folded:
+        with torch.no_grad():
+            x = images(*place.x)
+            added = torch.randn_like(conv(x)) if place.folded == "folded, adding" else None
+        bn.eval()
+        return torch.no_grad()(lambda: [written(Folded(x, conv, bn), added, True)])
     a = raw() if place.reads != "activation" else None
     b = raw() if place.reads == "join of two" else images(*place.x) if place.reads == "join" else None
     plain = images(*place.x) if a is None else None
@@ -132,6 +157,7 @@ def step_of(place: Place, algorithm: str, device: torch.device) -> Callable[[], 
     def step() -> list[Tensor]:
         x: Any = plain if a is None else Raw(a.y, a.bn, a.vectors) if b is None else Join(a, b)
         y = conv_bn(x, conv, bn)
+        assert isinstance(y, Raw)
         outputs = [t for t in (y.y, y.vectors) if t is not None]
         if isinstance(x, Join):  # somebody else reads the sum, too
             outputs.append(activation(x))

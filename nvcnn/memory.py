@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 
-def on_meta(model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+def on_meta(
+    model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3
+) -> tuple[dict[str, Tensor], Tensor]:
     """The model's state as it would be in `dtype`, and a batch of images, both without memory, for functional_call."""
 
     def meta(t: Tensor) -> Tensor:
@@ -13,7 +15,7 @@ def on_meta(model: nn.Module, batch_size: int, image_size: int, dtype: torch.dty
 
     state = {name: meta(t.detach()) for name, t in model.named_buffers()}
     state |= {name: meta(t) for name, t in model.named_parameters()}
-    images = torch.empty(batch_size, 3, image_size, image_size, dtype=dtype, device="meta")
+    images = torch.empty(batch_size, channels, image_size, image_size, dtype=dtype, device="meta")
     return state, images.to(memory_format=torch.channels_last)
 
 

@@ -38,7 +38,7 @@ from nvcnn.kernel_choices import choose, places, use
 from nvcnn.larc import Larc
 from nvcnn.machine import chosen_kernels, use_device
 from nvcnn.metrics import Metrics, Throughput
-from nvcnn.models import build_model, find_model
+from nvcnn.models import MODELS, build_model, find_model
 from nvcnn.plan import describe, dry_run, plan
 from nvcnn.program import SAVED_AND_STOPPED
 from nvcnn.resume import restore, write_config
@@ -60,6 +60,7 @@ def train(settings: Settings) -> int:
                 log_dir=settings.log_dir,
                 model=settings.model,
                 batch_size=settings.batch_size,
+                conv=settings.conv,
                 transport=settings.transport,
                 data_backend=settings.data_backend,
                 skip_bad_images=settings.skip_bad_images,
@@ -112,9 +113,10 @@ class Run:
         self.model = build_model(
             settings.model, num_classes=self.plan.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed
         )
+        self.channels = MODELS[settings.model].channels(self.device)
         self.choices = choose(
             settings.conv,
-            places(self.model, settings.batch_size, self.plan.image_size, self.dtype),
+            places(self.model, settings.batch_size, self.plan.image_size, self.dtype, self.channels),
             self.device,
             transport,
             restored and restored["convolutions"],
@@ -251,7 +253,9 @@ class Run:
     def train_step(self, batch: Batch) -> Tensor:
         """One step; returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for."""
         settings, loss_scale = self.settings, self.optimizer.loss_scale
-        images = prepare_input(batch.images, batch.flip, dtype=self.dtype, normalize=settings.normalize)
+        images = prepare_input(
+            batch.images, batch.flip, dtype=self.dtype, normalize=settings.normalize, channels=self.channels
+        )
         logits = self.model(images)
         rows, gradient = kernels.cross_entropy(logits.detach(), batch.labels, loss_scale, settings.label_smoothing)
         logits.backward(gradient)

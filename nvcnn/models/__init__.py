@@ -18,12 +18,18 @@ class Model:
     """How to build a model (`num_classes` by keyword), its images' height and width, and its default learning rate.
 
     `learning_rate` is a function of the total batch. `has_v1`: `build` takes `v1=True`, the original bottleneck.
+    `pads_images`: it also takes images of four channels, of which the last is zero: tensor cores want them.
     """
 
     build: Callable[..., nn.Module]
     image_size: int
     learning_rate: Callable[[int], float]
     has_v1: bool = False
+    pads_images: bool = True
+
+    def channels(self, device: torch.device) -> int:
+        """Of the images on that device."""
+        return 4 if self.pads_images and device.type != "cpu" else 3
 
 
 def constant(learning_rate: float) -> Callable[[int], float]:
@@ -35,8 +41,8 @@ def per_image(learning_rate: float) -> Callable[[int], float]:
 
 
 MODELS: dict[str, Model] = {
-    "trivial": Model(Trivial, 224, constant(0.001)),
-    "lenet": Model(LeNet, 28, constant(0.001)),
+    "trivial": Model(Trivial, 224, constant(0.001), pads_images=False),
+    "lenet": Model(LeNet, 28, constant(0.001), pads_images=False),
     "resnet18": Model(partial(ResNet, BasicBlock, (2, 2, 2, 2)), 224, constant(0.5)),
     "resnet34": Model(partial(ResNet, BasicBlock, (3, 4, 6, 3)), 224, per_image(1 / 1024)),
     "resnet50": Model(partial(ResNet, Bottleneck, (3, 4, 6, 3)), 224, per_image(1 / 1024), has_v1=True),

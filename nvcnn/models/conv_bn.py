@@ -13,6 +13,9 @@ convolution is computed is its `algorithm`:
     cudnn    the library's convolution between the project's BatchNorm ops, in the same terms
 Neighbours may differ: which is faster depends on the shape.
 
+In evaluation without gradients BatchNorm is known before the convolution: it waits, Folded, until it is known what else
+comes behind it (ReLU, an addition), and the kernel then does all of it as it stores.
+
 Backward has one convention. The gradient on a raw tensor is that of its normalised value, behind the ReLU's mask; the
 gradient of its `vectors`, (5, C), is what turns it into the raw one's: rows FACTORS, D_GAMMA, D_BETA. Both are linear
 in the gradient, so autograd may add them up where a raw tensor has several readers. An ordinary operator would get
@@ -58,57 +61,79 @@ class Raw(NotNormalised):
 
 
 @dataclass
-class Join(NotNormalised):
-    """relu(normalised a + b), where b is an activation or a Raw, which is normalised as well."""
+class Folded(NotNormalised):
+    """A convolution of x that is still to come, with the BatchNorm of running statistics folded into it."""
 
-    a: Raw
-    b: Tensor | Raw
+    x: Tensor
+    conv: Conv2d
+    bn: BatchNorm2d
+    value: Tensor | None = field(default=None, init=False)  # relu(normalised y), once somebody asked
+
+
+@dataclass
+class Join(NotNormalised):
+    """relu(normalised a + b), where b is an activation or is normalised as well."""
+
+    a: Raw | Folded
+    b: Tensor | Raw | Folded
     value: Tensor | None = field(default=None, init=False)
 
 
-def activation(x: Tensor | Raw | Join) -> Tensor:
+def activation(x: Tensor | Raw | Folded | Join) -> Tensor:
     """x as an ordinary tensor, (N, C, H, W), channels-last, behind its ReLU."""
     if isinstance(x, Tensor):
         return x
     if x.value is None:
-        x.value = written(x, None, True) if isinstance(x, Raw) else written(x.a, x.b, True)
+        x.value = written(x.a, x.b, True) if isinstance(x, Join) else written(x, None, True)
     return x.value
 
 
-def written(a: Raw, b: Tensor | Raw | None, relu: bool) -> Tensor:
+def written(a: Raw | Folded, b: Tensor | Raw | Folded | None, relu: bool) -> Tensor:
     """normalised a + b, with or without the last two, in memory."""
-    if a.vectors is None:
-        residual = written(b, None, False) if isinstance(b, Raw) else b
-        return a.bn(a.y, residual=residual, relu=relu)
-    return Written.apply(a.y, a.vectors, *parts(b), relu)
+    if isinstance(a, Raw) and a.vectors is not None:
+        return Written.apply(a.y, a.vectors, *parts(b), relu)
+    added = b if b is None or isinstance(b, Tensor) else written(b, None, False)
+    return a.bn(a.y, added, relu) if isinstance(a, Raw) else folded(a, added, relu)
 
 
-def parts(b: Tensor | Raw | None) -> tuple[Tensor | None, Tensor | None]:
+def folded(a: Folded, added: Tensor | None, relu: bool) -> Tensor:
+    """relu(normalised convolution + added), with or without the last two."""
+    x, conv, bn = a.x, a.conv, a.bn
+    if conv.algorithm != "triton":
+        return bn(conv(x), added, relu)
+    mean, scale, beta, *_ = kernels.folded(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+    epilogue = {"scale": scale, "shift": torch.addcmul(beta, mean, scale, value=-1), "add": added, "relu": relu}
+    return kernels.convolution(x, conv.weight_for(x), conv.stride, conv.padding, conv.groups, **epilogue)[0]
+
+
+def parts(b: Tensor | Raw | Folded | None) -> tuple[Tensor | None, Tensor | None]:
     """The tensor to add, and its vectors if it is raw."""
-    if isinstance(b, Raw):
-        return (b.y, b.vectors) if b.vectors is not None else (written(b, None, False), None)
-    return b, None
+    if b is None or isinstance(b, Tensor):
+        return b, None
+    return (b.y, b.vectors) if isinstance(b, Raw) and b.vectors is not None else (written(b, None, False), None)
 
 
-def conv_bn(x: Tensor | Raw | Join, conv: Conv2d, bn: BatchNorm2d) -> Raw:
+def conv_bn(x: Tensor | Raw | Folded | Join, conv: Conv2d, bn: BatchNorm2d) -> Raw | Folded:
     """The convolution of x's activation, raw. Raises ValueError for what the kernels do not have: dilation, a bias."""
-    if conv.algorithm == "torch":
-        return Raw(conv(activation(x)), bn)
-    if (
+    if conv.algorithm != "torch" and (
         conv.bias is not None
         or conv.dilation != (1, 1)
         or conv.padding_mode != "zeros"
         or isinstance(conv.padding, str)
     ):
         raise ValueError(f"conv_bn: {conv}: dilation 1, padding with zeros in numbers and bias=False only")
+    if not (bn.training or torch.is_grad_enabled()):
+        return Folded(activation(x), conv, bn)
+    if conv.algorithm == "torch":
+        return Raw(conv(activation(x)), bn)
     tensors: tuple[Tensor | None, ...]
     if isinstance(x, Raw) and x.value is None and x.vectors is not None:
         tensors = x.y, x.vectors, None, None
-    elif isinstance(x, Join) and x.value is None and x.a.vectors is not None and joins(conv):
+    elif isinstance(x, Join) and x.value is None and isinstance(x.a, Raw) and x.a.vectors is not None and joins(conv):
         tensors = x.a.y, x.a.vectors, *parts(x.b)
     else:
         tensors = activation(x), None, None, None
-    y, vectors, z = RawConv.apply(*tensors, conv.weight, bn.weight, bn.bias, conv, bn)
+    y, vectors, z = RawConv.apply(*tensors, conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn)
     if z is not None:
         assert isinstance(x, Join)
         x.value = z

@@ -32,15 +32,23 @@ class AddBias(torch.autograd.Function):
 class Conv2d(nn.Conv2d):
     """nn.Conv2d whose bias, if any, may be fp32 under fp16 or bf16 weights. (N, C_in, H, W) -> (N, C_out, H', W').
 
-    `algorithm`: how `conv_bn` computes it.
+    Where C_in is 3, x may have more channels that are all zero, as tensor cores want them. `algorithm`: how `conv_bn`
+    computes it.
     """
 
     algorithm = "torch"
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_for(x)
         if self.bias is None or self.bias.dtype == x.dtype:
-            return super().forward(x)
-        return AddBias.apply(self._conv_forward(x, self.weight, None), self.bias)
+            return self._conv_forward(x, weight, self.bias)
+        return AddBias.apply(self._conv_forward(x, weight, None), self.bias)
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """The weight, with zeros for the channels that pad images of three."""
+        if self.in_channels != 3 or x.shape[1] not in (4, 8):
+            return self.weight
+        return F.pad(self.weight, (0, 0, 0, 0, 0, x.shape[1] - 3))
 
 
 class Linear(nn.Linear):

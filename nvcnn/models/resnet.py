@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 import kernels
-from nvcnn.models.conv_bn import Join, Raw, activation, conv_bn
+from nvcnn.models.conv_bn import Folded, Join, Raw, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 
 
@@ -66,7 +66,7 @@ def downsample(c_in: int, c_out: int, stride: int) -> nn.Module:
     return nn.Sequential(conv(c_in, c_out, 1, stride), BatchNorm2d(c_out))
 
 
-def skip(x: Tensor | Join, downsample: nn.Module) -> Tensor | Raw:
+def skip(x: Tensor | Join, downsample: nn.Module) -> Tensor | Raw | Folded:
     """What a skip connection brings to the join."""
     if isinstance(downsample, nn.Identity):
         return activation(x)
@@ -77,7 +77,10 @@ def skip(x: Tensor | Join, downsample: nn.Module) -> Tensor | Raw:
 
 
 class ResNet(nn.Module):
-    """(N, 3, H, W) -> (N, num_classes). `depths`: blocks in each of the four stages; `options` go to every block."""
+    """(N, 3, H, W), or 4 channels of which the last is zero -> (N, num_classes).
+
+    `depths`: blocks in each of the four stages; `options` go to every block.
+    """
 
     def __init__(
         self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], *, num_classes: int, **options: bool

@@ -241,9 +241,10 @@ def test_a_step_of_resnet50_moves_less_than_the_plain_model():
     )
     # 4.09 GMAC an image (torchvision's table of its weights), thrice, less the gradient of the first layer's input.
     assert plain["step"]["GFLOP/image"] == pytest.approx(24.3, abs=0.05)
-    assert ours["step"]["GFLOP/image"] == pytest.approx(plain["step"]["GFLOP/image"], rel=1e-3)
+    fourth_channel = 2 * 2 * 112 * 112 * 64 * 7 * 7 / 1e9  # of padded images, forward and in the weight's gradient
+    for step in (ours["step"], fused["step"]):
+        assert step["GFLOP/image"] == pytest.approx(plain["step"]["GFLOP/image"] + fourth_channel, rel=1e-3)
     assert ours["step"]["MB/image"] < 0.85 * plain["step"]["MB/image"]  # although that has no optimizer
-    assert fused["step"]["GFLOP/image"] == pytest.approx(plain["step"]["GFLOP/image"], rel=1e-3)
     assert fused["step"]["MB/image"] < 0.6 * plain["step"]["MB/image"]
     assert fused["nvcnn::convolution"]["calls"] == 53
     assert ours["nvcnn::batch_norm"]["calls"] == plain["aten::native_batch_norm"]["calls"] == 53

@@ -63,6 +63,30 @@ def test_the_places_of_a_resnet50():
     assert {m.algorithm for m in model.modules() if isinstance(m, torch.nn.Conv2d)} == {"torch"}  # as it was
 
 
+def test_the_places_of_an_evaluation():
+    model = resnet().eval()
+    found = places(model, 64, 224, torch.float16, channels=4)
+    assert len(found) == 53
+    assert str(found["conv1"]) == (
+        "x 64x4x224x224 weight 64x4x7x7 stride 2x2 padding 3x3 groups 1 float16 activation, folded"
+    )
+    assert {place.folded for name, place in found.items() if name.endswith("conv3")} == {"folded, adding"}
+    assert {place.folded for name, place in found.items() if not name.endswith("conv3")} == {"folded"}
+    assert not any(place.gradient for place in found.values())
+
+
+@pytest.mark.parametrize("folded", ["folded", "folded, adding"])
+def test_both_algorithms_of_an_evaluation_s_place_compute_the_same(folded):
+    place = Place((2, 8, 5, 5), (6, 8, 3, 3), (2, 2), (1, 1), 1, torch.float32, "activation", False, folded)
+    results = []
+    for algorithm in ("triton", "cudnn"):
+        torch.manual_seed(0)
+        results += step_of(place, algorithm, CPU)()
+    assert results[0].shape == (2, 6, 3, 3)
+    assert not results[0].requires_grad
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_without_blocks_has_no_places():
     assert places(build_model("lenet", num_classes=10, seed=1), 2, 28, torch.float32) == {}
 

@@ -1,16 +1,18 @@
 """The conv-BatchNorm block on raw outputs, against PyTorch's modules; whole ResNets are in test_resnet.py."""
 
+from collections import Counter
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.implementation import INTERPRETED
 from nvcnn.memory import activation_bytes
 from nvcnn.models import build_model
-from nvcnn.models.conv_bn import ALGORITHMS, Join, Raw, activation, conv_bn
+from nvcnn.models.conv_bn import ALGORITHMS, Folded, Join, Raw, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import Bottleneck
 
@@ -131,6 +133,79 @@ def test_gradcheck_of_a_closed_block(algorithm):
     assert torch.autograd.gradcheck(lambda x: activation(joined(activation(joined(x)))), (input_of(2),), fast_mode=True)
 
 
+class Called(TorchDispatchMode):
+    """Counts calls of the project's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "nvcnn":
+            self.counts[func._schema.name.removeprefix("nvcnn::")] += 1
+        return func(*args, **kwargs or {})
+
+
+@algorithms
+def test_evaluation_without_gradients(algorithm):
+    """The values of modules; by triton one call a convolution does it all."""
+    net, x = made(algorithm).eval(), input_of().detach()
+    with torch.no_grad(), Called() as called:
+        y = net(x)
+    torch.testing.assert_close(y, expected_of(net, x))
+    assert called.counts == {"convolution" if algorithm == "triton" else "batch_norm": 7}
+
+
+@algorithms
+def test_a_folded_convolution_with_two_readers(algorithm):
+    """Each takes it as it needs it: with ReLU, and without."""
+    net, x = made(algorithm).eval(), input_of().detach()
+    conv1, bn1, conv2, bn2 = net.one.conv1, net.one.bn1, net.one.conv2, net.one.bn2
+    with torch.no_grad():
+        first = conv_bn(x, conv1, bn1)
+        assert isinstance(first, Folded)
+        second = activation(conv_bn(first, conv2, bn2))
+        both = activation(Join(first, first))
+
+        def normalised(x: Tensor, conv: nn.Conv2d, bn: BatchNorm2d) -> Tensor:
+            y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+            return F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+
+        value = normalised(x, conv1, bn1)
+        torch.testing.assert_close(both, (value + value).relu())
+        torch.testing.assert_close(second, normalised(value.relu(), conv2, bn2).relu())
+
+
+@algorithms
+@pytest.mark.parametrize("channels", [4, 8])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_images_padded_with_zeros(algorithm, channels, training):
+    """Results and gradients are those of three channels."""
+    net = made(algorithm, nn.ModuleList([Conv2d(3, 8, 3, stride=2, padding=1, bias=False), BatchNorm2d(8)]))
+    net.train(training)
+    twin, images = deepcopy(net), torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    padded = F.pad(images, (0, 0, 0, 0, 0, channels - 3))
+    y, expected = (
+        activation(conv_bn(x.to(memory_format=torch.channels_last), *pair))
+        for x, pair in ((padded, net), (images, twin))
+    )
+    torch.testing.assert_close(y, expected)
+    direction = torch.randn_like(y)
+    y.backward(direction)
+    expected.backward(direction)
+    compare(net, twin)
+
+
+@algorithms
+def test_channels_that_nobody_knows_are_refused(algorithm):
+    conv = Conv2d(3, 8, 1, bias=False)
+    conv.algorithm = algorithm
+    for channels in (2, 5):
+        x = torch.randn(2, channels, 4, 4).to(memory_format=torch.channels_last)
+        with pytest.raises((ValueError, RuntimeError), match=f"{channels}"):
+            activation(conv_bn(x, conv, BatchNorm2d(8)))
+
+
 @algorithms
 def test_a_raw_tensor_with_two_readers(algorithm):
     """As in an Inception: branches read one activation before it is in memory, and so does a join."""
@@ -236,6 +311,9 @@ def test_bottlenecks_by_triton_s_kernels(device, monkeypatch, dtype, training):
         if isinstance(module, Conv2d):
             module.algorithm = "triton"
     x = input_of(2, dtype)
+    if not training:
+        with torch.no_grad():
+            folded = ours(x.to(device))
     inputs = [x.detach().to(device).requires_grad_() for _ in range(2)] + [x.detach().double().requires_grad_()]
     outputs = [ours(inputs[0]), expected_of(theirs, inputs[1]), expected_of(exact, inputs[2])]
     direction = torch.randn(outputs[0].shape).to(dtype)
@@ -251,6 +329,8 @@ def test_bottlenecks_by_triton_s_kernels(device, monkeypatch, dtype, training):
         assert error(got, exact) <= max(2 * error(peer, exact), roundings * exact.norm().item()), name
 
     check("y", *outputs)
+    if not training:
+        check("y without gradients", folded, *outputs[1:])
     check("dx", *(x.grad for x in inputs))
     for (name, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
         check(name, p.grad, q.grad, r.grad)

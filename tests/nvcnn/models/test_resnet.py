@@ -75,6 +75,9 @@ def test_computes_what_torchvision_computes(name, training, algorithm):
     expected.backward(direction)
     for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert relative_error(p.grad, q.grad) < 1e-9, key
+    if not training:
+        with torch.no_grad():
+            assert relative_error(ours(x), expected) < 1e-12
     if training:
         for key, norm in ours.named_modules():
             if isinstance(norm, BatchNorm2d):
