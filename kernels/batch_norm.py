@@ -33,6 +33,9 @@ from kernels.images import check_images, check_vectors, parts_of_rows, single_or
 from kernels.implementation import runs_triton
 from kernels.operators import operator
 
+# The rows of `batch_norm_gradient_vectors`, (5, C): dx = SCALE g + FACTORS[0] (x - MEAN) + FACTORS[1]; the last is 0.
+FACTORS, D_GAMMA, D_BETA = slice(0, 2), 2, 3
+
 
 def reference(x: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """The formula in plain PyTorch. Arguments as in `batch_norm`."""
@@ -76,12 +79,13 @@ def data_gradient_reference(g: Tensor, x: Tensor, vectors: Tensor, factors: Tens
     return dx.to(g.dtype)
 
 
-def gradient_vectors_reference(sums: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """d_gamma, d_beta, factors in plain PyTorch. Arguments as in `batch_norm_gradient_vectors`."""
+def gradient_vectors_reference(sums: Tensor, vectors: Tensor, count: int) -> Tensor:
+    """The rows in plain PyTorch. Arguments as in `batch_norm_gradient_vectors`."""
     d_beta, products = sums.sum(1)
     d_gamma = vectors[RSTD] * (products - vectors[MEAN_LOW] * d_beta)
     slope = -vectors[SCALE] * vectors[RSTD] * d_gamma / count
-    return d_gamma, d_beta, torch.stack((slope, -vectors[SCALE] * d_beta / count - slope * vectors[MEAN_LOW]))
+    offset = -vectors[SCALE] * d_beta / count - slope * vectors[MEAN_LOW]
+    return torch.stack((slope, offset, d_gamma, d_beta, torch.zeros_like(slope)))
 
 
 @triton.jit
@@ -164,15 +168,14 @@ def vectors_kernel(
     vectors,
     d_gamma,
     d_beta,
-    factors,
+    rows,
     parts,
     C,
     count,
-    BATCH: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: BLOCK_C channels. dx = scale g + factors[0] (x - mean) + factors[1]."""
+    """One program: BLOCK_C channels. `rows`: where FACTORS go, and the last row, which is 0; None in evaluation."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     total = sum_parts(sums, parts, c, C, BLOCK_PARTS, BLOCK_C)
@@ -183,10 +186,11 @@ def vectors_kernel(
     gamma_gradient = rstd * (products - mean_low * total)
     tl.store(d_gamma + c, gamma_gradient, mask=inside)
     tl.store(d_beta + c, total, mask=inside)
-    if BATCH:
+    if rows is not None:
         slope = -scale * rstd * gamma_gradient / count
-        tl.store(factors + c, slope, mask=inside)
-        tl.store(factors + C + c, -scale * total / count - slope * mean_low, mask=inside)
+        tl.store(rows + c, slope, mask=inside)
+        tl.store(rows + C + c, -scale * total / count - slope * mean_low, mask=inside)
+        tl.store(rows + 4 * C + c, tl.zeros((BLOCK_C,), tl.float32), mask=inside)
 
 
 @triton.jit
@@ -267,9 +271,11 @@ def batch_norm_backward(
         return dx, d_gamma, d_beta, g if with_g else x.new_empty(0)
     g = torch.empty_like(x) if with_g else x.new_empty(0)
     sums = launch_sums(dy, x, y, vectors, g if with_g else None, relu)
-    d_gamma, d_beta, factors = launch_vectors(sums, vectors, n * h * w, batch)
+    d_gamma, d_beta = torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
+    rows = torch.empty_like(vectors) if batch else None
+    launch_vectors(sums, vectors, n * h * w, d_gamma, d_beta, rows)
     of_g = (g, x, None, vectors) if with_g else (dy, x, y, vectors)
-    return launch_gradient(*of_g, factors if batch else None, relu and not with_g), d_gamma, d_beta, g
+    return launch_gradient(*of_g, rows, relu and not with_g), d_gamma, d_beta, g
 
 
 def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, g: Tensor | None, relu: bool) -> Tensor:
@@ -297,34 +303,35 @@ def launch_gradient(
     return dx
 
 
-def launch_vectors(sums: Tensor, vectors: Tensor, count: int, batch: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """d_gamma, d_beta and, if `batch`, the factors."""
+def launch_vectors(
+    sums: Tensor, vectors: Tensor, count: int, d_gamma: Tensor, d_beta: Tensor, rows: Tensor | None
+) -> None:
     sums, c = few_parts(sums), vectors.shape[1]
-    d_gamma, d_beta, factors = torch.empty_like(vectors[0]), torch.empty_like(vectors[0]), torch.empty_like(vectors[:2])
-    vectors_kernel[(triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)](
-        *(sums, vectors, d_gamma, d_beta, factors, sums.shape[1], c, float(count)), BATCH=batch, **VECTORS_CONFIG
-    )
-    return d_gamma, d_beta, factors
+    grid = (triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
+    vectors_kernel[grid](sums, vectors, d_gamma, d_beta, rows, sums.shape[1], c, float(count), **VECTORS_CONFIG)
 
 
 @operator("batch_norm_gradient_vectors")
-def batch_norm_gradient_vectors(sums: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """d_gamma, d_beta, factors, from the sums that the producer of g has taken: no pass over x.
+def batch_norm_gradient_vectors(sums: Tensor, vectors: Tensor, count: int) -> Tensor:
+    """FACTORS, D_GAMMA and D_BETA, (5, C), from the sums that the producer of g has taken: no pass over x.
 
     sums: (2, P, C), fp32: over P parts of the batch, sum(g) and sum(g (x - MEAN)), g being the gradient behind the
     mask. vectors: (5, C), of `batch_norm_statistics`. count: values a channel, N H W.
-    factors: (2, C); whoever reads g and x has dx = SCALE g + factors[0] (x - MEAN) + factors[1].
+    Whoever reads g and x has dx = SCALE g + FACTORS[0] (x - MEAN) + FACTORS[1]. The shape is that of vectors, so that
+    this may be their gradient in autograd; the last row is 0.
     """
     op, (_, parts, c) = "batch_norm_gradient_vectors", sums.shape
     check_vectors(op, sums.device, sums.dtype, sums=(sums, (2, parts, c)), vectors=(vectors, (5, c)))
     if not runs_triton(sums.device):
         return gradient_vectors_reference(sums, vectors, count)
-    return launch_vectors(sums, vectors, count, True)
+    rows = torch.empty_like(vectors)
+    launch_vectors(sums, vectors, count, rows[D_GAMMA], rows[D_BETA], rows)
+    return rows
 
 
 @batch_norm_gradient_vectors.register_fake
 def _(sums, vectors, count):
-    return torch.empty_like(vectors[0]), torch.empty_like(vectors[0]), torch.empty_like(vectors[:2])
+    return torch.empty_like(vectors)
 
 
 @operator("batch_norm_gradient_sums")

@@ -32,10 +32,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import kernels
+from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
 ALGORITHMS = ("torch", "triton", "cudnn")
-FACTORS, D_GAMMA, D_BETA = slice(0, 2), 2, 3  # rows of the gradient of vectors
 
 
 class NotNormalised:
@@ -156,8 +156,7 @@ def gradient_of_vectors(sums: Tensor | None, y: Tensor | None, vectors: Tensor |
     """(5, C), of the sums that were taken with y; None where y is no raw tensor, or nobody asked."""
     if sums is None or y is None or vectors is None:
         return None
-    d_gamma, d_beta, factors = kernels.batch_norm_gradient_vectors(sums, vectors, y.numel() // y.shape[1])
-    return torch.cat((factors, d_gamma[None], d_beta[None], d_beta[None]))  # as many rows as vectors has
+    return kernels.batch_norm_gradient_vectors(sums, vectors, y.numel() // y.shape[1])
 
 
 def channels_last(x: Tensor) -> Tensor:

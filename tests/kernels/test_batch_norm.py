@@ -15,7 +15,7 @@ from kernels import (
     batch_norm_vectors,
     folded,
 )
-from kernels.batch_norm import backward_reference
+from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS, backward_reference
 from kernels.batch_norm_statistics import MEAN, MEAN_LOW, RSTD, SCALE, SHIFT, VECTORS_CONFIG, configured
 from kernels.images import parts_of_rows, single_or_double
 from tests.kernels.images import DTYPES, SHAPES, SMALLEST, channels_last, integers, randn, unit
@@ -209,8 +209,10 @@ def test_the_sums_and_dx_apart_are_those_of_the_whole_backward(implementation, d
     case.leave_the_kink()
     whole = case.ours()
     g, sums = batch_norm_gradient_sums(case.dy, case.x, whole["y"] if joins else None, whole["vectors"], True)
-    d_gamma, d_beta, factors = batch_norm_gradient_vectors(sums, whole["vectors"], 3 * 5 * 7)
-    dx = batch_norm_data_gradient(g, case.x, whole["vectors"], factors)
+    rows = batch_norm_gradient_vectors(sums, whole["vectors"], 3 * 5 * 7)
+    d_gamma, d_beta = rows[D_GAMMA], rows[D_BETA]
+    assert not rows[4].any()
+    dx = batch_norm_data_gradient(g, case.x, whole["vectors"], rows[FACTORS])
     bound = 8 * U + (2 if implementation == "reference" else 0) * unit(dtype, implementation)  # PyTorch's own order
     for got, name in ((dx, "d_x"), (d_gamma, "d_gamma"), (d_beta, "d_beta")):
         if implementation == "triton":

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.grad import conv2d_input
 
 from kernels import batch_norm_gradient_vectors, convolution_data_gradient
+from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS
 from kernels.batch_norm_statistics import MEAN, SCALE
 from tests.kernels.convolutions import (
     COMMON,
@@ -175,12 +176,12 @@ def test_the_sums_make_batch_norm_s_gradients(implementation, device):
     vectors[MEAN] += 2.0**-10  # what MEAN_LOW makes up for
     vectors[4] = (mean - vectors[MEAN].double()).float()
     dx, sums, _ = gradient(given, POINTWISE, x=given["x"], x_vectors=vectors)
-    d_gamma, d_beta, factors = batch_norm_gradient_vectors(sums, vectors, x.numel() // c)
+    rows = batch_norm_gradient_vectors(sums, vectors, x.numel() // c)
     leaf = x.detach().requires_grad_()
     v = torch.nn.functional.batch_norm(leaf, None, None, gamma, beta, True, eps=1e-4)
     exact = torch.autograd.grad(v, (leaf, gamma, beta), dx.double())
-    through = output_gradient(dx, given["x"], vectors, factors, implementation).exact
-    for got, wanted in zip((through, d_gamma, d_beta), exact, strict=True):
+    through = output_gradient(dx, given["x"], vectors, rows[FACTORS], implementation).exact
+    for got, wanted in zip((through, rows[D_GAMMA], rows[D_BETA]), exact, strict=True):
         assert torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max())
 
 
