@@ -40,6 +40,8 @@ def per_image(learning_rate: float) -> Callable[[int], float]:
     return lambda total_batch: learning_rate * total_batch
 
 
+ResNeXt = partial(ResNet, Bottleneck, groups=32, group_width=4)
+
 MODELS: dict[str, Model] = {
     "trivial": Model(Trivial, 224, constant(0.001), pads_images=False),
     "lenet": Model(LeNet, 28, constant(0.001), pads_images=False),
@@ -48,6 +50,9 @@ MODELS: dict[str, Model] = {
     "resnet50": Model(partial(ResNet, Bottleneck, (3, 4, 6, 3)), 224, per_image(1 / 1024), has_v1=True),
     "resnet101": Model(partial(ResNet, Bottleneck, (3, 4, 23, 3)), 224, per_image(1 / 1024), has_v1=True),
     "resnet152": Model(partial(ResNet, Bottleneck, (3, 8, 36, 3)), 224, per_image(1 / 1024), has_v1=True),
+    "resnext50": Model(partial(ResNeXt, (3, 4, 6, 3)), 224, constant(0.1), has_v1=True),
+    "resnext101": Model(partial(ResNeXt, (3, 4, 23, 3)), 224, constant(0.1), has_v1=True),
+    "resnext152": Model(partial(ResNeXt, (3, 8, 36, 3)), 224, constant(0.1), has_v1=True),
 }
 
 

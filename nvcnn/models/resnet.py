@@ -1,10 +1,14 @@
 """ResNet: He et al. 2015, "Deep Residual Learning for Image Recognition", arXiv:1512.03385.
 
+And ResNeXt, whose 3x3 convolutions have groups: Xie et al. 2016, "Aggregated Residual Transformations for Deep Neural
+Networks", arXiv:1611.05431.
+
 Names of parameters, architecture and initialisation are torchvision's, so its published weights load. The bottleneck is
 v1.5, with the stride in the 3x3 convolution; `v1` puts it into the first 1x1, as the paper has it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,8 +17,8 @@ from nvcnn.models.conv_bn import Folded, Join, Raw, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 
 
-def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> Conv2d:
-    return Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False)
+def conv(c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1) -> Conv2d:
+    return Conv2d(c_in, c_out, size, stride, padding=size // 2, groups=groups, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -37,18 +41,21 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 down to `width`, 3x3, 1x1 up to 4 * width, and a skip connection. (N, c_in, H, W) -> (N, 4 * width, ...)."""
+    """1x1 down to `width`, 3x3, 1x1 up to 4 * width, and a skip connection. (N, c_in, H, W) -> (N, 4 * width, ...).
+
+    `group_width`: channels of a group of the 3x3 where the width is 64; in deeper stages it grows with the width.
+    """
 
     expansion = 4
 
-    def __init__(self, c_in: int, width: int, stride: int, v1: bool = False):
+    def __init__(self, c_in: int, width: int, stride: int, v1: bool = False, groups: int = 1, group_width: int = 64):
         super().__init__()
-        c_out = self.expansion * width
-        self.conv1 = conv(c_in, width, 1, stride if v1 else 1)
-        self.bn1 = BatchNorm2d(width)
-        self.conv2 = conv(width, width, 3, 1 if v1 else stride)
-        self.bn2 = BatchNorm2d(width)
-        self.conv3 = conv(width, c_out, 1)
+        c_out, inner = self.expansion * width, width * group_width // 64 * groups
+        self.conv1 = conv(c_in, inner, 1, stride if v1 else 1)
+        self.bn1 = BatchNorm2d(inner)
+        self.conv2 = conv(inner, inner, 3, 1 if v1 else stride, groups)
+        self.bn2 = BatchNorm2d(inner)
+        self.conv3 = conv(inner, c_out, 1)
         self.bn3 = BatchNorm2d(c_out)
         self.downsample = downsample(c_in, c_out, stride)
 
@@ -83,7 +90,7 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], *, num_classes: int, **options: bool
+        self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], *, num_classes: int, **options: Any
     ):
         super().__init__()
         self.conv1 = conv(3, 64, 7, stride=2)

@@ -21,6 +21,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
         ("resnet18", 11_689_512),
         ("resnet34", 21_797_672),
         ("resnet50", 25_557_032),
+        ("resnext50", 25_028_904),
         ("resnet101", 44_549_160),
         ("resnet152", 60_192_808),
     ],
@@ -110,7 +111,8 @@ def test_lenet_learns_one_batch(dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "rate"), [("trivial", 0.001), ("lenet", 0.001), ("resnet18", 0.5), ("resnet34", 2.0), ("resnet50", 2.0)]
+    ("name", "rate"),
+    [("trivial", 0.001), ("lenet", 0.001), ("resnet18", 0.5), ("resnet34", 2.0), ("resnet50", 2.0), ("resnext50", 0.1)],
 )
 def test_learning_rate_at_a_total_batch_of_2048(name, rate):
     assert MODELS[name].learning_rate(2048) == rate
@@ -125,7 +127,8 @@ def test_unknown_model():
 
 @pytest.mark.parametrize("name", ["lenet", "resnet34"])
 def test_v1_is_for_bottlenecks(name):
-    with pytest.raises(InputError, match=f"--resnet_v1 is for resnet50, resnet101, resnet152; --model={name} has no"):
+    bottlenecks = "resnet50, resnet101, resnet152, resnext50, resnext101, resnext152"
+    with pytest.raises(InputError, match=f"--resnet_v1 is for {bottlenecks}; --model={name} has no"):
         build_model(name, num_classes=10, resnet_v1=True, seed=1)
 
 

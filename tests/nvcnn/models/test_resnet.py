@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -13,14 +14,21 @@ from nvcnn.models.conv_bn import ALGORITHMS
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import ResNet
 
-NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "resnext101", "resnext152"]
+# The others differ in depth alone.
+SHALLOW = pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [*product(["resnet18", "resnet50"], [*ALGORITHMS, "mixed"]), ("resnext50", "triton"), ("resnext50", "mixed")],
+)
 
 
 def peer(name: str, seed: int = 1) -> nn.Module:
     """torchvision's model with our epsilon, and a momentum of 1: its running statistics are those of one batch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(torchvision.models, name)(norm_layer=partial(nn.BatchNorm2d, eps=1e-4, momentum=1.0))
+        groups = {"groups": 32, "width_per_group": 4} if "x" in name else {}
+        build = getattr(torchvision.models, name.replace("x", ""))
+        return build(norm_layer=partial(nn.BatchNorm2d, eps=1e-4, momentum=1.0), **groups)
 
 
 def images(dtype: torch.dtype) -> Tensor:
@@ -49,7 +57,7 @@ def test_names_shapes_and_dtypes_are_torchvision_s(name):
     assert [(k, v.shape, v.dtype) for k, v in ours.items()] == [(k, v.shape, v.dtype) for k, v in theirs.items()]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50"])
 def test_initialisation_is_torchvision_s(name):
     """Not only in distribution: one seed gives the same bits."""
     ours, theirs = build_model(name, num_classes=1000, seed=7), peer(name, seed=7)
@@ -57,9 +65,8 @@ def test_initialisation_is_torchvision_s(name):
         assert torch.equal(ours.state_dict()[key], value), key
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "mixed"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])  # the others differ in depth alone
+@SHALLOW
 def test_computes_what_torchvision_computes(name, training, algorithm):
     """Output and every gradient in float64, where rounding cannot hide a difference."""
     ours, theirs = build_model(name, num_classes=1000, seed=1).double(), peer(name, seed=2).double()
