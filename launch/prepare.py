@@ -9,7 +9,9 @@ from typing import Any
 
 from nvcnn.data import cifar10, fashion_mnist, folder, imagenet
 from nvcnn.data.images import Encoding
-from nvcnn.data.prepare import LABEL_BASE, prepare, verify
+from nvcnn.data.plan import LABEL_BASE
+from nvcnn.data.prepare import prepare
+from nvcnn.data.verify import verify
 from nvcnn.errors import InputError
 from nvcnn.program import SAVED_AND_STOPPED, run
 from nvcnn.settings import Parser

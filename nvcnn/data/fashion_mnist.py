@@ -15,7 +15,9 @@ from http.client import HTTPException
 from pathlib import Path
 
 from nvcnn.data.images import png
-from nvcnn.data.prepare import Plan, Sample, check_out, is_complete
+from nvcnn.data.manifest import is_complete
+from nvcnn.data.plan import Plan, Sample
+from nvcnn.data.prepare import check_out
 from nvcnn.data.prepare import prepare as prepare_plan
 from nvcnn.errors import InputError
 

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from nvcnn.data.images import SUFFIXES, Encoding, standard
-from nvcnn.data.prepare import Plan, Sample, read_sample, worker_pool
+from nvcnn.data.plan import Plan, Sample, read_sample
+from nvcnn.data.processes import worker_pool
 from nvcnn.errors import InputError
 
 SHARD_BYTES = 1 << 27  # of source files, per shard where --shards does not say

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from nvcnn.data.folder import encode_file, encoding_flags, scan_folders, to_samples
 from nvcnn.data.images import SUFFIXES, Encoding
-from nvcnn.data.prepare import Plan, Sample, worker_pool
+from nvcnn.data.plan import Plan, Sample
+from nvcnn.data.processes import worker_pool
 from nvcnn.errors import InputError
 
 SYNSET = re.compile(r"n\d{8}")

@@ -12,8 +12,9 @@ from PIL import Image
 
 from nvcnn.data import EvaluationData, find_dataset, imagenet
 from nvcnn.data.images import Encoding
-from nvcnn.data.prepare import prepare, verify
+from nvcnn.data.prepare import prepare
 from nvcnn.data.tfrecord import decode_example, read_records
+from nvcnn.data.verify import verify
 from nvcnn.errors import InputError
 from tests.raw_imagenet import CLASSES, CMYK, DISGUISED, GREY, ROTATED, SYNSETS, Raw, make, unpack
 
