@@ -5,6 +5,7 @@ complete or not at all, so a run that was killed goes on where it stopped; what 
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -16,7 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.manifest import SUMMARIES, UNFINISHED, is_temporary, is_there, read_json, read_manifest, write_json
+from nvcnn.data.manifest import (
+    SUMMARIES,
+    UNFINISHED,
+    as_json,
+    is_temporary,
+    is_there,
+    read_json,
+    read_manifest,
+    write_json,
+)
 from nvcnn.data.plan import LABEL_BASE, Plan, Shard, digest, shard_paths
 from nvcnn.data.processes import progress, worker_pool
 from nvcnn.data.shards import write_shard
@@ -49,20 +59,23 @@ def prepare(plan: Plan, out: Path, *, workers: int = 1, skip_bad: bool = False) 
                 )
             if not (part and is_there(shard.path, part)):
                 missing.append(shard)
-        if not missing and all((out / name).exists() for name in (*plan.files, *SUMMARIES)):
+        if not missing and is_as_written(out, beside(plan, parts)):
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
             print(f"{plan.title} in {out} is complete")
             return
         try:
             parts |= write_shards(plan, out, missing, workers, skip_bad)
-            images = finish(plan, out, parts)
+            for name, content in beside(plan, parts).items():
+                with atomic_writer(out / name) as file:
+                    file.write(content)
         except OSError as error:
             raise InputError(
                 f"--out={out}: {error.strerror}: make room or give another directory, then run again"
             ) from None
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     encoded = sum(part["encoded_anew"] for part in parts.values())
     bad = sum(len(part["bad"]) for part in parts.values())
-    counts = [f"{n} {split} images" for split, n in images.items()]
+    counts = [f"{n} {split} images" for split, n in images(plan, parts).items()]
     counts += [f"{encoded} encoded anew"] * (encoded > 0) + [f"{bad} unreadable left out"] * (bad > 0)
     print(f"{plan.title} in {out}: {', '.join(counts)}")
 
@@ -174,22 +187,29 @@ def write_shards(plan: Plan, out: Path, shards: list[Shard], workers: int, skip_
     return parts
 
 
-def finish(plan: Plan, out: Path, parts: Mapping[str, dict[str, Any]]) -> dict[str, int]:
-    """What stands beside the shards; manifest.json last, so that a directory with it is whole. Returns the images."""
-    images = {
-        split: sum(parts[path.name]["images"] for path in paths)
-        for split, paths in shard_paths(out, plan.shards, plan.file_format).items()
-    }
-    for name, text in plan.files.items():
-        with atomic_writer(out / name) as file:
-            file.write(text.encode())
+def is_as_written(out: Path, files: Mapping[str, bytes]) -> bool:
+    return all((out / name).is_file() and (out / name).read_bytes() == content for name, content in files.items())
+
+
+def images(plan: Plan, parts: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+    """Those that each split has."""
+    shards = shard_paths(Path(), plan.shards, plan.file_format)
+    return {split: sum(parts[path.name]["images"] for path in paths) for split, paths in shards.items()}
+
+
+def beside(plan: Plan, parts: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
+    """Name and content of what stands beside the shards; manifest.json last, so that a directory with it is whole."""
     declared = {
         "num_classes": len(plan.class_names),
         "label_base": LABEL_BASE[plan.file_format],
         "class_names": plan.class_names,
-        "images": images,
+        "images": images(plan, parts),
     }
-    write_json(out / "dataset.json", declared)
-    write_json(out / "manifest.json", {"made_from": plan.settings(), "images": images, "shards": parts})
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    return images
+    files = {name: text.encode() for name, text in plan.files.items()} | {"dataset.json": as_json(declared)}
+    manifest = {
+        "made_from": plan.settings(),
+        "images": declared["images"],
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "shards": parts,
+    }
+    return files | {"manifest.json": as_json(manifest)}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -103,6 +104,16 @@ def test_what_stands_beside_the_shards(raw, prepared):
         *("synsets.txt", "dataset.json", "manifest.json"),
     }
     verify(prepared, workers=2)
+
+
+def test_synsets_are_verified(raw, prepared, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    (out / "synsets.txt").write_text("n01440764\n")
+    with pytest.raises(InputError, match=r"synsets\.txt: is missing, or not as it was written: prepare again"):
+        verify(out, workers=1)
+    prepare(plan(raw), out)
+    verify(out, workers=1)
 
 
 def test_dali_reads_it(raw, prepared, device):

@@ -157,6 +157,17 @@ def test_what_is_lost_is_made_again(folders, prepared, copy, lost):
     assert contents(copy) == contents(prepared)
 
 
+@pytest.mark.parametrize("other", ["dataset.json", "manifest.json"])
+def test_what_stands_beside_the_shards_is_made_again(folders, prepared, copy, other):
+    text = json.loads((copy / other).read_text())
+    text.pop("class_names", text.pop("files", None))
+    (copy / other).write_text(json.dumps(text))
+    shard = (copy / "train-00007-of-00012").stat().st_ino
+    run(folders, copy)
+    assert contents(copy) == contents(prepared)
+    assert (copy / "train-00007-of-00012").stat().st_ino == shard
+
+
 def test_a_shard_of_another_size_is_made_again(folders, prepared, copy):
     with open(copy / "train-00007-of-00012", "ab") as file:
         file.write(b"more")
@@ -182,7 +193,7 @@ def test_other_flags_are_refused(folders, copy, tmp_path, monkeypatch, finished,
     if not finished:
         out = tmp_path / "begun"
         with monkeypatch.context() as patched:
-            patched.setattr(prepare, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patched.setattr(prepare, "beside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 run(folders, out)
     before = contents_or_none(out)

@@ -1,5 +1,6 @@
 """What --verify finds, and how it names it."""
 
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -35,10 +36,28 @@ BROKEN = {
         lambda d: (d / "dataset.json").write_text((d / "dataset.json").read_text().replace("23", "24")),
         r"dataset\.json: its images are not",
     ),
+    "labels": (
+        lambda d: (d / "dataset.json").write_text((d / "dataset.json").read_text().replace('base": 1', 'base": 0')),
+        r"dataset\.json: is missing, or not as it was written",
+    ),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), r"manifest\.json: is missing"),
     "other manifest": (lambda d: (d / "manifest.json").write_text("[]"), r"manifest\.json: is no manifest"),
+    "another manifest": (
+        lambda d: change_manifest(d, lambda text: text["made_from"].pop("format")),
+        r"manifest\.json: is no manifest",
+    ),
+    "a part less": (
+        lambda d: change_manifest(d, lambda text: text["shards"][SHARD].pop("bytes")),
+        r"manifest\.json: is no manifest",
+    ),
     "manifest cut": (lambda d: os.truncate(d / "manifest.json", 99), r"manifest\.json: cannot be read"),
 }
+
+
+def change_manifest(directory: Path, change) -> None:
+    text = json.loads((directory / "manifest.json").read_text())
+    change(text)
+    (directory / "manifest.json").write_text(json.dumps(text))
 
 
 def rewritten(shard: Path) -> None:
@@ -59,11 +78,23 @@ def test_verify_names_what_is_not_as_written(copy, broken):
     assert "\n" not in str(error.value)
 
 
-def test_verify_names_the_first_bad_shard(copy):
-    for name in (SHARD, "train-00002-of-00012", "validation-00003-of-00004"):
+def test_verify_names_the_first_bad_shard_and_prints_all(copy, capfd):
+    names = (SHARD, "train-00002-of-00012", "validation-00003-of-00004")
+    for name in names:
         flip(copy / name, 100)
-    with pytest.raises(InputError, match="train-00002-of-00012: record 0"):
+    with pytest.raises(InputError, match=r"train-00002-of-00012: record 0 .* \(3 of 16 shards, listed above\)"):
         verify(copy, 2)
+    printed = capfd.readouterr().out
+    assert all(f"{copy / name}: record 0 at byte 0 is damaged" in printed for name in names)
+
+
+def test_a_manifest_without_the_sums_of_other_files(copy):
+    """As directories have it that were made before they were added."""
+    change_manifest(copy, lambda text: text.pop("files"))
+    verify(copy, 1)
+    (copy / "dataset.json").unlink()
+    with pytest.raises(InputError, match=r"dataset\.json: its images are not"):
+        verify(copy, 1)
 
 
 def test_webdataset_is_verified(tars, tmp_path):
