@@ -13,6 +13,7 @@ from nvcnn.data.plan import Plan, Sample, read_sample
 from nvcnn.data.processes import worker_pool
 from nvcnn.errors import InputError
 
+SPLITS = {"train", "val", "validation", "test"}  # names of folders above those of classes
 SHARD_BYTES = 1 << 27  # of source files, per shard where --shards does not say
 
 
@@ -32,8 +33,7 @@ def scan_class(directory: str, name: str) -> tuple[list[tuple[str, int]], int]:
             if entry.is_dir():
                 walk(path)
             elif entry.name.lower().endswith(SUFFIXES):
-                # A link to nowhere becomes an unreadable image.
-                images.append((path, os.stat(entry.path).st_size if os.path.exists(entry.path) else 0))
+                images.append((path, file_size(entry.path)))
             else:
                 others += 1
 
@@ -44,6 +44,11 @@ def scan_class(directory: str, name: str) -> tuple[list[tuple[str, int]], int]:
     return sorted(images), others
 
 
+def file_size(path: str) -> int:
+    """Of a link to nowhere 0: it becomes an unreadable image."""
+    return os.stat(path).st_size if os.path.exists(path) else 0
+
+
 def scan_folders(directory: Path, flag: str, workers: int) -> dict[str, list[tuple[str, int]]]:
     """The images of each class, in order of name. Raises InputError when there are none."""
     try:
@@ -52,6 +57,11 @@ def scan_folders(directory: Path, flag: str, workers: int) -> dict[str, list[tup
         raise InputError(f"{flag}={directory}: {error.strerror}: give a directory of class folders") from None
     if not classes:
         raise InputError(f"{flag}={directory}: holds no class folders: give the directory above them")
+    if set(classes) <= SPLITS:
+        raise InputError(
+            f"{flag}={directory}: holds {' and '.join(classes)}, whose folders are the classes: "
+            f"give them as --train={directory}/... and --val={directory}/..."
+        )
     print(f"{directory}: listing {len(classes)} class folders", flush=True)
     with worker_pool(workers) as pool:
         found = dict(zip(classes, pool.map(scan_class, [str(directory)] * len(classes), classes), strict=True))

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from nvcnn.data.folder import encode_file, encoding_flags, scan_folders, to_samples
+from nvcnn.data.folder import encode_file, encoding_flags, file_size, scan_folders, to_samples
 from nvcnn.data.images import SUFFIXES, Encoding
 from nvcnn.data.plan import Plan, Sample
 from nvcnn.data.processes import worker_pool
@@ -162,14 +162,19 @@ def validation(
 ) -> list[Sample]:
     """The validation images in order of file name, from a tar, a directory of images or class folders."""
     what = f"--val={val}"
-    if val.is_dir() and any(path.is_dir() for path in val.iterdir()):
-        folders = scan_folders(val, "--val", workers)
-        if unknown := sorted(folders.keys() - label.keys()):
-            raise InputError(f"{what}: class {unknown[0]} is not in --train: give the validation images of its classes")
-        return sorted(to_samples(val, folders, list(label)), key=lambda sample: Path(sample.name).name)
     if val.is_dir():
-        files = sorted(path for path in val.iterdir() if path.suffix.lower() in SUFFIXES)
-        found = [(path.name, 0, path.stat().st_size) for path in files]
+        try:
+            paths = sorted(val.iterdir())
+        except OSError as error:
+            raise InputError(f"{what}: cannot be listed ({error.strerror}): make it readable") from None
+        if any(path.is_dir() for path in paths):
+            folders = scan_folders(val, "--val", workers)
+            if unknown := sorted(folders.keys() - label.keys()):
+                raise InputError(
+                    f"{what}: class {unknown[0]} is not in --train: give the validation images of its classes"
+                )
+            return sorted(to_samples(val, folders, list(label)), key=lambda sample: Path(sample.name).name)
+        found = [(path.name, 0, file_size(str(path))) for path in paths if path.suffix.lower() in SUFFIXES]
     else:
         with opened_tar(val, what) as tar:
             end = val.stat().st_size

@@ -87,9 +87,9 @@ def check_out(out: Path, shards: Mapping[str, int], file_format: str, files: Ite
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out={out}: cannot be made ({error.strerror})") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise InputError(f"--out={out}: is not writable")
+        raise InputError(f"--out={out}: cannot be made ({error.strerror}): give another directory") from None
+    if not os.access(out, os.R_OK | os.W_OK | os.X_OK):
+        raise InputError(f"--out={out}: is not readable and writable: give another directory, or the rights")
     for path in sorted(out.iterdir()):
         if path not in expected and not is_temporary(path):
             raise InputError(
@@ -150,10 +150,8 @@ def check_settings(out: Path, there: Mapping[str, Any], here: Mapping[str, Any])
             raise InputError(f"--out={out}: holds {there.get(name)}, not {here[name]}: give another directory")
         if name == "classes":
             raise InputError(f"--out={out}: was begun with other classes: give its sources, or another directory")
-        raise InputError(
-            f"--out={out}: was begun with --{name}={there.get(name)}, here {here.get(name)}: "
-            "give the same flags, or another directory"
-        )
+        begun, now = (f"with --{name}={one[name]}" if name in one else f"without --{name}" for one in (there, here))
+        raise InputError(f"--out={out}: was begun {begun}, now {now}: give the same flags, or another directory")
 
 
 def write_shards(plan: Plan, out: Path, shards: list[Shard], workers: int, skip_bad: bool) -> dict[str, dict[str, Any]]:

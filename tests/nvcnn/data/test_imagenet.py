@@ -274,6 +274,24 @@ def test_a_flat_val_needs_labels(raw):
         plan(raw, devkit=None)
 
 
+def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypatch):
+    val = tmp_path / "val"
+    val.mkdir()
+    with tarfile.open(raw.val) as tar:
+        tar.extractall(val, filter="data")
+    (val / "ILSVRC2012_val_00000003.JPEG").unlink()
+    (val / "ILSVRC2012_val_00000003.JPEG").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"1 unreadable images.*val_00000003\.JPEG: cannot be read \(No such file"):
+        prepare(plan(raw, val=val), tmp_path / "out")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everywhere
+    with pytest.raises(InputError, match=r"--val=.*val: cannot be listed \(Permission denied\)"):
+        plan(raw, val=val)
+
+
 def test_the_ground_truth_is_no_list_of_labels(raw, tmp_path):
     path = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
     path.write_text("1\n" * 23)

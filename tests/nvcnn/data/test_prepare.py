@@ -176,9 +176,9 @@ def test_a_shard_of_another_size_is_made_again(folders, prepared, copy):
 
 
 OTHER = {
-    "seed": ({"seed": 2}, r"begun with --seed=1, here 2"),
-    "max_side": ({"max_side": 30}, r"begun with --max_side=None, here 30"),
-    "check": ({"check": "decode"}, r"begun with --check=structure, here decode"),
+    "seed": ({"seed": 2}, r"begun with --seed=1, now with --seed=2"),
+    "max_side": ({"max_side": 30}, r"begun without --max_side, now with --max_side=30"),
+    "check": ({"check": "decode"}, r"begun with --check=structure, now with --check=decode"),
     "format": ({"file_format": "webdataset"}, r"holds dataset|holds train-00000-of-00012"),
     "shards": ({"shards": (13, 4)}, r"holds train-00000-of-00012, .* or the flags it was begun with"),
     "fewer splits": ({"val": None}, r"holds validation-"),
@@ -339,8 +339,18 @@ def test_the_program_prepares_and_verifies(raw, folders, tmp_path, main, capfd):
     flip(tmp_path / "a" / "validation-00000-of-00001", 40)
     with pytest.raises(InputError, match="validation-00000-of-00001: record 0"):
         main([f"--verify={tmp_path}/a"])
-    with pytest.raises(InputError, match="begun with --quality=80, here 95"):
+    with pytest.raises(InputError, match="begun with --quality=80, now with --quality=95"):
         main(["folder", f"--train={train}", f"--val={val}", f"--out={tmp_path}/a", "--shards=3,1"])
+
+
+@pytest.mark.parametrize(("given", "said"), [([], "stopped; the same command goes on"), (["--verify"], "stopped\n")])
+def test_ctrl_c(main, monkeypatch, capsys, given, said):
+    def interrupted(flags):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.__globals__, "make", interrupted)
+    assert main(["folder", "--out=x", *given]) == 3
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -350,9 +360,13 @@ def test_the_program_prepares_and_verifies(raw, folders, tmp_path, main, capfd):
         (["imagenet", "--out=x"], ["imagenet needs --train"]),
         (["folder", "--train=absent", "--out=x"], ["--train=absent", "No such file"]),
         (["folder", "--train=x", "--val=y", "--val_share=0.1", "--out=x"], ["--val_share", "--val"]),
-        (["folder", "--train=x", "--out=x", "--shards=8"], ["--shards", "8"]),
-        (["folder", "--train=x", "--out=x", "--quality=101"], ["--quality", "101"]),
-        (["folder", "--train=x", "--out=x", "--val_share=1"], ["--val_share", "1"]),
+        (["folder", "--train=x", "--out=x", "--shards=8"], ["--shards", "'8' is not two numbers, TRAIN,VAL"]),
+        (["folder", "--train=x", "--out=x", "--shards=0,1"], ["--shards", "'0' is no number from 1"]),
+        (["folder", "--train=x", "--out=x", "--workers=-1"], ["--workers", "'-1' is no number from 1"]),
+        (["folder", "--train=x", "--out=x", "--quality=101"], ["--quality", "'101' is no number from 1 to 100"]),
+        (["folder", "--train=x", "--out=x", "--val_share=1"], ["--val_share", "'1' is no number between 0 and 1"]),
+        (["folder", "--train=x", "--out=x/out"], ["--out=x/out", "is inside --train=x", "outside"]),
+        (["imagenet", "--train=x", "--val=x/val", "--out=x/val"], ["--out=x/val", "is inside --train=x"]),
         (["cifar10", "--out=x"], ["cifar10 needs --source"]),
         (["cifar10", "--source=absent", "--out=x"], ["--source=absent"]),
         (["imagenet", "--train=x", "--out=x", "--max-side=9"], ["--max-side=9"]),
