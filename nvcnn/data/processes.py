@@ -10,21 +10,34 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from ctypes import CDLL
 from multiprocessing import get_context
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+function: Any = None  # of a worker, what its pool was made for
+
+
 @contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that leave Ctrl-C to this one and finish their shard, but end at once when this one is killed."""
-    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=start_worker, initargs=(os.getpid(),))
+def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that leave Ctrl-C to this one and finish what they are at, but end at once when this one is killed.
+
+    function: for `forked`, which calls it in a worker; however much it holds, it is not sent there.
+    """
+    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=start, initargs=(os.getpid(), function))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(parent: int) -> None:
+def forked(*arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def start(parent: int, given: Callable[..., Any] | None) -> None:
+    global function
+    function = given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

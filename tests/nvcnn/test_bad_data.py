@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -329,12 +330,40 @@ def test_records_are_checked_without_decoding(tmp_path, capsys):
 
 
 def test_a_search_by_many_processes_finds_the_same(tmp_path, monkeypatch):
+    def refuse(_):
+        raise AssertionError("the table of samples is sent to a process")
+
     write("tars", tmp_path / "data", {1: b"", BAD: b"x"}, {10: "cat"})
     dataset = find("tars", tmp_path / "data")
     monkeypatch.setattr("nvcnn.check_data.PIECE", 2)
+    monkeypatch.setattr(Dataset, "__reduce__", refuse)
     one, three = (search(dataset, "train", range(IMAGES), True, n, quiet=True) for n in (1, 3))
     assert [i for i, _ in one] == [1, BAD, 10]
     assert sorted(three) == one
+
+
+def test_a_search_whose_process_is_killed(tmp_path, monkeypatch):
+    write("folders", tmp_path / "data", {}, {})
+    monkeypatch.setattr("nvcnn.check_data.PIECE", 2)
+    monkeypatch.setattr("nvcnn.check_data.bad_samples", lambda *_, images: os._exit(9))
+    with pytest.raises(InputError, match=r"--data_dir=.*data: one of 2 processes .* was killed.*without --check_data"):
+        search(find("folders", tmp_path / "data"), "train", range(IMAGES), True, 2, quiet=True)
+
+
+def test_a_search_ends_at_ctrl_c(tmp_path, monkeypatch):
+    """Not after all pieces: those of ImageNet take the better part of an hour."""
+
+    def ctrl_c(_):
+        raise KeyboardInterrupt
+
+    write("folders", tmp_path / "data", {}, {})
+    monkeypatch.setattr("nvcnn.check_data.PIECE", 1)
+    monkeypatch.setattr("nvcnn.check_data.bad_samples", lambda *_, images: time.sleep(0.2))
+    monkeypatch.setattr("nvcnn.check_data.as_completed", ctrl_c)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        search(find("folders", tmp_path / "data"), "train", range(1000), True, 2, quiet=True)
+    assert time.monotonic() - started < 10
 
 
 def test_ranks_share_the_search_and_agree(tmp_path):
