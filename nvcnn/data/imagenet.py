@@ -174,7 +174,7 @@ def validation(
                     f"{what}: class {unknown[0]} is not in --train: give the validation images of its classes"
                 )
             return sorted(to_samples(val, folders, list(label)), key=lambda sample: Path(sample.name).name)
-        found = [(path.name, 0, file_size(str(path))) for path in paths if path.suffix.lower() in SUFFIXES]
+        found = [(path.name, 0, file_size(path)) for path in paths if path.suffix.lower() in SUFFIXES]
     else:
         with opened_tar(val, what) as tar:
             end = val.stat().st_size
