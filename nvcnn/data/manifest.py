@@ -22,9 +22,12 @@ def is_temporary(path: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}): delete it, and prepare the data set again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: is not prepare.py's: delete it, and prepare the data set again")
+    return values
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -34,12 +37,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     text = read_json(path)
     if not (
-        isinstance(text, dict)
-        and all(isinstance(text.get(name), dict) for name in ("made_from", "images", "shards"))
+        all(isinstance(text.get(name), dict) for name in ("made_from", "images", "shards"))
         and text["made_from"].get("format") in SUFFIX
         and all(isinstance(part, dict) and part.keys() >= PART for part in text["shards"].values())
     ):
-        raise InputError(f"{path}: is no manifest of prepare.py: delete it, and prepare the data set again")
+        raise InputError(f"{path}: is not prepare.py's: delete it, and prepare the data set again")
     return {"files": {}} | text
 
 

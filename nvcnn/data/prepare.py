@@ -91,7 +91,9 @@ def check_out(out: Path, shards: Mapping[str, int], file_format: str, files: Ite
     if not os.access(out, os.R_OK | os.W_OK | os.X_OK):
         raise InputError(f"--out={out}: is not readable and writable: give another directory, or the rights")
     for path in sorted(out.iterdir()):
-        if path not in expected and not is_temporary(path):
+        if is_temporary(path):
+            continue
+        if path not in expected or path.is_dir() != (path.name == UNFINISHED):
             raise InputError(
                 f"--out={out}: holds {path.name}, which is not of this data set: give an empty directory, "
                 "or the flags it was begun with"
@@ -150,6 +152,9 @@ def check_settings(out: Path, there: Mapping[str, Any], here: Mapping[str, Any])
             raise InputError(f"--out={out}: holds {there.get(name)}, not {here[name]}: give another directory")
         if name == "classes":
             raise InputError(f"--out={out}: was begun with other classes: give its sources, or another directory")
+        if name == "shards" and there.get(name, "").count(",") != here[name].count(","):
+            which = "with" if "," in there.get(name, "") else "without"
+            raise InputError(f"--out={out}: was begun {which} validation images: do so now, or give another directory")
         begun, now = (f"with --{name}={one[name]}" if name in one else f"without --{name}" for one in (there, here))
         raise InputError(f"--out={out}: was begun {begun}, now {now}: give the same flags, or another directory")
 

@@ -218,6 +218,32 @@ def test_other_sources_are_refused(raw, copy, tmp_path, change):
         run((train, val), copy)
 
 
+def test_validation_images_where_there_were_none(folders, tmp_path):
+    run(folders, tmp_path / "out", val=None)
+    with pytest.raises(InputError, match=r"--out=.*: was begun without validation images: do so now, or give another"):
+        run(folders, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("train-00003-of-00012", "holds train-00003-of-00012, which is not of this data set"),
+        ("manifest.json", r"holds manifest\.json, which is not of this data set"),
+    ],
+)
+def test_a_directory_where_a_file_belongs(folders, tmp_path, name, what):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"--out=.*: {what}"):
+        run(folders, tmp_path / "out")
+
+
+def test_flags_that_cannot_be_read(folders, tmp_path):
+    (tmp_path / "out" / ".unfinished").mkdir(parents=True)
+    (tmp_path / "out" / ".unfinished" / "flags").write_text("[]")
+    with pytest.raises(InputError, match=r"\.unfinished/flags: is not prepare\.py's: delete it, and prepare"):
+        run(folders, tmp_path / "out")
+
+
 def test_a_directory_of_another_data_set_is_refused(prepared):
     with pytest.raises(InputError, match="holds Class folders, not other"):
         prepare.begun(Plan("other", (), {}, {}, folder.encode_file, ""), prepared)
