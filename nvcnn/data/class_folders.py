@@ -11,7 +11,7 @@ import torch
 from nvcnn.data.source import same_everywhere
 from nvcnn.errors import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # what DALI and Pillow both decode; in any case
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")  # in any case; no GIF: DALI
 FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 

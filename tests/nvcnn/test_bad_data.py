@@ -90,9 +90,9 @@ def find(kind: str, directory: Path, **options: bool) -> Dataset:
     return find_dataset(directory, **flags, split="train", **options)
 
 
-def grey(value: int) -> bytes:
+def grey(value: int, kind: str = "JPEG") -> bytes:
     data = io.BytesIO()
-    Image.new("L", (48, 32), value).save(data, "JPEG")
+    Image.new("L", (48, 32), value).save(data, kind)
     return data.getvalue()
 
 
@@ -155,6 +155,7 @@ CASES = [
     Case("A JPEG cut in the middle", image=lambda: jpeg(BAD)[: len(jpeg(BAD)) // 2]),
     Case("An image without bytes", image=lambda: b""),
     Case("Something that is no image", image=lambda: b"<html>404 Not Found</html>"),
+    Case("A GIF under the name of a JPEG", image=lambda: grey(9, "GIF")),
     Case("An image of 30 000 x 30 000 pixels", image=bomb),
     Case("A label outside the classes", label=3, kinds=("records", "tars")),
     Case("A label that is no number", label="cat", kinds=("tars",)),
