@@ -11,6 +11,7 @@ from typing import Any
 
 from nvcnn.data import cifar10, fashion_mnist, folder, imagenet
 from nvcnn.data.images import Encoding
+from nvcnn.data.pillow import require_pillow
 from nvcnn.data.plan import LABEL_BASE
 from nvcnn.data.prepare import prepare
 from nvcnn.data.verify import verify
@@ -149,6 +150,7 @@ def make(flags: argparse.Namespace) -> None:
     )
     if flags.dataset == "cifar10":
         return prepare(cifar10.plan(flags.source, **order), flags.out, workers=flags.workers)
+    require_pillow()
     keep = ("JPEG",) if flags.dataset == "imagenet" else ("JPEG", "PNG")
     encoding = Encoding(keep, flags.max_side, flags.quality, flags.check)
     if flags.dataset == "imagenet":

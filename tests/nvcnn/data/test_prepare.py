@@ -369,6 +369,13 @@ def test_the_program_prepares_and_verifies(raw, folders, tmp_path, main, capfd):
         main(["folder", f"--train={train}", f"--val={val}", f"--out={tmp_path}/a", "--shards=3,1"])
 
 
+def test_without_pillow(main, folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(InputError, match=r"needs PIL.*: pip install nvcnn\[images\]"):
+        main(["folder", f"--train={folders[0]}", f"--out={tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("given", "said"), [([], "stopped; the same command goes on"), (["--verify"], "stopped\n")])
 def test_ctrl_c(main, monkeypatch, capsys, given, said):
     def interrupted(flags):
