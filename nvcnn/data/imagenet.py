@@ -204,7 +204,8 @@ def read_lines(path: Path, flag: str) -> list[str]:
     try:
         return [line for line in map(str.strip, path.read_text().splitlines()) if line]
     except (OSError, ValueError) as error:
-        raise InputError(f"{flag}={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{flag}={path}: cannot be read ({why}): give a text file of one class a line") from None
 
 
 def read_synsets(path: Path) -> tuple[list[str], dict[str, str]]:

@@ -292,6 +292,12 @@ def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypa
         plan(raw, val=val)
 
 
+def test_lists_that_cannot_be_read(raw, tmp_path):
+    for flag in ("val_labels", "synsets"):
+        with pytest.raises(InputError, match=rf"--{flag}=.*: cannot be read \(Is a directory\): give a text file"):
+            plan(raw, **{flag: tmp_path})
+
+
 def test_the_ground_truth_is_no_list_of_labels(raw, tmp_path):
     path = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
     path.write_text("1\n" * 23)
