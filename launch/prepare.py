@@ -4,12 +4,17 @@ import argparse
 import os
 import signal
 import sys
+from argparse import ArgumentTypeError
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nvcnn.data import cifar10, fashion_mnist, folder, imagenet
 from nvcnn.data.images import Encoding
-from nvcnn.data.prepare import LABEL_BASE, prepare, verify
+from nvcnn.data.pillow import require_pillow
+from nvcnn.data.plan import LABEL_BASE
+from nvcnn.data.prepare import prepare
+from nvcnn.data.verify import verify
 from nvcnn.errors import InputError
 from nvcnn.program import SAVED_AND_STOPPED, run
 from nvcnn.settings import Parser
@@ -19,26 +24,29 @@ DATASETS = ("imagenet", "folder", "cifar10", "fashion-mnist")
 
 
 def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is no number from 1")
 
 
 def quality(text: str) -> int:
-    if not 1 <= (value := int(text)) <= 100:
-        raise ValueError
-    return value
+    if text.isdecimal() and 1 <= int(text) <= 100:
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is no number from 1 to 100")
 
 
 def share(text: str) -> float:
-    if not 0 < (value := float(text)) < 1:
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise ArgumentTypeError(f"{text!r} is no number between 0 and 1")
 
 
-def shards(text: str) -> tuple[int, int]:
-    train, validation = map(positive, text.split(","))
-    return train, validation
+def shards(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if len(numbers) != 2:
+        raise ArgumentTypeError(f"{text!r} is not two numbers, TRAIN,VAL")
+    return tuple(map(positive, numbers))
 
 
 def add_command(commands, name: str, help: str) -> argparse.ArgumentParser:
@@ -134,11 +142,15 @@ def make(flags: argparse.Namespace) -> None:
     for name in ("train", "source"):
         if name in flags and getattr(flags, name) is None:
             raise InputError(f"{flags.dataset} needs --{name}")
+    for name in ("train", "val", "source"):
+        if (source := getattr(flags, name, None)) and flags.out.resolve().is_relative_to(source.resolve()):
+            raise InputError(f"--out={flags.out}: is inside --{name}={source}: give a directory outside it")
     order: dict[str, Any] = {"seed": flags.seed, "file_format": flags.format} | (
         {"shards": flags.shards} if flags.shards else {}
     )
     if flags.dataset == "cifar10":
         return prepare(cifar10.plan(flags.source, **order), flags.out, workers=flags.workers)
+    require_pillow()
     keep = ("JPEG",) if flags.dataset == "imagenet" else ("JPEG", "PNG")
     encoding = Encoding(keep, flags.max_side, flags.quality, flags.check)
     if flags.dataset == "imagenet":
@@ -155,7 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         make(flags)
     except KeyboardInterrupt:
-        print("prepare.py: stopped; the same command goes on from here", file=sys.stderr)
+        again = "" if flags.existing or flags.verify else "; the same command goes on from here"
+        print(f"prepare.py: stopped{again}", file=sys.stderr)
         return SAVED_AND_STOPPED
     return 0
 

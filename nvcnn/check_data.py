@@ -3,11 +3,13 @@
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.pillow import require_pillow
+from nvcnn.data.processes import forked, worker_pool
 from nvcnn.data.scan import bad_samples
 from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
@@ -50,16 +52,23 @@ def check_data(
 def search(
     dataset: Dataset, split: str, samples: Sequence[int], images: bool, processes: int, quiet: bool
 ) -> list[tuple[int, str]]:
-    """(number, what is wrong) of each bad one. A process that dies, say for memory, ends the search with an error."""
+    """(number, what is wrong) of each bad one. Raises InputError when a process is killed, say for want of memory."""
     pieces = [samples[at : at + PIECE] for at in range(0, len(samples), PIECE)]
+    look = partial(bad_samples, dataset, split, images=images)
     if processes == 1 or len(pieces) < 2:
-        return bad_samples(dataset, split, samples, images)
-    found, done, said = [], 0, time.monotonic()
-    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:  # fork: it has the table of samples
-        pending = [pool.submit(bad_samples, dataset, split, piece, images) for piece in pieces]
-        for done, result in enumerate(as_completed(pending), 1):
-            found += result.result()
-            if not quiet and time.monotonic() - said > PATIENCE:
-                said = time.monotonic()
-                print(f"Checking {split} images: {100 * done / len(pieces):.0f} %", flush=True)
+        return look(samples)
+    found, said = [], time.monotonic()
+    try:
+        with worker_pool(processes, look) as pool:
+            pending = [pool.submit(forked, piece) for piece in pieces]
+            for done, result in enumerate(as_completed(pending), 1):
+                found += result.result()
+                if not quiet and time.monotonic() - said > PATIENCE:
+                    said = time.monotonic()
+                    print(f"Checking {split} images: {100 * done / len(pieces):.0f} %", flush=True)
+    except BrokenProcessPool:
+        raise InputError(
+            f"--data_dir={dataset.directory}: one of {processes} processes that check its images was killed, perhaps "
+            "for want of memory: run again with more of it, or without --check_data and --skip_bad_images"
+        ) from None
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nvcnn.data.images import png
-from nvcnn.data.prepare import Plan, Sample
+from nvcnn.data.plan import Plan, Sample
 from nvcnn.errors import InputError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

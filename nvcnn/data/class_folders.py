@@ -1,5 +1,5 @@
-"""A folder per class, `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, as a source. A class's number is its place in order
-of name, and training and validation must have the same classes."""
+"""A folder per class, `train/CLASS/**/*.jpg` and `val/CLASS/**/*.jpg`, as a source. A class's number is its place in
+order of name, and training and validation must have the same classes."""
 
 import os
 from collections.abc import Collection
@@ -11,7 +11,7 @@ import torch
 from nvcnn.data.source import same_everywhere
 from nvcnn.errors import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # what DALI and Pillow both decode; in any case
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")  # in any case; no GIF: DALI
 FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 
@@ -62,17 +62,38 @@ def split_folder(directory: Path, split: str) -> Path | None:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The folders in `folder`, in order of name: the classes."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise InputError(f"{folder}: holds no class folders: put the images of each class into a folder there")
-    return names
+    """The folders in `folder`, in order of name."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def image_files(folder: Path, name: str, suffixes: tuple[str, ...]) -> tuple[list[str], int]:
+    """Paths below `folder` of the images in its folder `name`, at any depth, in order; and how many other files there.
+
+    Links are followed, hidden files are not counted.
+    """
+    images, others = [], 0
+    pending = [name]
+    while pending:
+        below = pending.pop()
+        for entry in os.scandir(folder / below):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                pending.append(f"{below}/{entry.name}")
+            elif entry.name.lower().endswith(suffixes):
+                images.append(f"{below}/{entry.name}")
+            else:
+                others += 1
+    return sorted(images), others
 
 
 def find_classes(directory: Path) -> list[str]:
     """The classes of training and validation, in order. Raises InputError when they differ."""
     folders = [folder for split in FOLDERS if (folder := split_folder(directory, split))]
     classes = [class_names(folder) for folder in folders]
+    if not all(classes):
+        empty = folders[classes.index([])]
+        raise InputError(f"{empty}: holds no class folders: put the images of each class into a folder there")
     for here, there in ((0, -1), (-1, 0)):
         if absent := sorted(set(classes[there]) - set(classes[here])):
             raise InputError(
@@ -89,13 +110,9 @@ def open_class_folders(directory: Path, split: str, classes: list[str]) -> Class
         raise InputError(f"--data_dir={directory}: no folder {' or '.join(FOLDERS[split])} there")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(
-            entry.path
-            for entry in os.scandir(folder / name)
-            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
-        )
+        found, _ = image_files(folder, name, SUFFIXES)
         if not found:
             raise InputError(f"{folder / name}: holds no images (*{', *'.join(SUFFIXES)}): copy the data set again")
-        paths += found
+        paths += [f"{folder}/{path}" for path in found]
         labels += [label] * len(found)
     return ClassFolders(paths, labels)

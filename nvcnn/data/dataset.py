@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from nvcnn.data.class_folders import find_classes, open_class_folders, split_folder
+from nvcnn.data.manifest import UNFINISHED
 from nvcnn.data.records import Records, open_records
 from nvcnn.data.source import Source
 from nvcnn.data.tars import Tars, open_tars
@@ -74,6 +75,8 @@ def find_dataset(
     flag = f"--data_dir={data_dir}"
     try:
         kind = find_kind(directory)
+        if (directory / UNFINISHED).exists() and not (directory / "manifest.json").exists():
+            raise InputError(f"{flag}: prepare.py has not finished there: give its command again")
         declared = read_dataset_json(directory / "dataset.json")
         open_split: Callable[[str], Source]
         if kind == "class folders":

@@ -15,7 +15,9 @@ from http.client import HTTPException
 from pathlib import Path
 
 from nvcnn.data.images import png
-from nvcnn.data.prepare import Plan, Sample, check_out, is_complete
+from nvcnn.data.manifest import is_complete
+from nvcnn.data.plan import Plan, Sample
+from nvcnn.data.prepare import check_out
 from nvcnn.data.prepare import prepare as prepare_plan
 from nvcnn.errors import InputError
 
@@ -46,7 +48,8 @@ def read_idx(directory: Path, name: str) -> bytes:
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}): give a directory with Fashion-MNIST's four .gz") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({why}): give a directory with Fashion-MNIST's four .gz") from None
     if hashlib.sha256(data).hexdigest() != SHA256[name]:
         raise InputError(f"{path}: is not Fashion-MNIST's (its SHA-256 differs): get the file again")
     return data

@@ -1,59 +1,55 @@
 """Class folders: DIR/<class>/**/<image>, as torchvision's ImageFolder has them; classes in order of name."""
 
 import math
-import os
 import random
 import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from nvcnn.data.class_folders import class_names, image_files
 from nvcnn.data.images import SUFFIXES, Encoding, standard
-from nvcnn.data.prepare import Plan, Sample, read_sample, worker_pool
+from nvcnn.data.plan import Plan, Sample, read_sample
+from nvcnn.data.processes import worker_pool
 from nvcnn.errors import InputError
 
+SPLITS = {"train", "val", "validation", "test"}  # names of folders above those of classes
 SHARD_BYTES = 1 << 27  # of source files, per shard where --shards does not say
 
 
-def scan_class(directory: str, name: str) -> tuple[list[tuple[str, int]], int]:
+def scan_class(directory: Path, name: str) -> tuple[list[tuple[str, int]], int]:
     """(path below `directory`, bytes) of each image of a class, in order; and how many other files there are.
 
-    Links are followed, hidden files are not images. Raises InputError for what cannot be listed.
+    Raises InputError for what cannot be listed.
     """
-    images, others = [], 0
-
-    def walk(below: str) -> None:
-        nonlocal others
-        for entry in os.scandir(os.path.join(directory, below)):
-            path = f"{below}/{entry.name}"
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                walk(path)
-            elif entry.name.lower().endswith(SUFFIXES):
-                # A link to nowhere becomes an unreadable image.
-                images.append((path, os.stat(entry.path).st_size if os.path.exists(entry.path) else 0))
-            else:
-                others += 1
-
     try:
-        walk(name)
+        images, others = image_files(directory, name, SUFFIXES)
+        return [(path, file_size(directory / path)) for path in images], others
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror}): make it readable") from None
-    return sorted(images), others
+
+
+def file_size(path: Path) -> int:
+    """Of a link to nowhere 0: it becomes an unreadable image."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def scan_folders(directory: Path, flag: str, workers: int) -> dict[str, list[tuple[str, int]]]:
     """The images of each class, in order of name. Raises InputError when there are none."""
     try:
-        classes = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+        classes = class_names(directory)
     except OSError as error:
         raise InputError(f"{flag}={directory}: {error.strerror}: give a directory of class folders") from None
     if not classes:
         raise InputError(f"{flag}={directory}: holds no class folders: give the directory above them")
+    if set(classes) <= SPLITS:
+        raise InputError(
+            f"{flag}={directory}: holds {' and '.join(classes)}, whose folders are the classes: "
+            f"give them as --train={directory}/... and --val={directory}/..."
+        )
     print(f"{directory}: listing {len(classes)} class folders", flush=True)
     with worker_pool(workers) as pool:
-        found = dict(zip(classes, pool.map(scan_class, [str(directory)] * len(classes), classes), strict=True))
+        found = dict(zip(classes, pool.map(partial(scan_class, directory), classes), strict=True))
     if others := sum(n for _, n in found.values()):
         print(f"{directory}: {others} files are left out, whose names are not those of images", file=sys.stderr)
     for name, (images, _) in found.items():

@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from nvcnn.data.folder import encode_file, encoding_flags, scan_folders, to_samples
+from nvcnn.data.folder import encode_file, encoding_flags, file_size, scan_folders, to_samples
 from nvcnn.data.images import SUFFIXES, Encoding
-from nvcnn.data.prepare import Plan, Sample, worker_pool
+from nvcnn.data.plan import Plan, Sample
+from nvcnn.data.processes import worker_pool
 from nvcnn.errors import InputError
 
 SYNSET = re.compile(r"n\d{8}")
@@ -161,14 +162,19 @@ def validation(
 ) -> list[Sample]:
     """The validation images in order of file name, from a tar, a directory of images or class folders."""
     what = f"--val={val}"
-    if val.is_dir() and any(path.is_dir() for path in val.iterdir()):
-        folders = scan_folders(val, "--val", workers)
-        if unknown := sorted(folders.keys() - label.keys()):
-            raise InputError(f"{what}: class {unknown[0]} is not in --train: give the validation images of its classes")
-        return sorted(to_samples(val, folders, list(label)), key=lambda sample: Path(sample.name).name)
     if val.is_dir():
-        files = sorted(path for path in val.iterdir() if path.suffix.lower() in SUFFIXES)
-        found = [(path.name, 0, path.stat().st_size) for path in files]
+        try:
+            paths = sorted(val.iterdir())
+        except OSError as error:
+            raise InputError(f"{what}: cannot be listed ({error.strerror}): make it readable") from None
+        if any(path.is_dir() for path in paths):
+            folders = scan_folders(val, "--val", workers)
+            if unknown := sorted(folders.keys() - label.keys()):
+                raise InputError(
+                    f"{what}: class {unknown[0]} is not in --train: give the validation images of its classes"
+                )
+            return sorted(to_samples(val, folders, list(label)), key=lambda sample: Path(sample.name).name)
+        found = [(path.name, 0, file_size(path)) for path in paths if path.suffix.lower() in SUFFIXES]
     else:
         with opened_tar(val, what) as tar:
             end = val.stat().st_size
@@ -198,7 +204,8 @@ def read_lines(path: Path, flag: str) -> list[str]:
     try:
         return [line for line in map(str.strip, path.read_text().splitlines()) if line]
     except (OSError, ValueError) as error:
-        raise InputError(f"{flag}={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{flag}={path}: cannot be read ({why}): give a text file of one class a line") from None
 
 
 def read_synsets(path: Path) -> tuple[list[str], dict[str, str]]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 178_956_970  # where Pillow sees a decompression bomb; more than a camera's, and 500 MB decoded
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")  # what DALI decodes, too
 CROP_ATTEMPTS = 10  # as torchvision and DALI
 PNG_END = b"IEND\xae\x42\x60\x82"  # a PNG's last chunk with its CRC
 ORIENTATION = 0x0112  # EXIF's tag; its values 2 .. 8 name the transposition that makes an image upright
@@ -36,12 +37,12 @@ def require_pillow() -> None:
 
 def decode(data: bytes) -> "Image.Image":
     """The image as RGB, upright; transparency is dropped, not blended. Raises ValueError saying what is wrong."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise ValueError("it has no bytes")
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         image.load()
@@ -52,8 +53,10 @@ def decode(data: bytes) -> "Image.Image":
     except Image.DecompressionBombError:
         width, height = size(data)
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}") from None
+    except UnidentifiedImageError:
+        raise ValueError("it is no JPEG, PNG, BMP, WebP, TIFF or PPM file") from None
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged files
-        raise ValueError(first_line(error)) from None
+        raise ValueError(next(iter(str(error).splitlines()), "") or type(error).__name__) from None
     orientation = orientation_of(image)
     image = image if image.mode == "RGB" else image.convert("RGB")
     return image.transpose(Image.Transpose[UPRIGHT[orientation - 2]]) if orientation in range(2, 9) else image
@@ -65,7 +68,7 @@ def size(data: bytes) -> tuple[int, int]:
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        return Image.open(io.BytesIO(data)).size
+        return Image.open(io.BytesIO(data), formats=FORMATS).size
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -75,12 +78,6 @@ def orientation_of(image: "Image.Image") -> int:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF data: the image is shown as it is stored
         return 1
-
-
-def first_line(error: Exception) -> str:
-    """Without the address of a buffer, so that the same image gives the same words."""
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return "cannot identify image file" if text.startswith("cannot identify image file") else text
 
 
 def undecodable(name: str, why: str) -> str:

@@ -165,7 +165,8 @@ def read_records(path: Path, digest: Any = None) -> Iterator[bytes]:
             header, data, crc = file.read(12), file.read(size - FRAMING), file.read(4)
             if struct.unpack("<I", crc)[0] != masked_crc(data):
                 raise InputError(
-                    f"{path}: record {number} at byte {at} is damaged (its CRC differs): make the file again"
+                    f"{path}: record {number} at byte {at} is damaged (its CRC differs): copy the file again, or "
+                    "delete it and prepare again"
                 )
             if digest is not None:
                 for part in (header, data, crc):

@@ -73,6 +73,7 @@ def loaded(samples: Samples, keys: Any, workers: int, device: torch.device) -> G
         samples,  # type: ignore[arg-type]
         batch_sampler=keys,
         num_workers=workers,
+        multiprocessing_context="fork",  # to share the table of samples; from Python 3.14 on not the default
         collate_fn=lambda batch: batch,
         persistent_workers=True,
         prefetch_factor=QUEUED,

@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,9 +90,9 @@ def find(kind: str, directory: Path, **options: bool) -> Dataset:
     return find_dataset(directory, **flags, split="train", **options)
 
 
-def grey(value: int) -> bytes:
+def grey(value: int, kind: str = "JPEG") -> bytes:
     data = io.BytesIO()
-    Image.new("L", (48, 32), value).save(data, "JPEG")
+    Image.new("L", (48, 32), value).save(data, kind)
     return data.getvalue()
 
 
@@ -154,6 +155,7 @@ CASES = [
     Case("A JPEG cut in the middle", image=lambda: jpeg(BAD)[: len(jpeg(BAD)) // 2]),
     Case("An image without bytes", image=lambda: b""),
     Case("Something that is no image", image=lambda: b"<html>404 Not Found</html>"),
+    Case("A GIF under the name of a JPEG", image=lambda: grey(9, "GIF")),
     Case("An image of 30 000 x 30 000 pixels", image=bomb),
     Case("A label outside the classes", label=3, kinds=("records", "tars")),
     Case("A label that is no number", label="cat", kinds=("tars",)),
@@ -329,12 +331,40 @@ def test_records_are_checked_without_decoding(tmp_path, capsys):
 
 
 def test_a_search_by_many_processes_finds_the_same(tmp_path, monkeypatch):
+    def refuse(_):
+        raise AssertionError("the table of samples is sent to a process")
+
     write("tars", tmp_path / "data", {1: b"", BAD: b"x"}, {10: "cat"})
     dataset = find("tars", tmp_path / "data")
     monkeypatch.setattr("nvcnn.check_data.PIECE", 2)
+    monkeypatch.setattr(Dataset, "__reduce__", refuse)
     one, three = (search(dataset, "train", range(IMAGES), True, n, quiet=True) for n in (1, 3))
     assert [i for i, _ in one] == [1, BAD, 10]
     assert sorted(three) == one
+
+
+def test_a_search_whose_process_is_killed(tmp_path, monkeypatch):
+    write("folders", tmp_path / "data", {}, {})
+    monkeypatch.setattr("nvcnn.check_data.PIECE", 2)
+    monkeypatch.setattr("nvcnn.check_data.bad_samples", lambda *_, images: os._exit(9))
+    with pytest.raises(InputError, match=r"--data_dir=.*data: one of 2 processes .* was killed.*without --check_data"):
+        search(find("folders", tmp_path / "data"), "train", range(IMAGES), True, 2, quiet=True)
+
+
+def test_a_search_ends_at_ctrl_c(tmp_path, monkeypatch):
+    """Not after all pieces: those of ImageNet take the better part of an hour."""
+
+    def ctrl_c(_):
+        raise KeyboardInterrupt
+
+    write("folders", tmp_path / "data", {}, {})
+    monkeypatch.setattr("nvcnn.check_data.PIECE", 1)
+    monkeypatch.setattr("nvcnn.check_data.bad_samples", lambda *_, images: time.sleep(0.2))
+    monkeypatch.setattr("nvcnn.check_data.as_completed", ctrl_c)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        search(find("folders", tmp_path / "data"), "train", range(1000), True, 2, quiet=True)
+    assert time.monotonic() - started < 10
 
 
 def test_ranks_share_the_search_and_agree(tmp_path):

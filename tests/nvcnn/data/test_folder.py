@@ -87,6 +87,10 @@ def test_what_is_no_data_set(train, tmp_path, monkeypatch):
         plan(tmp_path / "absent")
     with pytest.raises(InputError, match=r"--train=.*more: holds no class folders"):
         plan(train / "cat" / "more")
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above" / "train").symlink_to(train)
+    with pytest.raises(InputError, match=r"holds train, whose folders are the classes: give them as --train=.*/\.\.\."):
+        plan(tmp_path / "above")
     with pytest.raises(InputError, match=r"--val_share=0\.01: leaves no image"):
         plan(train, val_share=0.01)
     (train / "empty").mkdir()

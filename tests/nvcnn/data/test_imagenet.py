@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from PIL import Image
 
 from nvcnn.data import EvaluationData, find_dataset, imagenet
 from nvcnn.data.images import Encoding
-from nvcnn.data.prepare import prepare, verify
+from nvcnn.data.prepare import prepare
 from nvcnn.data.tfrecord import decode_example, read_records
+from nvcnn.data.verify import verify
 from nvcnn.errors import InputError
 from tests.raw_imagenet import CLASSES, CMYK, DISGUISED, GREY, ROTATED, SYNSETS, Raw, make, unpack
 
@@ -102,6 +104,16 @@ def test_what_stands_beside_the_shards(raw, prepared):
         *("synsets.txt", "dataset.json", "manifest.json"),
     }
     verify(prepared, workers=2)
+
+
+def test_synsets_are_verified(raw, prepared, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    (out / "synsets.txt").write_text("n01440764\n")
+    with pytest.raises(InputError, match=r"synsets\.txt: is missing, or not as it was written: prepare again"):
+        verify(out, workers=1)
+    prepare(plan(raw), out)
+    verify(out, workers=1)
 
 
 def test_dali_reads_it(raw, prepared, device):
@@ -260,6 +272,30 @@ def test_wrong_synsets(raw, tmp_path, text, what):
 def test_a_flat_val_needs_labels(raw):
     with pytest.raises(InputError, match=r"--val=.*no class folders: give --devkit, or --val_labels"):
         plan(raw, devkit=None)
+
+
+def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypatch):
+    val = tmp_path / "val"
+    val.mkdir()
+    with tarfile.open(raw.val) as tar:
+        tar.extractall(val, filter="data")
+    (val / "ILSVRC2012_val_00000003.JPEG").unlink()
+    (val / "ILSVRC2012_val_00000003.JPEG").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"1 unreadable images.*val_00000003\.JPEG: cannot be read \(No such file"):
+        prepare(plan(raw, val=val), tmp_path / "out")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everywhere
+    with pytest.raises(InputError, match=r"--val=.*val: cannot be listed \(Permission denied\)"):
+        plan(raw, val=val)
+
+
+def test_lists_that_cannot_be_read(raw, tmp_path):
+    for flag in ("val_labels", "synsets"):
+        with pytest.raises(InputError, match=rf"--{flag}=.*: cannot be read \(Is a directory\): give a text file"):
+            plan(raw, **{flag: tmp_path})
 
 
 def test_the_ground_truth_is_no_list_of_labels(raw, tmp_path):

@@ -1,8 +1,7 @@
-"""The machinery under every data set: killed runs, workers, other flags and sources, bad images, verification, tars."""
+"""The machinery under every data set: killed runs, workers, other flags and sources, bad images; and the program."""
 
 import errno
 import importlib.util
-import io
 import itertools
 import json
 import multiprocessing
@@ -11,52 +10,20 @@ import random
 import shutil
 import signal
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from nvcnn.data import folder, prepare
-from nvcnn.data.images import Encoding
-from nvcnn.data.prepare import Plan, Sample, verify
-from nvcnn.data.tfrecord import decode_example, index_path, read_records
+from nvcnn.data import folder, prepare, shards
+from nvcnn.data.plan import Plan
+from nvcnn.data.tfrecord import decode_example, read_records
+from nvcnn.data.verify import verify
 from nvcnn.errors import InputError
-from tests.raw_imagenet import Raw, jpeg, make, photograph, unpack
+from tests.nvcnn.data.preparing import contents, flip, run
+from tests.raw_imagenet import jpeg, photograph, unpack
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="session")
-def raw(tmp_path_factory) -> Raw:
-    return make(tmp_path_factory.mktemp("raw"), per_class=30)
-
-
-@pytest.fixture(scope="session")
-def folders(raw, tmp_path_factory) -> tuple[Path, Path]:
-    return unpack(raw, tmp_path_factory.mktemp("folders"))
-
-
-def plan(folders: tuple[Path, Path], **changes) -> Plan:
-    train, val = folders
-    encoding = Encoding(("JPEG",), **{k: changes.pop(k) for k in ("max_side", "check") if k in changes})
-    return folder.plan(train, **{"val": val, "encoding": encoding, "shards": (12, 4)} | changes)
-
-
-def run(folders, out: Path, workers: int = 1, skip_bad: bool = False, **changes) -> None:
-    prepare.prepare(plan(folders, **changes), out, workers=workers, skip_bad=skip_bad)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-@pytest.fixture(scope="session")
-def prepared(folders, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "out"
-    run(folders, out)
-    return out
 
 
 @pytest.mark.parametrize("workers", [2, 5])
@@ -134,7 +101,7 @@ def test_killed_at_random_it_ends_with_the_same_bytes(folders, tmp_path, kills):
 def test_killed_at_a_certain_point_it_ends_with_the_same_bytes(folders, prepared, tmp_path, monkeypatch, point):
     """Between any two of the steps by which a file appears."""
     out = tmp_path / "out"
-    replace, remove, written = os.replace, prepare.shutil.rmtree, prepare.Summed.write
+    replace, remove, written = os.replace, prepare.shutil.rmtree, shards.Summed.write
 
     def replace_or_die(source, target):
         name = Path(target).name
@@ -160,7 +127,7 @@ def test_killed_at_a_certain_point_it_ends_with_the_same_bytes(folders, prepared
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", replace_or_die)
         patched.setattr(prepare.shutil, "rmtree", remove_or_die)
-        patched.setattr(prepare.Summed, "write", write_or_die)
+        patched.setattr(shards.Summed, "write", write_or_die)
         process = multiprocessing.get_context("fork").Process(target=run, args=(folders, out))
         process.start()
         process.join()
@@ -183,20 +150,22 @@ def test_a_complete_directory_is_left_alone(folders, prepared, capfd):
     assert {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
 
-@pytest.fixture
-def copy(prepared, tmp_path) -> Path:
-    out = tmp_path / "copy"
-    out.mkdir()
-    for name, data in contents(prepared).items():
-        (out / name).write_bytes(data)
-    return out
-
-
 @pytest.mark.parametrize("lost", ["train-00007-of-00012", "validation-00000-of-00004.idx", "dataset.json"])
 def test_what_is_lost_is_made_again(folders, prepared, copy, lost):
     (copy / lost).unlink()
     run(folders, copy)
     assert contents(copy) == contents(prepared)
+
+
+@pytest.mark.parametrize("other", ["dataset.json", "manifest.json"])
+def test_what_stands_beside_the_shards_is_made_again(folders, prepared, copy, other):
+    text = json.loads((copy / other).read_text())
+    text.pop("class_names", text.pop("files", None))
+    (copy / other).write_text(json.dumps(text))
+    shard = (copy / "train-00007-of-00012").stat().st_ino
+    run(folders, copy)
+    assert contents(copy) == contents(prepared)
+    assert (copy / "train-00007-of-00012").stat().st_ino == shard
 
 
 def test_a_shard_of_another_size_is_made_again(folders, prepared, copy):
@@ -207,9 +176,9 @@ def test_a_shard_of_another_size_is_made_again(folders, prepared, copy):
 
 
 OTHER = {
-    "seed": ({"seed": 2}, r"begun with --seed=1, here 2"),
-    "max_side": ({"max_side": 30}, r"begun with --max_side=None, here 30"),
-    "check": ({"check": "decode"}, r"begun with --check=structure, here decode"),
+    "seed": ({"seed": 2}, r"begun with --seed=1, now with --seed=2"),
+    "max_side": ({"max_side": 30}, r"begun without --max_side, now with --max_side=30"),
+    "check": ({"check": "decode"}, r"begun with --check=structure, now with --check=decode"),
     "format": ({"file_format": "webdataset"}, r"holds dataset|holds train-00000-of-00012"),
     "shards": ({"shards": (13, 4)}, r"holds train-00000-of-00012, .* or the flags it was begun with"),
     "fewer splits": ({"val": None}, r"holds validation-"),
@@ -224,7 +193,7 @@ def test_other_flags_are_refused(folders, copy, tmp_path, monkeypatch, finished,
     if not finished:
         out = tmp_path / "begun"
         with monkeypatch.context() as patched:
-            patched.setattr(prepare, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patched.setattr(prepare, "beside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 run(folders, out)
     before = contents_or_none(out)
@@ -247,6 +216,32 @@ def test_other_sources_are_refused(raw, copy, tmp_path, change):
     what = "with other classes" if change == "class" else "made from other images"
     with pytest.raises(InputError, match=rf"--out={copy}: .*{what}"):
         run((train, val), copy)
+
+
+def test_validation_images_where_there_were_none(folders, tmp_path):
+    run(folders, tmp_path / "out", val=None)
+    with pytest.raises(InputError, match=r"--out=.*: was begun without validation images: do so now, or give another"):
+        run(folders, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("train-00003-of-00012", "holds train-00003-of-00012, which is not of this data set"),
+        ("manifest.json", r"holds manifest\.json, which is not of this data set"),
+    ],
+)
+def test_a_directory_where_a_file_belongs(folders, tmp_path, name, what):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"--out=.*: {what}"):
+        run(folders, tmp_path / "out")
+
+
+def test_flags_that_cannot_be_read(folders, tmp_path):
+    (tmp_path / "out" / ".unfinished").mkdir(parents=True)
+    (tmp_path / "out" / ".unfinished" / "flags").write_text("[]")
+    with pytest.raises(InputError, match=r"\.unfinished/flags: is not prepare\.py's: delete it, and prepare"):
+        run(folders, tmp_path / "out")
 
 
 def test_a_directory_of_another_data_set_is_refused(prepared):
@@ -272,10 +267,12 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["write_record", "write_json"])
-def test_a_full_disk(folders, prepared, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(
+    ("module", "function"), [(prepare, "write_json"), (shards, "write_record"), (shards, "write_json")]
+)
+def test_a_full_disk(folders, prepared, tmp_path, monkeypatch, module, function):
     with monkeypatch.context() as patched:
-        patched.setattr(prepare, where, full_disk)
+        patched.setattr(module, function, full_disk)
         with pytest.raises(InputError, match=r"--out=.*No space left on device: make room"):
             run(folders, tmp_path / "out", 2)
     run(folders, tmp_path / "out", 2)
@@ -337,145 +334,6 @@ def test_unreadable_images_can_be_left_out(prepared, spoilt, tmp_path, capfd):
     assert len(whole - left) == 4
 
 
-def test_a_source_that_vanishes_or_shrinks_is_a_bad_image(raw, folders, tmp_path):
-    sample = Sample("gone.jpg", 0, str(tmp_path))
-    with pytest.raises(prepare.UnreadableImage, match="No such file"):
-        prepare.read_sample(sample)
-    with pytest.raises(prepare.UnreadableImage, match="ends after 10 of 99 bytes"):
-        prepare.read_sample(Sample("cut.jpg", 0, str(raw.train), raw.train.stat().st_size - 10, 99))
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-
-
-def second_record(shard: Path) -> int:
-    return int(index_path(shard).read_text().splitlines()[1].split()[0])
-
-
-SHARD = "train-00007-of-00012"
-BROKEN = {
-    "pixel": (lambda d: flip(d / SHARD, second_record(d / SHARD) + 900), rf"{SHARD}: record 1 at byte \d+ is damaged"),
-    "length": (lambda d: flip(d / SHARD, second_record(d / SHARD)), rf"{SHARD}: no TFRecord at byte \d+ \(record 1\)"),
-    "cut": (lambda d: os.truncate(d / SHARD, (d / SHARD).stat().st_size - 9), rf"{SHARD}: record \d+ at .* cut short"),
-    "longer": (lambda d: (d / SHARD).open("ab").write(b"x"), rf"{SHARD}: no TFRecord at byte .*record 13"),
-    "one less": (
-        lambda d: os.truncate(d / SHARD, second_record(d / SHARD)),
-        rf"{SHARD}: has \d+ bytes, not the \d+ of manifest\.json at record 1:",
-    ),
-    "missing": (lambda d: (d / SHARD).unlink(), rf"{SHARD}: cannot be read \(No such file"),
-    "index missing": (lambda d: (d / f"{SHARD}.idx").unlink(), rf"{SHARD}\.idx: cannot be read \(No such file"),
-    "index": (lambda d: flip(d / f"{SHARD}.idx", 8), rf"{SHARD}\.idx: is wrong at record 1"),
-    "other": (lambda d: rewritten(d / SHARD), rf"{SHARD}: holds other records than were written"),
-    "extra": (lambda d: (d / "train-00012-of-00013").touch(), r"train-00012-of-00013: is not in manifest\.json"),
-    "dataset": (
-        lambda d: (d / "dataset.json").write_text((d / "dataset.json").read_text().replace("23", "24")),
-        r"dataset\.json: its images are not",
-    ),
-    "no manifest": (lambda d: (d / "manifest.json").unlink(), r"manifest\.json: is missing"),
-    "other manifest": (lambda d: (d / "manifest.json").write_text("[]"), r"manifest\.json: is no manifest"),
-    "manifest cut": (lambda d: os.truncate(d / "manifest.json", 99), r"manifest\.json: cannot be read"),
-}
-
-
-def rewritten(shard: Path) -> None:
-    """The same records in another order, CRCs and size right."""
-    records = list(read_records(shard))
-    with open(shard, "wb") as file:
-        for record in records[::-1]:
-            prepare.write_record(file, record)
-
-
-@pytest.mark.parametrize("broken", BROKEN)
-def test_verify_names_what_is_not_as_written(copy, broken):
-    verify(copy, 2)
-    spoil, what = BROKEN[broken]
-    spoil(copy)
-    with pytest.raises(InputError, match=what) as error:
-        verify(copy, 2)
-    assert "\n" not in str(error.value)
-
-
-def test_verify_names_the_first_bad_shard(copy):
-    for name in (SHARD, "train-00002-of-00012", "validation-00003-of-00004"):
-        flip(copy / name, 100)
-    with pytest.raises(InputError, match="train-00002-of-00012: record 0"):
-        verify(copy, 2)
-
-
-@pytest.fixture(scope="session")
-def tars(folders, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("tars") / "out"
-    run(folders, out, 2, file_format="webdataset")
-    return out
-
-
-def test_webdataset_holds_the_same_images(prepared, tars):
-    samples: dict[str, dict[str, bytes]] = {}
-    for path in sorted(tars.glob("train-*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, extension = member.name.split(".")
-                samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    records = [decode_example(r) for p in sorted(prepared.glob("train-*-of-00012")) for r in read_records(p)]
-    assert sorted(samples) == [f"{i:08d}" for i in range(len(records))]
-    assert [(s["jpg"], int(s["cls"]) + 1) for _, s in sorted(samples.items())] == [
-        (r["image/encoded"][0], r["image/class/label"][0]) for r in records
-    ]
-    declared = json.loads((tars / "dataset.json").read_text())
-    assert declared == json.loads((prepared / "dataset.json").read_text()) | {"label_base": 0}
-
-
-def test_dali_reads_webdataset_by_our_index(prepared, tars):
-    import nvidia.dali as dali
-
-    paths = sorted(tars.glob("train-*.tar"))
-    pipeline = dali.Pipeline(batch_size=10, num_threads=1, device_id=None)
-    with pipeline:
-        image, label = dali.fn.readers.webdataset(
-            paths=[str(p) for p in paths], index_paths=[str(index_path(p)) for p in paths], ext=["jpg", "cls"]
-        )
-        pipeline.set_outputs(image, label)
-    pipeline.build()
-    images, labels = pipeline.run()
-    records = [decode_example(r) for r in read_records(prepared / "train-00000-of-00012")]
-    for i in range(10):
-        assert images.at(i).tobytes() == records[i]["image/encoded"][0]
-        assert int(labels.at(i).tobytes()) == records[i]["image/class/label"][0] - 1
-
-
-def test_webdataset_is_verified(tars, tmp_path):
-    verify(tars, 2)
-    for name, data in contents(tars).items():
-        (tmp_path / name).write_bytes(data)
-    path = tmp_path / "train-00003-of-00012.tar"
-    with tarfile.open(path) as tar:
-        third = [member for member in tar if member.name.endswith("cls")][2]
-    flip(path, third.offset_data)
-    with pytest.raises(InputError, match=r"train-00003-of-00012\.tar: holds other records than were written \("):
-        verify(tmp_path, 1)
-    flip(path, third.offset + 3)
-    with pytest.raises(InputError, match=r"train-00003-of-00012\.tar: holds other records .* at record 2 "):
-        verify(tmp_path, 1)
-
-
-def test_max_side(folders, prepared, tmp_path):
-    run(folders, tmp_path / "out", 2, max_side=48)
-    for before, after in zip(
-        (r for p in sorted(prepared.glob("*-of-?????")) for r in read_records(p)),
-        (r for p in sorted((tmp_path / "out").glob("*-of-?????")) for r in read_records(p)),
-        strict=True,
-    ):
-        one, other = decode_example(before), decode_example(after)
-        assert one["image/class/label"] == other["image/class/label"]
-        (data,), (made,) = one["image/encoded"], other["image/encoded"]
-        size, small = Image.open(io.BytesIO(data)).size, Image.open(io.BytesIO(made)).size
-        assert (made == data) == (max(size) <= 48)
-        assert max(small) <= 48
-
-
 def test_a_terminal_gets_a_bar_and_what_is_wrong(spoilt, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run(spoilt, tmp_path / "out", skip_bad=True)
@@ -507,8 +365,25 @@ def test_the_program_prepares_and_verifies(raw, folders, tmp_path, main, capfd):
     flip(tmp_path / "a" / "validation-00000-of-00001", 40)
     with pytest.raises(InputError, match="validation-00000-of-00001: record 0"):
         main([f"--verify={tmp_path}/a"])
-    with pytest.raises(InputError, match="begun with --quality=80, here 95"):
+    with pytest.raises(InputError, match="begun with --quality=80, now with --quality=95"):
         main(["folder", f"--train={train}", f"--val={val}", f"--out={tmp_path}/a", "--shards=3,1"])
+
+
+def test_without_pillow(main, folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(InputError, match=r"needs PIL.*: pip install nvcnn\[images\]"):
+        main(["folder", f"--train={folders[0]}", f"--out={tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "said"), [([], "stopped; the same command goes on"), (["--verify"], "stopped\n")])
+def test_ctrl_c(main, monkeypatch, capsys, given, said):
+    def interrupted(flags):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.__globals__, "make", interrupted)
+    assert main(["folder", "--out=x", *given]) == 3
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -518,9 +393,13 @@ def test_the_program_prepares_and_verifies(raw, folders, tmp_path, main, capfd):
         (["imagenet", "--out=x"], ["imagenet needs --train"]),
         (["folder", "--train=absent", "--out=x"], ["--train=absent", "No such file"]),
         (["folder", "--train=x", "--val=y", "--val_share=0.1", "--out=x"], ["--val_share", "--val"]),
-        (["folder", "--train=x", "--out=x", "--shards=8"], ["--shards", "8"]),
-        (["folder", "--train=x", "--out=x", "--quality=101"], ["--quality", "101"]),
-        (["folder", "--train=x", "--out=x", "--val_share=1"], ["--val_share", "1"]),
+        (["folder", "--train=x", "--out=x", "--shards=8"], ["--shards", "'8' is not two numbers, TRAIN,VAL"]),
+        (["folder", "--train=x", "--out=x", "--shards=0,1"], ["--shards", "'0' is no number from 1"]),
+        (["folder", "--train=x", "--out=x", "--workers=-1"], ["--workers", "'-1' is no number from 1"]),
+        (["folder", "--train=x", "--out=x", "--quality=101"], ["--quality", "'101' is no number from 1 to 100"]),
+        (["folder", "--train=x", "--out=x", "--val_share=1"], ["--val_share", "'1' is no number between 0 and 1"]),
+        (["folder", "--train=x", "--out=x/out"], ["--out=x/out", "is inside --train=x", "outside"]),
+        (["imagenet", "--train=x", "--val=x/val", "--out=x/val"], ["--out=x/val", "is inside --train=x"]),
         (["cifar10", "--out=x"], ["cifar10 needs --source"]),
         (["cifar10", "--source=absent", "--out=x"], ["--source=absent"]),
         (["imagenet", "--train=x", "--out=x", "--max-side=9"], ["--max-side=9"]),

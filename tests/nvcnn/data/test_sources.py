@@ -172,6 +172,22 @@ def test_classes_are_the_folders_in_order_of_name(tmp_path, write_kind):
         find(tmp_path, label_base=1)
 
 
+def test_images_of_a_class_at_any_depth(tmp_path, write_kind):
+    """As torchvision's ImageFolder and prepare.py folder have them."""
+    first, second = write_kind("folders", tmp_path, "train", images=2)
+    (first.parent / "deep" / "er").mkdir(parents=True)
+    shutil.copy(second, first.parent / "deep" / "er" / "1.PNG")
+    (second.parent / "link").symlink_to(first.parent / "deep")
+    source = find(tmp_path).source("train")
+    assert [(source.name(i).partition("/n0000")[2], source.read(i)[1]) for i in range(len(source))] == [
+        ("0/deep/er/1.PNG", 0),
+        ("0/image 0.png", 0),
+        ("1/image 1.png", 1),
+        ("1/link/er/1.PNG", 1),
+    ]
+    training(find(tmp_path), "dali_cpu").close()
+
+
 @pytest.mark.parametrize(("from_", "absent"), [("train", "val"), ("val", "train")])
 def test_training_and_validation_of_other_classes(tmp_path, write_kind, from_, absent):
     for split in ("train", "val"):
@@ -306,9 +322,11 @@ def test_without_pillow(sources, monkeypatch):
 def test_a_program_that_does_not_close_its_data_ends(sources):
     """Its workers ignore the signal by which Python ends them at exit."""
     program = f"""
+import multiprocessing
 from nvcnn.data import find_dataset, open_training
 import torch
 
+multiprocessing.set_start_method("forkserver")  # the default of Python 3.14
 dataset = find_dataset({str(sources["records"].directory)!r}, num_classes=61, label_base=None, split="train")
 data = open_training(dataset, "torch", batch_size=4, image_size=16, crop_area=(0.3, 1.0), crop_aspect=(0.8, 1.25),
                      seed=1, rank=0, ranks=1, device=torch.device("cpu"), threads=2)

@@ -1,0 +1,112 @@
+"""What a data set is made from: a `Plan` says where its images are, which go into which file, what becomes of each."""
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from nvcnn.data.images import UnreadableImage
+
+LABEL_BASE = {"tfrecord": 1, "webdataset": 0}  # as ImageNet has them; in TFRecords 0 is the background
+SUFFIX = {"tfrecord": "", "webdataset": ".tar"}
+
+
+class Sample(NamedTuple):
+    """An image. Some 250 bytes each, and all that is kept of a data set in memory.
+
+    name: in messages, and below a directory its path. label: zero-based.
+    source: the tar that holds it; the directory it is in; or the pixels themselves.
+    offset, size: bytes in the tar. offset 0: a file of its own.
+    """
+
+    name: str
+    label: int
+    source: str | bytes
+    offset: int = 0
+    size: int = 0
+
+
+class Shard(NamedTuple):
+    """A file to write. first: the number in its split of the first of its samples."""
+
+    path: Path
+    first: int
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A data set to make.
+
+    splits: the images, in an order that the sources alone decide. shards: files of each split.
+    encode: what a worker stores of a sample, and whether that was encoded anew; raises UnreadableImage.
+    order: decides the shuffling. flags: those that decide bytes; a run goes on under the same ones only.
+    files: name and text of files beside the shards.
+    """
+
+    title: str
+    class_names: tuple[str, ...]
+    splits: Mapping[str, list[Sample]]
+    shards: Mapping[str, int]
+    encode: Callable[[Sample], tuple[bytes, bool]]
+    order: str
+    file_format: str = "tfrecord"
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """What two runs in one directory must share, in JSON's own types."""
+        names = hashlib.sha256("\n".join(self.class_names).encode(errors="surrogateescape")).hexdigest()
+        shards = ",".join(map(str, self.shards.values()))
+        given = {name: value for name, value in self.flags.items() if value is not None}
+        return {"dataset": self.title, "format": self.file_format, "shards": shards, **given, "classes": names}
+
+    def shards_in(self, out: Path) -> Iterator[Shard]:
+        """The shards, each with its part of the shuffled split."""
+        for split, paths in shard_paths(out, self.shards, self.file_format).items():
+            samples = self.splits[split]
+            order = list(range(len(samples)))
+            random.Random(f"{self.order} {split}").shuffle(order)
+            for i, path in enumerate(paths):
+                first, last = (len(order) * k // len(paths) for k in (i, i + 1))
+                yield Shard(path, first, [samples[j] for j in order[first:last]])
+
+
+def shard_paths(out: Path, shards: Mapping[str, int], file_format: str) -> dict[str, list[Path]]:
+    """The files of each split."""
+    suffix = SUFFIX[file_format]
+    return {split: [out / f"{split}-{i:05d}-of-{n:05d}{suffix}" for i in range(n)] for split, n in shards.items()}
+
+
+def digest(samples: Iterable[Sample]) -> str:
+    """SHA-256 of what a shard is made from: names, labels, sizes, or the pixels."""
+    summed = hashlib.sha256()
+    for name, label, source, _, size in samples:
+        summed.update(f"{name}\0{label}\0{size}\n".encode(errors="surrogateescape"))
+        if isinstance(source, bytes):
+            summed.update(source)
+    return summed.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def opened(path: str) -> BinaryIO:
+    """The tar that a worker reads from, opened once."""
+    return open(path, "rb", buffering=0)
+
+
+def read_sample(sample: Sample) -> bytes:
+    """The bytes of an image file, from a tar or a directory. Raises UnreadableImage."""
+    assert isinstance(sample.source, str)
+    try:
+        if sample.offset == 0:
+            return Path(sample.source, sample.name).read_bytes()
+        data = os.pread(opened(sample.source).fileno(), sample.size, sample.offset)
+    except OSError as error:
+        raise UnreadableImage(f"cannot be read ({error.strerror})") from None
+    if len(data) < sample.size:
+        raise UnreadableImage(f"ends after {len(data)} of {sample.size} bytes")
+    return data

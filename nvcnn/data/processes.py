@@ -1,0 +1,70 @@
+"""Processes that share the work of this one, and how far they are."""
+
+import gc
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from ctypes import CDLL
+from multiprocessing import get_context
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+function: Any = None  # of a worker, what its pool was made for
+
+
+@contextmanager
+def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that leave Ctrl-C to this one and finish what they are at, but end at once when this one is killed.
+
+    function: for `forked`, which calls it in a worker; however much it holds, it is not sent there.
+    """
+    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=start, initargs=(os.getpid(), function))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def forked(*arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def start(parent: int, given: Callable[..., Any] | None) -> None:
+    global function
+    function = given
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    gc.freeze()  # a collection would write to every name and place of the data set, and end the sharing of their memory
+    warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error here
+
+
+@contextmanager
+def progress(images: int) -> Iterator[Callable[[int, str, list[str]], None]]:
+    """A bar with the time left on a terminal with tqdm, else a line per shard; what is wrong is printed either way.
+
+    Yields what is to be called after each shard with its number of images, its line, and what is wrong with it.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None  # type: ignore[assignment, misc]
+    if tqdm is not None and sys.stderr.isatty():
+        with tqdm(total=images, unit="image", dynamic_ncols=True) as bar:
+
+            def update(n: int, line: str, wrong: list[str]) -> None:
+                for text in wrong:
+                    bar.write(text)
+                bar.update(n)
+
+            yield update
+    else:
+        yield lambda n, line, wrong: print(*wrong, line, sep="\n", flush=True)
