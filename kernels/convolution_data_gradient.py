@@ -130,7 +130,8 @@ def kernel(
     STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr,
     PADDING_W: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUP_OUT: tl.constexpr,
+    GROUP_IN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -142,10 +143,10 @@ def kernel(
     c0 = tl.program_id(0) % blocks * BLOCK_OUT
     c = c0 + tl.arange(0, BLOCK_OUT)
     known = c < C
-    lowest, span = channels_of_groups(c0, BLOCK_OUT, C, K, GROUPS)
+    lowest, span = channels_of_groups(c0, BLOCK_OUT, C, K, GROUP_IN, GROUP_OUT)
     steps = tl.cdiv(span, BLOCK_IN)  # per tap
-    group = c // (C // GROUPS)
-    column = c - group * (C // GROUPS)
+    of_group = GROUP_IN if GROUP_IN else C
+    column = c - c // GROUP_IN * GROUP_IN if GROUP_IN else c  # as %, but known to be contiguous
 
     # The class has pixels (first_h + STRIDE_H i, first_w + STRIDE_W j), and taps r = first_r + STRIDE_H q, s likewise.
     first_h, first_w = tl.program_id(1) // STRIDE_W, tl.program_id(1) % STRIDE_W
@@ -190,9 +191,9 @@ def kernel(
         else:
             tap_of_weight = (first_r + q * STRIDE_H) * S + first_s + p * STRIDE_W
             weighted = channel[:, None] & known[None, :]
-            if GROUPS > 1:
-                weighted &= (k // (K // GROUPS))[:, None] == group[None, :]
-            of_weight = (k * R * S + tap_of_weight)[:, None] * (C // GROUPS) + column[None, :]
+            if GROUP_IN:
+                weighted &= (k // GROUP_OUT)[:, None] == (c // GROUP_IN)[None, :]
+            of_weight = (k * R * S + tap_of_weight)[:, None] * of_group + column[None, :]
             b = tl.load(weight + of_weight, mask=weighted, other=0.0)
         result = multiply_add(a, b, result)
 
@@ -217,10 +218,10 @@ def kernel(
 
 
 def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
-    """Tiles of 128 x 128 x 32, whose prologue and epilogue fit the registers, of 8 warps."""
+    """Tiles of 128 x 128 x 32, whose prologue and epilogue fit the registers, of 8 warps; of groups 128 x 32 x 32."""
     computed = {
         "BLOCK_ROWS": 128,
-        "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 64),
+        "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 32),
         "BLOCK_IN": tile_of(shape.k, 32),
         "TMA": 0,
         "num_warps": 8,

@@ -33,6 +33,7 @@ from kernels.geometry import (
     geometry,
     launch_options,
     locate,
+    most_channels_of_groups,
     multiply_add,
     normalised,
     through_batch_norm,
@@ -89,7 +90,8 @@ def kernel(
     STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr,
     PADDING_W: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUP_OUT: tl.constexpr,
+    GROUP_IN: tl.constexpr,
     NARROW: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -108,7 +110,7 @@ def kernel(
     known = k < K
     tap = tile // tiles_of_run % (R * TAPS_W)
     r, s = tap // TAPS_W, tap % TAPS_W
-    lowest = channels_of_groups(k0, BLOCK_OUT, K, RUN * channels, GROUPS)[0]
+    lowest = channels_of_groups(k0, BLOCK_OUT, K, RUN * channels, GROUP_OUT, GROUP_IN)[0]
     run = lowest + tile % tiles_of_run * BLOCK_IN + tl.arange(0, BLOCK_IN)
     channel = run < RUN * channels
     c = run
@@ -149,13 +151,13 @@ def kernel(
             a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
         result = multiply_add(tl.trans(dy), a, result)
 
-    group = k // (K // GROUPS)
-    of_group = RUN * channels // GROUPS
-    row = k * (R * TAPS_W * of_group) + (tap * of_group - group * of_group)
-    at = part.to(tl.int64) * (K * R * TAPS_W * of_group) + (row[:, None] + run[None, :])
+    of_group = GROUP_IN if GROUP_IN else RUN * channels
+    row = k * (R * TAPS_W * of_group) + tap * of_group
     inside = known[:, None] & channel[None, :]
-    if GROUPS > 1:
-        inside &= group[:, None] == (run // of_group)[None, :]
+    if GROUP_IN:
+        row -= k // GROUP_OUT * GROUP_IN
+        inside &= (k // GROUP_OUT)[:, None] == (run // GROUP_IN)[None, :]
+    at = part.to(tl.int64) * (K * R * TAPS_W * of_group) + (row[:, None] + run[None, :])
     if ACCUMULATE:
         result += tl.load(dw + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(dw + at, result.to(dw.dtype.element_ty), mask=inside)
@@ -178,12 +180,12 @@ SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
     """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64; as many programs as run at once.
 
-    Runs of taps take registers for their addresses: 32 rows, too.
+    Runs of taps, and groups, take registers for their addresses: 32 rows, too.
     """
     most = 128 if shape.groups == 1 else 64
     block_out, block_in = tile_of(shape.k, most), tile_of(shape.run, most)
     computed = {
-        "BLOCK_ROWS": 32 if block_out * block_in > 128 * 64 or shape.narrow else 64,
+        "BLOCK_ROWS": 64 if block_out * block_in <= 128 * 64 and not shape.narrow and shape.groups == 1 else 32,
         "BLOCK_OUT": block_out,
         "BLOCK_IN": block_in,
         "PROGRAMS": PROGRAMS,
@@ -197,9 +199,8 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
 def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int, int]:
     """Tiles of a tap's run, tiles, parts of the rows, rows a part."""
     block_out, block_in, block_rows = (config[f"BLOCK_{name}"] for name in ("OUT", "IN", "ROWS"))
-    groups = min(shape.groups, (block_out - 2) // (shape.k // shape.groups) + 2)  # that a tile's channels may span
-    side_by_side = groups * (shape.run // shape.groups) + (15 if shape.groups > 1 else 0)  # see channels_of_groups
-    tiles_of_run = triton.cdiv(min(side_by_side, shape.run), block_in)
+    run = shape.run if shape.groups == 1 else most_channels_of_groups(shape, block_out)
+    tiles_of_run = triton.cdiv(run, block_in)
     taps = shape.r if shape.narrow else shape.r * shape.s
     tiles = triton.cdiv(shape.k, block_out) * taps * tiles_of_run
     of_rows = triton.cdiv(shape.rows, block_rows)

@@ -73,7 +73,8 @@ class Geometry(NamedTuple):
     def constants(self) -> dict[str, int]:
         """What kernels are compiled for."""
         of_axes = dict(zip(("STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W"), self.stride + self.padding, strict=True))
-        return {"R": self.r, "S": self.s, "GROUPS": self.groups} | of_axes
+        of_groups = {"GROUP_OUT": self.k // self.groups, "GROUP_IN": self.c // self.groups}
+        return {"R": self.r, "S": self.s} | (of_groups if self.groups > 1 else dict.fromkeys(of_groups, 0)) | of_axes
 
     @property
     def key(self) -> str:
@@ -191,17 +192,27 @@ def locate(first, height, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def channels_of_groups(first, BLOCK: tl.constexpr, own, other, GROUPS: tl.constexpr):
+def channels_of_groups(first, BLOCK: tl.constexpr, own, other, OWN: tl.constexpr, OTHER: tl.constexpr):
     """For channels first ... first + BLOCK - 1 of `own` on one side: where those of their groups begin on the other,
 
-    which has `other`, and how many there are. A tile may span several groups: its weights are a diagonal of blocks. The
-    first is a multiple of 16, so that loads are wide; what is too many has no weights.
+    which has `other`, and how many there are; a group has OWN and OTHER channels (0: there is one group). A tile may
+    span several groups: its weights are a diagonal of blocks. The first is a multiple of 16, so that loads are wide;
+    what is too many has no weights.
     """
-    if GROUPS == 1:
+    if OWN == 0:
         return 0, other
-    lowest = first // (own // GROUPS) * (other // GROUPS) // 16 * 16
-    highest = (tl.minimum(first + BLOCK, own) - 1) // (own // GROUPS) + 1
-    return lowest, highest * (other // GROUPS) - lowest
+    lowest = first // OWN * OTHER // 16 * 16
+    highest = (tl.minimum(first + BLOCK, own) - 1) // OWN + 1
+    return lowest, highest * OTHER - lowest
+
+
+def most_channels_of_groups(shape: Geometry, block: int) -> int:
+    """Of c, over all tiles of `block` channels of k: the most that channels_of_groups finds."""
+    own, other = shape.k // shape.groups, shape.c // shape.groups
+    return max(
+        ((min(first + block, shape.k) - 1) // own + 1) * other - first // own * other // 16 * 16
+        for first in range(0, shape.k, block)
+    )
 
 
 @triton.jit
