@@ -3,8 +3,9 @@
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
 `short`, which the tests compile: the steps of two small models, the optimizer's options, and the convolutions that have
-most fused into them. `all`: ResNet-50's steps as well, with --conv=torch and --conv=triton, in fp16 and bf16, as
-launched without a table and with each table of kernels/configs/ (on its own GPU). Equal launches are compiled once;
+most fused into them. `all`: ResNet-50's steps as well, with --conv=torch and --conv=triton, its evaluation, and
+ResNeXt-50's convolutions of groups, in fp16 and bf16, as launched without a table and with each table of
+kernels/configs/ (on its own GPU). Equal launches are compiled once;
 `calls` says how often they occur in a step of ResNet-50.
 
 Convolutions of 1 x 1 are compiled with TMA, too. A breach (exit 1) is a spill, a program that does not fit an SM, a
@@ -34,7 +35,7 @@ import triton
 
 from benchmarks import report
 from benchmarks.roofline import CONVOLUTIONS
-from benchmarks.trace import Call, Launch, Layout, compiled, launches, meta_run, recorded, step_calls
+from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, launches, meta_run, recorded, step_calls
 from kernels import geometry
 from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
@@ -66,6 +67,12 @@ def short_calls() -> Iterator[Call]:
     yield from calls
     for dtype in (half, bfloat16):
         yield from most_fused(step_calls(dtype=dtype, conv="triton"))
+    yield from most_fused(of_groups(half))
+
+
+def of_groups(dtype: torch.dtype) -> list[Call]:
+    """ResNeXt-50's convolutions that have groups."""
+    return [call for call in step_calls("resnext50", dtype=dtype, conv="triton") if (call["groups"] or 1) > 1]
 
 
 def most_fused(calls: Iterable[Call]) -> list[Call]:
@@ -127,8 +134,10 @@ def all_launches(which: str) -> Counter[Launch]:
         tables = [(chip_of(file.stem), file.stem) for file in TABLES.glob("*.json") if file.stem != TEST]
         for dtype in (torch.float16, torch.bfloat16):
             step = step_calls(dtype=dtype) + step_calls(dtype=dtype, conv="triton")
+            others = evaluation_calls(dtype=dtype) + of_groups(dtype)
             for chip, table in [(chip, "") for chip in CHIPS] + tables:
                 found |= counted(step, chip, table)
+                found.update(dict.fromkeys(counted(others, chip, table), 0))
             found |= with_tma(step)
     short = list(short_calls())
     for chip in CHIPS:

@@ -168,6 +168,18 @@ def step_calls(
     return calls
 
 
+def evaluation_calls(
+    model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16, conv: str = "triton"
+) -> list[Call]:
+    """All calls of the model with --conv on a batch of images, in evaluation."""
+    run, size = meta_run(model, batch, dtype, conv=conv), MODELS[model].image_size
+    images = torch.empty(batch, run.channels, size, size, device=META, dtype=dtype)
+    run.model.eval()
+    with torch.no_grad(), recorded() as calls:
+        run.model(images.to(memory_format=torch.channels_last))
+    return calls
+
+
 def plain_calls(model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16) -> list[Call]:
     """Forward, loss and backward of torchvision's model of that name, whose operators are PyTorch's own."""
     import torchvision.models
