@@ -7,12 +7,12 @@ most fused into them. `all`: ResNet-50's steps as well, with --conv=torch and --
 launched without a table and with each table of kernels/configs/ (on its own GPU). Equal launches are compiled once;
 `calls` says how often they occur in a step of ResNet-50.
 
-Convolutions of 1 x 1 are compiled with TMA, too. A breach (exit 1) is a spill, a program that does not fit an SM, a
-product of matrices of halves without the chip's own instruction for it, a tile not loaded by TMA that should be, or a
-stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for every thread of the program, which
-scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels may be mirrored, three of them
-each, and positions in a window are half as wide as the values beside them) and what UNALIGNED names. Occupancy is the
-share of an SM's warps that registers and shared memory leave room for.
+Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. A breach (exit 1) is a
+spill, a program that does not fit an SM, a product of matrices of halves without the chip's own instruction for it, a
+tile not loaded by TMA that should be, or a stream that is not moved 16 bytes at a time: a load or store of 16 bytes and
+more for every thread of the program, which scalars and vectors of a value per channel are not. Nor are tensors of bytes
+(pixels may be mirrored, three of them each, and positions in a window are half as wide as the values beside them) and
+what UNALIGNED names. Occupancy is the share of an SM's warps that registers and shared memory leave room for.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
 
 CHIPS = (80, 90, 100)
+HOPPER = (90, 100)  # and later: those with TMA
+BY_TMA, PERSISTENT = "_tiles:tma", "R=1 S=1 .* PROGRAMS=264 "
 GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip
 # Per SM, from the table of compute capabilities in the CUDA C++ Programming Guide; all have 64 warps, 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -85,29 +87,19 @@ def tensors(call: Call) -> list[str]:
     return [name for name, value in call.arguments if isinstance(value, Layout)]
 
 
-@contextmanager
-def tma() -> Iterator[None]:
-    """Convolutions load tiles by descriptors."""
+def with_choices(calls: Iterable[Call], pattern: str, chips: Iterable[int], **choices: int) -> Counter[Launch]:
+    """The launches of convolutions with these choices of the configuration; those whose name has the pattern."""
 
     def configured(*arguments: Any) -> Configuration:
-        return {**configuration(*arguments), "TMA": 1}
+        return {**configuration(*arguments), **choices}
 
+    found: Counter[Launch] = Counter()
     with mock.patch.object(geometry, "configuration", configured):
-        yield
-
-
-def with_tma(calls: Iterable[Call]) -> Counter[Launch]:
-    """The launches of 1 x 1 convolutions with TMA, on the chips that have it."""
-    pointwise = [
-        call
-        for call in calls
-        if call.name in CONVOLUTIONS
-        and call["stride"] == (1, 1)
-        and call[CONVOLUTIONS[call.name][1]].shape[2:] == (1, 1)
-    ]
-    with tma():
-        found = [counted(pointwise, chip) for chip in CHIPS if chip >= 90]
-    return Counter({launch: n for one in found for launch, n in one.items() if "_tiles:tma" in launch.name})
+        for call, count in Counter(call for call in calls if call.name in CONVOLUTIONS).items():
+            for chip in chips:
+                with suppress(ValueError):  # what has no descriptor
+                    found.update(dict.fromkeys(launches(call, chip), count))
+    return Counter({launch: count for launch, count in found.items() if re.search(pattern, launch.name)})
 
 
 def counted(calls: Iterable[Call], chip: int, table: str = "") -> Counter[Launch]:
@@ -129,11 +121,13 @@ def all_launches(which: str) -> Counter[Launch]:
             step = step_calls(dtype=dtype) + step_calls(dtype=dtype, conv="triton")
             for chip, table in [(chip, "") for chip in CHIPS] + tables:
                 found |= counted(step, chip, table)
-            found |= with_tma(step)
+            found |= with_choices(step, BY_TMA, HOPPER, TMA=1)
+            found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, PROGRAMS=264)
     short = list(short_calls())
     for chip in CHIPS:
         found.update(dict.fromkeys(counted(short, chip), 0))
-    found.update(dict.fromkeys(with_tma(short), 0))
+    found.update(dict.fromkeys(with_choices(short, f"fp16.*{BY_TMA}", HOPPER, TMA=1), 0))
+    found.update(dict.fromkeys(with_choices(short, f"bf16.*{PERSISTENT}", (90,), TMA=1, PROGRAMS=264), 0))
     return found
 
 

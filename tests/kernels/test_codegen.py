@@ -49,10 +49,12 @@ def test_convolutions_multiply_with_the_chips_own_instruction(rows):
         assert any(all(f" {tensor}:fp16" in name for tensor in tensors) for name in names), op
 
 
-def test_tiles_of_pointwise_convolutions_are_loaded_by_tma(rows):
-    found = {(row["name"].split()[0], row["chip"]) for row in rows if row["tma"] == "yes"}
+def test_tiles_of_convolutions_are_loaded_by_tma(rows):
+    names = [(row["name"], row["chip"]) for row in rows if row["tma"] == "yes"]
+    found = {(name.split()[0], re.findall(r"R=(\d)", name)[0], chip) for name, chip in names}
     ops = ("convolution", "convolution_data_gradient", "convolution_weight_gradient")
-    assert found == {(f"{op}.kernel", chip) for op in ops for chip in ("sm_90", "sm_100")}
+    assert found == {(f"{op}.kernel", taps, chip) for op in ops for taps in "13" for chip in ("sm_90", "sm_100")}
+    assert sum("PROGRAMS=264" in name for name, _ in names) == 2
 
 
 def test_every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(rows):
