@@ -5,15 +5,15 @@ python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME
 `short`, which the tests compile: the steps of two small models, the optimizer's options, and the convolutions that have
 most fused into them. `all`: ResNet-50's steps as well, with --conv=torch and --conv=triton, its evaluation, and
 ResNeXt-50's convolutions of groups, in fp16 and bf16, as launched without a table and with each table of
-kernels/configs/ (on its own GPU). Equal launches are compiled once;
-`calls` says how often they occur in a step of ResNet-50.
+kernels/configs/ (on its own GPU). Equal launches are compiled once; `calls` says how often they occur in a step of
+ResNet-50.
 
-Convolutions of 1 x 1 are compiled with TMA, too. A breach (exit 1) is a spill, a program that does not fit an SM, a
-product of matrices of halves without the chip's own instruction for it, a tile not loaded by TMA that should be, or a
-stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for every thread of the program, which
-scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels may be mirrored, three of them
-each, and positions in a window are half as wide as the values beside them) and what UNALIGNED names. Occupancy is the
-share of an SM's warps that registers and shared memory leave room for.
+Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. A breach (exit 1) is a
+spill, a program that does not fit an SM, a product of matrices of halves without the chip's own instruction for it, a
+tile not loaded by TMA that should be, or a stream that is not moved 16 bytes at a time: a load or store of 16 bytes and
+more for every thread of the program, which scalars and vectors of a value per channel are not. Nor are tensors of bytes
+(pixels may be mirrored, three of them each, and positions in a window are half as wide as the values beside them) and
+what UNALIGNED names. Occupancy is the share of an SM's warps that registers and shared memory leave room for.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
 
 CHIPS = (80, 90, 100)
+HOPPER = (90, 100)  # and later: those with TMA
+BY_TMA, PERSISTENT = "_tiles:tma", "R=1 S=1 .* PROGRAMS=264 "
 GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip
 # Per SM, from the table of compute capabilities in the CUDA C++ Programming Guide; all have 64 warps, 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -92,29 +94,19 @@ def tensors(call: Call) -> list[str]:
     return [name for name, value in call.arguments if isinstance(value, Layout)]
 
 
-@contextmanager
-def tma() -> Iterator[None]:
-    """Convolutions load tiles by descriptors."""
+def with_choices(calls: Iterable[Call], pattern: str, chips: Iterable[int], **choices: int) -> Counter[Launch]:
+    """The launches of convolutions with these choices of the configuration; those whose name has the pattern."""
 
     def configured(*arguments: Any) -> Configuration:
-        return {**configuration(*arguments), "TMA": 1}
+        return {**configuration(*arguments), **choices}
 
+    found: Counter[Launch] = Counter()
     with mock.patch.object(geometry, "configuration", configured):
-        yield
-
-
-def with_tma(calls: Iterable[Call]) -> Counter[Launch]:
-    """The launches of 1 x 1 convolutions with TMA, on the chips that have it."""
-    pointwise = [
-        call
-        for call in calls
-        if call.name in CONVOLUTIONS
-        and call["stride"] == (1, 1)
-        and call[CONVOLUTIONS[call.name][1]].shape[2:] == (1, 1)
-    ]
-    with tma():
-        found = [counted(pointwise, chip) for chip in CHIPS if chip >= 90]
-    return Counter({launch: n for one in found for launch, n in one.items() if "_tiles:tma" in launch.name})
+        for call, count in Counter(call for call in calls if call.name in CONVOLUTIONS).items():
+            for chip in chips:
+                with suppress(ValueError):  # what has no descriptor
+                    found.update(dict.fromkeys(launches(call, chip), count))
+    return Counter({launch: count for launch, count in found.items() if re.search(pattern, launch.name)})
 
 
 def counted(calls: Iterable[Call], chip: int, table: str = "") -> Counter[Launch]:
@@ -138,11 +130,13 @@ def all_launches(which: str) -> Counter[Launch]:
             for chip, table in [(chip, "") for chip in CHIPS] + tables:
                 found |= counted(step, chip, table)
                 found.update(dict.fromkeys(counted(others, chip, table), 0))
-            found |= with_tma(step)
+            found |= with_choices(step, BY_TMA, HOPPER, TMA=1)
+            found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, PROGRAMS=264)
     short = list(short_calls())
     for chip in CHIPS:
         found.update(dict.fromkeys(counted(short, chip), 0))
-    found.update(dict.fromkeys(with_tma(short), 0))
+    found.update(dict.fromkeys(with_choices(short, f"fp16.*{BY_TMA}", HOPPER, TMA=1), 0))
+    found.update(dict.fromkeys(with_choices(short, f"bf16.*{PERSISTENT}", (90,), TMA=1, PROGRAMS=264), 0))
     return found
 
 
@@ -192,14 +186,16 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
 
 
 def streams(ttgir: str, threads: int) -> set[str]:
-    """Where (file:line:column) tensors of 16 bytes a thread and more are loaded or stored."""
+    """Where (file:line:column, "in" the callers) tensors of 16 bytes a thread and more are loaded or stored."""
     locations = dict(re.findall(r"^(#loc\d*) = (.*)$", ttgir, flags=re.MULTILINE))
 
     def place(location: str) -> str:
-        """Of a name or an inlined call, the place within."""
-        if found := re.search(r'([^/"]+)":(\d+:\d+)', locations[location]):
+        """Of a name, what it names; of what is inlined, its place and the caller's."""
+        text = locations[location]
+        if found := re.search(r'([^/"]+)":(\d+:\d+)', text):
             return f"{found[1]}:{found[2]}"
-        return place(re.findall(r"#loc\d*", locations[location])[0])
+        parts = re.findall(r"#loc\d*", text)
+        return " in ".join(map(place, parts if "callsite" in text else parts[:1]))
 
     operation = r"(?:tt\.load|tt\.store|ttg\.async_copy_global_to_local) "
     tensors = re.findall(operation + r".*?: tensor<([\dx]+)x!tt\.ptr<\D+(\d+).*loc\((#loc\d*)\)", ttgir)
@@ -211,11 +207,11 @@ def streams(ttgir: str, threads: int) -> set[str]:
 
 
 def accesses_of(ptx: str) -> list[tuple[str, int, str]]:
-    """Every access to global memory: ld, st or cp.async; bytes per thread; file:line:column."""
+    """Every access to global memory: ld, st or cp.async; bytes per thread; its place, as in `streams`."""
     found, place = [], ""
     for line in ptx.splitlines():
-        if location := re.search(r"\.loc\s.*// (\S+)", line):
-            place = location[1]
+        if location := re.search(r"\.loc\s.*// (.*)", line):
+            place = " in ".join(re.findall(r"[^\s\[]+:\d+:\d+", location[1]))
         elif access := re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", line):
             found.append((access[1], int(access[2] or 1) * int(access[3]) // 8, place))
         elif access := re.search(r"\b(cp\.async)\.c[ag]\.shared\.global\S* .*?\], \[.*?\], (\w+)", line):

@@ -3,10 +3,10 @@
 python3 -m benchmarks.tune [--model resnet50] [--batch 256] [--minutes 25] [NAME ...]        (`make tune`)
 
 For every call of the model's step, with --conv=torch and with --conv=triton, in fp16 and bf16: from the configuration
-in use, climb to the best neighbour (one of its numbers doubled or halved, or TMA on or off) until none is faster by
-MARGIN; what does not compile, or changes the result, is no neighbour. The table keeps what it has of other ops and
-keys, and is written after each call, so that what is measured stays when time runs out; heavy calls come first. NAME:
-only ops whose name contains one.
+in use, climb to the best neighbour (one of its numbers doubled or halved, TMA on or off, as many programs as run at
+once in place of one a tile) until none is faster by MARGIN; what does not compile, or changes the result, is no
+neighbour. The table keeps what it has of other ops and keys, and is written after each call, so that what is measured
+stays when time runs out; heavy calls come first. NAME: only ops whose name contains one.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from benchmarks.roofline import bytes_of
 from benchmarks.trace import Call
 from kernels import configurations
 from kernels.configurations import Configuration
+from kernels.convolution_weight_gradient import PROGRAMS
 from nvcnn.models import MODELS
 
 MARGIN = 0.02  # a gain below it is noise
@@ -60,10 +61,15 @@ def looked_up(call: Call, device: torch.device, table: Table) -> dict[tuple[str,
 
 def neighbours(config: Configuration) -> Iterator[Configuration]:
     for name, value in config.items():
+        others = [value * 2, value // 2]
         if name == "TMA":
             yield {**config, name: 1 - value}
             continue
-        for other in (value * 2, value // 2):
+        if name == "BOX_W" and not config["TMA"]:
+            continue  # there are no boxes
+        if name == "PROGRAMS" and not value:
+            others = [PROGRAMS]
+        for other in others:
             if other >= 1 and not (name == "num_warps" and other > 16):
                 yield {**config, name: other}
 

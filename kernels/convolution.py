@@ -37,12 +37,15 @@ from kernels.geometry import (
     check_like,
     check_weight,
     configured_for,
+    corner,
     empty_images,
     geometry,
     launch_options,
+    load,
     locate,
     multiply_add,
     normalised,
+    tiles_of_rows,
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
@@ -105,6 +108,7 @@ def kernel(
     y,
     sums,
     rows,
+    parts,
     C,
     H,
     W,
@@ -126,87 +130,92 @@ def kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    BOX_W: tl.constexpr,
+    PROGRAMS: tl.constexpr = 0,
 ):
-    """One program: BLOCK_ROWS rows x BLOCK_OUT channels of y. Programs of the same rows are neighbours."""
+    """One program: tiles of BLOCK_ROWS rows x BLOCK_OUT channels of y. Tiles of the same rows are neighbours."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
     channels = NARROW if NARROW else C
     blocks = tl.cdiv(K, BLOCK_OUT)
-    block, parts = tl.program_id(0) % blocks, tl.num_programs(0) // blocks
-    k = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    known = k < K
-    lowest, span = channels_of_groups(block * BLOCK_OUT, BLOCK_OUT, K, RUN * channels, GROUP_OUT, GROUP_IN)
-    steps = tl.cdiv(span, BLOCK_IN)  # per tap
-    of_group = GROUP_IN if GROUP_IN else RUN * channels
-    weight_row = k * (R * TAPS_W * of_group)
-    if GROUP_IN:
-        weight_row -= k // GROUP_OUT * GROUP_IN
-    first = tl.program_id(0).to(tl.int64) // blocks * BLOCK_ROWS
-    exists = tl.arange(0, BLOCK_ROWS) < rows - first
-    if SAME:
-        x_tile, x_row = first * channels, tl.arange(0, BLOCK_ROWS) * channels
-    else:
-        image, n, i, j = locate(first, OH, OW, BLOCK_ROWS)
-        h, w = i * STRIDE_H - PADDING_H, j * STRIDE_W - PADDING_W
-        x_tile, x_row = image * H * W * channels, ((n * H + h) * W + w) * channels
-    result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    for step in range(R * TAPS_W * steps):
-        tap = step // steps
-        run = lowest + (step - tap * steps) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        channel = run < RUN * channels
-        r, s = tap // TAPS_W, tap % TAPS_W
-        inside = exists[:, None] & channel[None, :]
-        c = run
-        if NARROW:
-            c = run % NARROW
-            s_of_run = w[:, None] + (run // NARROW)[None, :]
-            inside &= (h + r >= 0)[:, None] & (h + r < H)[:, None] & (s_of_run >= 0) & (s_of_run < W)
-        elif not SAME:
-            inside &= ((h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W))[:, None]
-        at = (x_row + (r * W + s) * channels)[:, None] + run[None, :]
-        if x_tiles is not None:
-            a = x_tiles.load([first.to(tl.int32), step * BLOCK_IN])
+    # Programs that take several tiles load for the next while they store one.
+    turns = tl.cdiv(parts * blocks - tl.program_id(0), PROGRAMS) if PROGRAMS else 1
+    for turn in tl.range(turns, flatten=True):
+        tile = tl.program_id(0) + turn * PROGRAMS
+        block, part = tile % blocks, tile // blocks
+        k = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        known = k < K
+        lowest, span = channels_of_groups(block * BLOCK_OUT, BLOCK_OUT, K, RUN * channels, GROUP_OUT, GROUP_IN)
+        steps = tl.cdiv(span, BLOCK_IN)  # per tap
+        of_group = GROUP_IN if GROUP_IN else RUN * channels
+        weight_row = k * (R * TAPS_W * of_group)
+        if GROUP_IN:
+            weight_row -= k // GROUP_OUT * GROUP_IN
+        first = part.to(tl.int64) * BLOCK_ROWS
+        y_tile, y_row = first * K, tl.arange(0, BLOCK_ROWS) * K
+        if SAME:
+            exists = tl.arange(0, BLOCK_ROWS) < rows - first
+            x_tile, x_row = first * channels, tl.arange(0, BLOCK_ROWS) * channels
         else:
-            a = tl.load(x + x_tile + at, mask=inside, other=0.0)
-        if vectors is not None:
-            value = normalised(a, vectors, c, channel, C)
-            if residual is not None:
-                skip = tl.load(residual + x_tile + at, mask=inside, other=0.0)
-                if residual_vectors is not None:
-                    skip = normalised(skip, residual_vectors, c, channel, C)
-                value += skip.to(tl.float32)
-            value = tl.where(inside, tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
-            a = value.to(x.dtype.element_ty)
-            if joined is not None:
-                tl.store(joined + x_tile + at, a, mask=inside & (block == 0))
-        if weight_tiles is not None:
-            b = weight_tiles.load([block * BLOCK_OUT, step * BLOCK_IN])
-        else:
+            image, n, i, j, exists = locate(part, rows, OH, OW, BLOCK_ROWS, BOX_W)
+            h, w = i * STRIDE_H - PADDING_H, j * STRIDE_W - PADDING_W
+            x_tile, x_row = image * H * W * channels, ((n * H + h) * W + w) * channels
+            if BOX_W:
+                y_tile, y_row = image * OH * OW * K, (i * OW + j) * K
+        box, top, left = corner(part, OH, OW, BLOCK_ROWS, BOX_W)
+        result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+        for step in range(R * TAPS_W * steps):
+            tap = step // steps
+            start = (step - tap * steps) * BLOCK_IN
+            run = lowest + start + tl.arange(0, BLOCK_IN)
+            channel = run < RUN * channels
+            r, s = tap // TAPS_W if R > 1 else 0, tap % TAPS_W  # a constant 0 takes fewer registers
+            inside = exists[:, None] & channel[None, :]
+            c = run
+            if NARROW:
+                c = run % NARROW
+                s_of_run = w[:, None] + (run // NARROW)[None, :]
+                inside &= (h + r >= 0)[:, None] & (h + r < H)[:, None] & (s_of_run >= 0) & (s_of_run < W)
+            elif not SAME:
+                inside &= ((h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W))[:, None]
+            at = (x_row + (r * W + s) * channels)[:, None] + run[None, :]
+            a = load(x, x_tiles, x_tile + at, inside, box, top + r - PADDING_H, left + s - PADDING_W, start)
+            if vectors is not None:
+                value = normalised(a, vectors, c, channel, C)
+                if residual is not None:
+                    skip = tl.load(residual + x_tile + at, mask=inside, other=0.0)
+                    if residual_vectors is not None:
+                        skip = normalised(skip, residual_vectors, c, channel, C)
+                    value += skip.to(tl.float32)
+                value = tl.where(inside, tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
+                a = value.to(x.dtype.element_ty)
+                if joined is not None:
+                    tl.store(joined + x_tile + at, a, mask=inside & (block == 0))
             weighted = known[:, None] & channel[None, :]
             if GROUP_IN:
                 weighted &= (k // GROUP_OUT)[:, None] == (run // GROUP_IN)[None, :]
-            b = tl.load(weight + (weight_row + tap * of_group)[:, None] + run[None, :], mask=weighted, other=0.0)
-        result = multiply_add(a, tl.trans(b), result)
+            at = (weight_row + tap * of_group)[:, None] + run[None, :]
+            b = load(weight, weight_tiles, at, weighted, block * BLOCK_OUT, r, s, start)
+            result = multiply_add(a, tl.trans(b), result)
 
-    at = tl.arange(0, BLOCK_ROWS)[:, None] * K + k[None, :]
-    inside = exists[:, None] & known[None, :]
-    if scale is not None:
-        result *= tl.load(scale + k, mask=known, other=0.0)[None, :]
-    if shift is not None:
-        result += tl.load(shift + k, mask=known, other=0.0)[None, :]
-    if add is not None:
-        result += tl.load(add + first * K + at, mask=inside, other=0.0).to(tl.float32)
-    if RELU:
-        result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    stored = result.to(y.dtype.element_ty)
-    tl.store(y + first * K + at, stored, mask=inside)
-    if center is not None:
-        origin = tl.load(center + k, mask=known, other=0.0)[None, :]
-        d = tl.where(inside, stored.to(tl.float32) - origin, 0.0)
-        part = tl.program_id(0).to(tl.int64) // blocks * K + k
-        tl.store(sums + part, tl.sum(d, 0), mask=known)
-        tl.store(sums + parts.to(tl.int64) * K + part, tl.sum(d * d, 0), mask=known)
+        at = y_row[:, None] + k[None, :]
+        inside = exists[:, None] & known[None, :]
+        if scale is not None:
+            result *= tl.load(scale + k, mask=known, other=0.0)[None, :]
+        if shift is not None:
+            result += tl.load(shift + k, mask=known, other=0.0)[None, :]
+        if add is not None:
+            result += tl.load(add + y_tile + at, mask=inside, other=0.0).to(tl.float32)
+        if RELU:
+            result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        stored = result.to(y.dtype.element_ty)
+        tl.store(y + y_tile + at, stored, mask=inside)
+        if center is not None:
+            origin = tl.load(center + k, mask=known, other=0.0)[None, :]
+            d = tl.where(inside, stored.to(tl.float32) - origin, 0.0)
+            tl.store(sums + part.to(tl.int64) * K + k, tl.sum(d, 0), mask=known)
+            tl.store(sums + (parts + part.to(tl.int64)) * K + k, tl.sum(d * d, 0), mask=known)
 
 
 def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
@@ -219,7 +228,9 @@ def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.k, 128 if shape.groups == 1 else 32),
         "BLOCK_IN": tile_of(shape.run, deep if shape.groups == 1 else 32),
+        "PROGRAMS": 0,
         "TMA": 0,
+        "BOX_W": 0 if shape.pointwise else 16,
         "num_warps": 8,
         "num_stages": 3,
     }
@@ -274,14 +285,14 @@ def convolution(
     config = configured(
         x, shape, fusion_of(vectors=vectors, residual=residual, raw=residual_vectors, sums=center, add=add)
     )
-    parts = triton.cdiv(shape.rows, config["BLOCK_ROWS"])
+    parts = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
     z, sums = outputs(x, shape, residual, center, parts)
-    grid = (parts * triton.cdiv(shape.k, config["BLOCK_OUT"]),)
-    tiles = {"x": (x, "BLOCK_ROWS", "BLOCK_IN"), "weight": (weight, "BLOCK_OUT", "BLOCK_IN")}
-    options = launch_options("convolution", shape, config, **tiles)
-    kernel[grid](
+    tiles = parts * triton.cdiv(shape.k, config["BLOCK_OUT"])
+    matrices = {"x": (x, "BLOCK_ROWS", "BLOCK_IN"), "weight": (weight, "BLOCK_OUT", "BLOCK_IN")}
+    options = launch_options("convolution", shape, config, **matrices)
+    kernel[(min(tiles, config.get("PROGRAMS") or tiles),)](
         *(x, weight, vectors, residual, residual_vectors, None if residual is None else z),
-        *(center, scale, shift, add, y, sums, shape.rows),
+        *(center, scale, shift, add, y, sums, shape.rows, parts),
         *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
         NARROW=shape.narrow,
@@ -337,5 +348,5 @@ def _(
     parts = 1
     if runs_triton(x.device):
         fusion = fusion_of(vectors=vectors, residual=residual, raw=residual_vectors, sums=center, add=add)
-        parts = triton.cdiv(shape.rows, configured(x, shape, fusion)["BLOCK_ROWS"])
+        parts = tiles_of_rows(shape.n, shape.oh, shape.ow, configured(x, shape, fusion))
     return empty_images(x, shape.output), *outputs(x, shape, residual, center, parts)

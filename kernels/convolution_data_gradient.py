@@ -34,13 +34,16 @@ from kernels.geometry import (
     check_together,
     check_weight,
     configured_for,
+    corner,
     empty_images,
     geometry,
     launch_options,
+    load,
     locate,
     multiply_add,
     normalised,
     through_batch_norm,
+    tiles_of_rows,
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
@@ -115,6 +118,7 @@ def kernel(
     dx,
     sums,
     branch_sums,
+    tiles,
     N,
     C,
     H,
@@ -123,6 +127,7 @@ def kernel(
     OH,
     OW,
     g_tiles,
+    y_tiles,
     weight_tiles,
     R: tl.constexpr,
     S: tl.constexpr,
@@ -135,86 +140,90 @@ def kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    BOX_W: tl.constexpr,
+    PROGRAMS: tl.constexpr = 0,
 ):
-    """One program: BLOCK_ROWS pixels of one class x BLOCK_OUT channels of dx. Those of the same rows are neighbours."""
+    """One program: tiles of BLOCK_ROWS pixels of a class x BLOCK_OUT channels of dx, side by side for the same rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of dx is one of g
     blocks = tl.cdiv(C, BLOCK_OUT)
-    tile, tiles = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    c0 = tl.program_id(0) % blocks * BLOCK_OUT
-    c = c0 + tl.arange(0, BLOCK_OUT)
-    known = c < C
-    lowest, span = channels_of_groups(c0, BLOCK_OUT, C, K, GROUP_IN, GROUP_OUT)
-    steps = tl.cdiv(span, BLOCK_IN)  # per tap
-    of_group = GROUP_IN if GROUP_IN else C
-    column = c - c // GROUP_IN * GROUP_IN if GROUP_IN else c  # as %, but known to be contiguous
-
     # The class has pixels (first_h + STRIDE_H i, first_w + STRIDE_W j), and taps r = first_r + STRIDE_H q, s likewise.
     first_h, first_w = tl.program_id(1) // STRIDE_W, tl.program_id(1) % STRIDE_W
     height = tl.maximum(tl.cdiv(H - first_h, STRIDE_H), 1)
     width = tl.maximum(tl.cdiv(W - first_w, STRIDE_W), 1)
     first_r, first_s = (first_h + PADDING_H) % STRIDE_H, (first_w + PADDING_W) % STRIDE_W
+    first_i, first_j = (first_h + PADDING_H) // STRIDE_H, (first_w + PADDING_W) // STRIDE_W
     taps_h = (R - first_r + STRIDE_H - 1) // STRIDE_H
     taps_w = (S - first_s + STRIDE_W - 1) // STRIDE_W
-    first = tile.to(tl.int64) * BLOCK_ROWS
     rows = height.to(tl.int64) * width * N
-    exists = (tl.arange(0, BLOCK_ROWS) < rows - first) & (first_h < H) & (first_w < W)
-    if SAME:
-        g_tile, g_row = first * K, tl.arange(0, BLOCK_ROWS) * K
-        dx_tile, dx_row = first * C, tl.arange(0, BLOCK_ROWS) * C
-    else:
-        image, n, i, j = locate(first, height, width, BLOCK_ROWS)
-        h, w = first_h + i * STRIDE_H, first_w + j * STRIDE_W
-        dx_tile, dx_row = image * H * W * C, ((n * H + h) * W + w) * C
-        i += (first_h + PADDING_H) // STRIDE_H
-        j += (first_w + PADDING_W) // STRIDE_W
-        g_tile, g_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
+    # Programs that take several tiles load for the next while they store one.
+    turns = tl.cdiv(tiles * blocks - tl.program_id(0), PROGRAMS) if PROGRAMS else 1
+    for turn in tl.range(turns, flatten=True):
+        program = tl.program_id(0) + turn * PROGRAMS
+        tile, c0 = program // blocks, program % blocks * BLOCK_OUT
+        c = c0 + tl.arange(0, BLOCK_OUT)
+        known = c < C
+        lowest, span = channels_of_groups(c0, BLOCK_OUT, C, K, GROUP_IN, GROUP_OUT)
+        steps = tl.cdiv(span, BLOCK_IN)  # per tap
+        of_group = GROUP_IN if GROUP_IN else C
+        column = c - c // GROUP_IN * GROUP_IN if GROUP_IN else c  # as %, but known to be contiguous
+        if SAME:
+            first = tile.to(tl.int64) * BLOCK_ROWS
+            exists = tl.arange(0, BLOCK_ROWS) < rows - first
+            g_tile, g_row = first * K, tl.arange(0, BLOCK_ROWS) * K
+            dx_tile, dx_row = first * C, tl.arange(0, BLOCK_ROWS) * C
+        else:
+            image, n, i, j, exists = locate(tile, rows, height, width, BLOCK_ROWS, BOX_W)
+            exists &= (first_h < H) & (first_w < W)
+            h, w = first_h + i * STRIDE_H, first_w + j * STRIDE_W
+            dx_tile, dx_row = image * H * W * C, ((n * H + h) * W + w) * C
+            i += first_i
+            j += first_j
+            g_tile, g_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
+        box, top, left = corner(tile, height, width, BLOCK_ROWS, BOX_W)
 
-    result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    for step in range(taps_h * taps_w * steps):
-        tap = step // steps
-        k = lowest + (step - tap * steps) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        channel = k < K
-        inside = exists[:, None] & channel[None, :]
-        q = tap // taps_w
-        p = tap - q * taps_w
-        if not SAME:
-            inside &= ((i - q >= 0) & (i - q < OH) & (j - p >= 0) & (j - p < OW))[:, None]
-        at = (g_row - (q * OW + p) * K)[:, None] + k[None, :]
-        if g_tiles is not None:
-            a = g_tiles.load([first.to(tl.int32), step * BLOCK_IN])
-        else:
-            a = tl.load(g + g_tile + at, mask=inside, other=0.0)
-        if vectors is not None:
-            a = through_batch_norm(a, y, vectors, factors, g_tile + at, inside, k, channel, K).to(g.dtype.element_ty)
-        if weight_tiles is not None:
-            b = weight_tiles.load([step * BLOCK_IN, c0])
-        else:
-            tap_of_weight = (first_r + q * STRIDE_H) * S + first_s + p * STRIDE_W
+        result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+        for step in range(taps_h * taps_w * steps):
+            tap = step // steps
+            start = (step - tap * steps) * BLOCK_IN
+            k = lowest + start + tl.arange(0, BLOCK_IN)
+            channel = k < K
+            inside = exists[:, None] & channel[None, :]
+            q = tap // taps_w
+            p = tap - q * taps_w
+            if not SAME:
+                inside &= ((i - q >= 0) & (i - q < OH) & (j - p >= 0) & (j - p < OW))[:, None]
+            at = (g_row - (q * OW + p) * K)[:, None] + k[None, :]
+            top_q, left_p = top + first_i - q, left + first_j - p
+            a = load(g, g_tiles, g_tile + at, inside, box, top_q, left_p, start)
+            if vectors is not None:
+                value = load(y, y_tiles, g_tile + at, inside, box, top_q, left_p, start) if y is not None else None
+                a = through_batch_norm(a, value, vectors, factors, inside, k, channel, K).to(g.dtype.element_ty)
+            r, s = first_r + q * STRIDE_H, first_s + p * STRIDE_W
             weighted = channel[:, None] & known[None, :]
             if GROUP_IN:
                 weighted &= (k // GROUP_OUT)[:, None] == (c // GROUP_IN)[None, :]
-            of_weight = (k * R * S + tap_of_weight)[:, None] * of_group + column[None, :]
-            b = tl.load(weight + of_weight, mask=weighted, other=0.0)
-        result = multiply_add(a, b, result)
+            at = (k * R * S + (r * S + s))[:, None] * of_group + column[None, :]
+            b = load(weight, weight_tiles, at, weighted, start, r, s, c0)
+            result = multiply_add(a, b, result)
 
-    at = dx_tile + dx_row[:, None] + c[None, :]
-    inside = exists[:, None] & known[None, :]
-    if skip is not None:
-        result += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-    if z is not None:
-        result = tl.where(tl.load(z + at, mask=inside, other=0.0) <= 0, 0.0, result)  # a NaN lets the gradient pass
-    elif x is not None:
-        value = normalised(tl.load(x + at, mask=inside, other=0.0), x_vectors, c, known, C)
-        result = tl.where(value <= 0, 0.0, result)
-    stored = result.to(dx.dtype.element_ty)
-    tl.store(dx + at, stored, mask=inside)
-    of_sums = tl.where(inside, stored.to(tl.float32), 0.0)
-    part = (tl.program_id(1) * tiles + tile).to(tl.int64)
-    parts = (tl.num_programs(1) * tiles).to(tl.int64)
-    if x is not None:
-        store_sums(of_sums, x, x_vectors, sums, at, inside, c, known, C, part, parts)
-    if branch is not None:
-        store_sums(of_sums, branch, branch_vectors, branch_sums, at, inside, c, known, C, part, parts)
+        at = dx_tile + dx_row[:, None] + c[None, :]
+        inside = exists[:, None] & known[None, :]
+        if skip is not None:
+            result += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+        if z is not None:
+            result = tl.where(tl.load(z + at, mask=inside, other=0.0) <= 0, 0.0, result)  # a NaN lets the gradient pass
+        elif x is not None:
+            value = normalised(tl.load(x + at, mask=inside, other=0.0), x_vectors, c, known, C)
+            result = tl.where(value <= 0, 0.0, result)
+        stored = result.to(dx.dtype.element_ty)
+        tl.store(dx + at, stored, mask=inside)
+        of_sums = tl.where(inside, stored.to(tl.float32), 0.0)
+        part = (tl.program_id(1) * tiles + tile).to(tl.int64)
+        parts = (tl.num_programs(1) * tiles).to(tl.int64)
+        if x is not None:
+            store_sums(of_sums, x, x_vectors, sums, at, inside, c, known, C, part, parts)
+        if branch is not None:
+            store_sums(of_sums, branch, branch_vectors, branch_sums, at, inside, c, known, C, part, parts)
 
 
 def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
@@ -223,7 +232,9 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 32),
         "BLOCK_IN": tile_of(shape.k, 32),
+        "PROGRAMS": 0,
         "TMA": 0,
+        "BOX_W": 0 if shape.pointwise else 16,
         "num_warps": 8,
         "num_stages": 3,
     }
@@ -233,8 +244,7 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
 def classes_and_tiles(shape: Geometry, config: Configuration) -> tuple[int, int]:
     """The classes of pixels, and the tiles of rows of the largest."""
     (across, along), (_, _, h, w) = shape.stride, shape.input
-    rows = shape.n * triton.cdiv(h, across) * triton.cdiv(w, along)
-    return across * along, triton.cdiv(rows, config["BLOCK_ROWS"])
+    return across * along, tiles_of_rows(shape.n, triton.cdiv(h, across), triton.cdiv(w, along), config)
 
 
 @operator("convolution_data_gradient")
@@ -289,10 +299,15 @@ def convolution_data_gradient(
     config = configured(g, shape, fusion_of(vectors=vectors, y=y, skip=skip, z=z, x=x, branch=branch))
     classes, tiles = classes_and_tiles(shape, config)
     sums, branch_sums = (empty_sums(g, raw, classes * tiles, shape.c) for raw in (x, branch))
-    matrices = {"g": (g, "BLOCK_ROWS", "BLOCK_IN"), "weight": (weight, "BLOCK_IN", "BLOCK_OUT")}
+    matrices = {
+        "g": (g, "BLOCK_ROWS", "BLOCK_IN"),
+        "y": (y, "BLOCK_ROWS", "BLOCK_IN"),
+        "weight": (weight, "BLOCK_IN", "BLOCK_OUT"),
+    }
     options = launch_options(op, shape, config, **matrices)
-    kernel[(tiles * triton.cdiv(shape.c, config["BLOCK_OUT"]), classes)](
-        *(g, weight, *prologue, *epilogue, dx, sums, branch_sums),
+    programs = tiles * triton.cdiv(shape.c, config["BLOCK_OUT"])
+    kernel[(min(programs, config.get("PROGRAMS") or programs), classes)](
+        *(g, weight, *prologue, *epilogue, dx, sums, branch_sums, tiles),
         *(shape.n, shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
         **options,

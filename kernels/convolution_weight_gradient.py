@@ -8,7 +8,8 @@ in one fixed order. The result is stored in a tensor that is there already, a sl
 
 Bytes per fp16 value: 2 for x, 2 for g and, with the map, 2 for y; each tile of dw reads them again, from the L2 cache,
 as tiles of the same rows run side by side. Parts write and read 4 per value of dw each: there are only as many as fill
-the GPU. What is wasted is as in `convolution`.
+the GPU. What is wasted is as in `convolution`. A tile that is a box reads x beyond y, times 0: a NaN there reaches
+other taps of its channel.
 """
 
 from collections.abc import Sequence
@@ -30,13 +31,16 @@ from kernels.geometry import (
     check_together,
     check_weight,
     configured_for,
+    corner,
     geometry,
     launch_options,
+    load,
     locate,
     most_channels_of_groups,
     multiply_add,
     normalised,
     through_batch_norm,
+    tiles_of_rows,
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
@@ -74,7 +78,7 @@ def kernel(
     x_vectors,
     dw,
     rows,
-    rows_a_part,
+    tiles_a_part,
     tiles_of_run,
     C,
     H,
@@ -97,6 +101,7 @@ def kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    BOX_W: tl.constexpr,
 ):
     """One program: BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
@@ -117,35 +122,36 @@ def kernel(
     if NARROW:
         c = run % NARROW
 
-    start = part.to(tl.int64) * rows_a_part
     result = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    for offset in range(0, rows_a_part, BLOCK_ROWS):
-        first = start + offset
-        exists = tl.arange(0, BLOCK_ROWS) < rows - first
-        at = first * K + (tl.arange(0, BLOCK_ROWS)[:, None] * K + k[None, :])
-        inside = exists[:, None] & known[None, :]
-        if g_tiles is not None:
-            dy = g_tiles.load([first.to(tl.int32), k0])
-        else:
-            dy = tl.load(g + at, mask=inside, other=0.0)
-        if vectors is not None:
-            dy = through_batch_norm(dy, y, vectors, factors, at, inside, k, known, K).to(g.dtype.element_ty)
-        inside = exists[:, None] & channel[None, :]
+    start = part.to(tl.int64) * tiles_a_part
+    for step in range(tiles_a_part):
+        of_rows, first = (start + step).to(tl.int32), (start + step) * BLOCK_ROWS
+        g_tile, g_row = first * K, tl.arange(0, BLOCK_ROWS) * K
         if SAME:
-            at = first * channels + (tl.arange(0, BLOCK_ROWS)[:, None] * channels + run[None, :])
+            exists = tl.arange(0, BLOCK_ROWS) < rows - first
+            x_tile, x_row = first * channels, tl.arange(0, BLOCK_ROWS) * channels
         else:
-            image, n, i, j = locate(first, OH, OW, BLOCK_ROWS)
+            image, n, i, j, exists = locate(of_rows, rows, OH, OW, BLOCK_ROWS, BOX_W)
             h, w = i * STRIDE_H + r - PADDING_H, j * STRIDE_W + s - PADDING_W
-            at = image * H * W * channels + ((((n * H + h) * W + w) * channels)[:, None] + run[None, :])
-            if NARROW:
-                s_of_run = w[:, None] + (run // NARROW)[None, :]
-                inside &= ((h >= 0) & (h < H))[:, None] & (s_of_run >= 0) & (s_of_run < W)
-            else:
-                inside &= ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-        if x_tiles is not None:
-            a = x_tiles.load([first.to(tl.int32), tile % tiles_of_run * BLOCK_IN])
-        else:
-            a = tl.load(x + at, mask=inside, other=0.0)
+            x_tile, x_row = image * H * W * channels, ((n * H + h) * W + w) * channels
+            if BOX_W:
+                g_tile, g_row = image * OH * OW * K, (i * OW + j) * K
+        box, top, left = corner(of_rows, OH, OW, BLOCK_ROWS, BOX_W)
+        at = g_tile + (g_row[:, None] + k[None, :])
+        inside = exists[:, None] & known[None, :]
+        dy = load(g, g_tiles, at, inside, box, top, left, k0)
+        if vectors is not None:
+            value = tl.load(y + at, mask=inside, other=0.0) if y is not None else None
+            dy = through_batch_norm(dy, value, vectors, factors, inside, k, known, K).to(g.dtype.element_ty)
+        inside = exists[:, None] & channel[None, :]
+        if NARROW:
+            s_of_run = w[:, None] + (run // NARROW)[None, :]
+            inside &= ((h >= 0) & (h < H))[:, None] & (s_of_run >= 0) & (s_of_run < W)
+        elif not SAME:
+            inside &= ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+        at = x_tile + (x_row[:, None] + run[None, :])
+        c0 = tile % tiles_of_run * BLOCK_IN
+        a = load(x, x_tiles, at, inside, box, top + r - PADDING_H, left + s - PADDING_W, c0)
         if x_vectors is not None:
             value = tl.maximum(normalised(a, x_vectors, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
             a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
@@ -190,6 +196,7 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_IN": block_in,
         "PROGRAMS": PROGRAMS,
         "TMA": 0,
+        "BOX_W": 0 if shape.pointwise else 8,
         "num_warps": 8,
         "num_stages": 3,
     }
@@ -197,15 +204,15 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
 
 
 def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int, int]:
-    """Tiles of a tap's run, tiles, parts of the rows, rows a part."""
-    block_out, block_in, block_rows = (config[f"BLOCK_{name}"] for name in ("OUT", "IN", "ROWS"))
+    """Tiles of a tap's run, tiles, parts of the rows, tiles of rows a part."""
+    block_out, block_in = config["BLOCK_OUT"], config["BLOCK_IN"]
     run = shape.run if shape.groups == 1 else most_channels_of_groups(shape, block_out)
     tiles_of_run = triton.cdiv(run, block_in)
     taps = shape.r if shape.narrow else shape.r * shape.s
     tiles = triton.cdiv(shape.k, block_out) * taps * tiles_of_run
-    of_rows = triton.cdiv(shape.rows, block_rows)
-    rows_a_part = triton.cdiv(of_rows, max(1, min(config["PROGRAMS"] // tiles, of_rows))) * block_rows
-    return tiles_of_run, tiles, triton.cdiv(shape.rows, rows_a_part), rows_a_part
+    of_rows = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
+    tiles_a_part = triton.cdiv(of_rows, max(1, min(config["PROGRAMS"] // tiles, of_rows)))
+    return tiles_of_run, tiles, triton.cdiv(of_rows, tiles_a_part), tiles_a_part
 
 
 @operator("convolution_weight_gradient", mutates_args=("out",))
@@ -246,7 +253,7 @@ def convolution_weight_gradient(
     if not runs_triton(g.device):
         return reference(g, x, out, stride, padding, groups, y, vectors, factors, x_vectors, accumulate)
     config = configured(g, shape, fusion_of(vectors=vectors, y=y, x_vectors=x_vectors))
-    tiles_of_run, tiles, parts, rows_a_part = launch_sizes(shape, config)
+    tiles_of_run, tiles, parts, tiles_a_part = launch_sizes(shape, config)
     matrices = {"g": (g, "BLOCK_ROWS", "BLOCK_OUT"), "x": (x, "BLOCK_ROWS", "BLOCK_IN")}
     options = launch_options(op, shape, config, **matrices)
     del options["PROGRAMS"]
@@ -254,7 +261,7 @@ def convolution_weight_gradient(
     if parts > 1:
         partial = torch.empty((parts, out.numel()), dtype=torch.float32, device=g.device)
     kernel[(tiles * parts,)](
-        *(g, x, y, vectors, factors, x_vectors, partial, shape.rows, rows_a_part, tiles_of_run),
+        *(g, x, y, vectors, factors, x_vectors, partial, shape.rows, tiles_a_part, tiles_of_run),
         *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
         NARROW=shape.narrow,

@@ -112,35 +112,61 @@ def geometry(
 
 
 def configured_for(op: str, x: Tensor, shape: Geometry, fusion: str, computed: Configuration) -> Configuration:
-    """The table's configuration of the op, or `computed`. ValueError for a tile that 32 bits do not reach across."""
+    """The table's configuration of the op, or `computed`; BOX_W is 0 where tiles are no boxes, see `locate`.
+
+    ValueError for a tile that 32 bits do not reach across, or that no box of that width fills.
+    """
     config = configuration(op, f"{dtype_name(x.dtype)} {shape.key} {fusion}", x.device, computed)
-    if config["BLOCK_ROWS"] > MOST_ROWS:
-        raise ValueError(
-            f"{op}: BLOCK_ROWS is {config['BLOCK_ROWS']} in the table for {shape.key}; at most {MOST_ROWS}"
-        )
-    return config
+    rows, box_w = config["BLOCK_ROWS"], config.get("BOX_W", 0)
+    if rows > MOST_ROWS:
+        raise ValueError(f"{op}: BLOCK_ROWS is {rows} in the table for {shape.key}; at most {MOST_ROWS}")
+    boxes = config.get("TMA") and not shape.pointwise
+    if boxes and (box_w < 1 or rows % box_w):
+        raise ValueError(f"{op}: with TMA, BOX_W divides BLOCK_ROWS; got {dict(config)} for {shape.key}")
+    return {**config, "BOX_W": box_w if boxes else 0}
+
+
+def tiles_of_rows(n: int, height: int, width: int, config: Configuration) -> int:
+    """How many tiles the pixels of n images make, as `locate` has them."""
+    rows, box_w = config["BLOCK_ROWS"], config["BOX_W"]
+    if not box_w:
+        return triton.cdiv(n * height * width, rows)
+    return n * triton.cdiv(height, rows // box_w) * triton.cdiv(width, box_w)
 
 
 def launch_options(
-    op: str, shape: Geometry, config: Configuration, **matrices: tuple[Tensor, str, str]
+    op: str, shape: Geometry, config: Configuration, **tensors: tuple[Tensor | None, str, str]
 ) -> dict[str, int | TensorDescriptor | None]:
     """The keyword arguments of a launch: the configuration and, by name, NAME_tiles.
 
-    These are None, or for {"TMA": 1} descriptors, by which Hopper's and later GPUs load whole tiles: of a channels-last
-    tensor as a matrix (N H W, C), tiles of config[rows] x config[columns]. ValueError where that is not possible.
+    These are None, or for {"TMA": 1} descriptors, by which Hopper's and later GPUs load whole tiles of a channels-last
+    tensor, config[rows] x config[columns] of (N, H, W, C): BLOCK_ROWS are pixels as in `locate`, other rows are N. What
+    is outside of the tensor is read as 0, as padding is. ValueError where that is not possible.
     """
     options: dict[str, int | TensorDescriptor | None] = {name: n for name, n in config.items() if name != "TMA"}
-    for name, (tensor, rows, columns) in matrices.items():
+    for name, (tensor, rows, columns) in tensors.items():
         options[f"{name}_tiles"] = None
-        if config.get("TMA"):
-            n, c, h, w = tensor.shape
-            if not shape.pointwise or shape.groups > 1 or c * tensor.element_size() % 16 or n * h * w >= 2**31:
-                raise ValueError(
-                    f"{op}: TMA is for a 1 x 1 weight with stride 1, without padding or groups, and under 2^31 "
-                    f"pixels of a multiple of 16 bytes; got {shape.key}, {name} {tuple(tensor.shape)}"
-                )
-            tile = [config[rows], config[columns]]
-            options[f"{name}_tiles"] = TensorDescriptor(tensor, [n * h * w, c], [c, 1], tile)
+        if tensor is None or not config.get("TMA"):
+            continue
+        n, c, h, w = tensor.shape
+        box = [config[rows], 1, 1]
+        if rows == "BLOCK_ROWS":
+            width = config["BOX_W"] or config[rows]
+            box = [1, config[rows] // width, width]
+            if shape.pointwise:
+                n, h, w = 1, 1, n * h * w  # all pixels are one row
+        step_h, step_w = shape.stride if name == "x" else (1, 1)
+        strided = step_h * step_w > 1 and (shape.r * shape.s > 1 or any(shape.padding))
+        narrow = name == "x" and shape.narrow
+        if shape.groups > 1 or narrow or strided or c * tensor.element_size() % 16 or w >= 2**31:
+            raise ValueError(
+                f"{op}: TMA is for channels of a multiple of 16 bytes, without groups, and under 2^31 pixels; of x for "
+                "more than 8 channels and stride 1, or for a 1 x 1 weight without padding; "
+                f"got {dict(config)} for {shape.key}, {name} {tuple(tensor.shape)}"
+            )
+        size = [n, triton.cdiv(h, step_h), triton.cdiv(w, step_w), c]
+        strides = [h * w * c, step_h * w * c, step_w * c, 1]
+        options[f"{name}_tiles"] = TensorDescriptor(tensor, size, strides, [*box, config[columns]])
     return options
 
 
@@ -181,14 +207,42 @@ def empty_images(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 
 
 @triton.jit
-def locate(first, height, width, BLOCK: tl.constexpr):
-    """Rows first ... first + BLOCK - 1 of (N, height, width): the image of the first; n, counted from it; i; j."""
+def corner(tile, height, width, BLOCK: tl.constexpr, BOX_W: tl.constexpr):
+    """Image, i and j of a box's first pixel; without BOX_W of a tile's, if all pixels were one row of one image."""
+    if BOX_W:
+        along = tl.cdiv(width, BOX_W)
+        boxes = tl.cdiv(height, BLOCK // BOX_W) * along
+        return tile // boxes, tile % boxes // along * (BLOCK // BOX_W), tile % along * BOX_W
+    return 0, 0, tile * BLOCK
+
+
+@triton.jit
+def locate(tile, rows, height, width, BLOCK: tl.constexpr, BOX_W: tl.constexpr):
+    """Of a tile's BLOCK rows, pixels of (N, height, width): the image of the first; n, counted from it; i; j; and which
+
+    exist. The pixels follow each other, or with BOX_W are a box of one image that wide, whose ends may reach over.
+    """
+    row = tl.arange(0, BLOCK)
+    if BOX_W:
+        image, top, left = corner(tile, height, width, BLOCK, BOX_W)
+        i, j = top + row // BOX_W, left + row % BOX_W
+        exists = (i < height) & (j < width) & (image.to(tl.int64) * (height * width) < rows)
+        return image.to(tl.int64), tl.zeros_like(row), i, j, exists
+    first = tile.to(tl.int64) * BLOCK
     image = first // (height * width)
-    row = (first - image * (height * width)).to(tl.int32) + tl.arange(0, BLOCK)
-    n = row // (height * width)
-    pixel = row - n * (height * width)
+    row_of_image = row + (first - image * (height * width)).to(tl.int32)
+    n = row_of_image // (height * width)
+    pixel = row_of_image - n * (height * width)
     i = pixel // width
-    return image, n, i, pixel - i * width
+    return image, n, i, pixel - i * width, row < rows - first
+
+
+@triton.jit
+def load(tensor, tiles, at, inside, n, i, j, c):
+    """A tile, (rows, columns): by its descriptor, from (n, i, j, c) on, or tensor[at] where it is inside."""
+    if tiles is not None:
+        return tiles.load([n, i, j, c]).reshape(at.shape[0], at.shape[1])
+    return tl.load(tensor + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -233,13 +287,13 @@ def normalised(x, vectors, c, channel, C):
 
 
 @triton.jit
-def through_batch_norm(g, y, vectors, factors, at, inside, k, channel, K):
-    """dy, the gradient behind BatchNorm: scale g + factors[0] (y - mean) + factors[1], of g, (rows, channels k)."""
+def through_batch_norm(g, y, vectors, factors, inside, k, channel, K):
+    """dy, the gradient behind BatchNorm: scale g + factors[0] (y - mean) + factors[1]; g, y: (rows, channels k)."""
     scale = tl.load(vectors + K + k, mask=channel, other=0.0)[None, :]
     dy = scale * g.to(tl.float32)
     if factors is not None:
         mean = tl.load(vectors + k, mask=channel, other=0.0)[None, :]
         slope = tl.load(factors + k, mask=channel, other=0.0)[None, :]
         offset = tl.load(factors + K + k, mask=channel, other=0.0)[None, :]
-        dy += slope * (tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - mean) + offset
+        dy += slope * (y.to(tl.float32) - mean) + offset
     return tl.where(inside, dy, 0.0)

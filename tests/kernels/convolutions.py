@@ -113,31 +113,41 @@ COMMON = [Shape(1, 64, 6, 6, 24, 1, 1), Shape(2, 32, 5, 4, 24, 3, 3, (2, 2), (1,
 FEW = [MODELS[1], MODELS[5], MODELS[9], MODELS[11]]
 
 TILES = Shape(2, 24, 5, 4, 40, 1, 1)  # whose rows are multiples of 16 bytes
+BOXES = [
+    Shape(1, 24, 5, 6, 24, 3, 3, (1, 1), (1, 1)),
+    Shape(1, 16, 3, 5, 8, 1, 7, (1, 1), (0, 3)),
+    Shape(1, 16, 5, 3, 8, 7, 1, (1, 1), (3, 0)),
+    Shape(1, 16, 4, 5, 8, 5, 5, (1, 1), (2, 2)),
+    Shape(2, 16, 5, 4, 8, 2, 3),
+    Shape(2, 16, 1, 1, 8, 3, 3, (1, 1), (1, 1)),
+    Shape(3, 8, 1, 1, 8, 1, 1, (1, 1), (1, 0)),
+    Shape(1, 24, 9, 7, 8, 1, 1, (2, 3)),
+]
 
 
 @contextmanager
-def tma():
-    """The ops' configuration loads tiles by descriptor."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+def configured(**choices: int):
+    """The ops' configuration with these choices."""
+    if choices.get("TMA") and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("a GPU without TMA")
     lookup = geometry.configuration
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "configuration", lambda *arguments: {**lookup(*arguments), "TMA": 1})
+        patch.setenv("NVCNN_KERNELS", "triton")
+        patch.setattr(geometry, "configuration", lambda *arguments: {**lookup(*arguments), **choices})
         yield
 
 
-def check_tma(run: Callable[[], tuple[Tensor, ...]], loads: int) -> None:
-    """The same bits as without, by as many kinds of tiles."""
+def check_same(run: Callable[[], tuple[Tensor, ...]], loads: int = 0, **choices: int) -> None:
+    """The same bits with the choices as without, by as many kinds of tiles."""
     made = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NVCNN_KERNELS", "triton")
+    with configured():
         plain = run()
+    with configured(**choices), pytest.MonkeyPatch.context() as patch:
         descriptor = geometry.TensorDescriptor
         patch.setattr(geometry, "TensorDescriptor", lambda *arguments: made.append(descriptor(*arguments)) or made[-1])
-        with tma():
-            tiled = run()
+        chosen = run()
     assert len(made) == loads
-    assert all(torch.equal(a, b) for a, b in zip(plain, tiled, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, chosen, strict=True))
 
 
 @st.composite

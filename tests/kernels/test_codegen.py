@@ -49,10 +49,12 @@ def test_convolutions_multiply_with_the_chips_own_instruction(rows):
         assert any(all(f" {tensor}:fp16" in name for tensor in tensors) for name in names), op
 
 
-def test_tiles_of_pointwise_convolutions_are_loaded_by_tma(rows):
-    found = {(row["name"].split()[0], row["chip"]) for row in rows if row["tma"] == "yes"}
+def test_tiles_of_convolutions_are_loaded_by_tma(rows):
+    names = [(row["name"], row["chip"]) for row in rows if row["tma"] == "yes"]
+    found = {(name.split()[0], re.findall(r"R=(\d)", name)[0], chip) for name, chip in names}
     ops = ("convolution", "convolution_data_gradient", "convolution_weight_gradient")
-    assert found == {(f"{op}.kernel", chip) for op in ops for chip in ("sm_90", "sm_100")}
+    assert found == {(f"{op}.kernel", taps, chip) for op in ops for taps in "13" for chip in ("sm_90", "sm_100")}
+    assert sum("PROGRAMS=264" in name for name, _ in names) == 2
 
 
 def test_every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(rows):
@@ -96,13 +98,13 @@ def test_accesses_of():
         .loc 1 20 30 // op.py:20:30
         @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
         ld.global.L1::evict_last.v2.b64 { %rd5, %rd6 }, [ %rd2 ];
-        .loc 1 21 9 // op.py:21:9
+        .loc 1 21 9 // op.py:21:9 @[ caller.py:5:7 @[ op.py:30:1 ] ]
         ld.global.b16 { %rs1 }, [ %rd3 ];
         ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r9 ];
         st.global.v8.b32 [ %rd4 ], { %r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8 };
         cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
     """
-    first, second = "op.py:20:30", "op.py:21:9"
+    first, second = "op.py:20:30", "op.py:21:9 in caller.py:5:7 in op.py:30:1"
     assert accesses_of(ptx) == [
         *(("ld", 16, first), ("ld", 16, first)),
         *(("ld", 2, second), ("st", 32, second), ("cp.async", 16, second)),
@@ -114,12 +116,15 @@ def test_streams_are_tensors_of_16_bytes_a_thread():
 #loc1 = loc("/any/where/op.py":20:30)
 #loc2 = loc("/any/where/op.py":21:9)
 #loc3 = loc("x"(#loc1))
+#loc4 = loc(callsite(#loc3 at #loc2))
     %1 = tt.load %a, %m : tensor<32x64x!tt.ptr<f16>, #blocked> loc(#loc3)
     %2 = tt.load %b, %n : tensor<64x!tt.ptr<f32>, #ttg.slice<{dim = 0, parent = #blocked}>> loc(#loc2)
     tt.store %c, %d : tensor<32x64x!tt.ptr<i8>, #blocked> loc(#loc2)
+    tt.store %e, %f : tensor<64x64x!tt.ptr<f16>, #blocked> loc(#loc4)
 """
-    assert streams(ttgir, 128) == {"op.py:20:30"}
-    assert streams(ttgir, 16) == {"op.py:20:30", "op.py:21:9"}
+    inlined = "op.py:20:30 in op.py:21:9"
+    assert streams(ttgir, 128) == {"op.py:20:30", inlined}
+    assert streams(ttgir, 16) == {"op.py:20:30", "op.py:21:9", inlined}
 
 
 @pytest.mark.parametrize(

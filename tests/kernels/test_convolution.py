@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kernels import batch_norm_statistics, batch_norm_vectors, convolution
 from tests.kernels.convolutions import (
+    BOXES,
     COMMON,
     DTYPES,
     FEW,
@@ -21,7 +22,8 @@ from tests.kernels.convolutions import (
     as_it_is,
     check_close,
     check_error,
-    check_tma,
+    check_same,
+    configured,
     convolved,
     integer_vectors,
     product_error,
@@ -31,7 +33,6 @@ from tests.kernels.convolutions import (
     small_integers,
     spread,
     tensors,
-    tma,
 )
 from tests.kernels.images import channels_last, randn
 
@@ -181,19 +182,64 @@ def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implem
     assert not sums.sum(1).isfinite().any()
 
 
-def test_tiles_by_tma_give_the_same_bits(device):
+@pytest.mark.parametrize("choices", [{"TMA": 1}, {"PROGRAMS": 4}], ids=str)
+def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, choices):
     given = tensors(TILES, torch.float16, device)
     vectors, center = random_vectors(TILES.c, device), torch.zeros(TILES.k, device=device)
     for prologue in ((), (vectors,), (vectors, given["residual"], vectors)):
-        check_tma(lambda: convolution(given["x"], given["weight"], *TILES.how, *prologue, center=center), 2)  # noqa: B023
+        check_same(
+            lambda: convolution(given["x"], given["weight"], *TILES.how, *prologue, center=center),  # noqa: B023
+            2 * choices.get("TMA", 0),
+            **choices,
+        )
 
 
-@pytest.mark.parametrize("shape", [MODELS[0], MODELS[7]], ids=str)
-def test_refuses_tma_where_rows_are_no_tiles(device, monkeypatch, shape):
-    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+@pytest.mark.parametrize("shape", BOXES, ids=str)
+def test_boxes_by_tma_are_exact_on_integers(device, shape):
+    given = tensors(shape, torch.float16, device, small_integers)
+    vectors, center = integer_vectors(5, shape.c, device), integer_vectors(1, shape.k, device)[0]
+    exact = convolved(activation(given["x"], vectors, "triton").exact, given["weight"], shape)
+    with configured(TMA=1, BOX_W=4, PROGRAMS=5):
+        y, _, sums = convolution(
+            given["x"], given["weight"], *shape.how, vectors=vectors, center=center, add=given["g"]
+        )
+    assert torch.equal(y, (exact + given["g"].double()).half())
+    d = y.double() - spread(center)
+    assert torch.equal(sums.double().sum(1), torch.stack((d.sum((0, 2, 3)), d.square().sum((0, 2, 3)))))
+
+
+def test_what_a_box_reads_outside_of_the_image_is_padding(device):
+    shape = BOXES[4]._replace(padding=(1, 1))
+    given = tensors(shape, torch.float16, device, small_integers)
+    arguments, sums = (given["x"], given["weight"], *shape.how), {"center": torch.zeros(shape.k, device=device)}
+    with configured(TMA=1, BOX_W=4):
+        assert torch.equal(convolution(*arguments)[0], convolved(given["x"], given["weight"], shape).half())
+        torch.library.opcheck(convolution.overload, arguments, sums, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(MODELS[0], MODELS[10]),  # 18 channels, 4 groups
+        Shape(1, 16, 6, 6, 18, 3, 3, (2, 2)),
+        Shape(1, 16, 6, 6, 18, 1, 1, (2, 2), (1, 1)),
+        Shape(1, 8, 6, 6, 18, 3, 3),
+    ],
+    ids=str,
+)
+def test_refuses_tma_where_tiles_are_no_boxes(device, shape):
     given = tensors(shape, torch.float16, device)
-    with tma(), pytest.raises(ValueError, match=r"convolution: TMA is for a 1 x 1 weight.* got N=1 C=18 .*x \(1, 18"):
+    refused = rf"convolution: TMA is for .*'TMA': 1.* for N=1 C={shape.c} .*x \(1, {shape.c}, 6, 6\)"
+    with configured(TMA=1, BOX_W=4), pytest.raises(ValueError, match=refused):
         convolution(given["x"], given["weight"], *shape.how)
+
+
+@pytest.mark.parametrize("width", [0, 3])
+def test_refuses_boxes_that_no_tile_fills(device, width):
+    given = tensors(BOXES[0], torch.float16, device)
+    refused = rf"convolution: with TMA, BOX_W divides BLOCK_ROWS; got .*'BOX_W': {width}.* for N=1 C=24"
+    with configured(TMA=1, BOX_W=width), pytest.raises(ValueError, match=refused):
+        convolution(given["x"], given["weight"], *BOXES[0].how)
 
 
 def test_two_runs_give_the_same_bits(implementation, device):

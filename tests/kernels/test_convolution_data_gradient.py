@@ -10,6 +10,7 @@ from kernels import batch_norm_gradient_vectors, convolution_data_gradient
 from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS
 from kernels.batch_norm_statistics import MEAN, SCALE
 from tests.kernels.convolutions import (
+    BOXES,
     COMMON,
     DTYPES,
     FEW,
@@ -20,7 +21,8 @@ from tests.kernels.convolutions import (
     as_it_is,
     check_close,
     check_error,
-    check_tma,
+    check_same,
+    configured,
     integer_vectors,
     normalised,
     normalised_terms,
@@ -207,13 +209,29 @@ def test_a_nan_lets_the_gradient_pass(implementation, device):
     assert sums.sum(1).isfinite().sum() == 2 * POINTWISE.c - 1
 
 
-def test_tiles_by_tma_give_the_same_bits(device):
+@pytest.mark.parametrize("choices", [{"TMA": 1}, {"PROGRAMS": 4}], ids=str)
+def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, choices):
     given = tensors(TILES, torch.float16, device)
     vectors, x_vectors = random_vectors(TILES.k, device), random_vectors(TILES.c, device)
     every = {"y": given["y"], "vectors": vectors, "factors": vectors[:2].clone()}
     every |= {"skip": given["residual"], "x": given["x"], "x_vectors": x_vectors}
     for options in ({}, every):
-        check_tma(lambda: gradient(given, TILES, **options), 2)  # noqa: B023
+        loads = (3 if options else 2) * choices.get("TMA", 0)
+        check_same(lambda: gradient(given, TILES, **options), loads, **choices)  # noqa: B023
+
+
+@pytest.mark.parametrize("shape", [*BOXES, Shape(1, 16, 7, 6, 8, 3, 3, (2, 2), (1, 1))], ids=str)
+def test_boxes_by_tma_are_exact_on_integers(device, shape):
+    """Those of a class of pixels, whatever the stride."""
+    given = tensors(shape, torch.float16, device, small_integers)
+    x, y = given["x"], given["y"]
+    vectors, factors = integer_vectors(5, shape.k, device), integer_vectors(2, shape.k, device)
+    x_vectors = integer_vectors(5, shape.c, device)
+    with configured(TMA=1, BOX_W=4, PROGRAMS=5):
+        dx, sums, _ = gradient(given, shape, y=y, vectors=vectors, factors=factors, x=x, x_vectors=x_vectors)
+    dy = output_gradient(given["g"], y, vectors, factors, "triton").exact
+    assert torch.equal(dx, (of_input(dy, given["weight"], shape) * (normalised(x, x_vectors) > 0)).half())
+    assert torch.equal(sums.double().sum(1), sums_of(dx, x, x_vectors))
 
 
 def test_two_runs_give_the_same_bits(implementation, device):

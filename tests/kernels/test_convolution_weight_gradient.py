@@ -8,6 +8,7 @@ from torch.nn.grad import conv2d_weight
 
 from kernels import convolution_weight_gradient
 from tests.kernels.convolutions import (
+    BOXES,
     COMMON,
     DTYPES,
     FEW,
@@ -17,7 +18,8 @@ from tests.kernels.convolutions import (
     activation,
     check_close,
     check_error,
-    check_tma,
+    check_same,
+    configured,
     integer_vectors,
     of_weight,
     output_gradient,
@@ -131,7 +133,19 @@ def test_tiles_by_tma_give_the_same_bits(device):
     vectors, x_vectors = random_vectors(TILES.k, device), random_vectors(TILES.c, device)
     every = {"y": given["y"], "vectors": vectors, "factors": vectors[:2].clone(), "x_vectors": x_vectors}
     for options in ({}, every):
-        check_tma(lambda: (gradient(given, TILES, torch.float32, **options),), 2)  # noqa: B023
+        check_same(lambda: (gradient(given, TILES, torch.float32, **options),), 2, TMA=1)  # noqa: B023
+
+
+@pytest.mark.parametrize("shape", BOXES, ids=str)
+def test_boxes_by_tma_are_exact_on_integers(device, shape):
+    given = tensors(shape, torch.float16, device, small_integers)
+    vectors, factors = integer_vectors(5, shape.k, device), integer_vectors(2, shape.k, device)
+    x_vectors = integer_vectors(5, shape.c, device)
+    maps = {"y": given["y"], "vectors": vectors, "factors": factors, "x_vectors": x_vectors}
+    with configured(TMA=1, BOX_W=4):
+        got = gradient(given, shape, torch.float32, **maps)
+    dy = output_gradient(given["g"], given["y"], vectors, factors, "triton").exact
+    assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_vectors, "triton").exact, shape))
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
