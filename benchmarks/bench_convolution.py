@@ -2,7 +2,8 @@
 
 Alone: forward, and the gradients of the input and of the weight. Fused: relu(BatchNorm(x)), and the join of a block,
 are computed by one op with the convolution, and by several in PyTorch; ours takes the BatchNorm's vectors, which its
-producer made, and makes those of the next BatchNorm. On a CPU the references run, on the layers of one block.
+producer made, and makes those of the next BatchNorm. In evaluation one op has the BatchNorm, addition and ReLU that
+follow. On a CPU the references run, on the layers of one block.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,12 @@ LIBRARY = "cuDNN" if torch.cuda.is_available() else "PyTorch"
 Compute = Callable[..., tuple[Tensor, ...]]  # of the inputs
 
 
-def resnet50() -> dict[str, Place]:
+def resnet50(training: bool) -> dict[str, Place]:
     """The places of its convolutions, of equal ones the first; on a CPU those of one block, on images of 6 x 6."""
     device, dtype, batch = device_and_batch()
+    model = build_model("resnet50", num_classes=1000, seed=0).train(training)
     found: dict[Place, str] = {}
-    for name, place in places(build_model("resnet50", num_classes=1000, seed=0), batch, 224, dtype, channels=4).items():
+    for name, place in places(model, batch, 224, dtype, channels=4).items():
         if device.type == "cuda":
             found.setdefault(place, name)
         elif name.startswith(("layer2.0", "layer2.1")):
@@ -51,7 +53,7 @@ def channels_last(*shape: int, device: torch.device, dtype: torch.dtype, size: f
 
 
 def tensors(place: Place, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Inputs:
-    """x, residual, weight, g, and the vectors of the first two, as they are named."""
+    """x, residual, weight, g, `add` like g, and the vectors of the first two, as they are named."""
     n, k = place.x[0], place.weight[0]
     sizes = zip(place.x[2:], place.weight[2:], place.stride, place.padding, strict=True)
     y = n, k, *((size + 2 * padding - taps) // stride + 1 for size, taps, stride, padding in sizes)
@@ -61,6 +63,8 @@ def tensors(place: Place, names: tuple[str, ...], device: torch.device, dtype: t
         "weight": channels_last(*place.weight, device=device, dtype=dtype, size=fan_in**-0.5),
         "g": channels_last(*y, device=device, dtype=dtype),
     }
+    if "add" in names:
+        made["add"] = channels_last(*y, device=device, dtype=dtype)
     if "residual" in names:
         made["residual"] = channels_last(*place.x, device=device, dtype=dtype)
     for name in ("x", "residual"):
@@ -137,6 +141,28 @@ def fused(name: str, place: Place) -> Layer:
     return layer(name, place, f"{words[place.reads]}, forward", names, ours, library)
 
 
+def evaluation(name: str, place: Place) -> Layer:
+    """relu(BatchNorm(convolution)), or relu(BatchNorm(convolution) + add), by running statistics of 0 and 1."""
+    geometry = place.stride, place.padding, place.groups
+    adds = place.folded == "folded, adding"
+
+    def ours(x: Tensor, weight: Tensor, *add: Tensor) -> tuple[Tensor, ...]:
+        ones, zeros = ones_and_zeros(weight.shape[0], x.device)[:2]
+        epilogue: dict[str, Any] = {"scale": ones * (1 + EPS) ** -0.5, "shift": zeros, "relu": True}
+        return (kernels.convolution(x, weight, *geometry, add=add[0] if add else None, **epilogue)[0],)
+
+    def library(x: Tensor, weight: Tensor, *add: Tensor) -> tuple[Tensor, ...]:
+        ones, zeros = ones_and_zeros(weight.shape[0], x.device)[:2]
+        y = F.conv2d(x, weight, None, place.stride, place.padding, 1, place.groups)
+        y = F.batch_norm(y, zeros, ones, ones, zeros, False, eps=EPS)
+        if add:
+            y += add[0]
+        return (y.relu_(),)
+
+    words = f"forward, BatchNorm, {'add, ' if adds else ''}ReLU in evaluation"
+    return layer(name, place, words, ("x", "weight", "add") if adds else ("x", "weight"), ours, library)
+
+
 def layer(name: str, place: Place, work: str, names: tuple[str, ...], ours: Compute, library: Compute) -> Layer:
     (_, c, h, _), (k, _, r, s) = place.x, place.weight
     shape = f"{c} x {h} x {h}, {k} x {r} x {s} stride {place.stride[0]}"
@@ -145,16 +171,16 @@ def layer(name: str, place: Place, work: str, names: tuple[str, ...], ours: Comp
 
 
 def layers() -> list[Layer]:
-    """Alone, a geometry once; fused, as each place reads its input."""
+    """Alone, a geometry once; fused, as each place reads its input; and in evaluation."""
     found, seen = [], set()
-    for name, place in resnet50().items():
+    for name, place in resnet50(training=True).items():
         geometry = place._replace(reads="")
         if geometry not in seen:
             seen.add(geometry)
             found += alone(name, place)
         if place.reads != "activation":
             found.append(fused(name, place))
-    return found
+    return found + [evaluation(name, place) for name, place in resnet50(training=False).items()]
 
 
 LAYERS = layers()

@@ -93,14 +93,14 @@ def written(a: Raw | Folded, b: Tensor | Raw | Folded | None, relu: bool) -> Ten
     if isinstance(a, Raw) and a.vectors is not None:
         return Written.apply(a.y, a.vectors, *parts(b), relu)
     added = b if b is None or isinstance(b, Tensor) else written(b, None, False)
-    return a.bn(a.y, added, relu) if isinstance(a, Raw) else folded(a, added, relu)
+    return a.bn(a.y, residual=added, relu=relu) if isinstance(a, Raw) else folded(a, added, relu)
 
 
 def folded(a: Folded, added: Tensor | None, relu: bool) -> Tensor:
     """relu(normalised convolution + added), with or without the last two."""
     x, conv, bn = a.x, a.conv, a.bn
     if conv.algorithm != "triton":
-        return bn(conv(x), added, relu)
+        return bn(conv(x), residual=added, relu=relu)
     mean, scale, beta, *_ = kernels.folded(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
     epilogue = {"scale": scale, "shift": torch.addcmul(beta, mean, scale, value=-1), "add": added, "relu": relu}
     return kernels.convolution(x, conv.weight_for(x), conv.stride, conv.padding, conv.groups, **epilogue)[0]
