@@ -24,6 +24,10 @@ def run(program: Callable[[], int]) -> NoReturn:
         wait_for_rank_0()
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         abort(BAD_INPUT)
+    except KeyboardInterrupt:  # outside of the training loop, which saves
+        wait_for_rank_0()
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        abort(1)
     except Exception:
         rank = f"rank {launched().rank}: " if launched().size > 1 else ""
         print(f"{rank}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
