@@ -42,7 +42,7 @@ from kernels.implementation import INTERPRETED
 
 CHIPS = (80, 90, 100)
 HOPPER = (90, 100)  # and later: those with TMA
-BY_TMA, PERSISTENT = "_tiles:tma", "R=1 S=1 .* PROGRAMS=264 "
+BY_TMA, PERSISTENT = "_tiles:tma", "R=1 S=1 .* PERSISTENT=264 "
 GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip
 # Per SM, from the table of compute capabilities in the CUDA C++ Programming Guide; all have 64 warps, 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -98,7 +98,8 @@ def with_choices(calls: Iterable[Call], pattern: str, chips: Iterable[int], **ch
     """The launches of convolutions with these choices of the configuration; those whose name has the pattern."""
 
     def configured(*arguments: Any) -> Configuration:
-        return {**configuration(*arguments), **choices}
+        config = configuration(*arguments)
+        return {name: choices.get(name, value) for name, value in config.items()}
 
     found: Counter[Launch] = Counter()
     with mock.patch.object(geometry, "configuration", configured):
@@ -131,12 +132,12 @@ def all_launches(which: str) -> Counter[Launch]:
                 found |= counted(step, chip, table)
                 found.update(dict.fromkeys(counted(others, chip, table), 0))
             found |= with_choices(step, BY_TMA, HOPPER, TMA=1)
-            found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, PROGRAMS=264)
+            found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, PERSISTENT=264)
     short = list(short_calls())
     for chip in CHIPS:
         found.update(dict.fromkeys(counted(short, chip), 0))
     found.update(dict.fromkeys(with_choices(short, f"fp16.*{BY_TMA}", HOPPER, TMA=1), 0))
-    found.update(dict.fromkeys(with_choices(short, f"bf16.*{PERSISTENT}", (90,), TMA=1, PROGRAMS=264), 0))
+    found.update(dict.fromkeys(with_choices(short, f"bf16.*{PERSISTENT}", (90,), TMA=1, PERSISTENT=264), 0))
     return found
 
 

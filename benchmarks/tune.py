@@ -67,8 +67,8 @@ def neighbours(config: Configuration) -> Iterator[Configuration]:
             continue
         if name == "BOX_W" and not config["TMA"]:
             continue  # there are no boxes
-        if name == "PROGRAMS" and not value:
-            others = [PROGRAMS]
+        if name == "PERSISTENT":
+            yield {**config, name: 0 if value else PROGRAMS}
         for other in others:
             if other >= 1 and not (name == "num_warps" and other > 16):
                 yield {**config, name: other}

@@ -17,7 +17,7 @@ reads x again, from the L2 cache, as tiles of the same rows run side by side; so
 What is wasted: channels are padded to BLOCK_IN and BLOCK_OUT, by masks. Where x has 8 channels or fewer, the taps of a
 row count as one with S C channels: 7 x 4 of 32 are used in a stem padded to 4, 7 x 8 of 64 in one padded to 8. Groups
 narrower than a tile share it: of groups of width 4, a tile of 32 x 32 multiplies 7 zeros for each weight, while bytes
-are moved once and side by side.
+are moved once and side by side; what is not finite in one group reaches those that share its tile.
 """
 
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ def reference(
     return y, a if residual is not None else x.new_empty(0), sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def kernel(
     x,
     weight,
@@ -131,7 +131,7 @@ def kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BOX_W: tl.constexpr,
-    PROGRAMS: tl.constexpr = 0,
+    PERSISTENT: tl.constexpr = 0,
 ):
     """One program: tiles of BLOCK_ROWS rows x BLOCK_OUT channels of y. Tiles of the same rows are neighbours."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
@@ -140,9 +140,9 @@ def kernel(
     channels = NARROW if NARROW else C
     blocks = tl.cdiv(K, BLOCK_OUT)
     # Programs that take several tiles load for the next while they store one.
-    turns = tl.cdiv(parts * blocks - tl.program_id(0), PROGRAMS) if PROGRAMS else 1
+    turns = tl.cdiv(parts * blocks - tl.program_id(0), PERSISTENT) if PERSISTENT else 1
     for turn in tl.range(turns, flatten=True):
-        tile = tl.program_id(0) + turn * PROGRAMS
+        tile = tl.program_id(0) + turn * PERSISTENT
         block, part = tile % blocks, tile // blocks
         k = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         known = k < K
@@ -219,21 +219,22 @@ def kernel(
 
 
 def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
-    """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose vectors take registers: two programs on an SM, one with
+    """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose vectors take registers.
 
-    a join. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program.
+    So two programs fit an SM, and one with a join. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one
+    program.
     """
     deep = 32 if "vectors" in fusion or x.element_size() > 2 else 64
     computed = {
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.k, 128 if shape.groups == 1 else 32),
         "BLOCK_IN": tile_of(shape.run, deep if shape.groups == 1 else 32),
-        "PROGRAMS": 0,
         "TMA": 0,
         "BOX_W": 0 if shape.pointwise else 16,
         "num_warps": 8,
         "num_stages": 3,
     }
+    computed |= {"PERSISTENT": 0} if shape.pointwise else {}
     return configured_for("convolution", x, shape, fusion, computed)
 
 
@@ -290,7 +291,7 @@ def convolution(
     tiles = parts * triton.cdiv(shape.k, config["BLOCK_OUT"])
     matrices = {"x": (x, "BLOCK_ROWS", "BLOCK_IN"), "weight": (weight, "BLOCK_OUT", "BLOCK_IN")}
     options = launch_options("convolution", shape, config, **matrices)
-    kernel[(min(tiles, config.get("PROGRAMS") or tiles),)](
+    kernel[(min(tiles, config.get("PERSISTENT") or tiles),)](
         *(x, weight, vectors, residual, residual_vectors, None if residual is None else z),
         *(center, scale, shift, add, y, sums, shape.rows, parts),
         *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),

@@ -102,7 +102,7 @@ def store_sums(g, x, vectors, sums, at, inside, c, known, C, part, parts):
     tl.store(sums + parts * C + at, tl.sum(tl.where(inside, g * (value - mean), 0.0), 0), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles"])
 def kernel(
     g,
     weight,
@@ -141,7 +141,7 @@ def kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BOX_W: tl.constexpr,
-    PROGRAMS: tl.constexpr = 0,
+    PERSISTENT: tl.constexpr = 0,
 ):
     """One program: tiles of BLOCK_ROWS pixels of a class x BLOCK_OUT channels of dx, side by side for the same rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of dx is one of g
@@ -156,9 +156,9 @@ def kernel(
     taps_w = (S - first_s + STRIDE_W - 1) // STRIDE_W
     rows = height.to(tl.int64) * width * N
     # Programs that take several tiles load for the next while they store one.
-    turns = tl.cdiv(tiles * blocks - tl.program_id(0), PROGRAMS) if PROGRAMS else 1
+    turns = tl.cdiv(tiles * blocks - tl.program_id(0), PERSISTENT) if PERSISTENT else 1
     for turn in tl.range(turns, flatten=True):
-        program = tl.program_id(0) + turn * PROGRAMS
+        program = tl.program_id(0) + turn * PERSISTENT
         tile, c0 = program // blocks, program % blocks * BLOCK_OUT
         c = c0 + tl.arange(0, BLOCK_OUT)
         known = c < C
@@ -232,12 +232,12 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 32),
         "BLOCK_IN": tile_of(shape.k, 32),
-        "PROGRAMS": 0,
         "TMA": 0,
         "BOX_W": 0 if shape.pointwise else 16,
         "num_warps": 8,
         "num_stages": 3,
     }
+    computed |= {"PERSISTENT": 0} if shape.pointwise else {}
     return configured_for("convolution_data_gradient", g, shape, fusion, computed)
 
 
@@ -306,7 +306,7 @@ def convolution_data_gradient(
     }
     options = launch_options(op, shape, config, **matrices)
     programs = tiles * triton.cdiv(shape.c, config["BLOCK_OUT"])
-    kernel[(min(programs, config.get("PROGRAMS") or programs), classes)](
+    kernel[(min(programs, config.get("PERSISTENT") or programs), classes)](
         *(g, weight, *prologue, *epilogue, dx, sums, branch_sums, tiles),
         *(shape.n, shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,

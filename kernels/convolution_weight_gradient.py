@@ -8,8 +8,8 @@ in one fixed order. The result is stored in a tensor that is there already, a sl
 
 Bytes per fp16 value: 2 for x, 2 for g and, with the map, 2 for y; each tile of dw reads them again, from the L2 cache,
 as tiles of the same rows run side by side. Parts write and read 4 per value of dw each: there are only as many as fill
-the GPU. What is wasted is as in `convolution`. A tile that is a box reads x beyond y, times 0: a NaN there reaches
-other taps of its channel.
+the GPU. What is wasted is as in `convolution`. A tile that is a box reads x beyond y, times 0: what is not finite
+there reaches other taps of its channel, as it does other groups that share its tile.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def reference(
     out.add_(dw) if accumulate else out.copy_(dw)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles_a_part"])
 def kernel(
     g,
     x,

@@ -158,11 +158,12 @@ def launch_options(
         step_h, step_w = shape.stride if name == "x" else (1, 1)
         strided = step_h * step_w > 1 and (shape.r * shape.s > 1 or any(shape.padding))
         narrow = name == "x" and shape.narrow
-        if shape.groups > 1 or narrow or strided or c * tensor.element_size() % 16 or w >= 2**31:
+        unaligned = c * tensor.element_size() % 16 or tensor.data_ptr() % 16
+        if shape.groups > 1 or narrow or strided or unaligned or w >= 2**31:
             raise ValueError(
-                f"{op}: TMA is for channels of a multiple of 16 bytes, without groups, and under 2^31 pixels; of x for "
-                "more than 8 channels and stride 1, or for a 1 x 1 weight without padding; "
-                f"got {dict(config)} for {shape.key}, {name} {tuple(tensor.shape)}"
+                f"{op}: TMA is for channels of a multiple of 16 bytes at such an address, without groups, and under "
+                "2^31 pixels; of x with several taps side by side for more than 8 channels, and with a stride for a "
+                f"1 x 1 weight without padding; got {dict(config)} for {shape.key}, {name} {tuple(tensor.shape)}"
             )
         size = [n, triton.cdiv(h, step_h), triton.cdiv(w, step_w), c]
         strides = [h * w * c, step_h * w * c, step_w * c, 1]
@@ -218,9 +219,9 @@ def corner(tile, height, width, BLOCK: tl.constexpr, BOX_W: tl.constexpr):
 
 @triton.jit
 def locate(tile, rows, height, width, BLOCK: tl.constexpr, BOX_W: tl.constexpr):
-    """Of a tile's BLOCK rows, pixels of (N, height, width): the image of the first; n, counted from it; i; j; and which
+    """Of a tile's BLOCK rows, pixels of (N, height, width): image of the first; n, counted from it; i; j; which exist.
 
-    exist. The pixels follow each other, or with BOX_W are a box of one image that wide, whose ends may reach over.
+    The pixels follow each other, or with BOX_W are a box of one image that wide, whose ends may reach over.
     """
     row = tl.arange(0, BLOCK)
     if BOX_W:
@@ -247,11 +248,11 @@ def load(tensor, tiles, at, inside, n, i, j, c):
 
 @triton.jit
 def channels_of_groups(first, BLOCK: tl.constexpr, own, other, OWN: tl.constexpr, OTHER: tl.constexpr):
-    """For channels first ... first + BLOCK - 1 of `own` on one side: where those of their groups begin on the other,
+    """Of the groups of a tile's channels, first ... first + BLOCK - 1 of `own`: the channels on the other side.
 
-    which has `other`, and how many there are; a group has OWN and OTHER channels (0: there is one group). A tile may
-    span several groups: its weights are a diagonal of blocks. The first is a multiple of 16, so that loads are wide;
-    what is too many has no weights.
+    Where they begin among `other`, and how many there are; a group has OWN and OTHER channels (0: there is one group).
+    A tile may span several groups: its weights are a diagonal of blocks. The first is a multiple of 16, so that loads
+    are wide; what is too many has no weights.
     """
     if OWN == 0:
         return 0, other

@@ -133,6 +133,8 @@ def evaluate(asked: Evaluation) -> int:
         asked.conv, places(model, asked.batch_size, image_size, dtype, channels), device, transport, stored=None
     )
     use(model, choices.algorithms)
+    if choices.algorithms and transport.rank == 0:
+        print(f"Convolution: {choices}")
     data = open_evaluation(
         dataset,
         backend,

@@ -100,9 +100,10 @@ def folded(a: Folded, added: Tensor | None, relu: bool) -> Tensor:
     """relu(normalised convolution + added), with or without the last two."""
     x, conv, bn = a.x, a.conv, a.bn
     if conv.algorithm != "triton":
-        return bn(conv(x), residual=added, relu=relu)
-    mean, scale, beta, *_ = kernels.folded(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-    epilogue = {"scale": scale, "shift": torch.addcmul(beta, mean, scale, value=-1), "add": added, "relu": relu}
+        return bn(channels_last(conv(x)), residual=added, relu=relu)
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    shift = torch.addcmul(bn.bias, bn.running_mean, scale, value=-1)
+    epilogue = {"scale": scale, "shift": shift, "add": added, "relu": relu}
     return kernels.convolution(x, conv.weight_for(x), conv.stride, conv.padding, conv.groups, **epilogue)[0]
 
 
@@ -114,7 +115,10 @@ def parts(b: Tensor | Raw | Folded | None) -> tuple[Tensor | None, Tensor | None
 
 
 def conv_bn(x: Tensor | Raw | Folded | Join, conv: Conv2d, bn: BatchNorm2d) -> Raw | Folded:
-    """The convolution of x's activation, raw. Raises ValueError for what the kernels do not have: dilation, a bias."""
+    """The convolution of x's activation, raw, or Folded in evaluation without gradients.
+
+    Raises ValueError for what the kernels do not have: dilation, a bias.
+    """
     if conv.algorithm != "torch" and (
         conv.bias is not None
         or conv.dilation != (1, 1)

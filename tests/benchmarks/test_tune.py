@@ -116,11 +116,11 @@ def test_the_neighbours_of_a_configuration():
         *({"BLOCK": 2, "TMA": 0, "num_warps": 16}, {"BLOCK": 1, "TMA": 1, "num_warps": 16}),
         {"BLOCK": 1, "TMA": 0, "num_warps": 8},
     ]
-    around = list(tune.neighbours({"PROGRAMS": 0, "TMA": 0, "BOX_W": 16}))
-    assert around == [{"PROGRAMS": 264, "TMA": 0, "BOX_W": 16}, {"PROGRAMS": 0, "TMA": 1, "BOX_W": 16}]
-    around = list(tune.neighbours({"PROGRAMS": 264, "TMA": 1, "BOX_W": 16}))
-    assert [config["PROGRAMS"] for config in around] == [528, 132, 264, 264, 264]
-    assert [config["BOX_W"] for config in around] == [16, 16, 16, 32, 8]
+    around = list(tune.neighbours({"PERSISTENT": 0, "TMA": 0, "BOX_W": 16}))
+    assert around == [{"PERSISTENT": 264, "TMA": 0, "BOX_W": 16}, {"PERSISTENT": 0, "TMA": 1, "BOX_W": 16}]
+    around = list(tune.neighbours({"PERSISTENT": 264, "TMA": 1, "BOX_W": 16}))
+    assert [config["PERSISTENT"] for config in around] == [0, 528, 132, 264, 264, 264]
+    assert [config["BOX_W"] for config in around] == [16, 16, 16, 16, 32, 8]
 
 
 @interpreted

@@ -227,11 +227,30 @@ def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, prec
     expected = KERNELS if conv == "torch" else KERNELS - REPLACED | CONVOLUTIONS
     assert set(re.search(r"^launched: (.*)$", texts["triton"], re.MULTILINE)[1].split()) == expected
     assert f"Convolution: 3 {conv} (--conv={conv})" in texts["triton"]
+    if conv == "triton":
+        check_evaluation(launch, records, tmp_path)
     for bn in ("bn1", "bn2", "bn3"):  # a mean differs on the scale of its channel's deviation
         deviation = one[f"{bn}.running_var"].sqrt()
         bound = 1e-3 if not precision else 1e-2
         assert ((one[f"{bn}.running_mean"] - other[f"{bn}.running_mean"]).abs() < bound * deviation).all()
         assert ((deviation - other[f"{bn}.running_var"].sqrt()).abs() < bound * deviation).all()
+
+
+def check_evaluation(launch, records, tmp_path):
+    """By the kernels as by the references, with BatchNorm in the convolutions: nothing else touches activations."""
+    results = []
+    for kernels in ("reference", "triton"):
+        text = launch.run(
+            "tests/end_to_end/tiny.py",
+            *("--model=tiny", f"--data_dir={records}", f"--log_dir={tmp_path}/triton", "--eval", "--conv=triton"),
+            environment={"NVCNN_KERNELS": kernels} | ({"TRITON_INTERPRET": "1"} if kernels == "triton" else {}),
+        )
+        assert "Convolution: 3 triton (--conv=triton)" in text
+        results.append(events(tmp_path / "triton", "eval")[-1])
+    assert abs(results[0]["top1"] - results[1]["top1"]) <= 2  # in percent: an image or two where logits nearly tie
+    assert set(re.search(r"^launched: (.*)$", text, re.MULTILINE)[1].split()) == {
+        *("prepare_input.kernel", "convolution.kernel", "max_pool.kernel", "global_average.kernel")
+    }
 
 
 def test_the_originals_command(launch, records, tmp_path):

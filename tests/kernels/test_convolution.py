@@ -182,13 +182,16 @@ def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implem
     assert not sums.sum(1).isfinite().any()
 
 
-@pytest.mark.parametrize("choices", [{"TMA": 1}, {"PROGRAMS": 4}], ids=str)
+@pytest.mark.parametrize("choices", [{"TMA": 1}, {"PERSISTENT": 4}], ids=str)
 def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, choices):
     given = tensors(TILES, torch.float16, device)
-    vectors, center = random_vectors(TILES.c, device), torch.zeros(TILES.k, device=device)
-    for prologue in ((), (vectors,), (vectors, given["residual"], vectors)):
+    vectors, epilogue = random_vectors(TILES.c, device), {"center": torch.zeros(TILES.k, device=device)}
+    scale, shift = torch.randn(2, TILES.k, device=device)
+    folded = {"scale": scale, "shift": shift, "add": given["g"], "relu": True}
+    prologues = (), (vectors,), (vectors, given["residual"], vectors)
+    for prologue, options in (*((p, epilogue) for p in prologues), ((), folded)):
         check_same(
-            lambda: convolution(given["x"], given["weight"], *TILES.how, *prologue, center=center),  # noqa: B023
+            lambda: convolution(given["x"], given["weight"], *TILES.how, *prologue, **options),  # noqa: B023
             2 * choices.get("TMA", 0),
             **choices,
         )
@@ -199,7 +202,7 @@ def test_boxes_by_tma_are_exact_on_integers(device, shape):
     given = tensors(shape, torch.float16, device, small_integers)
     vectors, center = integer_vectors(5, shape.c, device), integer_vectors(1, shape.k, device)[0]
     exact = convolved(activation(given["x"], vectors, "triton").exact, given["weight"], shape)
-    with configured(TMA=1, BOX_W=4, PROGRAMS=5):
+    with configured(TMA=1, BOX_W=4, PERSISTENT=5):
         y, _, sums = convolution(
             given["x"], given["weight"], *shape.how, vectors=vectors, center=center, add=given["g"]
         )

@@ -209,7 +209,7 @@ def test_a_nan_lets_the_gradient_pass(implementation, device):
     assert sums.sum(1).isfinite().sum() == 2 * POINTWISE.c - 1
 
 
-@pytest.mark.parametrize("choices", [{"TMA": 1}, {"PROGRAMS": 4}], ids=str)
+@pytest.mark.parametrize("choices", [{"TMA": 1}, {"PERSISTENT": 4}], ids=str)
 def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, choices):
     given = tensors(TILES, torch.float16, device)
     vectors, x_vectors = random_vectors(TILES.k, device), random_vectors(TILES.c, device)
@@ -227,7 +227,7 @@ def test_boxes_by_tma_are_exact_on_integers(device, shape):
     x, y = given["x"], given["y"]
     vectors, factors = integer_vectors(5, shape.k, device), integer_vectors(2, shape.k, device)
     x_vectors = integer_vectors(5, shape.c, device)
-    with configured(TMA=1, BOX_W=4, PROGRAMS=5):
+    with configured(TMA=1, BOX_W=4, PERSISTENT=5):
         dx, sums, _ = gradient(given, shape, y=y, vectors=vectors, factors=factors, x=x, x_vectors=x_vectors)
     dy = output_gradient(given["g"], y, vectors, factors, "triton").exact
     assert torch.equal(dx, (of_input(dy, given["weight"], shape) * (normalised(x, x_vectors) > 0)).half())

@@ -61,6 +61,9 @@ def test_the_places_of_a_resnet50():
     assert found["layer3.2.conv1"].reads == "join"
     assert found["layer3.0.downsample.0"].reads == "activation"
     assert {m.algorithm for m in model.modules() if isinstance(m, torch.nn.Conv2d)} == {"torch"}  # as it was
+    padded = places(model, 256, 224, torch.float16, channels=4)
+    assert list(padded) == list(found)
+    assert padded["conv1"].weight == (64, 4, 7, 7)
 
 
 def test_the_places_of_an_evaluation():
