@@ -12,6 +12,8 @@ from ctypes import CDLL
 from multiprocessing import get_context
 from typing import Any
 
+import torch
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -43,6 +45,7 @@ def start(parent: int, given: Callable[..., Any] | None) -> None:
     CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    torch.set_num_threads(1)  # OpenMP's threads are not forked: a region of many would wait for them for ever
     gc.freeze()  # a collection would write to every name and place of the data set, and end the sharing of their memory
     warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error here
 
