@@ -7,12 +7,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from ctypes import CDLL
 from multiprocessing import get_context
 from typing import Any
 
 import torch
+
+from nvcnn.errors import InputError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -25,10 +28,16 @@ def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Ite
     """Processes that leave Ctrl-C to this one and finish what they are at, but end at once when this one is killed.
 
     function: for `forked`, which calls it in a worker; however much it holds, it is not sent there.
+    Raises InputError when one of them is killed.
     """
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=start, initargs=(os.getpid(), function))
     try:
         yield pool
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker process was killed, perhaps for want of memory: give the same command again, with more memory or "
+            f"fewer workers than {workers} (prepare.py --workers)"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -347,7 +347,7 @@ def test_a_search_whose_process_is_killed(tmp_path, monkeypatch):
     write("folders", tmp_path / "data", {}, {})
     monkeypatch.setattr("nvcnn.check_data.PIECE", 2)
     monkeypatch.setattr("nvcnn.check_data.bad_samples", lambda *_, images: os._exit(9))
-    with pytest.raises(InputError, match=r"--data_dir=.*data: one of 2 processes .* was killed.*without --check_data"):
+    with pytest.raises(InputError, match="a worker process was killed, perhaps for want of memory: give"):
         search(find("folders", tmp_path / "data"), "train", range(IMAGES), True, 2, quiet=True)
 
 
