@@ -24,6 +24,7 @@ from nvcnn.data.manifest import (
     is_there,
     read_json,
     read_manifest,
+    read_part,
     write_json,
 )
 from nvcnn.data.plan import LABEL_BASE, Plan, Shard, digest, shard_paths
@@ -140,7 +141,7 @@ def begun(plan: Plan, out: Path) -> dict[str, dict[str, Any]]:
             write_json(unfinished / "flags", settings)
     except OSError as error:
         raise InputError(f"--out={out}: {error.strerror}: make room or give another directory") from None
-    return {path.stem: read_json(path) for path in unfinished.glob("*.json")}
+    return {path.stem: read_part(path) for path in unfinished.glob("*.json")}
 
 
 def check_settings(out: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
