@@ -19,8 +19,7 @@ from nvcnn.errors import InputError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-
-function: Any = None  # of a worker, what its pool was made for
+task: Any = None  # of a worker, what its pool was made for
 
 
 @contextmanager
@@ -30,7 +29,7 @@ def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Ite
     function: for `forked`, which calls it in a worker; however much it holds, it is not sent there.
     Raises InputError when one of them is killed.
     """
-    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=start, initargs=(os.getpid(), function))
+    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=(os.getpid(), function))
     try:
         yield pool
     except BrokenProcessPool:
@@ -43,12 +42,12 @@ def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Ite
 
 
 def forked(*arguments: Any) -> Any:
-    return function(*arguments)
+    return task(*arguments)
 
 
-def start(parent: int, given: Callable[..., Any] | None) -> None:
-    global function
-    function = given
+def begin_worker(parent: int, function: Callable[..., Any] | None) -> None:
+    global task
+    task = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
