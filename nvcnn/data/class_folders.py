@@ -11,7 +11,8 @@ import torch
 from nvcnn.data.source import same_everywhere
 from nvcnn.errors import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")  # in any case; no GIF: DALI
+# Of pillow.FORMATS, in any case.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 
