@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 from nvcnn.data.dataset import Dataset
@@ -52,23 +51,17 @@ def check_data(
 def search(
     dataset: Dataset, split: str, samples: Sequence[int], images: bool, processes: int, quiet: bool
 ) -> list[tuple[int, str]]:
-    """(number, what is wrong) of each bad one. Raises InputError when a process is killed, say for want of memory."""
+    """(number, what is wrong) of each bad one. Raises InputError when a process is killed."""
     pieces = [samples[at : at + PIECE] for at in range(0, len(samples), PIECE)]
     look = partial(bad_samples, dataset, split, images=images)
     if processes == 1 or len(pieces) < 2:
         return look(samples)
     found, said = [], time.monotonic()
-    try:
-        with worker_pool(processes, look) as pool:
-            pending = [pool.submit(forked, piece) for piece in pieces]
-            for done, result in enumerate(as_completed(pending), 1):
-                found += result.result()
-                if not quiet and time.monotonic() - said > PATIENCE:
-                    said = time.monotonic()
-                    print(f"Checking {split} images: {100 * done / len(pieces):.0f} %", flush=True)
-    except BrokenProcessPool:
-        raise InputError(
-            f"--data_dir={dataset.directory}: one of {processes} processes that check its images was killed, perhaps "
-            "for want of memory: run again with more of it, or without --check_data and --skip_bad_images"
-        ) from None
+    with worker_pool(processes, look) as pool:
+        pending = [pool.submit(forked, piece) for piece in pieces]
+        for done, result in enumerate(as_completed(pending), 1):
+            found += result.result()
+            if not quiet and time.monotonic() - said > PATIENCE:
+                said = time.monotonic()
+                print(f"Checking {split} images: {100 * done / len(pieces):.0f} %", flush=True)
     return found

@@ -11,7 +11,8 @@ import torch
 from nvcnn.data.source import same_everywhere
 from nvcnn.errors import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")  # in any case; no GIF: DALI
+# Of pillow.FORMATS, in any case.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 
@@ -66,19 +67,34 @@ def class_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Of a link to itself False, where entry.is_dir() raises: it leads nowhere."""
+    return Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir()
+
+
+def links_above(folder: Path, name: str) -> bool:
+    """Whether `name` in `folder`, as it is written, is a link to a folder that it is in."""
+    link = folder / name
+    return link.is_symlink() and any(
+        (folder / above).resolve().is_relative_to(link.resolve()) for above in Path(name).parents
+    )
+
+
 def image_files(folder: Path, name: str, suffixes: tuple[str, ...]) -> tuple[list[str], int]:
     """Paths below `folder` of the images in its folder `name`, at any depth, in order; and how many other files there.
 
-    Links are followed, hidden files are not counted.
+    Links are followed, hidden files are not counted. Raises InputError for a link by which the listing would not end.
     """
     images, others = [], 0
     pending = [name]
     while pending:
         below = pending.pop()
+        if links_above(folder, below):
+            raise InputError(f"{folder / below}: links to a folder above it: remove it")
         for entry in os.scandir(folder / below):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if is_folder(entry):
                 pending.append(f"{below}/{entry.name}")
             elif entry.name.lower().endswith(suffixes):
                 images.append(f"{below}/{entry.name}")

@@ -39,7 +39,7 @@ def scan_folders(directory: Path, flag: str, workers: int) -> dict[str, list[tup
     try:
         classes = class_names(directory)
     except OSError as error:
-        raise InputError(f"{flag}={directory}: {error.strerror}: give a directory of class folders") from None
+        raise InputError(f"{flag}={error.filename}: {error.strerror}: give a directory of class folders") from None
     if not classes:
         raise InputError(f"{flag}={directory}: holds no class folders: give the directory above them")
     if set(classes) <= SPLITS:

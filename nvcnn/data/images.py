@@ -5,8 +5,10 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # of Pillow's, those that start no other program
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+from nvcnn.data import class_folders, pillow
+
+FORMATS = (*pillow.FORMATS, "GIF")  # more than training reads: DALI has no GIF, but it becomes a JPEG
+SUFFIXES = (*class_folders.SUFFIXES, ".gif")
 END_OF_IMAGE = b"\xff\xd9"
 
 

@@ -26,8 +26,24 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}): delete it, and prepare the data set again") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: is not prepare.py's: delete it, and prepare the data set again")
+        raise not_ours(path)
     return values
+
+
+def not_ours(path: Path) -> InputError:
+    return InputError(f"{path}: is not prepare.py's: delete it, and prepare the data set again")
+
+
+def is_part(values: Any) -> bool:
+    return isinstance(values, dict) and values.keys() >= PART
+
+
+def read_part(path: Path) -> dict[str, Any]:
+    """Of a finished shard in a run that is not. Raises InputError for what prepare.py has not written."""
+    part = read_json(path)
+    if not is_part(part):
+        raise not_ours(path)
+    return part
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -39,9 +55,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not (
         all(isinstance(text.get(name), dict) for name in ("made_from", "images", "shards"))
         and text["made_from"].get("format") in SUFFIX
-        and all(isinstance(part, dict) and part.keys() >= PART for part in text["shards"].values())
+        and all(map(is_part, text["shards"].values()))
     ):
-        raise InputError(f"{path}: is not prepare.py's: delete it, and prepare the data set again")
+        raise not_ours(path)
     return {"files": {}} | text
 
 

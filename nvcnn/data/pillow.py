@@ -54,7 +54,7 @@ def decode(data: bytes) -> "Image.Image":
         width, height = size(data)
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}") from None
     except UnidentifiedImageError:
-        raise ValueError("it is no JPEG, PNG, BMP, WebP, TIFF or PPM file") from None
+        raise ValueError("it is no JPEG, PNG, BMP, WebP, TIFF, PPM or JPEG 2000 file") from None
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged files
         raise ValueError(next(iter(str(error).splitlines()), "") or type(error).__name__) from None
     orientation = orientation_of(image)

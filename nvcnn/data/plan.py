@@ -16,7 +16,7 @@ SUFFIX = {"tfrecord": "", "webdataset": ".tar"}
 
 
 class Sample(NamedTuple):
-    """An image. Some 250 bytes each, and all that is kept of a data set in memory.
+    """An image. Some 300 bytes each, and all that is kept of a data set in memory.
 
     name: in messages, and below a directory its path. label: zero-based.
     source: the tar that holds it; the directory it is in; or the pixels themselves.

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from nvcnn.data.manifest import (
     is_there,
     read_json,
     read_manifest,
+    read_part,
     write_json,
 )
 from nvcnn.data.plan import LABEL_BASE, Plan, Shard, digest, shard_paths
@@ -141,7 +141,7 @@ def begun(plan: Plan, out: Path) -> dict[str, dict[str, Any]]:
             write_json(unfinished / "flags", settings)
     except OSError as error:
         raise InputError(f"--out={out}: {error.strerror}: make room or give another directory") from None
-    return {path.stem: read_json(path) for path in unfinished.glob("*.json")}
+    return {path.stem: read_part(path) for path in unfinished.glob("*.json")}
 
 
 def check_settings(out: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -166,21 +166,15 @@ def write_shards(plan: Plan, out: Path, shards: list[Shard], workers: int, skip_
         write_shard, class_names=plan.class_names, encode=plan.encode, file_format=plan.file_format, skip_bad=skip_bad
     )
     parts, bad = {}, []
-    try:
-        with worker_pool(workers) as pool, progress(sum(len(shard.samples) for shard in shards)) as update:
-            pending = {pool.submit(write, shard): shard for shard in shards}
-            for done in as_completed(pending):
-                shard, part = pending[done], done.result()
-                name = shard.path.name
-                parts[name] = part
-                bad += part["bad"]
-                written = "not written" if part["bad"] and not skip_bad else f"{part['images']} images"
-                update(len(shard.samples), f"{name}: {written}", [f"{image}: {why}" for image, why in part["bad"]])
-    except BrokenProcessPool:
-        raise InputError(
-            f"--workers={workers}: one was killed, perhaps for want of memory: run again with fewer, it goes on from "
-            "here"
-        ) from None
+    with worker_pool(workers) as pool, progress(sum(len(shard.samples) for shard in shards)) as update:
+        pending = {pool.submit(write, shard): shard for shard in shards}
+        for done in as_completed(pending):
+            shard, part = pending[done], done.result()
+            name = shard.path.name
+            parts[name] = part
+            bad += part["bad"]
+            written = "not written" if part["bad"] and not skip_bad else f"{part['images']} images"
+            update(len(shard.samples), f"{name}: {written}", [f"{image}: {why}" for image, why in part["bad"]])
     if bad and not skip_bad:
         name, why = min(bad)
         raise InputError(

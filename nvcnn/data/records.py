@@ -32,7 +32,7 @@ class Records:
         return [index_path(shard).read_bytes().count(b"\n") for shard in self.shards]
 
     def __len__(self) -> int:
-        return sum(self.lines) - len(self.left_out)
+        return len(self.table)
 
     @cached_property
     def table(self) -> Tensor:

@@ -199,14 +199,3 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
 def write_index(shard: Path, records: Iterable[tuple[int, int]]) -> None:
     with atomic_writer(index_path(shard)) as file:
         file.write(index_text(records).encode())
-
-
-def write_shard(path: Path, examples: Iterator[bytes]) -> None:
-    """A shard and its index; the shard appears last, so one that is there is complete."""
-    records, at = [], 0
-    with atomic_writer(path) as file:
-        for example in examples:
-            size = write_record(file, example)
-            records.append((at, size))
-            at += size
-        write_index(path, records)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from nvcnn.data.fashion_mnist import png
-from nvcnn.data.tfrecord import encode_example, write_shard
+from nvcnn.data.tfrecord import encode_example
+from tests.records import write_shard
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600  # seconds; a run here takes 10, on cores that nobody else wants

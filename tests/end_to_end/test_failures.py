@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvcnn.data.tfrecord import encode_example, write_shard
+from nvcnn.data.tfrecord import encode_example
+from tests.records import write_shard
 
 from .conftest import assert_same_bits, last_checkpoint, picture, write_records
 

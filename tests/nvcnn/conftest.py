@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from nvcnn.data.fashion_mnist import png
-from nvcnn.data.tfrecord import encode_example, write_shard
+from nvcnn.data.tfrecord import encode_example
+from tests.records import write_shard
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,10 @@ from PIL import Image
 
 from nvcnn.check_data import check_data, search
 from nvcnn.data import Dataset, choose_backend, find_dataset, open_training
-from nvcnn.data.tfrecord import encode_example, index_path, write_shard
+from nvcnn.data.tfrecord import encode_example, index_path
 from nvcnn.distributed import Launch, Transport
 from nvcnn.errors import InputError
+from tests.records import write_shard
 
 DOCS = Path(__file__).parents[2] / "docs/bad-data.md"
 CPU = torch.device("cpu")
@@ -347,7 +348,7 @@ def test_a_search_whose_process_is_killed(tmp_path, monkeypatch):
     write("folders", tmp_path / "data", {}, {})
     monkeypatch.setattr("nvcnn.check_data.PIECE", 2)
     monkeypatch.setattr("nvcnn.check_data.bad_samples", lambda *_, images: os._exit(9))
-    with pytest.raises(InputError, match=r"--data_dir=.*data: one of 2 processes .* was killed.*without --check_data"):
+    with pytest.raises(InputError, match="a worker process was killed, perhaps for want of memory: give"):
         search(find("folders", tmp_path / "data"), "train", range(IMAGES), True, 2, quiet=True)
 
 

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from nvcnn.data.dataset import Dataset, find_dataset
-from nvcnn.data.tfrecord import encode_example, write_shard
+from nvcnn.data.tfrecord import encode_example
 from tests.nvcnn.data.preparing import contents, run
 from tests.raw_imagenet import Raw, make, unpack
+from tests.records import write_shard
 
 IMAGES = 61  # a prime: no number of ranks or batch size divides it
 

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from nvcnn.data.dataset import find_dataset
-from nvcnn.data.tfrecord import encode_example, index_path, write_shard
+from nvcnn.data.tfrecord import encode_example, index_path
 from nvcnn.errors import InputError
+from tests.records import write_shard
 
 
 @pytest.fixture

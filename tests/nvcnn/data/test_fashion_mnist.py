@@ -104,7 +104,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypa
 
     with monkeypatch.context() as patched:
         patched.setattr(shards, "Summed", KilledInTheMiddle)
-        with pytest.raises(InputError, match="--workers=1: one was killed"):
+        with pytest.raises(InputError, match="a worker process was killed, perhaps for want of memory: give"):
             fashion_mnist.prepare(out, source, workers=1)
     names = {path.name for path in out.iterdir()}
     assert "train-00004-of-00008" in names

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from nvcnn.data import folder
+from nvcnn.data.class_folders import class_names, open_class_folders
 from nvcnn.data.images import Encoding
 from nvcnn.data.prepare import prepare
 from nvcnn.data.tfrecord import decode_example, read_records
@@ -111,3 +112,36 @@ def test_a_link_to_nowhere_is_an_unreadable_image(train, tmp_path):
     (train / "cat" / "gone.jpg").symlink_to(tmp_path / "gone")
     with pytest.raises(InputError, match=r"1 unreadable images.*cat/gone\.jpg: cannot be read \(No such file"):
         prepare(plan(train), tmp_path / "out")
+
+
+def test_a_link_to_itself_is_an_unreadable_image(train, tmp_path):
+    (train / "cat" / "loop.jpg").symlink_to("loop.jpg")
+    with pytest.raises(InputError, match=r"1 unreadable images.*cat/loop\.jpg: cannot be read \(Too many levels"):
+        prepare(plan(train), tmp_path / "out")
+    (train / "dog").symlink_to("dog")  # in the place of a class it is none that may be passed over
+    with pytest.raises(InputError, match=r"--train=.*train/dog: Too many levels of symbolic links: give a directory"):
+        plan(train)
+
+
+@pytest.mark.parametrize(
+    ("links", "named"),
+    [
+        ({"cat/more/loop": ".."}, "cat/more/loop"),
+        ({"cat/loop": "../.."}, "cat/loop"),
+        ({"ant/loop": "."}, "ant/loop"),  # ant is itself a link
+        ({"all": "."}, "all"),
+        ({"cat/more/x": "../../ant", "ant/y": "../train/cat"}, "ant/y/more/x"),  # each to the other
+    ],
+)
+def test_a_link_to_a_folder_above(train, tmp_path, links, named):
+    for link, to in links.items():
+        (train / link).symlink_to(to)
+    for list_images in (lambda: plan(train), lambda: open_class_folders(tmp_path, "train", class_names(train))):
+        with pytest.raises(InputError, match=rf"train/{named}: links to a folder above it: remove it$"):
+            list_images()
+
+
+def test_two_links_to_a_folder_beside_them(train):
+    for name in ("one", "two"):
+        (train / "cat" / name).symlink_to("more")
+    assert len(plan(train).splits["train"]) == 20 + 2 * 5

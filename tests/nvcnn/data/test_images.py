@@ -52,7 +52,7 @@ def test_copied(form, mode, options, check):
     ("form", "mode"),
     [
         *(("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "1"), ("GIF", "P"), ("BMP", "RGB")),
-        *(("PPM", "RGB"), ("TIFF", "RGB"), ("TIFF", "CMYK"), ("WEBP", "RGB")),
+        *(("PPM", "RGB"), ("TIFF", "RGB"), ("TIFF", "CMYK"), ("WEBP", "RGB"), ("JPEG2000", "RGB")),
     ],
 )
 def test_encoded_anew(form, mode):

@@ -12,6 +12,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from nvcnn.data import find_dataset, open_evaluation, open_training
+from nvcnn.data.class_folders import SUFFIXES
 from nvcnn.data.pillow import random_crop
 
 CPU = torch.device("cpu")
@@ -136,6 +137,20 @@ def test_every_kind_of_picture_is_as_pillow_shows_it(tmp_path, write, backend):
         upright = ImageOps.exif_transpose(opened).convert("RGB")
         expected = np.asarray(upright.resize((24, 24), Image.Resampling.BILINEAR), float)
         assert np.abs(images[label] - expected).mean() < 1.5, name
+
+
+@backends
+def test_every_suffix_in_class_folders(tmp_path, backend):
+    for i, suffix in enumerate(SUFFIXES):
+        folder = tmp_path / "val" / f"{i:02d}"
+        folder.mkdir(parents=True)
+        smooth("L").save(folder / f"picture{suffix}")
+    dataset = find_dataset(tmp_path, num_classes=None, label_base=None, split="validation")
+    expected = np.asarray(smooth("L").resize((24, 24), Image.Resampling.BILINEAR), float)[..., None]
+    images = shown(dataset, backend, 24)
+    assert len(images) == len(SUFFIXES)
+    for label, image in images.items():
+        assert np.abs(image - expected).mean() < 3, SUFFIXES[label]
 
 
 @backends

@@ -244,6 +244,16 @@ def test_flags_that_cannot_be_read(folders, tmp_path):
         run(folders, tmp_path / "out")
 
 
+def test_a_part_that_is_not_ours(folders, copy):
+    settings = json.loads((copy / "manifest.json").read_text())["made_from"]
+    (copy / "manifest.json").unlink()
+    (copy / ".unfinished").mkdir()
+    (copy / ".unfinished" / "flags").write_text(json.dumps(settings))
+    (copy / ".unfinished" / "train-00003-of-00012.json").write_text('{"images": 1}')
+    with pytest.raises(InputError, match=r"train-00003-of-00012\.json: is not prepare\.py's: delete it, and prepare"):
+        run(folders, copy)
+
+
 def test_a_directory_of_another_data_set_is_refused(prepared):
     with pytest.raises(InputError, match="holds Class folders, not other"):
         prepare.begun(Plan("other", (), {}, {}, folder.encode_file, ""), prepared)

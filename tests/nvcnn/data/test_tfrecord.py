@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nvcnn.data import tfrecord
 from nvcnn.errors import InputError
+from tests.records import write_shard
 
 values = st.one_of(
     st.lists(st.binary(max_size=300), max_size=4),
@@ -80,7 +81,7 @@ def test_decoding_garbage_raises_only_value_errors(data):
 
 
 def write(path, records):
-    tfrecord.write_shard(path, iter(records))
+    write_shard(path, iter(records))
     return path
 
 
@@ -134,7 +135,7 @@ def test_a_length_beyond_the_file_is_found(tmp_path):
 
 def test_a_failed_writer_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        tfrecord.write_shard(tmp_path / "shard", (b"x" * (1 // (2 - i)) for i in range(5)))
+        write_shard(tmp_path / "shard", (b"x" * (1 // (2 - i)) for i in range(5)))
     assert not list(tmp_path.iterdir())
 
 
