@@ -192,16 +192,16 @@ REPLACED = {"batch_norm_statistics.sums_kernel", "batch_norm.gradient_kernel"}  
 
 
 @pytest.mark.parametrize(
-    ("precision", "conv"),
+    ("precision", "conv", "steps"),
     [
-        ((), "torch"),
-        pytest.param((), "triton", marks=pytest.mark.full),
-        (("--fp16", "--loss_scale=dynamic"), "triton"),
+        ((), "torch", 20),
+        pytest.param((), "triton", 20, marks=pytest.mark.full),
+        (("--fp16", "--loss_scale=dynamic"), "triton", 10),  # of five seconds each
     ],
     ids=["fp32-torch", "fp32-triton", "fp16-triton"],
 )
-def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, precision, conv):
-    """20 real steps through Triton's interpreter, compared with those of the references."""
+def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, precision, conv, steps):
+    """Real steps through Triton's interpreter, compared with those of the references."""
     losses, texts = {}, {}
     for kernels in ("reference", "triton"):
         texts[kernels] = launch.run(
@@ -214,21 +214,21 @@ def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, prec
                 *precision,
                 f"--conv={conv}",
             ),
-            *(f"--data_dir={records}", f"--log_dir={tmp_path}/{kernels}", "--batch_size=4", "--num_batches=20"),
+            *(f"--data_dir={records}", f"--log_dir={tmp_path}/{kernels}", "--batch_size=4", f"--num_batches={steps}"),
             environment={"NVCNN_KERNELS": kernels} | ({"TRITON_INTERPRET": "1"} if kernels == "triton" else {}),
         )
         losses[kernels] = [e["loss"] for e in events(tmp_path / kernels, "train")]
     states = {kernels: last_checkpoint(tmp_path / kernels) for kernels in losses}
     assert [state["kernels"] for state in states.values()] == ["reference", "triton"]
-    assert len(losses["triton"]) == 20
-    assert len(set(losses["triton"])) == 20
+    assert len(losses["triton"]) == steps
+    assert len(set(losses["triton"])) == steps
     assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-4 if not precision else 5e-3)
     one, other = (state["weights"] for state in states.values())
     expected = KERNELS if conv == "torch" else KERNELS - REPLACED | CONVOLUTIONS
     assert set(re.search(r"^launched: (.*)$", texts["triton"], re.MULTILINE)[1].split()) == expected
     assert f"Convolution: 3 {conv} (--conv={conv})" in texts["triton"]
     if conv == "triton":
-        check_evaluation(launch, records, tmp_path)
+        check_evaluation(launch, tmp_path)
     for bn in ("bn1", "bn2", "bn3"):  # a mean differs on the scale of its channel's deviation
         deviation = one[f"{bn}.running_var"].sqrt()
         bound = 1e-3 if not precision else 1e-2
@@ -236,18 +236,18 @@ def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, prec
         assert ((deviation - other[f"{bn}.running_var"].sqrt()).abs() < bound * deviation).all()
 
 
-def check_evaluation(launch, records, tmp_path):
+def check_evaluation(launch, tmp_path):
     """By the kernels as by the references, with BatchNorm in the convolutions: nothing else touches activations."""
-    results = []
+    data, results = write_records(tmp_path / "few", train=2, validation=10), []
     for kernels in ("reference", "triton"):
         text = launch.run(
             "tests/end_to_end/tiny.py",
-            *("--model=tiny", f"--data_dir={records}", f"--log_dir={tmp_path}/triton", "--eval", "--conv=triton"),
+            *("--model=tiny", f"--data_dir={data}", f"--log_dir={tmp_path}/triton", "--eval", "--conv=triton"),
             environment={"NVCNN_KERNELS": kernels} | ({"TRITON_INTERPRET": "1"} if kernels == "triton" else {}),
         )
         assert "Convolution: 3 triton (--conv=triton)" in text
         results.append(events(tmp_path / "triton", "eval")[-1])
-    assert abs(results[0]["top1"] - results[1]["top1"]) <= 2  # in percent: an image or two where logits nearly tie
+    assert abs(results[0]["top1"] - results[1]["top1"]) <= 10  # in percent: an image whose logits nearly tie
     assert set(re.search(r"^launched: (.*)$", text, re.MULTILINE)[1].split()) == {
         *("prepare_input.kernel", "convolution.kernel", "max_pool.kernel", "global_average.kernel")
     }
@@ -255,11 +255,11 @@ def check_evaluation(launch, records, tmp_path):
 
 def test_the_originals_command(launch, records, tmp_path):
     """Flag for flag, on two ranks, with only data, log directory, batch and epochs replaced."""
-    data = write_records(tmp_path / "data", train=8, validation=2, classes=2)
+    data = write_records(tmp_path / "data", train=4, validation=2, classes=2)
     command = (
         "--model=resnet50 --fp16 --larc_mode=clip --larc_eta=0.003 --loss_scale=128 --save_interval=3600 "
         f"--display_every=100 --learning_rate=2.0 --data_dir={data} --log_dir={tmp_path}/run "
-        "--batch_size=2 --num_epochs=1"
+        "--batch_size=1 --num_epochs=1"
     ).split()
     text = launch.train(*command, "--dry_run", ranks=2)
     assert text.count("Steps:       2") == 1
