@@ -125,6 +125,7 @@ class Torch(Transport):
     def __init__(self, launch: Launch):
         super().__init__(launch)
         import torch.distributed as dist
+        import torch.distributed.nn  # imported later, its default arguments would keep the group for ever
 
         self.dist = dist
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -169,6 +170,7 @@ class Torch(Transport):
         return values
 
     def close(self) -> None:
+        """Ends Gloo's threads, too: one that drops a tensor while the interpreter ends would abort the process."""
         self.dist.destroy_process_group()
 
 

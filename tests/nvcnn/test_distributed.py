@@ -1,5 +1,10 @@
 """Who started us, and what is refused. What needs several ranks is in tests/test_end_to_end.py."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -52,3 +57,31 @@ def test_a_single_rank_needs_no_partner():
     one.barrier()
     assert x.tolist() == [0, 1, 2]
     assert one.gather("me") == ["me"]
+
+
+CLOSES = """
+from pathlib import Path
+
+import torch
+from nvcnn.distributed import Launch, Torch
+
+transport = Torch(Launch(1, 0, 0, "torchrun", "WORLD_SIZE=1"))
+import torch._dynamo  # as training has it: imports functions whose default argument is the group of that moment
+
+transport.all_reduce(torch.ones(4), "ones")()
+names = lambda: [n for task in Path("/proc/self/task").iterdir() if "gloo" in (n := (task / "comm").read_text())]
+before = len(names())
+transport.close()
+print(before > 0, names())
+"""
+
+
+def test_closing_ends_the_threads_of_gloo():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        port = s.getsockname()[1]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "1", "RANK": "0"}
+    program = subprocess.run(
+        [sys.executable, "-c", CLOSES], env=os.environ | rendezvous, capture_output=True, text=True
+    )
+    assert program.stdout == "True []\n", program.stderr
