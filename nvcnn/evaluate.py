@@ -129,12 +129,12 @@ def evaluate(asked: Evaluation) -> int:
     model.load_state_dict(state["weights"])
     model = cast_matrices(model.to(device), dtype).eval()
     channels, image_size = MODELS[state["model"]].channels(device), state["preprocessing"]["image_size"]
-    choices = choose(
-        asked.conv, places(model, asked.batch_size, image_size, dtype, channels), device, transport, stored=None
-    )
-    use(model, choices.algorithms)
-    if choices.algorithms and transport.rank == 0:
-        print(f"Convolution: {choices}")
+    if device.type == "cuda" or asked.conv not in ("auto", "torch"):  # else PyTorch's, as they are
+        convolutions = places(model, asked.batch_size, image_size, dtype, channels)
+        choices = choose(asked.conv, convolutions, device, transport, stored=None)
+        use(model, choices.algorithms)
+        if choices.algorithms and transport.rank == 0:
+            print(f"Convolution: {choices}")
     data = open_evaluation(
         dataset,
         backend,
