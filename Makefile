@@ -66,8 +66,8 @@ doctor:  ## what works here, in .venv/ or else with python3, and what to do abou
 train: env  ## fetch Fashion-MNIST, train LeNet on it with MPI ranks, evaluate
 	@$(activate) python launch/prepare.py fashion-mnist --out $(DATA)
 	@$(activate) flags=$$(python -m nvcnn.doctor --mpi-flags); PS4=; set -x; \
-	mpiexec $$flags python launch/train.py --model=lenet --data_dir=$(DATA) --log_dir=$(RUN) --batch_size=64 --bf16 \
-	  --num_epochs=6 --learning_rate=0.05 --crop_area=0.9,1 --eval_crop=1 --display_every=100
+	mpiexec $$flags python launch/train.py --model=lenet --data_dir=$(DATA) --log_dir=$(RUN) --batch_size=64 \
+	  --num_epochs=3 --learning_rate=0.05 --crop_area=0.9,1 --eval_crop=1 --display_every=100
 	@$(activate) python launch/eval.py --log_dir=$(RUN) --data_dir=$(DATA)
 
 lint: env  ## ruff and mypy
