@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.blocks import check
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 MODES = ("off", "clip", "scale")
 
@@ -73,7 +73,7 @@ def sum_range(values, first, last, CHUNK: tl.constexpr):
     return tl.sum(total)
 
 
-@triton.jit
+@triton.jit(repr=named("trust_ratio"))
 def kernel(
     gradient_square_sums,
     weight_square_sums,
