@@ -26,10 +26,11 @@ import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks import report, timing
 from nvcnn.data import SyntheticData
 from nvcnn.distributed import connect
+from nvcnn.kernel_choices import choose, places, use
 from nvcnn.larc import MOMENTUM, WEIGHT_DECAY
-from nvcnn.machine import versions
-from nvcnn.settings import Settings
-from nvcnn.train import Run
+from nvcnn.machine import use_device, versions
+from nvcnn.models import MODELS, build_model
+from nvcnn.step import Step
 
 LEARNING_RATE = 1e-3  # small: the batch is always the same, and no contender may diverge while it is timed
 
@@ -54,25 +55,29 @@ GPU = Case(torch.device("cuda"), "resnet50", 256, 224, torch.float16)
 
 def ours(case: Case, conv: str = "auto") -> timing.Step:
     """The trainer's own step with --conv."""
-    half = case.dtype == torch.float16
-    settings = Settings(
-        model=case.model,
-        batch_size=case.batch,
-        fp16=half,
-        bf16=case.dtype == torch.bfloat16,
-        loss_scale="dynamic" if half else 1.0,
+    transport = connect("torch")
+    if (device := use_device(transport)[0]).type != case.device.type:
+        raise RuntimeError(f"the trainer runs on {device}, not on {case.device}")
+    model, channels = build_model(case.model, num_classes=1000, seed=1), MODELS[case.model].channels(device)
+    use(
+        model,
+        choose(conv, places(model, case.batch, case.size, case.dtype, channels), device, transport, None).algorithms,
+    )
+    step = Step(
+        model,
+        image_size=case.size,
+        device=device,
+        schedule=torch.tensor([LEARNING_RATE]),
+        transport=transport,
+        dtype=case.dtype,
+        channels=channels,
+        loss_scale="dynamic" if case.dtype == torch.float16 else 1.0,
         larc_eta=1e-3,
-        learning_rate=LEARNING_RATE,
-        conv=conv,
     )
-    run = Run(settings, None, connect(settings.transport), None)
-    if run.device.type != case.device.type:
-        raise RuntimeError(f"the trainer runs on {run.device}, not on {case.device}")
-    run.model.train()
     data = SyntheticData(
-        batch_size=case.batch, image_size=case.size, num_classes=1000, images=case.batch, seed=0, device=run.device
+        batch_size=case.batch, image_size=case.size, num_classes=1000, images=case.batch, seed=0, device=device
     )
-    return lambda: run.train_step(next(data))
+    return lambda: step(next(data))
 
 
 def plain_loop(
