@@ -1,5 +1,7 @@
 """One training step: from a batch of pixels to new weights."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 import kernels
 from nvcnn.arena import Arena, gradient_order
+from nvcnn.cuda_graph import Snapshot, capture
 from nvcnn.data import Batch, prepare_input
 from nvcnn.distributed import Transport
 from nvcnn.gradients import Gradients
@@ -17,8 +20,7 @@ class Step:
     """A model in training: its arena, its gradients on their way, its optimizer. Calling it is one step.
 
     Backward hands each gradient to the arena, and each bucket's allreduce starts as soon as it is full; three launches
-    then update everything, or nothing if a gradient was not finite. All state is tensors that are written in place:
-    their addresses stay.
+    then update everything, or nothing if a gradient was not finite.
 
     `image_size`: of the (square) images, as `channels` says how many channels they get. `larc_eta`: None for no LARC.
     Momentum, weight decay and the rest: see `Larc`.
@@ -43,7 +45,7 @@ class Step:
         larc_exclude: str = "none",
     ):
         self.model, self.transport = model.train(), transport
-        self.dtype, self.channels, self.normalize = dtype, channels, normalize
+        self.image_size, self.channels, self.dtype, self.normalize = image_size, channels, dtype, normalize
         self.label_smoothing = label_smoothing
         self.arena = Arena(
             model,
@@ -63,6 +65,8 @@ class Step:
             loss_scale=loss_scale,
         )
         self.gradients = Gradients(self.arena, transport)
+        self.images: Tensor | None = None  # with `labels`, what a captured step reads
+        self.replay: Callable[[], None] | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step. Returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for.
@@ -70,16 +74,49 @@ class Step:
         The next step overwrites what is returned.
         """
         images = prepare_input(
-            batch.images, batch.flip, dtype=self.dtype, normalize=self.normalize, channels=self.channels
+            *(batch.images, batch.flip),
+            dtype=self.dtype,
+            normalize=self.normalize,
+            channels=self.channels,
+            into=self.images,
         )
+        if self.replay is None:
+            self.train(images, batch.labels)
+        else:
+            self.labels.copy_(batch.labels)
+            self.replay()
+        return self.optimizer.latest
+
+    def train(self, images: Tensor, labels: Tensor) -> None:
+        """From the network's input to new weights: what a CUDA graph holds."""
         logits = self.model(images)
-        rows, gradient = kernels.cross_entropy(
-            logits.detach(), batch.labels, self.optimizer.loss_scale, self.label_smoothing
-        )
+        rows, gradient = kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing)
         logits.backward(gradient)
         self.gradients.finish()
         self.optimizer.step(rows)
-        return self.optimizer.latest
+
+    def capture(self, batch_size: int) -> None:
+        """From now on a step is the replay of a CUDA graph. All state, that of the random generators too, stays.
+
+        Owed by all ranks together. The bits are those of a step that is not captured.
+        """
+        shape, device = (batch_size, self.channels, self.image_size, self.image_size), self.arena.weight.device
+        self.images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
+        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        before = Snapshot(self.state().values(), device)
+        self.replay = capture(partial(self.train, self.images, self.labels))
+        before.restore()
+
+    def close(self) -> None:
+        """Lets go of the graph: it may hold collectives, and must end before the transport does."""
+        self.images = self.replay = None
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that steps write or read, by name. They are written in place: their addresses stay."""
+        state = dict(self.model.named_buffers())
+        for name, owner in (("arena", self.arena), ("optimizer", self.optimizer)):
+            state |= {f"{name}.{key}": value for key, value in vars(owner).items() if isinstance(value, Tensor)}
+        return state
 
     def read(self) -> list[float]:
         """Averages of loss, top-1, top-5; the last loss, loss scale, updates: the one point where the host waits."""

@@ -135,6 +135,8 @@ class Run:
             if self.device.type == "cuda" and "cuda_rng" in mine:  # a run may go on on another device
                 torch.cuda.set_rng_state(mine["cuda_rng"])
         self.step = self.train_step.broadcast()
+        if not self.plan.no_graph and self.step < self.plan.steps:
+            self.train_step.capture(settings.batch_size)
 
     def open_data(
         self, dataset: Dataset | None, threads: int, state: dict | None
@@ -223,6 +225,7 @@ class Run:
             metrics.say(f"Stopped by a signal after step {self.step}: {kept}")
         metrics.close()
         self.transport.barrier()
+        self.train_step.close()
         self.transport.close()
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
 

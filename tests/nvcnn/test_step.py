@@ -2,42 +2,50 @@
 
 import pytest
 import torch
+from torch import nn
 
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch, Transport
 from nvcnn.kernel_choices import places, use
-from nvcnn.models import build_model
+from nvcnn.models.conv_bn import activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
+from nvcnn.models.resnet import Bottleneck
 from nvcnn.schedule import poly
 from nvcnn.step import Step
 
 SIZE, CLASSES = 8, 10
 
 
-def tiny() -> torch.nn.Module:
-    torch.manual_seed(1)
-    return torch.nn.Sequential(
-        *(Conv2d(3, 16, 3, bias=False), BatchNorm2d(16), torch.nn.ReLU()),
-        *(torch.nn.Dropout(0.5), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), Classifier(16, CLASSES)),
-    )
+class Net(nn.Module):
+    """What models are made of: convolutions with BatchNorms, a skip connection, dropout, a linear layer with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn = BatchNorm2d(16)
+        self.blocks = nn.Sequential(Bottleneck(16, 16, 1), Bottleneck(64, 16, 2))
+        self.dropout = nn.Dropout(0.5)
+        self.fc = Classifier(64, CLASSES)
+
+    def forward(self, x):
+        x = activation(self.blocks(activation(conv_bn(x, self.conv, self.bn))))
+        return self.fc(self.dropout(x.mean((2, 3))))
 
 
-def resnet18() -> torch.nn.Module:
-    return build_model("resnet18", num_classes=CLASSES, seed=1)
-
-
-def make(device, build=tiny, size=SIZE, conv="torch", **options) -> Step:
+def make(device, conv="torch", **options) -> Step:
     """LARC, and in fp16 a dynamic loss scale."""
     options = {"larc_eta": 0.003, "dtype": torch.float32, "transport": Transport(Launch())} | options
     options.setdefault("loss_scale", "dynamic" if options["dtype"] == torch.float16 else 1.0)
-    model = build()
-    use(model, dict.fromkeys(places(model, 4, size, options["dtype"]), conv))
-    return Step(model, image_size=size, device=device, schedule=poly(0.1, 20), **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Net()
+    use(model, dict.fromkeys(places(model, 4, SIZE, options["dtype"]), conv))
+    return Step(model, image_size=SIZE, device=device, schedule=poly(0.1, 20), **options)
 
 
-def batch(seed, device, size=SIZE, n=4) -> Batch:
-    g = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (n, size, size, 3), dtype=torch.uint8, generator=g)
+def batch(seed, device) -> Batch:
+    g, n = torch.Generator().manual_seed(seed), 4
+    images = torch.randint(256, (n, SIZE, SIZE, 3), dtype=torch.uint8, generator=g)
     labels, flip = torch.randint(CLASSES, (n,), generator=g), torch.randint(2, (n,), generator=g).bool()
     return Batch(*(t.to(device) for t in (images, labels, flip)))
 
