@@ -95,7 +95,7 @@ class Step:
     def capture(self, batch_size: int) -> None:
         """From now on a step is the replay of a CUDA graph. All state, that of the random generators too, stays.
 
-        To be called by all ranks. The bits are those of a step that is not captured; a batch of another size is refused.
+        For all ranks to call. The bits are those of a step that is not captured; a batch of another size is refused.
         """
         shape, device = (batch_size, self.channels, self.image_size, self.image_size), self.arena.weight.device
         self.images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
