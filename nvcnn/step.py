@@ -122,11 +122,11 @@ class Step:
         return torch.cat([average, *(t.double() for t in (o.latest[:1], o.loss_scale, o.counters[1:2]))]).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank, on the CPU: what a checkpoint holds of the step."""
+        """Of this rank, copied to the CPU: what a checkpoint holds of the step."""
         return {
             "weights": self.arena.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "loss_average": self.optimizer.average.cpu(),
+            "loss_average": self.optimizer.average.cpu().clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
