@@ -44,6 +44,7 @@ from kernels.implementation import INTERPRETED
 CHIPS = (80, 90, 100)
 HOPPER = (90, 100)  # and later: those with TMA
 BY_TMA, PERSISTENT = "_tiles:tma", "R=1 S=1 .* PERSISTENT=264 "
+WALK = {"PERSISTENT": 264, "maxnreg": 255}  # programs that walk over tiles hold the next one as well
 GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip
 # Per SM, from the table of compute capabilities in the CUDA C++ Programming Guide; all have 64 warps, 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -100,7 +101,7 @@ def with_choices(calls: Iterable[Call], pattern: str, chips: Iterable[int], **ch
 
     def configured(*arguments: Any) -> Configuration:
         config = configuration(*arguments)
-        return {name: choices.get(name, value) for name, value in config.items()}
+        return {**config, **{name: value for name, value in choices.items() if name in config}}
 
     found: Counter[Launch] = Counter()
     with mock.patch.object(geometry, "configuration", configured):
@@ -133,12 +134,12 @@ def all_launches(which: str) -> Counter[Launch]:
                 found |= counted(step, chip, table)
                 found.update(dict.fromkeys(counted(others, chip, table), 0))
             found |= with_choices(step, BY_TMA, HOPPER, TMA=1)
-            found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, PERSISTENT=264)
+            found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, **WALK)
     short = list(short_calls())
     for chip in CHIPS:
         found.update(dict.fromkeys(counted(short, chip), 0))
     found.update(dict.fromkeys(with_choices(short, f"fp16.*{BY_TMA}", HOPPER, TMA=1), 0))
-    found.update(dict.fromkeys(with_choices(short, f"bf16.*{PERSISTENT}", (90,), TMA=1, PERSISTENT=264), 0))
+    found.update(dict.fromkeys(with_choices(short, f"bf16.*{PERSISTENT}", (90,), TMA=1, **WALK), 0))
     return found
 
 
@@ -241,7 +242,7 @@ def serialised(ptx: str) -> list[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [tool, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        command: list[str | Path] = [tool, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     return sorted(set(re.findall(r"C75\d\d", run.stderr)))
 

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import configurations
+from kernels import configurations, geometry
 from kernels.operators import operators
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch as Launched
@@ -256,6 +256,7 @@ def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
         mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch.object(configurations, "table_name", return_value=table),
+        mock.patch.object(geometry, "capability", return_value=chip // 10),
         mock.patch.object(configurations, "say_once"),
     ):
         operators[call.name].launcher(**arguments)  # the operator itself would be the fake one for meta tensors

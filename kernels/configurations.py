@@ -37,6 +37,12 @@ def table_name(device: torch.device) -> str:
 
 
 @cache
+def capability(device: torch.device) -> int:
+    """Returns the major compute capability of the GPU; a H100's, 9, for tensors without memory."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+@cache
 def read_table(name: str) -> dict[str, dict[str, Configuration]]:
     """The table of that name; empty if there is none."""
     file = TABLES / f"{name}.json"

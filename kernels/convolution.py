@@ -48,6 +48,7 @@ from kernels.geometry import (
     multiply_add,
     normalised,
     tiles_of_rows,
+    two_programs,
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
@@ -113,10 +114,10 @@ def kernel(
     sums,
     rows,
     parts,
-    C,
+    C: tl.constexpr,
     H,
     W,
-    K,
+    K: tl.constexpr,
     OH,
     OW,
     x_tiles,
@@ -171,7 +172,7 @@ def kernel(
         box, top, left = corner(part, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
         result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         for step in range(tl.maximum(R * TAPS_W * steps, 1)):  # said, or ptxas makes wgmma wait for each other
-            tap = step // steps
+            tap = step // steps if R * TAPS_W > 1 else 0
             start = (step - tap * steps) * BLOCK_IN
             run = lowest + start + tl.arange(0, BLOCK_IN)
             channel = run < RUN * channels
@@ -226,8 +227,7 @@ def kernel(
 def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
     """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose vectors take registers.
 
-    So two programs fit an SM, and one with a join. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one
-    program.
+    So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program.
     """
     deep = 32 if "vectors" in fusion or x.element_size() > 2 else 64
     computed = {
@@ -239,6 +239,8 @@ def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "num_stages": 3,
     }
     computed |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, shape.oh, shape.ow)
+    if "sums" in fusion:
+        computed |= two_programs(x)
     return configured_for("convolution", x, shape, fusion, computed)
 
 

@@ -47,6 +47,7 @@ from kernels.geometry import (
     normalised,
     through_batch_norm,
     tiles_of_rows,
+    two_programs,
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
@@ -237,7 +238,10 @@ def kernel(
 
 
 def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
-    """Tiles of 128 x 128 x 32, whose prologue and epilogue fit the registers, of 8 warps; of groups 128 x 32 x 32."""
+    """Tiles of 128 x 128 x 32, whose prologue and epilogue fit the registers of an SM, of 8 warps.
+
+    Two programs fit where tiles have 64 columns, and of groups, where tiles are 128 x 32 x 32.
+    """
     computed = {
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 32),
@@ -247,6 +251,8 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "num_stages": 3,
     }
     computed |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, *size_of_class(shape))
+    if shape.groups > 1:
+        computed |= two_programs(g)
     return configured_for("convolution_data_gradient", g, shape, fusion, computed)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.configurations import Configuration, capability, configuration, dtype_name
 from kernels.images import check_images, check_vectors, single_or_double
 from kernels.implementation import INTERPRETED
 
@@ -131,6 +131,11 @@ def box_sizes(shape: Geometry, rows: int, height: int, width: int) -> dict[str, 
     if shape.pointwise:
         return {}
     return dict(zip(("BOX_H", "BOX_W"), box_of(rows, shape.n, height, width), strict=True))
+
+
+def two_programs(x: Tensor) -> dict[str, int]:
+    """Returns the choice of 128 registers, by which two programs of 8 warps fit an SM; on later GPUs kernels spill."""
+    return {"maxnreg": 128} if x.element_size() == 2 and capability(x.device) < 10 else {}
 
 
 def configured_for(op: str, x: Tensor, shape: Geometry, fusion: str, computed: Configuration) -> Configuration:

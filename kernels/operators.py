@@ -33,7 +33,7 @@ def wants_gradient(arguments: Iterable[Any]) -> bool:
 
 
 class Operator:
-    """Calls the launcher, through PyTorch's dispatcher where calls are traced. The first argument is a tensor."""
+    """Calls the launcher, through PyTorch's dispatcher where calls are traced, or the first argument has a name."""
 
     def __init__(self, name: str, launcher: Callable[..., Any], mutates_args: Sequence[str]):
         update_wrapper(self, launcher)
@@ -45,7 +45,7 @@ class Operator:
         operators[self.name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if traced(args[0]):
+        if not args or traced(args[0]):
             return self.overload(*args, **kwargs)
         if not wants_gradient((*args, *kwargs.values())):
             return self.launcher(*args, **kwargs)
