@@ -19,7 +19,7 @@ from benchmarks.trace import META, call_of, meta_step
 from nvcnn import checkpoint, metrics
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
 from nvcnn.data import Batch, prepare_input
-from nvcnn.distributed import Launch, Torch, connect
+from nvcnn.distributed import Launch, Torch, Transport, connect
 from nvcnn.errors import InputError
 from nvcnn.models import MODELS
 from nvcnn.plan import describe, plan
@@ -312,37 +312,48 @@ def test_a_leaf_on_another_stream_ends_the_capture(monkeypatch):
     assert gc.isenabled()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_nccls_allreduces_are_in_the_graph(device, capturing, monkeypatch):
-    """A group of one rank, and a transport that doubles what it sums, so that an allreduce left out would show."""
+def nccl_group(monkeypatch):
+    """Of this process alone."""
     with socket.socket() as free:
         free.bind(("", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
+    return Torch(Launch(launcher="the environment"))
 
-    class Doubling(Torch):
-        def all_reduce(self, tensor, name):
-            wait = super().all_reduce(tensor, name)
 
-            def wait_and_double():
-                wait()
-                tensor.mul_(2)
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-            return wait_and_double
 
-    transport = Doubling(Launch(launcher="the environment"))
-    eager, graph = (make(device, transport=transport, dtype=torch.bfloat16) for _ in range(2))
-    alone = make(device, dtype=torch.bfloat16)
+@pytest.mark.parametrize("group", ["none", pytest.param("nccl", marks=GPU)])
+def test_allreduces_are_in_the_graph(device, capturing, monkeypatch, group):
+    """Of a transport that doubles what it sums, once it is waited for: one that is left out would show."""
+    transport = nccl_group(monkeypatch) if group == "nccl" else Transport(Launch())
+    all_reduce = transport.all_reduce
+
+    def doubling(tensor, name):
+        wait = all_reduce(tensor, name)
+
+        def wait_and_double():
+            wait()
+            tensor.mul_(2)
+
+        return wait_and_double
+
+    plain, eager, graph = (make(device, transport=transport, dtype=torch.bfloat16) for _ in range(3))
+    torch.manual_seed(0)
+    plain(batch(0, device))
+    monkeypatch.setattr(transport, "all_reduce", doubling)
     try:
         graph.capture(4)
-        for number in range(4):
-            for step in (eager, graph, alone):
+        for number in range(3):
+            for step in (eager, graph):
                 torch.manual_seed(number)
                 step(batch(number, device))
             assert_same(bits(eager), bits(graph))
-        assert not torch.equal(alone.arena.matrix_gradient, graph.arena.matrix_gradient)
+            if number == 0:
+                assert torch.equal(graph.arena.matrix_gradient, 2 * plain.arena.matrix_gradient)
+                assert torch.equal(graph.arena.vector_gradient, 2 * plain.arena.vector_gradient)
     finally:
         graph.close()
         transport.close()
