@@ -161,7 +161,7 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
     breaches = [f"{spills} bytes of spills"] if spills else []
     if not room:
         breaches.append("does not fit an SM")
-    if re.search(r"tt\.dot .*xb?f16>", kernel.asm["ttir"]) and matrix != MATRIX[launch.chip]:
+    if re.search(r"tt\.dot .*xb?f16>", kernel.asm.get("ttir", "")) and matrix != MATRIX[launch.chip]:
         breaches.append(f"multiplies matrices without {MATRIX[launch.chip]}")
     loads_by_tma = "cp.async.bulk.tensor" in ptx
     if "_tiles:tma" in launch.name and not loads_by_tma:
