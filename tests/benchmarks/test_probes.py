@@ -15,7 +15,6 @@ import torch
 from benchmarks import probes, timing
 from benchmarks.probes import NAMES, __main__, data_gradient, load
 
-CPU = torch.device("cpu")
 TRITON = [name for name in NAMES if name not in ("joint_gradient", "cudnn_3x3")]  # what the interpreter can run
 BY_OPERANDS = ("gradient_tiles", "stored_gradient")  # take `data_gradient.operands`; the others make their own
 EXACT = [name for name in TRITON if name != "linear_batch_norm"]  # whose factors are roots
@@ -23,6 +22,14 @@ EXACT = [name for name in TRITON if name != "linear_batch_norm"]  # whose factor
 
 def module(name):
     return import_module(f"benchmarks.probes.{name}")
+
+
+@pytest.fixture
+def hopper(device):
+    """The device, if it has TMA: the interpreter does."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("TMA is of Hopper and later")
+    return device
 
 
 @pytest.fixture
@@ -43,42 +50,56 @@ def poisoned(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def integers(*shape, device=CPU, std=1.0):
+def integers(*shape, device, std=1.0):
     """-1, 0 and 1, so many zeros that the squares of a convolution's results are exact halves."""
-    return (torch.randint(-1, 2, shape) * torch.randint(0, 4, shape).eq(0)).half()
+    return (torch.randint(-1, 2, shape, device=device) * torch.randint(0, 4, shape, device=device).eq(0)).half()
 
 
 def integer_vectors(channels, device):
-    return torch.stack((torch.ones(channels, device=device).half(), integers(channels)))
+    return torch.stack((torch.ones(channels, device=device).half(), integers(channels, device=device)))
 
 
 def integer_operands(rows, k, c, device):
-    factors = torch.cat((torch.ones(1, k), integers(2, k).float()))
-    matrices = integers(rows, k), integers(rows, k), integers(k, c)
-    return data_gradient.Operands(
-        *matrices, factors, integers(rows, c), integer_vectors(c, device), integer_vectors(c, device)
-    )
+    g, y, weight, x = (integers(*shape, device=device) for shape in ((rows, k), (rows, k), (k, c), (rows, c)))
+    factors = torch.cat((torch.ones(1, k, device=device), integers(2, k, device=device).float()))
+    vectors = integer_vectors(c, device), integer_vectors(c, device)
+    return data_gradient.Operands(g, y, weight, factors, x, *vectors)
 
 
 @pytest.mark.parametrize("name", TRITON)
-def test_kernels_are_right(name, smaller, poisoned):
+def test_kernels_are_right(name, hopper, smaller, poisoned):
     torch.manual_seed(0)
     probe = load(name)
-    found = probe.check(CPU)
+    found = probe.check(hopper)
     assert found
     assert all(value <= probe.tolerance for value in found.values()), found
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_kernels_are_exact_on_small_integers(name, smaller, monkeypatch):
+def test_kernels_are_exact_on_small_integers(name, hopper, smaller, monkeypatch):
     torch.manual_seed(0)
     if name in BY_OPERANDS:
         monkeypatch.setattr(module(name), "operands", integer_operands)
     else:
         monkeypatch.setattr(module(name), "normal", integers)
         monkeypatch.setattr(module(name), "random_vectors", integer_vectors)
-    found = load(name).check(CPU)
+    found = load(name).check(hopper)
     assert set(found.values()) == {0.0}, found
+
+
+def test_squares_of_deviations_stay_finite_and_a_nan_shows(hopper):
+    x, weight = torch.ones(512, 64, device=hopper).half(), torch.ones(256, 64, device=hopper).half()
+    weight[1::2] = -1
+    x_vectors, y_vectors = (
+        torch.stack((torch.full((n,), value, device=hopper), torch.zeros(n, device=hopper))).half()
+        for n, value in ((64, 1.0), (256, 1000.0))
+    )
+    sums = module("resident_forward").launch(x, weight, x_vectors, y_vectors, 128)[1].sum(1)
+    sign = torch.ones(256, device=hopper)
+    sign[1::2] = -1
+    assert torch.equal(sums, torch.stack((512 * 240 * sign, torch.full_like(sign, 512 * 240**2))))
+    x[100, 0] = nan
+    assert module("resident_forward").launch(x, weight, x_vectors, y_vectors, 128)[1].sum(1).isnan().all()
 
 
 SCRIPT = """
@@ -180,13 +201,13 @@ def test_a_wrong_result_is_said_before_its_time(value):
     assert __main__.line(row).startswith("join: error ")
 
 
-def test_a_probe_is_measured_and_judged(monkeypatch):
+def test_a_probe_is_measured_and_judged(hopper, monkeypatch):
     alternate = timing.alternate
     monkeypatch.setattr(timing, "alternate", lambda steps, device, **_: alternate(steps, device, rounds=1, warm_up=0))
     monkeypatch.setattr(module("join"), "IMAGES", 2)
     monkeypatch.setattr(__main__, "COPY", 1 << 20)
     monkeypatch.setattr(__main__, "MATMUL", 64)
-    row = __main__.measure(load("join"), CPU)
+    row = __main__.measure(load("join"), hopper)
     assert list(row["us"]) == list(row["floor"]) == ["Triton, halves", "present", "cuDNN, convolution alone"]
     assert all(value > 0 for value in [*row["us"].values(), *row["floor"].values()])
     assert row["good"]
@@ -279,7 +300,7 @@ def test_every_probe_has_a_file_of_its_name():
 def test_the_graph_for_cudnn_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "cudnn", None)
     with pytest.raises(ImportError, match=r"nvidia-cudnn-frontend==1\.18\.0"):
-        load("cudnn_3x3").check(CPU)
+        load("cudnn_3x3").check(torch.device("cpu"))
 
 
 def test_tiles_that_do_not_divide_are_refused():
