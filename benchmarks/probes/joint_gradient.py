@@ -5,14 +5,14 @@ g, y and x are read once for both, dy is formed once; dw and the sums of `data_g
 of a program. Triton cannot: it maps once for each layout, and spills. Bytes: g, y, x and dx once, 1028 MB at 56 x 56.
 
 One warp, the producer, moves tiles of rows by TMA into a ring of STAGES; eight, the consumers, compute. Who waits:
-    full[s]   1 arrival and the bytes of g, y, x: the producer announces them, TMA completes it. Consumers wait with the
-              phase of the ring's turn before they read stage s.
-    empty[s]  1 arrival: consumers, after both products have read stage s. The producer waits with the phase before it,
-              which at once passes in the first turn, as no phase of the barrier has been completed.
-    weight    1 arrival and the bytes of the weight, before the warps part.
-Consumers write shared memory (dy, in place of g, and a) by ordinary stores and read it by wgmma, another proxy: hence
-fence, then barrier, before the products. Of the buffers without a ring, `a` is overwritten after the barrier that ends
-the turn, when no product is in flight; `result` is written after that barrier and read after the next.
+    full[s]   1 arrival and the bytes of g, y and x: the producer announces them, TMA completes it. Consumers wait for
+              the phase of the ring's turn before they read stage s.
+    empty[s]  1 arrival: of the consumers, after both products have read stage s. The producer waits for the phase
+              before its own, which passes at once in the ring's first turn.
+    loaded    1 arrival and the bytes of the weight, before the warps part.
+Consumers write dy (in place of g) and a to shared memory by ordinary stores, and wgmma reads them by another proxy:
+hence fence, then barrier, before the products. `activation` and `result`, of which there is one each, are overwritten
+after the barrier that ends a turn: no product is in flight then, and all have read their rows.
 """
 
 from functools import partial
@@ -166,16 +166,16 @@ def joint_gradient(
     w = gl.allocate_shared_memory(gl.float16, [K, C], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(loaded, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()  # the barriers are there before TMA completes them
     barrier()
-    mbarrier.expect(ready, weight.block_type.nbytes)
-    load_tile(weight, [0, 0], ready, w)
-    mbarrier.wait(ready, 0)
+    mbarrier.expect(loaded, weight.block_type.nbytes)
+    load_tile(weight, [0, 0], loaded, w)
+    mbarrier.wait(loaded, 0)
     ring, memory = (g_ring, y_ring, x_ring, full, empty), (activation, result, w)
     gl.warp_specialize(
         [
