@@ -6,7 +6,7 @@ own launcher, specialised by Triton itself for a GPU that need not be here.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -238,6 +238,13 @@ class Chip:
 
 def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
     """What the op's launcher starts for the call, on that chip, configured by kernels/configs/`table`.json."""
+    arguments = {k: v.meta() if isinstance(v, Layout) else v for k, v in call.arguments}
+    # The operator itself would be the fake one for meta tensors.
+    return launches_of(partial(operators[call.name].launcher, **arguments), chip, table)
+
+
+def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[Launch]:
+    """What `step` starts on tensors of the meta device, on that chip, configured by kernels/configs/`table`.json."""
     found: list[Launch] = []
     run = JITFunction.run
 
@@ -250,7 +257,6 @@ def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
             knobs.runtime.jit_cache_hook = note
             run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    arguments = {k: v.meta() if isinstance(v, Layout) else v for k, v in call.arguments}
     with (
         mock.patch.object(driver, "_active", Chip(chip)),
         mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
@@ -259,7 +265,7 @@ def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
         mock.patch.object(geometry, "capability", return_value=chip // 10),
         mock.patch.object(configurations, "say_once"),
     ):
-        operators[call.name].launcher(**arguments)  # the operator itself would be the fake one for meta tensors
+        step()
     return found
 
 
