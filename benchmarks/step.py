@@ -28,6 +28,7 @@ from nvcnn.data import SyntheticData
 from nvcnn.distributed import connect
 from nvcnn.larc import MOMENTUM, WEIGHT_DECAY
 from nvcnn.machine import versions
+from nvcnn.models.conv_bn import ALGORITHMS
 from nvcnn.settings import Settings
 from nvcnn.train import Run
 
@@ -132,7 +133,7 @@ def timm(case: Case) -> timing.Step:
 
 PEERS: dict[str, Callable[[Case], timing.Step]] = {"torchvision": torchvision, "timm": timm}
 OURS: dict[str, Callable[[Case], timing.Step]] = {
-    f"nvcnn, --conv={conv}": partial(ours, conv=conv) for conv in ("triton", "cudnn", "torch")
+    f"nvcnn, --conv={conv}": partial(ours, conv=conv) for conv in ALGORITHMS
 }
 # Last: on a GPU it tunes for minutes, and what stands by then is kept.
 COMPILED = {"torchvision, max-autotune": lambda case: torchvision(case, "max-autotune")}
