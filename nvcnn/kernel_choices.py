@@ -210,13 +210,14 @@ class Sample:
 
 
 def sample(place: Place, device: torch.device) -> Sample:
-    """Activations are normal; vectors are such that a ReLU lets about half of them pass; gradients are as in training,
-    where those of vectors are the smaller the more values there are: the weight's gradient is no infinity in fp16.
+    """Activations are normal, and vectors let about half of them pass a ReLU. Gradients are smaller, those of vectors
+    the more so the more values there are, as in training: the weight's is then no infinity in fp16.
     """
     c, (k, _, *kernel_size) = place.x[1], place.weight
 
-    def images(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(place.dtype, memory_format=torch.channels_last)
+    def images(*shape: int, deviation: float = 1.0) -> Tensor:
+        x = torch.randn(shape, device=device) * deviation
+        return x.to(place.dtype, memory_format=torch.channels_last)
 
     options: dict[str, Any] = {"stride": place.stride, "padding": place.padding, "groups": place.groups, "bias": False}
     conv = Conv2d(c, k, (kernel_size[0], kernel_size[1]), **options)
@@ -236,8 +237,9 @@ def sample(place: Place, device: torch.device) -> Sample:
     directions = {}
     if not place.folded:
         n, _, oh, ow = place.y
-        directions = {"y": images(*place.y), "vectors": torch.randn(5, k, device=device) * (n * oh * ow) ** -0.5}
-        directions |= {"z": images(*place.x)} if "b" in tensors else {}
+        of_vectors = torch.randn(5, k, device=device) * 0.1 * (n * oh * ow) ** -0.5
+        directions = {"y": images(*place.y, deviation=0.1), "vectors": of_vectors}
+        directions |= {"z": images(*place.x, deviation=0.1)} if "b" in tensors else {}
     return Sample(place, conv, bn, tensors, directions)
 
 
@@ -370,7 +372,7 @@ def read_cache(say: Callable[[str], None]) -> Measurements:
     try:
         found = json.loads(file.read_text())
         return {
-            str(machine): {str(place): {str(a): float(t) for a, t in times.items()} for place, times in rows.items()}
+            str(machine): {str(p): {str(a): float(t) for a, t in times.items()} for p, times in rows.items() if times}
             for machine, rows in found.items()
         }
     except FileNotFoundError:

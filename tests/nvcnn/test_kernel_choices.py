@@ -233,6 +233,16 @@ def test_a_corrupt_cache_is_discarded_with_a_line(measured, content):
     assert json.loads(cache_file().read_text()).keys() == {"a GPU, some versions"}
 
 
+def test_a_place_without_times_is_measured_again(measured):
+    choices()
+    kept = json.loads(cache_file().read_text())
+    first = next(iter(kept["a GPU, some versions"]))
+    kept["a GPU, some versions"][first] = {}
+    cache_file().write_text(json.dumps(kept))
+    assert len(choices().algorithms) == 53
+    assert [str(place) for place in measured[28:]] == [first]
+
+
 def test_a_cache_that_cannot_be_written_is_said(measured, tmp_path):
     (tmp_path / "cache").write_text("a file")
     lines: list[str] = []
