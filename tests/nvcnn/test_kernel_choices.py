@@ -129,6 +129,17 @@ def test_what_kernels_compute_is_right_at_a_place(device, reads, monkeypatch):
     assert INTERPRETED or device.type == "cuda"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reads", ["raw", "join", "join of two"])
+def test_no_rounding_decides_on_a_mask(dtype, reads, monkeypatch):
+    """Else some of a hundred thousand sums would be 0 in one order of roundings, and not in another."""
+    lines: list[str] = []
+    quickly(monkeypatch, times=0.25)
+    place = Place((2, 256, 14, 14), (64, 256, 1, 1), *ONE, dtype, reads, True)
+    assert measure(place, CPU, lines.append).keys() == set(CANDIDATES)
+    assert not lines
+
+
 def quickly(monkeypatch, times=None):
     """One round without a load before it; `times`: what its clock says, in milliseconds."""
     for name, value in {"LOAD": 0.0, "ROUNDS": 1, "REPEAT": 1}.items():
