@@ -50,7 +50,7 @@ from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.program import run
 
 CANDIDATES = ("triton", "triton-materialized", "cudnn")
-LOAD, ROUNDS, REPEAT = 0.5, 10, 3  # seconds before a place is measured; rounds, and steps of a candidate in each
+LOAD, ROUNDS, REPEAT = 0.5, 10, 2  # seconds before a place is measured; rounds, and steps of a candidate in each
 TOLERANCE = 2e-3  # of the norm, against the reference in fp32: a few roundings to fp16
 CLEAR = 0.1  # several roundings of activations to bf16
 
@@ -460,7 +460,8 @@ def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[
     known = measurements.setdefault(here, {})
     missing = [place for place in dict.fromkeys(convolutions.values()) if str(place) not in known]
     if missing:
-        say(f"Measuring {', '.join(CANDIDATES)} at {len(missing)} places of convolutions, once on this machine")
+        candidates = dict.fromkeys(algorithm for place in missing for algorithm in place.candidates)
+        say(f"Measuring {', '.join(candidates)} at {len(missing)} places of convolutions, once on this machine")
     try:
         for place in missing:
             known[str(place)] = measure(place, device, say)
