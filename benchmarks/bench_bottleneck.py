@@ -1,4 +1,6 @@
-"""ResNet-50's blocks, forward and backward: fused, with cuDNN between our BatchNorms, and as torchvision has them."""
+"""ResNet-50's blocks, forward and backward: fused, of materialized operands by our kernels and by cuDNN, and as
+torchvision has them.
+"""
 
 from functools import partial
 from typing import Any
@@ -66,7 +68,8 @@ def block_layer(name: str, c_in: int, width: int, stride: int, h: int) -> Layer:
     shape = c_in, width, stride
     contenders = {OURS: partial(differentiated, partial(Block, *shape, "triton"))}
     if torch.cuda.is_available():
-        contenders["nvcnn --conv=cudnn"] = partial(differentiated, partial(Block, *shape, "cudnn"))
+        for other in ("triton-materialized", "cudnn"):
+            contenders[f"nvcnn --conv={other}"] = partial(differentiated, partial(Block, *shape, other))
     contenders["torchvision"] = partial(differentiated, partial(plain, *shape))
     return Layer(f"bottleneck {name} {c_in} x {h} x {h}", inputs, contenders)
 

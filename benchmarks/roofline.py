@@ -1,7 +1,7 @@
 """What a training step must take on GPUs that need not be here: bytes over bandwidth, FLOPs over matrix rate.
 
-python -m benchmarks.roofline [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--conv triton|cudnn|torch|plain]
-                              [--json FILE]
+python -m benchmarks.roofline [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--json FILE]
+                              [--conv triton|triton-materialized|cudnn|torch|plain]
 
 Every call of the step moves the bytes of its tensors and does its FLOPs; its floor is the longer of the two. The sum of
 the floors is what no implementation with these calls can pass; fusing calls moves the limit. --conv: as the trainer's,
@@ -26,6 +26,7 @@ from benchmarks import report
 from benchmarks.timing import shown, significant
 from benchmarks.trace import Call, Layout, plain_calls, step_calls
 from nvcnn.models import MODELS
+from nvcnn.models.conv_bn import ALGORITHMS
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
-    parser.add_argument("--conv", choices=("triton", "cudnn", "torch", "plain"), default="triton")
+    parser.add_argument("--conv", choices=(*ALGORITHMS, "plain"), default="triton")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     arguments = parser.parse_args()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]

@@ -31,6 +31,7 @@ from nvcnn.kernel_choices import choose, places, use
 from nvcnn.larc import MOMENTUM, WEIGHT_DECAY
 from nvcnn.machine import chosen_kernels, use_device, versions
 from nvcnn.models import MODELS, build_model
+from nvcnn.models.conv_bn import ALGORITHMS
 from nvcnn.step import Step
 
 LEARNING_RATE = 1e-3  # small: the batch is always the same, and no contender may diverge while it is timed
@@ -140,7 +141,7 @@ def timm(case: Case) -> timing.Step:
 
 PEERS: dict[str, Callable[[Case], timing.Step]] = {"torchvision": torchvision, "timm": timm}
 OURS: dict[str, Callable[[Case], timing.Step]] = {
-    f"nvcnn, --conv={conv}": partial(ours, conv=conv, cuda_graph="auto") for conv in ("triton", "cudnn", "torch")
+    f"nvcnn, --conv={conv}": partial(ours, conv=conv, cuda_graph="auto") for conv in ALGORITHMS
 } | {"nvcnn, --cuda_graph=off": ours}
 # Last: on a GPU it tunes for minutes, and what stands by then is kept.
 COMPILED = {"torchvision, max-autotune": lambda case: torchvision(case, "max-autotune")}

@@ -1,70 +1,23 @@
-"""How benchmarks measure: contenders take turns, so that all of them see the same machine; ratios are of one round."""
+"""How benchmarks report what `nvcnn.timing` measures: ratios are of one round, medians of all."""
 
-import time
 from collections.abc import Callable
-from math import ceil
 from statistics import median, quantiles
 from typing import Any
 
-import torch
+from nvcnn.timing import Step, alternate, captured, milliseconds, repeated, sets
 
-Step = Callable[[], object]
-CACHE = 256 << 20  # bytes: twice the largest L2 cache there is (B200)
-
-
-def milliseconds(step: Step, device: torch.device) -> float:
-    """The time of one call: the device's, between two events, on a GPU; wall-clock time on the CPU."""
-    if device.type == "cpu":
-        start = time.perf_counter()
-        step()
-        return (time.perf_counter() - start) * 1e3
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    step()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last)
-
-
-def repeated(step: Step, times: int) -> Step:
-    def steps() -> None:
-        for _ in range(times):
-            step()
-
-    return steps
-
-
-def sets(size: int, device: torch.device) -> int:
-    """How many sets of tensors of `size` bytes exceed a GPU's cache when they take turns; 1 on a CPU."""
-    return ceil(CACHE / size) if device.type == "cuda" else 1
-
-
-def captured(step: Step, device: torch.device) -> Step:
-    """`step` as a CUDA graph: what is timed is the device, not how fast the host launches. On the CPU, `step`."""
-    if device.type == "cpu":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()  # compiles the kernels
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def alternate(
-    steps: dict[str, Step], device: torch.device, *, rounds: int, repeat: int = 1, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Milliseconds per step of each contender in each round; a round runs every contender `repeat` times."""
-    for step in steps.values():
-        repeated(step, warm_up)()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(milliseconds(repeated(step, repeat), device) / repeat)
-    return times
+__all__ = [
+    "Step",
+    "alternate",
+    "captured",
+    "milliseconds",
+    "missing",
+    "repeated",
+    "row",
+    "sets",
+    "shown",
+    "significant",
+]
 
 
 def row(

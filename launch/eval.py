@@ -2,6 +2,7 @@
 
 import nvcnn
 from nvcnn.evaluate import Evaluation, evaluate
+from nvcnn.models.conv_bn import ALGORITHMS
 from nvcnn.program import run
 from nvcnn.settings import Parser
 
@@ -14,9 +15,8 @@ def parse() -> Evaluation:
     parser.add_argument("--checkpoint", metavar="FILE", help="evaluate this file")
     parser.add_argument("-m", "--model", help="checked against the checkpoint's")
     parser.add_argument("-b", "--batch_size", type=int, default=64, help="images per device (default 64)")
-    parser.add_argument(
-        "--conv", choices=("auto", "triton", "cudnn", "torch"), default="auto", help="as in training (default auto)"
-    )
+    conv = "auto", *ALGORITHMS
+    parser.add_argument("--conv", choices=conv, default="auto", help="as in training (default auto)")
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
     parser.add_argument("--transport", choices=("horovod", "torch"), default="horovod", help="how ranks talk")
     parser.add_argument("--data_backend", choices=("dali_gpu", "dali_cpu", "torch"), help="what decodes; none: DALI")

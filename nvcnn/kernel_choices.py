@@ -4,33 +4,43 @@ python -m nvcnn.kernel_choices [--log_dir DIR]     what was measured on this mac
 
 With --conv=auto, rank 0 of a run on GPUs measures, once for each place that a convolution has: forward and backward,
 with the BatchNorm around it, since what is fused on one side is a pass of its own on the other; all three parts of a
-convolution jointly, as they share what is in memory. An evaluation measures forward, with what comes behind. Every rank
-gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The measurements
-are kept in $XDG_CACHE_HOME/nvcnn/kernel_choices.json (by default in ~/.cache), for this GPU, these versions and these
-kernels.
+convolution jointly, as they share what is in memory. What neighbours hand to each other is the same for all algorithms
+(a raw tensor and its vectors; a masked gradient and its sums), so the times of places add up. An evaluation measures
+forward, with what comes behind. An algorithm that fails at a place, or whose results are wrong there, is not used.
+
+Every rank gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The
+measurements are kept in $XDG_CACHE_HOME/nvcnn/kernel_choices.json (by default in ~/.cache), for this GPU, these
+versions, and the sources and launch configurations that they depend on.
 """
 
 import argparse
+import ast
 import json
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
+from inspect import getfile
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.errors import TritonError
+from triton.compiler.errors import CompilationError
 
 import kernels
-from nvcnn import checkpoint
+from kernels import configurations
+from nvcnn import checkpoint, timing
 from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
 from nvcnn.machine import chosen_kernels
@@ -39,7 +49,10 @@ from nvcnn.models.conv_bn import ALGORITHMS, Folded, Join, Raw, activation, conv
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.program import run
 
-CANDIDATES = ("triton", "cudnn")
+CANDIDATES = ("triton", "triton-materialized", "cudnn")
+LOAD, ROUNDS, REPEAT = 0.5, 10, 2  # seconds before a place is measured; rounds, and steps of a candidate in each
+TOLERANCE = 2e-3  # of the norm, against the reference in fp32: a few roundings to fp16
+CLEAR = 0.1  # several roundings of activations to bf16
 
 Times = dict[str, float]  # microseconds by algorithm
 Measurements = dict[str, dict[str, Times]]  # by machine, by place
@@ -57,6 +70,18 @@ class Place(NamedTuple):
     reads: str  # an activation, a raw tensor, or a join of a raw tensor with an activation or with another
     gradient: bool  # x has one
     folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
+
+    @property
+    def y(self) -> tuple[int, int, int, int]:
+        """N, K, OH, OW."""
+        sizes = zip(self.x[2:], self.padding, self.weight[2:], self.stride, strict=True)
+        oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, padding, taps, stride in sizes)
+        return self.x[0], self.weight[0], oh, ow
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """In evaluation nothing is materialized."""
+        return ("triton", "cudnn") if self.folded else CANDIDATES
 
     def __str__(self) -> str:
         sizes = ("x".join(map(str, numbers)) for numbers in (self.x, self.weight, self.stride, self.padding))
@@ -119,78 +144,243 @@ def places(
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
     """Sets the algorithm of each convolution that is named."""
     for name, algorithm in algorithms.items():
+        if algorithm not in ALGORITHMS:
+            raise InputError(f"{name}: there is no algorithm {algorithm!r} here, but {', '.join(ALGORITHMS)}")
         convolution = model.get_submodule(name)
         assert isinstance(convolution, Conv2d)
         convolution.algorithm = algorithm
 
 
-def step_of(place: Place, algorithm: str, device: torch.device) -> Callable[[], list[Tensor]]:
-    """What computes the place on random tensors: forward, then the gradients, which it returns; or forward alone."""
+@dataclass(frozen=True)
+class Sample:
+    """Random tensors at a place: x and b as it reads them, and the gradients that come back to what it returns."""
+
+    place: Place
+    conv: Conv2d
+    bn: BatchNorm2d
+    tensors: dict[str, Tensor]  # x; of a raw one x_vectors; b, b_vectors likewise; added, in evaluation
+    directions: dict[str, Tensor]  # by output
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in (*self.tensors.values(), *self.directions.values()))
+
+    def in_fp32(self) -> "Sample":
+        """The same values."""
+        wide = {name: t.detach().float().requires_grad_(t.requires_grad) for name, t in self.tensors.items()}
+        conv = deepcopy(self.conv)
+        cast_matrices(conv, torch.float32)
+        return replace(
+            self, conv=conv, tensors=wide, directions={name: t.float() for name, t in self.directions.items()}
+        )
+
+    def read(self, name: str) -> Any:
+        """A raw tensor, or an activation, or None."""
+        tensor, vectors = self.tensors.get(name), self.tensors.get(f"{name}_vectors")
+        if tensor is None or vectors is None:
+            return tensor
+        return Raw(tensor, self.bn, vectors)  # the vectors say it all: of the BatchNorm nothing is read
+
+    def forward(self, algorithm: str) -> dict[str, Tensor]:
+        """What the place returns to others, by name."""
+        self.conv.algorithm = algorithm
+        if self.place.folded:
+            folded = Folded(self.tensors["x"], self.conv, self.bn)
+            return {"z": written(folded, self.tensors.get("added"), True)}
+        x, b = self.read("x"), self.read("b")
+        x = x if b is None else Join(x, b)
+        y = conv_bn(x, self.conv, self.bn)
+        assert isinstance(y, Raw)
+        assert y.vectors is not None
+        outputs = {"y": y.y, "vectors": y.vectors}
+        return outputs if b is None else outputs | {"z": activation(x)}  # which somebody else reads, too
+
+    def backward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The gradients of what the place reads, by name."""
+        leaves = {"weight": self.conv.weight, "gamma": self.bn.weight, "beta": self.bn.bias} | self.tensors
+        leaves = {f"d_{name}": t for name, t in leaves.items() if t.requires_grad}
+        directions = [self.directions[name] for name in outputs]
+        gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), directions)
+        return dict(zip(leaves, gradients, strict=True))
+
+    def results(self, algorithm: str) -> dict[str, Tensor]:
+        """Outputs and gradients, and nothing of the graph: a capture wants one that was made on its own stream."""
+        outputs = self.forward(algorithm)
+        gradients = {} if self.place.folded else self.backward(outputs)
+        return {name: t.detach() for name, t in (outputs | gradients).items()}
+
+
+def sample(place: Place, device: torch.device) -> Sample:
+    """Activations are normal, and vectors let about half of them pass a ReLU. Gradients are smaller, those of vectors
+    the more so the more values there are, as in training: the weight's is then no infinity in fp16.
+    """
     c, (k, _, *kernel_size) = place.x[1], place.weight
 
-    def images(*shape: int) -> Tensor:
-        x = torch.randn(shape, device=device).to(place.dtype, memory_format=torch.channels_last)
-        return x.requires_grad_(place.gradient)
-
-    def raw() -> Raw:
-        vectors = torch.rand(5, c, device=device) + 0.5
-        return Raw(images(*place.x), BatchNorm2d(c).to(device), vectors.requires_grad_(place.gradient))
+    def images(*shape: int, deviation: float = 1.0) -> Tensor:
+        x = torch.randn(shape, device=device) * deviation
+        return x.to(place.dtype, memory_format=torch.channels_last)
 
     options: dict[str, Any] = {"stride": place.stride, "padding": place.padding, "groups": place.groups, "bias": False}
     conv = Conv2d(c, k, (kernel_size[0], kernel_size[1]), **options)
     cast_matrices(conv.to(device), place.dtype)
-    conv.algorithm = algorithm
-    bn = BatchNorm2d(k).to(device)
-    if place.folded:
-        with torch.no_grad():
-            x = images(*place.x)
-            added = torch.randn_like(conv(x)) if place.folded == "folded, adding" else None
-        bn.eval()
-        return torch.no_grad()(lambda: [written(Folded(x, conv, bn), added, True)])
-    a = raw() if place.reads != "activation" else None
-    b = raw() if place.reads == "join of two" else images(*place.x) if place.reads == "join" else None
-    plain = images(*place.x) if a is None else None
-    read = [t for part in (a, b, plain) for t in ((part.y, part.vectors) if isinstance(part, Raw) else (part,))]
-    leaves = [t for t in (conv.weight, bn.weight, bn.bias, *read) if t is not None and t.requires_grad]
-    directions: list[Tensor] = []
+    bn = BatchNorm2d(k).to(device).train(not place.folded)
+    tensors = {"x": images(*place.x)}
+    if place.reads != "activation":
+        tensors["x_vectors"] = torch.rand(5, c, device=device) + 0.5
+    if place.reads in ("join", "join of two"):
+        tensors["b"] = images(*place.x)
+    if place.reads == "join of two":
+        tensors["b_vectors"] = torch.rand(5, c, device=device) + 0.5
+    if place.folded == "folded, adding":
+        tensors["added"] = images(*place.y)
+    if "x_vectors" in tensors:
+        keep_clear_of_zero(tensors)
+    for t in tensors.values():
+        t.requires_grad_(place.gradient)
+    directions = {}
+    if not place.folded:
+        n, _, oh, ow = place.y
+        of_vectors = torch.randn(5, k, device=device) * 0.1 * (n * oh * ow) ** -0.5
+        directions = {"y": images(*place.y, deviation=0.1), "vectors": of_vectors}
+        directions |= {"z": images(*place.x, deviation=0.1)} if "b" in tensors else {}
+    return Sample(place, conv, bn, tensors, directions)
 
-    def step() -> list[Tensor]:
-        x: Any = plain if a is None else Raw(a.y, a.bn, a.vectors) if b is None else Join(a, b)
-        y = conv_bn(x, conv, bn)
-        assert isinstance(y, Raw)
-        outputs = [t for t in (y.y, y.vectors) if t is not None]
-        if isinstance(x, Join):  # somebody else reads the sum, too
-            outputs.append(activation(x))
-        if not directions:
-            directions.extend(torch.randn_like(t) for t in outputs)
-        return list(torch.autograd.grad(outputs, leaves, directions))
 
-    return step
+def keep_clear_of_zero(tensors: dict[str, Tensor]) -> None:
+    """Changes x where ReLU's argument is so near to 0 that roundings decide on its mask.
+
+    A mask that differs in one element of 3 000 is right, and its gradient is 1e-2 of the norm away.
+    """
+
+    def value(name: str) -> Tensor:
+        x, vectors = tensors[name].float(), tensors.get(f"{name}_vectors")
+        if vectors is None:
+            return x
+        mean, scale, shift = (row.view(-1, 1, 1) for row in vectors[:3])
+        return (x - mean) * scale + shift
+
+    v = value("x") + value("b") if "b" in tensors else value("x")
+    away = torch.where(v < 0, -CLEAR, CLEAR) / tensors["x_vectors"][1].view(-1, 1, 1)
+    tensors["x"] += away * (v.abs() < CLEAR)
+
+
+def step(samples: list[Sample], algorithm: str) -> None:
+    """Forward of all, then backward of all: what backward reads has left the cache by then, as in training."""
+    with torch.set_grad_enabled(not samples[0].place.folded):
+        passed = [one.forward(algorithm) for one in samples]
+        if not samples[0].place.folded:
+            for one in reversed(samples):
+                one.backward(passed.pop())
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Ops are their references, and products in fp32 are in fp32."""
+    before = os.environ.get("NVCNN_KERNELS")
+    os.environ["NVCNN_KERNELS"] = "reference"
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        if before is None:
+            del os.environ["NVCNN_KERNELS"]
+        else:
+            os.environ["NVCNN_KERNELS"] = before
+
+
+def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
+    """What is further from `expected` than roundings to `dtype` explain, or None."""
+    allowed = TOLERANCE * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float16).eps)
+    for name, right in expected.items():
+        off = (results[name].float() - right).norm() / right.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        if not off <= allowed:  # a NaN is not
+            return f"{name} is off by {off:.1e} of its norm, {allowed:.1e} are allowed"
+    return None
+
+
+def reason(error: Exception) -> str:
+    """One line: PyTorch has advice in others, and Triton's compiler says where before it says why."""
+    text = str(error)
+    if isinstance(error, CompilationError):
+        text = error.error_message or str(error.__cause__ or text)
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> Times:
-    """Microseconds of each candidate; without those that fail, which is said. Raises what the last raised if all do."""
-    times: Times = {}
-    for algorithm in CANDIDATES:
+    """Microseconds of each candidate; without those that fail or are wrong, which is said.
+
+    Raises RuntimeError if that is all of them, or if one has broken the device for this process.
+    """
+    samples = [sample(place, device)]
+    samples += [sample(place, device) for _ in range(timing.sets(samples[0].bytes, device) - 1)]
+    steps: dict[str, timing.Step] = {}
+    with torch.set_grad_enabled(not place.folded):
+        with exact():
+            expected = samples[0].in_fp32().results("cudnn")
+        for algorithm in place.candidates:
+            try:
+                fault = wrong(samples[0].results(algorithm), expected, place.dtype)
+                if fault is None:
+                    steps[algorithm] = timing.captured(partial(step, samples, algorithm), device)
+            except Exception as error:  # of a compiler, a launch, cuDNN, the memory: they have no class in common
+                fault = reason(error)
+                if lost(device):
+                    line = f"{place}: {algorithm} broke the GPU for this process ({fault}): start it with --conv=torch"
+                    raise RuntimeError(line) from error
+            if fault is not None:
+                say(f"{place}: {algorithm} fails here ({fault}) and is not used")
+    if not steps:
+        raise RuntimeError(f"{place}: none of {', '.join(place.candidates)} computes this here: give --conv=torch")
+    del expected
+    timing.load(steps, device, LOAD)
+    times = timing.alternate(steps, device, rounds=ROUNDS, repeat=REPEAT, warm_up=0)
+    return {algorithm: 1e3 * median(ms) / len(samples) for algorithm, ms in times.items()}
+
+
+def lost(device: torch.device) -> bool:
+    """Whether nothing runs any more, as after an illegal access: that is known once the device is waited for."""
+    if device.type == "cuda":
         try:
-            step = step_of(place, algorithm, device)
-            times[algorithm] = 1e3 * triton.testing.do_bench(step, warmup=10, rep=50, return_mode="median")
-        except (RuntimeError, TritonError) as error:
-            if algorithm == CANDIDATES[-1] and not times:
-                raise
-            say(f"{place}: {algorithm} fails here ({str(error).splitlines()[0]}) and is not used")
-    return times
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
+    return False
 
 
 def machine() -> str:
     """What measurements are valid for."""
     source = sha256()
-    folder = Path(kernels.__file__).parent
-    for file in sorted((*folder.glob("*.py"), *folder.glob("configs/*.json"))):
+    for file in sources():
         source.update(file.read_bytes())
     parts = {"torch": torch.__version__, "triton": triton.__version__, "cuDNN": torch.backends.cudnn.version()}
     words = [torch.cuda.get_device_name(), *(f"{name} {version}" for name, version in parts.items())]
-    return ", ".join([*words, f"kernels {source.hexdigest()[:12]} ({chosen_kernels()})"])
+    return ", ".join([*words, f"sources {source.hexdigest()[:12]} ({chosen_kernels()})"])
+
+
+def sources() -> list[Path]:
+    """The files that measurements depend on: the blocks and layers, the modules of the ops that they use, what those
+    import of `kernels`, and the GPU's table of launch configurations.
+    """
+    folder, found = Path(kernels.__file__).parent, set()
+    waiting = [Path(getfile(conv_bn)), Path(getfile(Conv2d))]
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            names: list[str] = []
+            match node:
+                case ast.Attribute(value=ast.Name(id="kernels"), attr=op):
+                    names = [getattr(kernels, op).__module__]
+                case ast.ImportFrom(module=str(module)):
+                    names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+                case ast.Import():
+                    names = [alias.name for alias in node.names]
+            files = [folder / f"{name.removeprefix('kernels.')}.py" for name in names if name.startswith("kernels.")]
+            waiting += [file for file in files if file.exists()]
+    table = configurations.TABLES / f"{configurations.table_name(torch.device('cuda'))}.json"
+    return sorted(found) + [table] * table.exists()
 
 
 def cache_file() -> Path:
@@ -203,7 +393,7 @@ def read_cache(say: Callable[[str], None]) -> Measurements:
     try:
         found = json.loads(file.read_text())
         return {
-            str(machine): {str(place): {str(a): float(t) for a, t in times.items()} for place, times in rows.items()}
+            str(machine): {str(p): {str(a): float(t) for a, t in times.items()} for p, times in rows.items() if times}
             for machine, rows in found.items()
         }
     except FileNotFoundError:
@@ -270,12 +460,15 @@ def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[
     known = measurements.setdefault(here, {})
     missing = [place for place in dict.fromkeys(convolutions.values()) if str(place) not in known]
     if missing:
-        say(f"Measuring {' and '.join(CANDIDATES)} at {len(missing)} places of convolutions, once on this machine")
-    for place in missing:
-        known[str(place)] = measure(place, device, say)
-    torch.cuda.empty_cache()
-    if missing:
-        write_cache(measurements, say)
+        candidates = dict.fromkeys(algorithm for place in missing for algorithm in place.candidates)
+        say(f"Measuring {', '.join(candidates)} at {len(missing)} places of convolutions, once on this machine")
+    try:
+        for place in missing:
+            known[str(place)] = measure(place, device, say)
+            torch.cuda.empty_cache()  # of the graphs, which are gone
+    finally:
+        if missing:
+            write_cache(measurements, say)
     best = {name: min(times := known[str(place)], key=times.__getitem__) for name, place in convolutions.items()}
     took = f"{len(missing)} places measured in {time.monotonic() - start:.0f} s"
     return Choices(best, took if missing else f"measured before, {cache_file()}")
@@ -290,7 +483,7 @@ def show(log_dir: str | None) -> int:
         path, state = found
         print(path)
         for name, algorithm in state["convolutions"].items():
-            print(f"{algorithm:8}{name}")
+            print(f"{algorithm:21}{name}")
         return 0
     measurements = read_cache(lambda line: print(line, file=sys.stderr))
     if not measurements:
@@ -299,8 +492,8 @@ def show(log_dir: str | None) -> int:
         print(here)
         for place, times in rows.items():
             best = min(times, key=times.__getitem__)
-            columns = "".join(f"{f'{times[a]:.0f}' if a in times else 'fails':>8} us {a}" for a in CANDIDATES)
-            print(f"{best:8}{columns}  {place}")
+            columns = (f"{f'{times[a]:.0f} us' if a in times else '-':>10} {a}" for a in CANDIDATES)
+            print(f"{best:21}{''.join(columns)}  {place}")
     return 0
 
 

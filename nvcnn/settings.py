@@ -59,9 +59,10 @@ class Settings:
     bf16: bool = numeric(False, "compute in bfloat16")
     conv: str = numeric(
         "auto",
-        "what computes convolutions with their BatchNorms: the project's kernels (triton), cudnn, torch, "
-        "or the faster of the first two on a GPU, by measurement (auto)",
-        choices=("auto", "triton", "cudnn", "torch"),
+        "what computes convolutions with their BatchNorms: the project's kernels, which normalise as they load "
+        "(triton) or read what is normalised (triton-materialized), cudnn, torch; or of the first three, place by "
+        "place, what is measured to be the fastest on this GPU (auto)",
+        choices=("auto", "triton", "triton-materialized", "cudnn", "torch"),
     )
     momentum_dtype: str = numeric("fp32", "what momentum is kept in", choices=("fp32", "bf16"))
 

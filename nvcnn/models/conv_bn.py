@@ -8,10 +8,13 @@
 Who reads a Raw applies its BatchNorm's three vectors and the ReLU while loading; a 1x1 convolution that reads a Join
 adds, too, and writes the sum once, for the skip connection. `activation` makes an ordinary tensor of any of them. How a
 convolution is computed is its `algorithm`:
-    torch    PyTorch's operator, between the BatchNorms of `layers`
-    triton   the project's kernels, which do all of this as they load and store
-    cudnn    the library's convolution between the project's BatchNorm ops, in the same terms
-Neighbours may differ: which is faster depends on the shape.
+    torch                 PyTorch's operator, between the BatchNorms of `layers`
+    triton                the project's kernels, which do all of this as they load and store
+    triton-materialized   the same kernels on operands that are in memory: the activation a, which forward and the
+                          weight's gradient read, and the gradient dy behind the BatchNorm, which both gradients read,
+                          are each written once; sums, mask and addition stay in the kernels' epilogues
+    cudnn                 the library's convolution on the same operands, with passes of their own for the epilogues
+Neighbours may differ: which is faster depends on the shape. For backward, all but `triton` keep a beside the raw x.
 
 In evaluation without gradients BatchNorm is known before the convolution: it waits, Folded, until it is known what else
 comes behind it (ReLU, an addition), and the kernel then does all of it as it stores.
@@ -35,7 +38,9 @@ import kernels
 from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
-ALGORITHMS = ("torch", "triton", "cudnn")
+ALGORITHMS = ("torch", "triton", "triton-materialized", "cudnn")
+MATERIALIZED = ("triton-materialized", "cudnn")  # a and dy are written before they are multiplied
+LIBRARY = ("torch", "cudnn")  # PyTorch's operators multiply, not the project's kernels
 
 
 class NotNormalised:
@@ -57,7 +62,7 @@ class Raw(NotNormalised):
     y: Tensor
     bn: BatchNorm2d
     vectors: Tensor | None = None
-    value: Tensor | None = field(default=None, init=False)  # relu(normalised y), once somebody asked
+    value: Tensor | None = field(default=None, init=False)  # relu(normalised y), once it is in memory
 
 
 @dataclass
@@ -99,7 +104,7 @@ def written(a: Raw | Folded, b: Tensor | Raw | Folded | None, relu: bool) -> Ten
 def folded(a: Folded, added: Tensor | None, relu: bool) -> Tensor:
     """relu(normalised convolution + added), with or without the last two."""
     x, conv, bn = a.x, a.conv, a.bn
-    if conv.algorithm != "triton":
+    if conv.algorithm in LIBRARY:
         return bn(channels_last(conv(x)), residual=added, relu=relu)
     scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
     shift = torch.addcmul(bn.bias, bn.running_mean, scale, value=-1)
@@ -137,10 +142,10 @@ def conv_bn(x: Tensor | Raw | Folded | Join, conv: Conv2d, bn: BatchNorm2d) -> R
         tensors = x.a.y, x.a.vectors, *parts(x.b)
     else:
         tensors = activation(x), None, None, None
-    y, vectors, z = RawConv.apply(*tensors, conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn)
-    if z is not None:
-        assert isinstance(x, Join)
-        x.value = z
+    y, vectors, a = RawConv.apply(*tensors, conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn)
+    if a is not None:
+        assert isinstance(x, Raw | Join)
+        x.value = a  # for who else reads x
     return Raw(y, bn, vectors)
 
 
@@ -191,7 +196,7 @@ class Written(Function):
 
 
 class RawConv(Function):
-    """y = conv(a), its BatchNorm's vectors, and a if it is joined here: a is x, or relu(normalised x (+ b)).
+    """y = conv(a), its BatchNorm's vectors, and a if it is written here: a is x, or relu(normalised x (+ b)).
 
     In evaluation the vectors are those of the running statistics, and dy = SCALE g.
     """
@@ -200,60 +205,77 @@ class RawConv(Function):
     def forward(ctx, x, x_vectors, b, b_vectors, weight, gamma, beta, conv, bn):
         ctx.set_materialize_grads(False)
         ctx.conv, ctx.batch, ctx.adds = conv, bn.training, b is not None
-        geometry = conv.stride, conv.padding, conv.groups
-        z = sums = None
-        if conv.algorithm == "triton":
-            center = bn.running_mean if bn.training else None
-            y, joined, sums = kernels.convolution(x, weight, *geometry, x_vectors, b, b_vectors, center)
-            a = z = joined if ctx.adds else None
+        center = bn.running_mean if bn.training else None
+        read, prologue, a = x, (x_vectors, b, b_vectors), None
+        if conv.algorithm in MATERIALIZED and x_vectors is not None:
+            read = a = apply_batch_norm(x, *prologue, True)
+            prologue = None, None, None
+        if conv.algorithm in LIBRARY:
+            y = channels_last(F.conv2d(read, weight, None, conv.stride, conv.padding, 1, conv.groups))
         else:
-            a = x if x_vectors is None else apply_batch_norm(x, x_vectors, b, b_vectors, True)
-            z = a if ctx.adds else None
-            y = channels_last(F.conv2d(a, weight, None, conv.stride, conv.padding, 1, conv.groups))
+            y, joined, sums = kernels.convolution(
+                read, weight, conv.stride, conv.padding, conv.groups, *prologue, center
+            )
+            a = joined if prologue[1] is not None else a
         written = bn.batch_mean, bn.batch_var, bn.eps
         if not bn.training:
             vectors = kernels.folded(bn.running_mean, bn.running_var, gamma, beta, bn.eps)
-        elif conv.algorithm == "triton":
-            vectors = kernels.batch_norm_vectors(sums, center, y.numel() // y.shape[1], gamma, beta, *written)
-        else:
+        elif conv.algorithm in LIBRARY:
             vectors = kernels.batch_norm_statistics(y, gamma, beta, *written)
-        raw_x, raw_b = (None if v is None else raw for raw, v in ((x, x_vectors), (b, b_vectors)))
-        # What the weight's gradient reads: the activation where it is in memory anyway, else x, normalised as it loads.
-        a = x if a is None else a
-        ctx.save_for_backward(raw_x, x_vectors, raw_b, b_vectors, a, z, weight, y, vectors)
-        return y, vectors, z
+        else:
+            vectors = kernels.batch_norm_vectors(sums, center, y.numel() // y.shape[1], gamma, beta, *written)
+        raw_b = None if b_vectors is None else b
+        ctx.save_for_backward(x, x_vectors, raw_b, b_vectors, a, weight, y, vectors)
+        return y, vectors, a
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, d_vectors, d_z):
-        x, x_vectors, b, b_vectors, a, z, weight, y, vectors = ctx.saved_tensors
+    def backward(ctx, g, d_vectors, d_a):
+        x, x_vectors, b, b_vectors, a, weight, y, vectors = ctx.saved_tensors
         conv = ctx.conv
         needs_x, needs_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[4]
         geometry = conv.stride, conv.padding, conv.groups
-        g = channels_last(g)
         factors = d_vectors[FACTORS] if ctx.batch else None
-        d_z = None if d_z is None else channels_last(d_z)
+        dy, through = channels_last(g), (y if ctx.batch else None, vectors, factors)
+        if conv.algorithm in MATERIALIZED:
+            dy, through = kernels.batch_norm_data_gradient(dy, y, vectors, factors), (None, None, None)
+        # What was convolved: a where it is in memory, else x, which is normalised as it loads.
+        read, read_vectors = (x, x_vectors) if a is None else (a, None)
+        # The mask of a sum is that of a; any other is taken again from x, which the sums read anyway.
+        raw_x = None if x_vectors is None else x
+        epilogue = None if d_a is None else channels_last(d_a), a if ctx.adds else None, raw_x, x_vectors, b, b_vectors
         dx = sums = b_sums = dw = None
-        if conv.algorithm == "triton":
-            through = y if ctx.batch else None, vectors, factors
+        if conv.algorithm in LIBRARY:
+            how = conv.stride, conv.padding, [1, 1], False, [0, 0], conv.groups, [needs_x, needs_weight, False]
+            dx, dw, _ = torch.ops.aten.convolution_backward(dy, read, weight, None, *how)
+            if needs_x:
+                dx, sums, b_sums = masked_with_sums(channels_last(dx), *epilogue)
+        else:
             if needs_weight:
                 dw = torch.empty_like(weight)
-                kernels.convolution_weight_gradient(g, a, dw, *geometry, *through, x_vectors if a is x else None)
+                kernels.convolution_weight_gradient(dy, read, dw, *geometry, *through, read_vectors)
             if needs_x:
-                epilogue = d_z, z, x, x_vectors, b, b_vectors
-                size = a.shape[2:]
-                dx, sums, b_sums = kernels.convolution_data_gradient(g, weight, size, *geometry, *through, *epilogue)
-        else:
-            dy = kernels.batch_norm_data_gradient(g, y, vectors, factors)
-            of = [1, 1], False, [0, 0], conv.groups, [needs_x, needs_weight, False]
-            dx, dw, _ = torch.ops.aten.convolution_backward(dy, a, weight, None, conv.stride, conv.padding, *of)
-            if needs_x:
-                dx = channels_last(dx)
-                dx = dx if d_z is None else dx.add_(d_z)
-                if x is not None:
-                    dx, sums = kernels.batch_norm_gradient_sums(dx, x, z, x_vectors, True)
-                if b is not None:
-                    b_sums = kernels.batch_norm_gradient_sums(dx, b, None, b_vectors, False)[1]
-        d_vectors_of = gradient_of_vectors(sums, x, x_vectors), gradient_of_vectors(b_sums, b, b_vectors)
+                size = x.shape[2:]
+                dx, sums, b_sums = kernels.convolution_data_gradient(dy, weight, size, *geometry, *through, *epilogue)
+        d_vectors_of = gradient_of_vectors(sums, raw_x, x_vectors), gradient_of_vectors(b_sums, b, b_vectors)
         d_b = dx if ctx.adds else None
         return dx, d_vectors_of[0], d_b, d_vectors_of[1], dw, d_vectors[D_GAMMA], d_vectors[D_BETA], None, None
+
+
+def masked_with_sums(
+    dx: Tensor,
+    skip: Tensor | None,
+    z: Tensor | None,
+    x: Tensor | None,
+    x_vectors: Tensor | None,
+    b: Tensor | None,
+    b_vectors: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The epilogue of `kernels.convolution_data_gradient` as passes of their own, on a dx that may be overwritten."""
+    sums = b_sums = None
+    dx = dx if skip is None else dx.add_(skip)
+    if x is not None and x_vectors is not None:
+        dx, sums = kernels.batch_norm_gradient_sums(dx, x, z, x_vectors, True)
+    if b is not None and b_vectors is not None:
+        b_sums = kernels.batch_norm_gradient_sums(dx, b, None, b_vectors, False)[1]
+    return dx, sums, b_sums

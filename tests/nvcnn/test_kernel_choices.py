@@ -1,19 +1,26 @@
 """Which algorithm computes a convolution: what is measured, what is kept, what every rank gets."""
 
+import ast
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 
-from nvcnn import checkpoint, kernel_choices
+import kernels
+from kernels.implementation import INTERPRETED
+from nvcnn import checkpoint, kernel_choices, timing
 from nvcnn.distributed import Launch, Transport
 from nvcnn.errors import InputError
-from nvcnn.kernel_choices import Place, cache_file, choose, measure, places, show, step_of, use
+from nvcnn.kernel_choices import CANDIDATES, Place, cache_file, choose, exact, measure, places, sample, show, use
 from nvcnn.models import build_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-TRITON_IS_FASTER = {"triton": 10.0, "cudnn": 20.0}
+TRITON_IS_FASTER = {"triton": 10.0, "triton-materialized": 12.0, "cudnn": 20.0}
+ONE = ((1, 1), (0, 0), 1)  # stride, padding, groups
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +30,12 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Measurements without a GPU: 3x3 is faster by cuDNN, all else by triton. Returns the places in question."""
+    """Measurements without a GPU: 3x3 is fastest by cuDNN, all else by triton. Returns the places in question."""
     asked: list[Place] = []
 
     def fake(place, device, say):
         asked.append(place)
-        return {"triton": 30.0, "cudnn": 20.0} if place.weight[2] == 3 else TRITON_IS_FASTER
+        return dict.fromkeys(CANDIDATES, 30.0) | {"cudnn": 20.0} if place.weight[2] == 3 else TRITON_IS_FASTER
 
     monkeypatch.setattr(kernel_choices, "measure", fake)
     monkeypatch.setattr(kernel_choices, "machine", lambda: "a GPU, some versions")
@@ -79,14 +86,14 @@ def test_the_places_of_an_evaluation():
 
 
 @pytest.mark.parametrize("folded", ["folded", "folded, adding"])
-def test_both_algorithms_of_an_evaluation_s_place_compute_the_same(folded):
+def test_the_candidates_of_an_evaluation_s_place_compute_the_same(folded):
     place = Place((2, 8, 5, 5), (6, 8, 3, 3), (2, 2), (1, 1), 1, torch.float32, "activation", False, folded)
-    results = []
-    for algorithm in ("triton", "cudnn"):
-        torch.manual_seed(0)
-        results += step_of(place, algorithm, CPU)()
-    assert results[0].shape == (2, 6, 3, 3)
-    assert not results[0].requires_grad
+    assert place.candidates == ("triton", "cudnn")
+    one = sample(place, CPU)
+    with torch.no_grad():
+        results = [one.results(algorithm) for algorithm in place.candidates]
+    assert results[0].keys() == {"z"}
+    assert results[0]["z"].shape == place.y == (2, 6, 3, 3)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
@@ -96,17 +103,84 @@ def test_a_model_without_blocks_has_no_places():
 
 @pytest.mark.parametrize("reads", ["activation", "raw", "join", "join of two"])
 @pytest.mark.parametrize("gradient", [True, False])
-def test_both_algorithms_of_a_place_compute_the_same(reads, gradient):
+def test_the_candidates_of_a_place_compute_the_same(reads, gradient):
     """What is timed is the whole of a place: every gradient, in float32 through the references."""
-    place = Place((2, 8, 5, 5), (6, 8, 1, 1), (1, 1), (0, 0), 1, torch.float32, reads, gradient)
-    results = []
-    for algorithm in ("triton", "cudnn"):
-        torch.manual_seed(0)
-        results.append(step_of(place, algorithm, CPU)())
-    inputs = {"activation": 1, "raw": 2, "join": 3, "join of two": 4}[reads]  # raw ones with their vectors
-    assert len(results[0]) == 3 + gradient * inputs
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    place = Place((2, 8, 5, 5), (6, 8, 1, 1), *ONE, torch.float32, reads, gradient)
+    one = sample(place, CPU)
+    results = [one.results(algorithm) for algorithm in place.candidates]
+    read = {"activation": "x", "raw": "x x_vectors", "join": "x x_vectors b", "join of two": "x x_vectors b b_vectors"}
+    gradients = {"weight", "gamma", "beta"} | (set(read[reads].split()) if gradient else set())
+    joined = {"z"} if "join" in reads else set()
+    assert results[0].keys() == {"y", "vectors"} | joined | {f"d_{name}" for name in gradients}
+    assert not any(t.requires_grad for t in results[0].values())  # of the graph nothing is left
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reads", ["activation", "raw", "join of two"])
+def test_what_kernels_compute_is_right_at_a_place(device, reads, monkeypatch):
+    """In fp16, by the kernels: within the tolerance of the reference, which they do not run in."""
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    lines: list[str] = []
+    quickly(monkeypatch, times=0.25)
+    place = Place((2, 16, 6, 6), (24, 16, 1, 1), *ONE, torch.float16, reads, True)
+    assert measure(place, device, lines.append).keys() == set(CANDIDATES)
+    assert not lines
+    assert INTERPRETED or device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reads", ["raw", "join", "join of two"])
+def test_no_rounding_decides_on_a_mask(dtype, reads, monkeypatch):
+    """Else some of a hundred thousand sums would be 0 in one order of roundings, and not in another."""
+    lines: list[str] = []
+    quickly(monkeypatch, times=0.25)
+    place = Place((2, 256, 14, 14), (64, 256, 1, 1), *ONE, dtype, reads, True)
+    assert measure(place, CPU, lines.append).keys() == set(CANDIDATES)
+    assert not lines
+
+
+def quickly(monkeypatch, times=None):
+    """One round without a load before it; `times`: what its clock says, in milliseconds."""
+    for name, value in {"LOAD": 0.0, "ROUNDS": 1, "REPEAT": 1}.items():
+        monkeypatch.setattr(kernel_choices, name, value)
+    if times is not None:
+        monkeypatch.setattr(timing, "milliseconds", lambda step, device: times)
+
+
+def test_the_reference_is_in_full_precision(monkeypatch):
+    """And leaves things as they were."""
+    monkeypatch.setenv("NVCNN_KERNELS", "auto")
+    before = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
+    with exact():
+        assert not torch.backends.cudnn.allow_tf32
+        assert kernels.implementation.runs_triton(GPU) is False
+    assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == before
+    assert kernels.implementation.runs_triton(GPU) is True
+    monkeypatch.delenv("NVCNN_KERNELS")
+    with exact():
+        pass
+    assert kernels.implementation.runs_triton(GPU) is True
+
+
+def test_a_time_is_of_one_set_of_several(monkeypatch):
+    """Each candidate does forward of all sets, then backward of all: nothing is in the cache any more."""
+    done: list[str] = []
+    for name in ("forward", "backward"):
+        method = getattr(kernel_choices.Sample, name)
+
+        def noted(self, argument, name=name, method=method):
+            done.append(name)
+            return method(self, argument)
+
+        monkeypatch.setattr(kernel_choices.Sample, name, noted)
+    quickly(monkeypatch)
+    monkeypatch.setattr(timing, "sets", lambda size, device: 3)
+    monkeypatch.setattr(timing, "captured", lambda step, device: done.clear() or step() or step)
+    monkeypatch.setattr(timing, "alternate", lambda steps, device, **_: {name: [6.0, 9.0, 90.0] for name in steps})
+    place = Place((1, 8, 2, 2), (8, 8, 1, 1), *ONE, torch.float32, "raw", True)
+    assert measure(place, CPU, print) == dict.fromkeys(CANDIDATES, 3000.0)
+    assert done == ["forward"] * 3 + ["backward"] * 3
 
 
 def test_measures_each_place_once_and_takes_the_faster(measured):
@@ -116,7 +190,8 @@ def test_measures_each_place_once_and_takes_the_faster(measured):
     assert found.algorithms["layer1.0.conv2"] == "cudnn"
     assert found.algorithms["layer1.0.conv1"] == found.algorithms["conv1"] == "triton"
     assert str(found).startswith("37 triton, 16 cudnn (28 places measured in ")
-    assert lines == ["Measuring triton and cudnn at 28 places of convolutions, once on this machine"]
+    measuring = "Measuring triton, triton-materialized, cudnn at 28 places of convolutions, once on this machine"
+    assert lines == [measuring]
     again = choices()
     assert len(measured) == 28
     assert again.algorithms == found.algorithms
@@ -131,12 +206,29 @@ def test_another_machine_s_measurements_do_not_count(measured, monkeypatch):
     assert json.loads(cache_file().read_text()).keys() == {"a GPU, some versions", "a GPU, other versions"}
 
 
-def test_measurements_are_of_these_kernels_and_versions(monkeypatch):
+def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
+    """What is not in the measured steps changes nothing: neither other ops nor other GPUs' tables."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(kernels.configurations, "table_name", lambda device: "nvidia-h100")
+    monkeypatch.setattr(kernels.configurations, "TABLES", tmp_path)
     here = kernel_choices.machine()
     assert here.startswith(f"NVIDIA H100, torch {torch.__version__}, triton ")
-    assert here.endswith("(reference)")
-    monkeypatch.setattr(kernel_choices.Path, "read_bytes", lambda file: b"changed")
+
+    found = {file.name: file for file in kernel_choices.sources()}
+    ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient"
+    parts = "configurations geometry images implementation operators"
+    assert found.keys() == {f"{name}.py" for name in f"conv_bn layers {ops} {parts}".split()}
+
+    read, folder = Path.read_bytes, Path(kernels.__file__).parent
+    for changed in ("geometry", "configurations", "max_pool", "cross_entropy"):
+        file = folder / f"{changed}.py"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path, file=file: read(path) + b"#" * (path == file))
+            assert (kernel_choices.machine() != here) == (file in found.values()), changed
+
+    (tmp_path / "nvidia-h200.json").write_text("{}")
+    assert kernel_choices.machine() == here
+    (tmp_path / "nvidia-h100.json").write_text("{}")
     assert kernel_choices.machine() != here
 
 
@@ -150,6 +242,16 @@ def test_a_corrupt_cache_is_discarded_with_a_line(measured, content):
     assert lines[0].startswith(f"{cache_file()}: no measurements of kernels (")
     assert lines[0].endswith("): discarded")
     assert json.loads(cache_file().read_text()).keys() == {"a GPU, some versions"}
+
+
+def test_a_place_without_times_is_measured_again(measured):
+    choices()
+    kept = json.loads(cache_file().read_text())
+    first = next(iter(kept["a GPU, some versions"]))
+    kept["a GPU, some versions"][first] = {}
+    cache_file().write_text(json.dumps(kept))
+    assert len(choices().algorithms) == 53
+    assert [str(place) for place in measured[28:]] == [first]
 
 
 def test_a_cache_that_cannot_be_written_is_said(measured, tmp_path):
@@ -199,21 +301,102 @@ def test_rank_0_measures_for_all(measured):
     assert found[0] == found[1]
 
 
-def test_what_fails_is_said_and_not_used(monkeypatch):
-    def step(place, algorithm, device):
-        if algorithm in broken:
-            raise RuntimeError(f"{algorithm} is out of shared memory\nand more")
-        return list
+PLACE = Place((1, 8, 2, 2), (8, 8, 1, 1), *ONE, torch.float32, "raw", True)
+COMPILER = CompilationError("def kernel(x):\n    tl.dot(x)", ast.parse("x").body[0], "K is too small\nfor this")
 
-    monkeypatch.setattr(kernel_choices, "step_of", step)
-    monkeypatch.setattr(kernel_choices.triton.testing, "do_bench", lambda step, **options: 0.25)
-    place, lines = Place((1, 8, 2, 2), (8, 8, 1, 1), (1, 1), (0, 0), 1, torch.float16, "raw", True), []
-    broken = {"triton"}
-    assert measure(place, CPU, lines.append) == {"cudnn": 250.0}
-    assert lines == [f"{place}: triton fails here (triton is out of shared memory) and is not used"]
-    broken = {"triton", "cudnn"}
-    with pytest.raises(RuntimeError, match="cudnn is out"):
-        measure(place, CPU, lines.append)
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("GET was unable to find an engine\nand more"), "GET was unable to find an engine"),
+        (OutOfResources(300, 227, "shared memory"), "out of resource: shared memory, Required: 300, Hardware limit"),
+        (COMPILER, "K is too small"),
+        (ValueError("BLOCK_ROWS is 512 in the table"), "BLOCK_ROWS is 512 in the table"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_what_fails_is_said_in_a_line_and_not_used(monkeypatch, error, words):
+    def broken(*_):
+        raise error
+
+    quickly(monkeypatch, times=0.25)
+    monkeypatch.setattr(kernels, "convolution", broken)
+    lines: list[str] = []
+    assert measure(PLACE, CPU, lines.append) == {"cudnn": 250.0}
+    assert [line.split(" (")[0] for line in lines] == [f"{PLACE}: {a} fails here" for a in CANDIDATES[:2]]
+    for line in lines:
+        assert f" fails here ({words}" in line
+        assert line.endswith(") and is not used")
+        assert "\n" not in line
+
+
+@pytest.mark.parametrize("off", [1.003, float("nan")])
+def test_what_is_wrong_is_said_and_not_used(monkeypatch, off):
+    right = kernels.convolution_weight_gradient
+
+    def wrong(g, x, dw, *args):
+        right(g, x, dw, *args)
+        dw.mul_(off)
+
+    quickly(monkeypatch, times=0.25)
+    lines: list[str] = []
+    monkeypatch.setattr(kernels, "convolution_weight_gradient", wrong)
+    assert measure(PLACE, CPU, lines.append) == {"cudnn": 250.0}
+    share = "nan" if off != off else "3.0e-03"
+    assert lines == [
+        f"{PLACE}: {a} fails here (d_weight is off by {share} of its norm, 2.0e-03 are allowed) and is not used"
+        for a in CANDIDATES[:2]
+    ]
+    monkeypatch.setattr(kernels, "convolution_weight_gradient", right)
+    assert measure(PLACE, CPU, lines.append).keys() == set(CANDIDATES)
+
+
+def test_a_place_that_nothing_computes_is_an_error(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(kernel_choices, "wrong", broken)
+    with pytest.raises(
+        RuntimeError, match="none of triton, triton-materialized, cudnn computes this here: give --conv"
+    ):
+        measure(PLACE, CPU, print)
+
+
+def test_a_gpu_that_is_lost_is_an_error(monkeypatch):
+    """After an illegal access nothing runs in this process: other candidates would be blamed for it."""
+    lines: list[str] = []
+
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def broken(*_):
+        monkeypatch.setattr(kernel_choices, "lost", lambda device: lost(GPU))
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered\nmore")
+
+    lost = kernel_choices.lost
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(kernels, "convolution", broken)
+    assert not lost(CPU)
+    line = r"triton broke the GPU for this process \(Triton Error \[CUDA\]: an illegal memory access was encountered\)"
+    with pytest.raises(RuntimeError, match=line):
+        measure(PLACE, CPU, lines.append)
+    assert not lines
+
+
+def test_what_was_measured_before_an_error_is_kept(measured, monkeypatch):
+    fake = kernel_choices.measure
+
+    def until_the_ninth(place, device, say):
+        if len(measured) == 9:
+            raise RuntimeError("broken")
+        return fake(place, device, say)
+
+    monkeypatch.setattr(kernel_choices, "measure", until_the_ninth)
+    with pytest.raises(RuntimeError, match="broken"):
+        choices()
+    monkeypatch.setattr(kernel_choices, "measure", fake)
+    choices()
+    assert len(measured) == len(set(measured)) == 28
 
 
 def test_use_sets_what_is_named():
@@ -221,6 +404,8 @@ def test_use_sets_what_is_named():
     use(model, {"layer1.0.conv1": "triton"})
     assert model.layer1[0].conv1.algorithm == "triton"
     assert model.layer1[0].conv2.algorithm == "torch"
+    with pytest.raises(InputError, match=r"^fc: there is no algorithm 'cutlass' here, but torch, triton"):
+        use(model, {"fc": "cutlass"})
 
 
 def test_shows_what_was_measured(measured, capsys):
@@ -231,7 +416,8 @@ def test_shows_what_was_measured(measured, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "a GPU, some versions"
     assert len(out) == 29
-    assert out[1].split()[:6] == ["triton", "10", "us", "triton", "20", "us"]
+    row = "triton 10 us triton 12 us triton-materialized 20 us cudnn x 256x3x224x224 weight"
+    assert out[1].split()[:12] == row.split()[:12]
 
 
 def test_shows_what_a_run_computes_with(tmp_path, capsys):
@@ -239,4 +425,4 @@ def test_shows_what_a_run_computes_with(tmp_path, capsys):
         show(str(tmp_path))
     checkpoint.save(checkpoint.path_of(tmp_path, 3), {"convolutions": {"conv1": "cudnn"}}, keep=1)
     assert show(str(tmp_path)) == 0
-    assert capsys.readouterr().out.splitlines()[1] == "cudnn   conv1"
+    assert capsys.readouterr().out.splitlines()[1].split() == ["cudnn", "conv1"]

@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from nvcnn.errors import InputError
+from nvcnn.models.conv_bn import ALGORITHMS
 from nvcnn.settings import Settings, as_json, differences, parse
 
 ORIGINAL = {
@@ -52,6 +53,11 @@ NEWER = {
 def test_names_and_defaults_are_frozen():
     settings = parse(["--model=lenet"])
     assert {f.name: getattr(settings, f.name) for f in fields(Settings)} == {"model": "lenet"} | ORIGINAL | NEWER
+
+
+def test_the_algorithms_of_convolutions_have_a_flag():
+    (conv,) = (f.metadata["choices"] for f in fields(Settings) if f.name == "conv")
+    assert set(conv) == {"auto", *ALGORITHMS}
 
 
 def test_the_originals_command():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from copy import deepcopy
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.implementation import INTERPRETED
 from nvcnn.memory import activation_bytes
 from nvcnn.models import build_model
-from nvcnn.models.conv_bn import ALGORITHMS, Folded, Join, Raw, activation, conv_bn
+from nvcnn.models.conv_bn import ALGORITHMS, LIBRARY, MATERIALIZED, Folded, Join, Raw, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import Bottleneck
 
@@ -146,6 +147,39 @@ class Called(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.parametrize("algorithm", MATERIALIZED)
+def test_operands_are_written_once(algorithm):
+    """`a` for forward, the weight's gradient and whoever else reads it; dy for both gradients."""
+    net, x = made(algorithm), input_of()
+    with Called() as called:
+        raw = conv_bn(x, net.one.conv1, net.one.bn1)
+        first, second = (
+            activation(conv_bn(raw, *pair)) for pair in ((net.one.conv2, net.one.bn2), (net.two.conv2, net.two.bn2))
+        )
+        forward = Counter(called.counts)
+        (first.sum() + second.sum()).backward()
+    assert forward["batch_norm"] == 1 + 2  # the raw tensor's, and those of the outputs
+    assert called.counts["batch_norm"] == forward["batch_norm"]
+    assert called.counts["batch_norm_data_gradient"] == 3
+    gradients = {f"convolution_{of}_gradient": 3 for of in ("data", "weight")} | {"convolution": 3}
+    assert {name: called.counts[name] for name in gradients} == (
+        dict.fromkeys(gradients, 0) if algorithm == "cudnn" else gradients
+    )
+
+
+@algorithms
+def test_what_is_kept_may_be_kept_elsewhere(algorithm):
+    """With hooks that bring back other tensors, as those of `torch.autograd.graph.save_on_cpu` do."""
+    net, x = made(algorithm), input_of()
+    twin = deepcopy(net)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        y = net(x)
+    direction = torch.randn_like(y)
+    y.backward(direction)
+    twin(x.detach().requires_grad_()).backward(direction)
+    compare(net, twin)
+
+
 @algorithms
 def test_evaluation_without_gradients(algorithm):
     """The values of modules; by triton one call a convolution does it all."""
@@ -153,7 +187,7 @@ def test_evaluation_without_gradients(algorithm):
     with torch.no_grad(), Called() as called:
         y = net(x)
     torch.testing.assert_close(y, expected_of(net, x))
-    assert called.counts == {"convolution" if algorithm == "triton" else "batch_norm": 7}
+    assert called.counts == {"batch_norm" if algorithm in LIBRARY else "convolution": 7}
 
 
 @algorithms
@@ -252,7 +286,7 @@ def test_operators_refuse_what_is_not_normalised(algorithm):
         raw + 1
 
 
-@pytest.mark.parametrize("algorithm", ["triton", "cudnn"])
+@pytest.mark.parametrize("algorithm", ["triton", "triton-materialized", "cudnn"])
 @pytest.mark.parametrize(
     "options",
     [{"bias": True}, {"dilation": 2}, {"padding": "same"}, {"padding_mode": "reflect", "padding": 1}],
@@ -276,25 +310,33 @@ def test_memory_of_a_resnet50():
                 module.algorithm = algorithm
         return activation_bytes(model, 256, 224, torch.float16) / 256
 
-    def stage(side: int, width: int, blocks: int, stride: int) -> tuple[int, int]:
-        """Values of raw outputs, and of joined ones."""
+    def stage(side: int, width: int, blocks: int, stride: int) -> tuple[int, int, int]:
+        """Values of raw outputs that a convolution reads, of other ones, and of joined ones."""
         wide, inner = side * side * 4 * width, side * side * width
         first = inner * stride**2  # the 1x1 in front of the stride
-        return blocks * (2 * inner + wide) - inner + first + wide, blocks * wide
+        return blocks * 2 * inner - inner + first, blocks * wide + wide, blocks * wide
 
     stages = [stage(56, 64, 3, 1), stage(28, 128, 4, 2), stage(14, 256, 6, 2), stage(7, 512, 3, 2)]
-    raw, joined = (sum(values) for values in zip(*stages, strict=True))
+    read, raw, joined = (sum(values) for values in zip(*stages, strict=True))
     stem = 112 * 112 * 64
     pooled, images, features = stem // 4, 3 * 224 * 224, 2048
-    values = images + 2 * stem + pooled + raw + joined + features
+    values = images + 2 * stem + pooled + read + raw + joined + features
     vectors = 5 * 4 * 26560 / 256  # of each BatchNorm, in fp32, once a batch
     assert kept("triton") == pytest.approx(2 * values + vectors, rel=0.01)
+    assert kept("triton-materialized") == kept("cudnn") == kept("triton") + 2 * read  # their activations, too
+    assert kept("cudnn") < kept("torch")
     assert kept("triton") < 0.82 * kept("torch")
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_bottlenecks_by_triton_s_kernels(device, monkeypatch, dtype, training):
+@pytest.mark.parametrize(
+    ("algorithm", "dtype", "training"),
+    [
+        *product(["triton"], [torch.float32, torch.float16], [True, False]),
+        *product(["triton-materialized"], [torch.float32, torch.float16], [True]),  # in evaluation: among the mixed
+        *product(["mixed"], [torch.float16], [True, False]),
+    ],
+)
+def test_bottlenecks_by_triton_s_kernels(device, monkeypatch, algorithm, dtype, training):
     """Forward and backward, with every gradient: from float64 a rounding, or twice as far as PyTorch's modules are.
 
     In fp32 those are no measure, as they add up in double on a CPU: there, it is 32 roundings.
@@ -307,9 +349,10 @@ def test_bottlenecks_by_triton_s_kernels(device, monkeypatch, dtype, training):
                 module.reset_running_stats()
     ours, theirs = (cast_matrices(deepcopy(exact).to(device).float(), dtype) for _ in range(2))
     exact = deepcopy(theirs).cpu().double()
+    mixed = cycle(["triton", "triton-materialized", "cudnn", "triton-materialized"])
     for module in ours.modules():
         if isinstance(module, Conv2d):
-            module.algorithm = "triton"
+            module.algorithm = next(mixed) if algorithm == "mixed" else algorithm
     x = input_of(2, dtype)
     if not training:
         with torch.no_grad():

@@ -1,0 +1,85 @@
+"""How long a step takes on a device: contenders take turns, so that all of them see the same machine.
+
+On a GPU a step is timed as a CUDA graph, since a short one would be timed by how fast the host launches it, and over
+several sets of tensors in turn, since one set would stay in the cache.
+"""
+
+import time
+from collections.abc import Callable
+from math import ceil
+
+import torch
+
+Step = Callable[[], object]
+CACHE = 256 << 20  # bytes: twice the largest L2 cache there is (B200)
+
+
+def milliseconds(step: Step, device: torch.device) -> float:
+    """The time of one call: the device's, between two events, on a GPU; wall-clock time on the CPU."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    step()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last)
+
+
+def repeated(step: Step, times: int) -> Step:
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
+
+
+def sets(size: int, device: torch.device) -> int:
+    """How many sets of tensors of `size` bytes exceed a GPU's cache when they take turns; 1 on a CPU."""
+    return ceil(CACHE / size) if device.type == "cuda" else 1
+
+
+def captured(step: Step, device: torch.device) -> Step:
+    """`step` as a CUDA graph: what is timed is the device, not how fast the host launches. On the CPU, `step`.
+
+    It runs once before, on the stream of the capture: kernels are compiled and loaded, and cuDNN has chosen. Backward
+    passes may be in it, if nothing is alive of one that ran on another stream. Its memory is the graph's own, until
+    what is returned is dropped.
+    """
+    if device.type == "cpu":
+        return step
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # around the capture as well: one that fails would leave its stream the current one
+        step()
+        with torch.cuda.graph(
+            graph, stream=side, capture_error_mode="thread_local"
+        ):  # other threads may do as they like
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    return graph.replay
+
+
+def alternate(
+    steps: dict[str, Step], device: torch.device, *, rounds: int, repeat: int = 1, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Milliseconds per step of each contender in each round; a round runs every contender `repeat` times."""
+    for step in steps.values():
+        repeated(step, warm_up)()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(milliseconds(repeated(step, repeat), device) / repeat)
+    return times
+
+
+def load(steps: dict[str, Step], device: torch.device, seconds: float) -> None:
+    """Runs the contenders in turns for so long: a GPU that has been idle is not yet at the clock it will keep."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for step in steps.values():
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
