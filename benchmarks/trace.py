@@ -6,7 +6,7 @@ own launcher, specialised by Triton itself for a GPU that need not be here.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -227,43 +227,53 @@ class Launch:
 class Chip:
     """Stands in for the driver of a GPU of this compute capability (90: sm_90), for everything but running."""
 
-    def __init__(self, chip: int):
-        self.chip = chip
+    def __init__(self, chip: int, *, compiles: bool = True):
+        self.chip, self.compiles = chip, compiles
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.chip, 32)
 
     def get_current_device(self) -> int:
-        return self.chip  # Triton's caches are by device
+        # Triton's caches are by device: one that holds no kernel asks for each, and launches none.
+        return self.chip if self.compiles else -self.chip
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
-    """What the op's launcher starts for the call, on that chip, configured by kernels/configs/`table`.json."""
+def collected(function: Callable[[], object], chip: int) -> list[Launch]:
+    """The kernels, Triton's or Gluon's, that the function would start on that chip. Its tensors may be meta ones."""
     found: list[Launch] = []
     run = JITFunction.run
 
     def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-            found.append(Launch(fn.module, fn.name, chip, compile["specialization_data"], tuple(grid)))
+            size = () if callable(grid) else tuple(grid)
+            found.append(Launch(fn.module, fn.name, chip, compile["specialization_data"], size))
             return True  # nothing to compile or to launch
 
         with knobs.runtime.scope():
             knobs.runtime.jit_cache_hook = note
             run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    arguments = {k: v.meta() if isinstance(v, Layout) else v for k, v in call.arguments}
     with (
-        mock.patch.object(driver, "_active", Chip(chip)),
+        mock.patch.object(driver, "_active", Chip(chip, compiles=False)),
         mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
         mock.patch.object(JITFunction, "run", launch),
+    ):
+        function()
+    return found
+
+
+def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
+    """What the op's launcher starts for the call, on that chip, configured by kernels/configs/`table`.json."""
+    arguments = {k: v.meta() if isinstance(v, Layout) else v for k, v in call.arguments}
+    with (
         mock.patch.object(configurations, "table_name", return_value=table),
         mock.patch.object(configurations, "say_once"),
     ):
-        operators[call.name].launcher(**arguments)  # the operator itself would be the fake one for meta tensors
-    return found
+        # The operator itself would be the fake one for meta tensors.
+        return collected(partial(operators[call.name].launcher, **arguments), chip)
 
 
 def compiled(launch: Launch) -> Any:

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.ops import layer_calls
-from benchmarks.replay import arguments, describe, replay
+from benchmarks.replay import arguments, describe, in_turn, outcome, replay
 from benchmarks.trace import call_of
 from kernels import configurations
 from kernels.implementation import INTERPRETED
@@ -19,7 +19,9 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CP
 @pytest.fixture
 def calls(monkeypatch):
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
-    return {call.name: call for call in reversed(layer_calls("lenet", 2, torch.float32))}  # the first of each name
+    return {
+        call.name: call for call in reversed(layer_calls("lenet", 2, torch.float32, "torch"))
+    }  # the first of each name
 
 
 def test_the_calls_are_those_of_the_layers_of_a_step(calls):
@@ -38,9 +40,10 @@ def test_arguments_are_valid_ones(calls):
 
 @interpreted
 def test_a_replayed_call_runs(calls):
-    step, sets = replay(calls["nvcnn::cross_entropy"], CPU)
-    step()
-    assert sets == 1
+    call = calls["nvcnn::cross_entropy"]
+    made = in_turn(call, CPU)
+    replay(call.op, made)()
+    assert len(made) == 1
 
 
 @interpreted
@@ -110,6 +113,51 @@ def test_a_lost_device_is_not_a_slow_configuration(calls, tmp_path):
         tune.tune(tune.Counter([calls["nvcnn::max_pool"]]), CPU, tmp_path / "t.json", clock=clock, seconds=100)
 
 
+@interpreted
+def test_what_has_no_time_is_no_entry(calls, tmp_path, capsys):
+    def clock(call):
+        raise RuntimeError("out of resource: shared memory")
+
+    file = tmp_path / "t.json"
+    tune.tune(tune.Counter([calls["nvcnn::max_pool"]]), CPU, file, clock=clock, seconds=100)
+    assert not file.exists()
+    assert "has no time: not in the table" in capsys.readouterr().out
+
+
+@interpreted
+def test_what_does_not_compile_is_not_timed_and_so_many_keys_are_tuned(calls, tmp_path):
+    timed = []
+
+    def clock(call):
+        call.op(**arguments(call, CPU))
+        timed.extend(configurations.answers.values())
+        return 1.0
+
+    def none_but_more_warps(call, op, key, configs):
+        return [config for config in configs if config["num_warps"] == 8]
+
+    file = tmp_path / "t.json"
+    options = {"clock": clock, "seconds": 100, "keys": 1, "compilable": none_but_more_warps}
+    tune.tune(tune.Counter(calls.values()), CPU, file, **options)
+    assert [len(entries) for entries in json.loads(file.read_text()).values()] == [1]
+    assert [config["num_warps"] for config in timed] == [4, 8]
+
+
+@interpreted
+def test_a_weights_gradient_fits_halves_however_many_pixels_there_are(monkeypatch):
+    monkeypatch.setenv("NVCNN_KERNELS", "reference")
+    n, k, c = 256, 16, 16
+    halves = [torch.empty(n, c, 40, 40, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(3)]
+    dw = torch.empty(k, c, 1, 1, dtype=torch.float16).to(memory_format=torch.channels_last)
+    g, x, y = halves
+    more = {"y": y, "vectors": torch.empty(5, k), "factors": torch.empty(2, k), "x_vectors": torch.empty(5, c)}
+    call = call_of(torch.ops.nvcnn.convolution_weight_gradient.default, g, x, dw, [1, 1], [0, 0], **more)
+    (dw,) = outcome(call, arguments(call, CPU))
+    assert 1 < dw.abs().max() < 6e3, "ten times more pixels would not overflow"
+    noise = dw.float().std() / dw.float().abs().mean()
+    assert noise > 0.3, "the pixels' own part counts"
+
+
 def test_the_neighbours_of_a_configuration():
     around = list(tune.neighbours({"BLOCK": 1, "TMA": 0, "num_warps": 16}))
     assert around == [
@@ -137,7 +185,7 @@ def test_sums_over_other_parts_agree(monkeypatch):
         (config,) = configurations.answers.values()
         return 1000 / config["BLOCK_ROWS"]
 
-    (key,) = tune.looked_up(call, CPU, {"convolution": {"*": start}})
+    (key,) = tune.looked_up(lambda: call.op(**arguments(call, CPU)), {"convolution": {"*": start}})
     best, cost, first = tune.climb(call, *key, start, CPU, {}, clock)
     assert (best["BLOCK_ROWS"], cost, first) == (256, 1000 / 256, 1000 / 16), "more than MOST_ROWS is refused"
 
