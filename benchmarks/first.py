@@ -65,7 +65,9 @@ def launched() -> list[Launch]:
     )
     found = [launch for call in calls if call.name.startswith("nvcnn::") for launch in launches(call, pack.CHIP)]
     if find_spec("benchmarks.probes"):
-        found += import_module("benchmarks.probes").launched(pack.CHIP)
+        probes = import_module("benchmarks.probes")
+        for name in probes.NAMES:
+            found += probes.launches(probes.load(name), pack.CHIP)
     return found
 
 

@@ -24,7 +24,7 @@ import torch
 
 import kernels
 from benchmarks import peers, report, roofline, timing
-from benchmarks.replay import describe, in_turn, library, replay
+from benchmarks.replay import argument_sets, describe, library, replay
 from benchmarks.trace import Call, step_calls
 from nvcnn.arena import Arena
 from nvcnn.larc import Larc
@@ -133,7 +133,7 @@ def measure_layers(
     for call, count in sorted(calls.items(), key=lambda item: -item[1] * roofline.bytes_of(item[0])):
         row = {"name": describe(call), "calls": count, "ours": None, LIBRARY: None, "floor": None, "unit": "us"}
         try:
-            made = in_turn(call, device)
+            made = argument_sets(call, device)
             steps = ceiling | {"ours": timing.captured(replay(call.op, made), device)}
             if function := library(call):
                 with peers.cudnn():
@@ -162,7 +162,7 @@ def amp_unscale(arena: Arena) -> timing.Step:
     return partial(torch._amp_foreach_non_finite_check_and_unscale_, gradients, found, inverse)
 
 
-def one_by_one(steps: list[timing.Step]) -> timing.Step:
+def in_turn(steps: list[timing.Step]) -> timing.Step:
     def step() -> None:
         for one in steps:
             one()
@@ -177,9 +177,9 @@ def measure_ops(model: str, device: torch.device, dtype: torch.dtype, *, size: i
         larc.step()
     steps = {"copy": timing.captured(copy(size, device), device)}
     for op in OPS:
-        steps[op] = timing.captured(one_by_one([launches(larc)[op] for larc in optimizers]), device)
+        steps[op] = timing.captured(in_turn([launches(larc)[op] for larc in optimizers]), device)
     unscale = "_amp_foreach_non_finite_check_and_unscale_"
-    steps[unscale] = timing.captured(one_by_one([amp_unscale(larc.arena) for larc in optimizers]), device)
+    steps[unscale] = timing.captured(in_turn([amp_unscale(larc.arena) for larc in optimizers]), device)
     times = timing.alternate(steps, device, rounds=rounds, repeat=5, warm_up=3)
     if any(larc.scalars[2] != 1 for larc in optimizers):
         raise RuntimeError("the measured step was skipped as an overflow: its time says nothing")

@@ -70,7 +70,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-300)).item()
 
 
-def in_turn(call: Call, device: torch.device) -> list[Arguments]:
+def argument_sets(call: Call, device: torch.device) -> list[Arguments]:
     """As many sets of arguments as exceed the cache."""
     count = timing.sets(sum(times * layout.bytes for layout, times in moved(call)), device)
     return [arguments(call, device) for _ in range(count)]

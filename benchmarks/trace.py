@@ -241,15 +241,21 @@ class Chip:
         return 0
 
 
-def collected(function: Callable[[], object], chip: int) -> list[Launch]:
-    """The kernels, Triton's or Gluon's, that the function would start on that chip. Its tensors may be meta ones."""
+def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
+    """What the op's launcher starts for the call, on that chip, configured by kernels/configs/`table`.json."""
+    arguments = {k: v.meta() if isinstance(v, Layout) else v for k, v in call.arguments}
+    # The operator itself would be the fake one for meta tensors.
+    return launches_of(partial(operators[call.name].launcher, **arguments), chip, table)
+
+
+def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[Launch]:
+    """What `step` starts on tensors of the meta device, on that chip, configured by kernels/configs/`table`.json."""
     found: list[Launch] = []
     run = JITFunction.run
 
     def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-            size = () if callable(grid) else tuple(grid)
-            found.append(Launch(fn.module, fn.name, chip, compile["specialization_data"], size))
+            found.append(Launch(fn.module, fn.name, chip, compile["specialization_data"], tuple(grid)))
             return True  # nothing to compile or to launch
 
         with knobs.runtime.scope():
@@ -260,20 +266,11 @@ def collected(function: Callable[[], object], chip: int) -> list[Launch]:
         mock.patch.object(driver, "_active", Chip(chip, compiles=False)),
         mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
         mock.patch.object(JITFunction, "run", launch),
-    ):
-        function()
-    return found
-
-
-def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
-    """What the op's launcher starts for the call, on that chip, configured by kernels/configs/`table`.json."""
-    arguments = {k: v.meta() if isinstance(v, Layout) else v for k, v in call.arguments}
-    with (
         mock.patch.object(configurations, "table_name", return_value=table),
         mock.patch.object(configurations, "say_once"),
     ):
-        # The operator itself would be the fake one for meta tensors.
-        return collected(partial(operators[call.name].launcher, **arguments), chip)
+        step()
+    return found
 
 
 def compiled(launch: Launch) -> Any:

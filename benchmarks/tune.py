@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import pack, timing
 from benchmarks.ops import CONVS, layer_calls
-from benchmarks.replay import arguments, describe, difference, in_turn, outcome, replay, whole
+from benchmarks.replay import argument_sets, arguments, describe, difference, outcome, replay, whole
 from benchmarks.roofline import bytes_of
 from benchmarks.trace import Call, Launch, launches
 from kernels import configurations
@@ -93,7 +93,7 @@ def within(config: Configuration, rings: int) -> list[Configuration]:
     return list(found.values())
 
 
-def launches_of(call: Call, op: str, key: str, config: Configuration, chip: int) -> list[Launch]:
+def candidate(call: Call, op: str, key: str, config: Configuration, chip: int) -> list[Launch]:
     """What the call starts with this configuration of one of its ops; nothing if its launcher refuses it."""
     with launched_with({op: {key: config}}):
         try:
@@ -118,7 +118,7 @@ def launched(keys: int, rings: int) -> list[Launch]:
     for call, op, key in heaviest(calls, pack.CHIP, {}, keys):
         start = looked_up(partial(launches, call, pack.CHIP), {})[op, key]
         for config in within(start, rings):
-            found += launches_of(call, op, key, config, pack.CHIP)
+            found += candidate(call, op, key, config, pack.CHIP)
     return found
 
 
@@ -133,7 +133,7 @@ def compiled_ahead(
     totals: pack.Outcome,
 ) -> list[Configuration]:
     """Those of the configurations that compile, all at once, in the pool's processes."""
-    found = [launches_of(call, op, key, config, chip) for config in configs]
+    found = [candidate(call, op, key, config, chip) for config in configs]
     became = pack.compile_all(chain.from_iterable(found), pool)
     for count in ("hits", "compiled", "seconds"):
         setattr(totals, count, getattr(totals, count) + getattr(became, count))
@@ -154,7 +154,7 @@ def agrees(call: Call, device: torch.device, expected: list[Tensor]) -> bool:
 
 
 def milliseconds(call: Call, device: torch.device) -> float:
-    made = in_turn(call, device)
+    made = argument_sets(call, device)
     step = timing.captured(replay(call.op, made), device)
     return median(timing.milliseconds(timing.repeated(step, 3), device) / (3 * len(made)) for _ in range(7))
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.ops import layer_calls
-from benchmarks.replay import arguments, describe, in_turn, outcome, replay
+from benchmarks.replay import argument_sets, arguments, describe, outcome, replay
 from benchmarks.trace import call_of
 from kernels import configurations
 from kernels.implementation import INTERPRETED
@@ -41,7 +41,7 @@ def test_arguments_are_valid_ones(calls):
 @interpreted
 def test_a_replayed_call_runs(calls):
     call = calls["nvcnn::cross_entropy"]
-    made = in_turn(call, CPU)
+    made = argument_sets(call, CPU)
     replay(call.op, made)()
     assert len(made) == 1
 

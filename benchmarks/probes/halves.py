@@ -1,0 +1,82 @@
+"""Arithmetic on fp16 values two at a time, by PTX instructions that Triton has no name for.
+
+A multiply-add rounds once: PTX ISA, "Half Precision Floating Point Instructions". Triton's interpreter knows no inline
+assembly: there the same values come from fp32, where product and sum are exact or rounded far below a half.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.implementation import INTERPRETED
+
+INTERPRET = tl.constexpr(INTERPRETED)
+MOST = tl.constexpr(240.0)  # its square is still a finite half
+
+
+@triton.jit
+def fma(x, scale, shift):
+    """x scale + shift."""
+    if INTERPRET:
+        return (x.to(tl.float32) * scale.to(tl.float32) + shift.to(tl.float32)).to(tl.float16)
+    asm: tl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r", [x, scale, shift], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def fma_relu(x, scale, shift):
+    """relu(x scale + shift); a NaN stays one."""
+    if INTERPRET:
+        return tl.maximum(fma(x, scale, shift), 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+    asm: tl.constexpr = "fma.rn.relu.f16x2 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r", [x, scale, shift], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def where_positive(g, a):
+    """g where a is above 0 or NaN, else 0: a selection, as infinity times 0 is none."""
+    if INTERPRET:
+        return tl.where(a <= 0, 0.0, g).to(tl.float16)
+    asm: tl.constexpr = (
+        "{ .reg .b32 mask, zero; mov.b32 zero, 0; set.gtu.u32.f16x2 mask, $2, zero; and.b32 $0, $1, mask; }"
+    )
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [g, a], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def deviation(y, inverse, shift):
+    """(y - mean) / deviation as y inverse + shift, between -MOST and MOST; a NaN stays one."""
+    if INTERPRET:
+        d = fma(y, inverse, shift)
+        d = tl.minimum(d, MOST, propagate_nan=tl.PropagateNan.ALL)
+        return tl.maximum(d, -MOST, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+    asm: tl.constexpr = (
+        "{ .reg .b32 d, most; fma.rn.f16x2 d, $1, $2, $3; mov.b32 most, 0x5B805B80; min.NaN.f16x2 d, d, most; "
+        "mov.b32 most, 0xDB80DB80; max.NaN.f16x2 $0, d, most; }"
+    )
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r", [y, inverse, shift], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def column_sums(values, total):
+    """total, 16 equal rows of fp32, and the sums of the columns, by tensor cores: of fp32 values they take 19 bits."""
+    ones = tl.full((16, values.shape[0]), 1.0, values.dtype)
+    return tl.dot(ones, values, total, input_precision="tf32")
+
+
+@triton.jit
+def one_row(rows):
+    """One of 16 equal rows: their sum over 16, which is exact, and keeps a NaN."""
+    return tl.sum(rows, 0) * 0.0625
+
+
+def normalised(x: Tensor, vectors: Tensor) -> Tensor:
+    """What `fma` gives, in PyTorch: x (rows, C); vectors: (2, C), scale and shift; all halves."""
+    return (x.double() * vectors[0].double() + vectors[1].double()).half()
+
+
+def random_vectors(channels: int, device: torch.device) -> Tensor:
+    """(2, channels): scale around 1 and shift around 0, halves."""
+    scale, shift = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device) * 0.3
+    return torch.stack((scale, shift)).half()

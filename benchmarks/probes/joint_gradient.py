@@ -1,0 +1,254 @@
+"""Are data and weight gradient of a 1 x 1 convolution from 256 to 64 channels worth one kernel, written in Gluon?
+
+    dy = scale g + (slope y + offset), rounded;   dx = dy W where a > 0;   dw = dy^T a;   a = relu(x scale + shift)
+g, y and x are read once for both, dy is formed once; dw and the sums of `data_gradient` stay in registers until the end
+of a program. Triton cannot: it maps once for each layout, and spills. Bytes: g, y, x and dx once, 1028 MB at 56 x 56.
+
+One warp, the producer, moves tiles of rows by TMA into a ring of STAGES; eight, the consumers, compute. Who waits:
+    full[s]   1 arrival and the bytes of g, y, x: the producer announces them, TMA completes it. Consumers wait with the
+              phase of the ring's turn before they read stage s.
+    empty[s]  1 arrival: consumers, after both products have read stage s. The producer waits with the phase before it,
+              which at once passes in the first turn, as no phase of the barrier has been completed.
+    weight    1 arrival and the bytes of the weight, before the warps part.
+Consumers write shared memory (dy, in place of g, and a) by ordinary stores and read it by wgmma, another proxy: hence
+fence, then barrier, before the products. Of the buffers without a ring, `a` is overwritten after the barrier that ends
+the turn, when no product is in flight; `result` is written after that barrier and read after the next.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from benchmarks.probes import IMAGES, Contender, Probe, divides, errors, processors, small_rows
+from benchmarks.probes.data_gradient import Operands, operands, reference
+from benchmarks.probes.present import POINTWISE, library_gradients, present, summed
+
+K, C, SIZE = 256, 64, 56
+BLOCK_ROWS, STAGES, SLICE = 64, 2, 8
+OURS = "one Gluon kernel"
+LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name up to Triton 3.6
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name up to Triton 3.8
+
+
+@gluon.jit
+def fma(x, scale, shift):
+    """As `halves.fma`: Gluon calls no function of Triton's."""
+    asm: gl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
+    return gl.inline_asm_elementwise(asm, "=r,r,r,r", [x, scale, shift], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def fma_relu(x, scale, shift):
+    asm: gl.constexpr = "fma.rn.relu.f16x2 $0, $1, $2, $3;"
+    return gl.inline_asm_elementwise(asm, "=r,r,r,r", [x, scale, shift], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def where_positive(g, a):
+    asm: gl.constexpr = "{ .reg .b32 m, zero; mov.b32 zero, 0; set.gtu.u32.f16x2 m, $2, zero; and.b32 $0, $1, m; }"
+    return gl.inline_asm_elementwise(asm, "=r,r,r", [g, a], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def produce(g, y, x, ring, tiles):
+    """Loads the program's tiles, as stages of the ring become empty."""
+    g_ring, y_ring, x_ring, full, empty = ring
+    STAGES: gl.constexpr = g_ring.shape[0]
+    BLOCK_ROWS: gl.constexpr = g_ring.shape[1]
+    for turn in range(gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))):
+        tile = gl.program_id(0) + turn * gl.num_programs(0)
+        stage, phase = turn % STAGES, turn // STAGES & 1
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        ready = full.index(stage)
+        mbarrier.expect(ready, g.block_type.nbytes + y.block_type.nbytes + x.block_type.nbytes)
+        load_tile(g, [tile * BLOCK_ROWS, 0], ready, g_ring.index(stage))
+        load_tile(y, [tile * BLOCK_ROWS, 0], ready, y_ring.index(stage))
+        load_tile(x, [tile * BLOCK_ROWS, 0], ready, x_ring.index(stage))
+
+
+@gluon.jit
+def consume(ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles, SLICE: gl.constexpr):
+    """Computes the program's tiles; at the end stores its part of dw and of the sums."""
+    g_ring, y_ring, x_ring, full, empty = ring
+    activation, result, w = memory
+    STAGES: gl.constexpr = g_ring.shape[0]
+    BLOCK_ROWS: gl.constexpr = g_ring.shape[1]
+    K: gl.constexpr = w.shape[0]
+    C: gl.constexpr = w.shape[1]
+    # A thread's columns are the same in every slice of rows, so that it holds few values of the vectors.
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    of_dw: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
+    of_dx: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C // 2, 16])
+    k = gl.arange(0, K, gl.SliceLayout(0, wide))
+    c = gl.arange(0, C, gl.SliceLayout(0, narrow))
+    row = gl.arange(0, BLOCK_ROWS, gl.SliceLayout(1, narrow))
+    scale, slope = gl.load(factors + k)[None, :], gl.load(factors + K + k)[None, :]
+    offset = gl.load(factors + 2 * K + k)[None, :]
+    x_scale, x_shift = gl.load(x_vectors + c)[None, :], gl.load(x_vectors + C + c)[None, :]
+    d_scale, d_shift = gl.load(d_vectors + c)[None, :], gl.load(d_vectors + C + c)[None, :]
+    total_dw = gl.zeros([K, C], gl.float32, of_dw)
+    total = gl.zeros([BLOCK_ROWS, C], gl.float32, narrow)
+    products = gl.zeros([BLOCK_ROWS, C], gl.float32, narrow)
+    for turn in range(gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))):
+        tile = gl.program_id(0) + turn * gl.num_programs(0)
+        stage, phase = turn % STAGES, turn // STAGES & 1
+        dy, y_tile, x_tile = g_ring.index(stage), y_ring.index(stage), x_ring.index(stage)
+        mbarrier.wait(full.index(stage), phase)
+        # Prologue: dy in the place of g, a few rows at a time, and a.
+        for i in gl.static_range(BLOCK_ROWS // SLICE):
+            part = dy.slice(i * SLICE, SLICE)
+            map_y = y_tile.slice(i * SLICE, SLICE).load(wide).to(gl.float32) * slope + offset
+            part.store((part.load(wide).to(gl.float32) * scale + map_y).to(gl.float16))
+        raw = x_tile.load(narrow)
+        a = fma_relu(raw, x_scale, x_shift)
+        activation.store(a)
+        fence_async_shared()
+        barrier()
+        # Products: dx is waited for alone, so that its epilogue runs while dw is summed.
+        product = warpgroup_mma(dy, w, gl.zeros([BLOCK_ROWS, C], gl.float32, of_dx), is_async=True)
+        summing = warpgroup_mma(dy.permute([1, 0]), activation, total_dw, is_async=True)
+        product = warpgroup_mma_wait(1, [product])
+        # Epilogue: from the product's layout to rows of 16 bytes a thread, the mask, dx, and its sums.
+        result.store(product.to(gl.float16))
+        barrier()
+        out = where_positive(result.load(narrow), a)
+        gl.store(dx + tile.to(gl.int64) * BLOCK_ROWS * C + (row[:, None] * C + c[None, :]), out)
+        wide_out = out.to(gl.float32)
+        total += wide_out
+        products += wide_out * fma(raw, d_scale, d_shift).to(gl.float32)
+        total_dw = warpgroup_mma_wait(0, [summing])
+        barrier()
+        mbarrier.arrive(empty.index(stage))
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    at_k = gl.arange(0, K, gl.SliceLayout(1, of_dw))
+    at_c = gl.arange(0, C, gl.SliceLayout(0, of_dw))
+    gl.store(dw + program * K * C + (at_k[:, None] * C + at_c[None, :]), total_dw)
+    gl.store(sums + program * C + c, gl.sum(total, 0))
+    gl.store(sums + (programs + program) * C + c, gl.sum(products, 0))
+
+
+@gluon.jit(do_not_specialize=["tiles"])
+def joint_gradient(
+    g,
+    y,
+    x,
+    weight,
+    factors,
+    x_vectors,
+    d_vectors,
+    dx,
+    dw,
+    sums,
+    tiles,
+    STAGES: gl.constexpr,
+    SLICE: gl.constexpr,
+):
+    """One program: every n-th tile of rows, of n programs; whole rows of dx, and one part of dw."""
+    BLOCK_ROWS: gl.constexpr = g.block_type.shape[0]
+    K: gl.constexpr = weight.block_type.shape[0]
+    C: gl.constexpr = weight.block_type.shape[1]
+    g_ring = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_ROWS, K], g.layout)
+    y_ring = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_ROWS, K], y.layout)
+    x_ring = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_ROWS, C], x.layout)
+    activation = gl.allocate_shared_memory(gl.float16, [BLOCK_ROWS, C], x.layout)
+    result = gl.allocate_shared_memory(gl.float16, [BLOCK_ROWS, C], x.layout)
+    w = gl.allocate_shared_memory(gl.float16, [K, C], weight.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()  # the barriers are there before TMA completes them
+    barrier()
+    mbarrier.expect(ready, weight.block_type.nbytes)
+    load_tile(weight, [0, 0], ready, w)
+    mbarrier.wait(ready, 0)
+    ring, memory = (g_ring, y_ring, x_ring, full, empty), (activation, result, w)
+    gl.warp_specialize(
+        [
+            (consume, (ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles, SLICE)),
+            (produce, (g, y, x, ring, tiles)),
+        ],
+        [1],  # the producer's warps
+        [24],  # and registers a thread
+    )
+
+
+def launch(of: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, (rows, C); dw, (K, C), fp32; sums, (2, P, C)."""
+    rows, k, c = of.sizes
+    tiles = divides(BLOCK_ROWS, rows)
+    programs = min(tiles, processors(of.g.device))
+    dx, partial_dw = torch.empty_like(of.x), torch.empty(programs, k, c, device=of.g.device)
+    sums = torch.empty(2, programs, c, device=of.g.device)
+    tiles_of = [
+        TensorDescriptor.from_tensor(matrix, [block, matrix.shape[1]], LAYOUT)
+        for matrix, block in ((of.g, BLOCK_ROWS), (of.y, BLOCK_ROWS), (of.x, BLOCK_ROWS), (of.weight, k))
+    ]
+    joint_gradient[(programs,)](
+        *(*tiles_of, of.factors, of.x_vectors, of.d_vectors, dx, partial_dw, sums, tiles),
+        STAGES=STAGES,
+        SLICE=SLICE,
+        num_warps=8,
+    )
+    return dx, summed(partial_dw), sums
+
+
+def check(device: torch.device) -> dict[str, float]:
+    of = operands(small_rows(device), K, C, device)
+    true_dx, true_dw, true_sums, _ = reference(of)
+    dx, dw, sums = launch(of)
+    return errors(dx=(dx, true_dx), dw=(dw, true_dw), sums=(sums.sum(1), true_sums))
+
+
+def contenders(device: torch.device) -> dict[str, Contender]:
+    rows = IMAGES * SIZE * SIZE
+    of = operands(rows, K, C, device)
+    images, of_weight = of.present(SIZE), of.present_weight(SIZE)
+
+    def separate() -> None:
+        present("convolution_data_gradient")(**images)
+        present("convolution_weight_gradient")(**of_weight)
+
+    library = library_gradients(images["g"], images["x"], images["weight"], POINTWISE, of_x=True, of_weight=True)
+    flops = 4 * rows * K * C
+    return {
+        OURS: Contender(partial(launch, of), 2 * rows * (2 * K + 2 * C), flops),
+        "present": Contender(separate, 2 * rows * (4 * K + 3 * C), flops),
+        "cuDNN, gradients alone": Contender(library, 2 * rows * (2 * K + 2 * C), flops),
+    }
+
+
+def verdict(us: dict[str, float], factor: float) -> str:
+    time = us[OURS] * factor
+    if time <= 480:
+        return "adopt it, and write the others"
+    return "two consumer groups" if time <= 650 else "stay with separate kernels"
+
+
+PROBE = Probe(
+    name="joint_gradient",
+    question="data and weight gradient 1 x 1, 256 to 64 channels at 56 x 56, in one Gluon kernel: right, and fast?",
+    threshold="up to 480 us adopt; up to 650 two consumer groups",
+    seconds=6,
+    tolerance=2e-3,
+    check=check,
+    contenders=contenders,
+    verdict=verdict,
+)

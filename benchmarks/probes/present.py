@@ -1,0 +1,57 @@
+"""What there is for the same work: the project's kernels, and PyTorch's convolutions, which on a GPU are cuDNN's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton import cdiv
+
+from benchmarks.timing import Step
+from kernels.convolution_weight_gradient import SUM_CONFIG, sum_kernel
+from kernels.operators import operators
+
+POINTWISE = ((1, 1), (0, 0))  # stride and padding of a 1 x 1 convolution
+PADDED = ((1, 1), (1, 1))  # of a 3 x 3 that keeps the size
+
+
+def present(op: str) -> Callable[..., Any]:
+    """The launcher of the project's op: of tensors without memory, the operator itself would launch nothing."""
+    return operators[f"nvcnn::{op}"].launcher
+
+
+def vectors(channels: int, device: torch.device) -> Tensor:
+    """(5, channels), as `batch_norm_statistics` returns them, of a mean of 0 and a variance of 1."""
+    return torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0], device=device)[:, None].repeat(1, channels)
+
+
+def library(x: Tensor, weight: Tensor, how: tuple) -> Step:
+    """The convolution alone, by the fastest of the library's algorithms."""
+
+    def step() -> Tensor:
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            return F.conv2d(x, weight, None, *how)
+
+    return step
+
+
+def library_gradients(g: Tensor, x: Tensor, weight: Tensor, how: tuple, *, of_x: bool, of_weight: bool) -> Step:
+    """The gradients of the convolution alone, without BatchNorm or mask."""
+    mask = [of_x, of_weight, False]
+
+    def step() -> Any:
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            return torch.ops.aten.convolution_backward(g, x, weight, None, *how, [1, 1], False, [0, 0], 1, mask)
+
+    return step
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum of (parts, K, C), fp32, over the parts, by the kernel that ends the project's weight gradient."""
+    if parts.device.type == "cpu":  # the interpreter takes a minute
+        return parts.sum(0)
+    out = parts.new_empty(parts.shape[1:])
+    grid = (cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
+    sum_kernel[grid](parts, out, parts.shape[0], out.numel(), ACCUMULATE=False, **SUM_CONFIG)
+    return out
