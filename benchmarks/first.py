@@ -12,6 +12,7 @@ in a plain loop, all in one process; then a profile of three steps, by kernel (p
 
 import argparse
 import copy
+import gc
 import os
 import sys
 import time
@@ -276,6 +277,7 @@ def measure_steps(
             if timing.lost(error):
                 write(rows())
                 raise
+        gc.collect()
     write(rows())
     times |= timing.alternate(steps, case.device, rounds=rounds, repeat=3)
     write(rows())

@@ -9,8 +9,8 @@ conv, step (250 s each). A part is a list of items, each with the seconds it sho
 left out, and said; 15 s before its limit a part ends whatever runs. An item is one process, or several side by side,
 which write as they go. Needs PyTorch, Triton and pytest, no network.
 
-DIR (benchmarks/results) gets GPU.json, with machine, versions and the rows of each item, GPU.md, the same as tables,
-and GPU.png, the share of the floor that each call reaches; all three after every item. Exit code 1 if a test fails, a
+DIR (benchmarks/results) gets after every item GPU.json, with machine, versions and rows, GPU.md, the same as tables,
+and GPU.log; at the end of a part GPU.png, the share of the floor that each call reaches. Exit code 1 if a test fails, a
 kernel is wrong or an item does not end well, 2 without a GPU.
 """
 
@@ -39,7 +39,7 @@ from benchmarks.first import FAMILIES
 RESERVE = 15  # seconds before a part's limit, for what still has to be written
 FOLDER = pack.FOLDER / "rows"  # what the items write: FOLDER/SECTION.json
 MOST_LINES = 28  # of a section, in what is printed last
-LOG = "tests.log"
+LAST_LINES = 15  # of the output of what fails
 
 Command = tuple[str, ...]
 
@@ -48,14 +48,15 @@ Command = tuple[str, ...]
 class Item:
     """Commands for `python -m`, run side by side; {folder} is where rows go, {seconds} and {minutes} what is left.
 
-    `seconds`: what it should take on a H100. `least`: with less it is not begun; by default that is all of it.
+    `seconds`: what it should take on a H100; it is ended after twice that, and begun if that is left. `least`: it takes
+    what there is, from so much on. `quiet`: its output goes to GPU.log alone, unless it fails.
     """
 
     name: str
     seconds: float
     commands: tuple[Command, ...]
     least: float = 0.0
-    quiet: bool = False  # its output goes to a file alone
+    quiet: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,37 +73,44 @@ def one(name: str, seconds: float, *command: str, least: float = 0.0) -> Item:
     return Item(name, seconds, ((*command, rows_of(name)),), least)
 
 
-UNPACK = Item("kernels", 5, (("benchmarks.pack",),))
+def kernels(seconds: float, *parts: str) -> Item:
+    return Item("kernels", seconds, (("benchmarks.pack", *parts),), quiet=False)
+
+
+def checks(seconds: float) -> Item:
+    commands = [("benchmarks.first", "checks", family, rows_of(f"checks-{family}")) for family in FAMILIES]
+    return Item("checks", seconds, tuple(commands), quiet=False)
+
+
 # Not tests/nvcnn/data, tests/end_to_end and tests/test_install.py, which are about packages and not about the GPU; nor
 # the compiler's output, which is the same everywhere and takes a minute.
 TESTS = ("tests/kernels", "tests/nvcnn", "--ignore=tests/nvcnn/data", "--ignore=tests/kernels/test_codegen.py")
+TUNE = ("benchmarks.tune", "--keys=10", "--minutes={minutes}")
 PYTEST = ("pytest", "-v", "-p", "no:cacheprovider", *(("-n", "14") if find_spec("xdist") else ()), *TESTS)
 PARTS = {
     "first": Part(
         200,
         (
-            Item("kernels", 10, (("benchmarks.pack", "first"),)),
-            Item("checks", 30, tuple(("benchmarks.first", "checks", f, rows_of(f"checks-{f}")) for f in FAMILIES)),
+            kernels(10, "first"),
+            checks(30),
             one("step", 50, "benchmarks.first", "step"),
             one("probes", 66, "benchmarks.probes", "--seconds=60"),
             one("call-by-call", 45, "benchmarks.ops", "layers", "--seconds={seconds}", least=15),
         ),
     ),
-    "tune": Part(
-        250, (UNPACK, Item("tune", 225, (("benchmarks.tune", "--keys=10", "--minutes={minutes}"),), least=60))
-    ),
-    "tests": Part(250, (UNPACK, Item("tests", 200, (PYTEST,), least=60, quiet=True))),
-    "ops": Part(250, (UNPACK, one("ops", 200, "benchmarks.ops", "--seconds={seconds}", least=60))),
+    "tune": Part(250, (kernels(5), Item("tune", 225, (TUNE,), least=60, quiet=False))),
+    "tests": Part(250, (kernels(5), Item("tests", 200, (PYTEST,), least=60))),
+    "ops": Part(250, (kernels(5), one("ops", 200, "benchmarks.ops", "--seconds={seconds}", least=60))),
     "layers": Part(
         250,
         (
-            UNPACK,
+            kernels(5),
             one("layers", 225, "benchmarks.layers", "batch_norm", "max_pool", "global_average", "cross_entropy",
                 "prepare_input", least=60),
         ),
     ),
-    "conv": Part(250, (UNPACK, one("conv", 225, "benchmarks.layers", "convolution", "bottleneck", least=60))),
-    "step": Part(250, (UNPACK, one("whole-step", 225, "benchmarks.step", "--device=cuda", least=60))),
+    "conv": Part(250, (kernels(5), one("conv", 225, "benchmarks.layers", "convolution", "bottleneck", least=60))),
+    "step": Part(250, (kernels(5), one("whole-step", 225, "benchmarks.step", "--device=cuda", least=60))),
 }  # fmt: skip
 
 
@@ -111,18 +119,18 @@ def available(item: Item) -> bool:
     return all(find_spec(command[0]) for command in item.commands)
 
 
-def run_item(item: Item, limit: float, echo: bool = True) -> list[int | None]:
+def run_item(item: Item, limit: float) -> list[int | None]:
     """Runs the commands side by side. Their exit codes, None for what was ended at `limit` with its children."""
     words = {"folder": FOLDER, "seconds": f"{max(0, limit - RESERVE):.0f}", "minutes": f"{max(0, limit - 20) / 60:.2f}"}
     environment = os.environ | {"TRITON_CACHE_DIR": str(pack.CACHE), "PYTHONUNBUFFERED": "1"}
     processes, readers = [], []
-    with (FOLDER / (LOG if item.quiet else f"{item.name}.log")).open("w") as log:
+    with (FOLDER / f"{item.name}.log").open("w") as log:
 
         def read(process: subprocess.Popen[str]) -> None:
             assert process.stdout
             for line in process.stdout:
                 log.write(line)
-                if echo and not item.quiet:
+                if not item.quiet:
                     print(line, end="", flush=True)
 
         for command in item.commands:
@@ -204,28 +212,30 @@ def card() -> dict[str, str]:
 
 
 class Results:
-    """GPU.json, GPU.md and GPU.png, written anew whenever rows are added; rows of other parts stay."""
+    """GPU.json, GPU.md, GPU.png and GPU.log; rows of other parts stay."""
 
     def __init__(self, folder: Path, gpu: str):
         self.folder, self.gpu = folder, gpu
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / f"{gpu}.json"
         self.content: dict[str, Any] = {"gpu": gpu, "sections": {}}
-        if self.file.exists():
-            self.content |= json.loads(self.file.read_text())
+        if self.file("json").exists():
+            self.content |= json.loads(self.file("json").read_text())
 
-    def add(self, section: str, content: dict[str, Any]) -> None:
-        """Rows of `report.write`, with the machine and the versions that they are of."""
-        self.content["sections"][section] = content
-        self.file.write_text(json.dumps(self.content, indent=1) + "\n")
-        (self.folder / f"{self.gpu}.md").write_text(markdown(self.content))
-        if shares := shares_of(self.content):
-            draw(self.folder / f"{self.gpu}.png", self.gpu, shares)
+    def file(self, kind: str) -> Path:
+        return self.folder / f"{self.gpu}.{kind}"
 
     def collect(self) -> None:
-        """What the items have written until now."""
-        for file in sorted(FOLDER.glob("*.json")):
-            self.add(file.stem, json.loads(file.read_text()))
+        """What the items have written until now, with the machine and the versions that it is of."""
+        for file in FOLDER.glob("*.json"):
+            self.content["sections"][file.stem] = json.loads(file.read_text())
+        self.file("json").write_text(json.dumps(self.content, indent=1) + "\n")
+        self.file("md").write_text(markdown(self.content))
+        logs = sorted(FOLDER.glob("*.log"))
+        self.file("log").write_text("".join(f"== {log.stem}\n{log.read_text()}" for log in logs))
+
+    def draw(self) -> None:
+        if shares := shares_of(self.content):
+            draw(self.file("png"), self.gpu, shares)
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -289,7 +299,6 @@ def run_part(name: str, results: Results) -> list[str]:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     report.write(str(FOLDER / f"{name}-machine.json"), "gpu", [], card=card(), kernels=pack.key())
-    results.collect()
     for item in part.items:
         left = part.limit - RESERVE - (time.monotonic() - start)
         if not available(item):
@@ -300,18 +309,20 @@ def run_part(name: str, results: Results) -> list[str]:
             continue
         print(f"== {item.name}: about {item.seconds:.0f} s, {left:.0f} are left", flush=True)
         began, known = time.monotonic(), kernels_cached()
-        codes = run_item(item, left)
-        took = f"{time.monotonic() - began:.0f} s, {kernels_cached() - known} kernels compiled meanwhile"
-        if item.name != "kernels":
-            print(f"   {item.name}: {took}", flush=True)
-        wrong = [f"ended at {left:.0f} s" if code is None else f"exit code {code}" for code in codes if code != 0]
-        if item.quiet:
-            log = (FOLDER / LOG).read_text()
+        limit = left if item.least else min(left, 2 * item.seconds)
+        codes = run_item(item, limit)
+        log = (FOLDER / f"{item.name}.log").read_text()
+        wrong = [f"ended at {limit:.0f} s" if code is None else f"exit code {code}" for code in codes if code != 0]
+        if wrong:
+            failed.append(f"{item.name}: {', '.join(wrong)}")
+            print(*(log.splitlines()[-LAST_LINES:] if item.quiet else []), failed[-1], sep="\n")
+        if item.name == "tests":
             rows = test_rows(log, "; ".join([*wrong, what_tests_lack()]))
-            report.write(str(FOLDER / f"{item.name}.json"), "gpu", rows)
-            shutil.copy(FOLDER / LOG, results.folder / f"{results.gpu}.{LOG}")
-        failed += [f"{item.name}: {', '.join(wrong)}"] if wrong else []
+            report.write(str(FOLDER / "tests.json"), "gpu", rows)
+        compiled = f", {kernels_cached() - known} kernels compiled meanwhile" if item.name != "kernels" else ""
+        print(f"   {time.monotonic() - began:.0f} s{compiled}", flush=True)
         results.collect()
+    results.draw()
     return failed
 
 
@@ -373,7 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         failed += run_part(name, results)
         print(digest(results))
-    print(f"== results: {results.file}")
+    print(f"== results: {results.file('md')}")
     print(*failed, sep="\n", end="\n" if failed else "")
     return 1 if failed else 0
 
@@ -385,9 +396,10 @@ def summary(files: list[Path], out: Path, parser: argparse.ArgumentParser) -> in
         parser.error("summary takes the GPU.json files of one kind of GPU")
     results = Results(out, contents[0]["gpu"])
     for content in contents:
-        for section, part in content["sections"].items():
-            results.add(section, part)
-    print(f"== results: {results.file}")
+        results.content["sections"] |= content["sections"]
+    results.collect()
+    results.draw()
+    print(f"== results: {results.file('md')}")
     return 0
 
 

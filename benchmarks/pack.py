@@ -103,10 +103,10 @@ def compile_one(launch: Launch) -> tuple[bool, str]:
         try:
             with limited(MOST_SECONDS):
                 kernel = compiled(launch)
+                if torch.cuda.is_available():
+                    driver.active.launcher_cls(kernel.src, kernel.metadata)
         except Exception as error:  # the compiler has no one class
             return False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if torch.cuda.is_available():
-        driver.active.launcher_cls(kernel.src, kernel.metadata)
     return hits == [True], ""
 
 

@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_an_item_ends_with_its_exit_codes_and_its_output_is_kept(module, folder, capfd):
     commands = (module("fails", "print('hello'); raise SystemExit(3)"),), (module("works", "print('hello')"),)
-    assert gpu.run_item(gpu.Item("two", 1, commands), limit=60) == [3, 0]
+    assert gpu.run_item(gpu.Item("two", 1, commands, quiet=False), limit=60) == [3, 0]
     assert (folder / "two.log").read_text() == capfd.readouterr().out == "hello\n" * 2
 
 
@@ -167,14 +167,23 @@ def machine(monkeypatch, module):
         "first": gpu.Part(
             1000,
             (
-                gpu.one("checks-forward", 1, module("part_checks", checks)),
-                gpu.one("ops", 1, module("part_ops", FAKE.format(name="ops", code=1))),
-                gpu.one("probes", 1, "no_such_module"),
+                gpu.one("checks-forward", 100, module("part_checks", checks)),
+                gpu.one("ops", 100, module("part_ops", FAKE.format(name="ops", code=1))),
+                gpu.one("probes", 100, "no_such_module"),
                 gpu.one("long", 990, "part_ops"),
                 gpu.one("layers", 990, module("part_layers", layers), least=10),
             ),
         ),
-        "tests": gpu.Part(1000, (gpu.Item("tests", 1, ((module("part_tests", tests),),), quiet=True),)),
+        "tests": gpu.Part(
+            1000,
+            (
+                gpu.Item(
+                    "tests",
+                    1,
+                    ((module("part_tests", tests),),),
+                ),
+            ),
+        ),
     }
     monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(gpu, "available", lambda item: item.name != "probes")
@@ -191,7 +200,7 @@ def test_all_parts_run_and_what_a_failing_item_wrote_is_kept(machine, tmp_path, 
     assert "PASSED" not in printed
     assert "8 images: 1" in printed
     assert "fine" not in printed
-    assert {file.name for file in out.iterdir()} == {f"{machine}.{end}" for end in ("json", "md", "png", "tests.log")}
+    assert {file.name for file in out.iterdir()} == {f"{machine}.{end}" for end in ("json", "md", "png", "log")}
     content = json.loads((out / f"{machine}.json").read_text())
     assert list(content["sections"]) == ["first-machine", "checks-forward", "ops", "layers", "tests-machine", "tests"]
     assert content["sections"]["first-machine"]["machine"]["card"] == {"power.limit": "700 W"}
@@ -217,7 +226,9 @@ def test_the_results_of_two_calls_are_one_table(machine, tmp_path, capfd):
 def test_a_failing_test_is_the_exit_code(machine, tmp_path, module, capfd):
     module("part_tests", "print('tests/test_a.py::test_b FAILED [100%]'); raise SystemExit(1)")
     assert gpu.main(["tests", "--out", str(tmp_path / "results")]) == 1
-    assert "tests: exit code 1" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "tests: exit code 1" in printed
+    assert "FAILED [100%]" in printed, "the end of what fails is shown"
 
 
 def test_an_unknown_part_is_bad_usage(capsys):
