@@ -35,7 +35,7 @@ import triton
 
 from benchmarks import report
 from benchmarks.roofline import CONVOLUTIONS
-from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, launches, meta_run, recorded, step_calls
+from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, launches, meta_step, recorded, step_calls
 from kernels import geometry
 from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
@@ -57,8 +57,8 @@ def short_calls() -> Iterator[Call]:
     half, bfloat16, single = torch.float16, torch.bfloat16, torch.float32
     for model, dtype in (("resnet18", half), ("resnet18", bfloat16), ("lenet", single)):
         yield from step_calls(model, 32, dtype)
-    runs = [meta_run("lenet", 32, dtype) for dtype in (half, bfloat16, single)]
-    staged = meta_run("lenet", 32, bfloat16, bfloat16_transport=False)
+    runs = [meta_step("lenet", 32, dtype) for dtype in (half, bfloat16, single)]
+    staged = meta_step("lenet", 32, bfloat16, bfloat16_transport=False)
     with recorded() as calls:
         for run in runs:
             run.arena.refresh()
