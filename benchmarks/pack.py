@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -52,11 +53,12 @@ Lists = dict[str, list[Launch]]  # what each part of `benchmarks.gpu` launches
 def key() -> dict[str, str]:
     """What must be equal for Triton to find an entry, in words and in digests."""
     version = sys.version_info
+    compiler = str(make_backend(GPUTarget("cuda", CHIP, 32)).hash())  # ptxas says a lot of itself
     return {
         "python": f"{version.major}.{version.minor}",
         "triton": triton.__version__,
         "triton's files": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
-        "ptxas and chip": str(make_backend(GPUTarget("cuda", CHIP, 32)).hash()),
+        "ptxas and chip": " ".join(re.findall(r"\bV[\d.]+|-\d+$", compiler)) or compiler,
         "environment": str(sorted(get_cache_invalidating_env_vars().items())),
     }
 
