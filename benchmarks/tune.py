@@ -37,13 +37,13 @@ from benchmarks.roofline import bytes_of
 from benchmarks.trace import Call, Launch, launches
 from kernels import configurations
 from kernels.configurations import Configuration
-from kernels.convolution_weight_gradient import PROGRAMS
+from kernels.convolution_weight_gradient import SMS
 from nvcnn.models import MODELS
 
 MARGIN = 0.02  # a gain below it is noise
 SECONDS = 0.4  # a candidate, compiled: checked and timed
 TOLERANCE = 1e-3  # of the norm: twice a rounding to fp16, and under one to bf16
-dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 Table = dict[str, dict[str, Configuration]]
 Clock = Callable[[Call], float]
 Compilable = Callable[[Call, str, str, list[Configuration]], list[Configuration]]
@@ -76,7 +76,7 @@ def neighbours(config: Configuration) -> Iterator[Configuration]:
         if name == "BOX_W" and not config["TMA"]:
             continue  # there are no boxes
         if name == "PERSISTENT":
-            yield {**config, name: 0 if value else PROGRAMS}
+            yield {**config, name: 0 if value else 2 * SMS}
         for other in others:
             if other >= 1 and not (name == "num_warps" and other > 16):
                 yield {**config, name: other}
@@ -249,6 +249,11 @@ def tune(
             )
 
 
+def chosen(asked: argparse.Namespace) -> Counter[Call]:
+    every = layer_calls(asked.model, asked.batch, DTYPES[asked.dtype], *CONVS)
+    return Counter({call: n for call, n in every.items() if any(name in call.name for name in asked.names or [""])})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.tune", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="only ops whose name contains it")
@@ -262,9 +267,8 @@ def main() -> int:
     if not torch.cuda.is_available() and not asked.dry_run:
         print("benchmarks.tune: no CUDA device here; without a table configurations are computed", file=sys.stderr)
         return 2
-    every = layer_calls(asked.model, asked.batch, dtypes[asked.dtype], *CONVS)
-    calls = Counter({call: n for call, n in every.items() if any(name in call.name for name in asked.names or [""])})
     if asked.dry_run:
+        calls = chosen(asked)
         for call, op, key in heaviest(calls, pack.CHIP, {}, asked.keys):
             start = looked_up(partial(launches, call, pack.CHIP), {})[op, key]
             around = len(within(start, 1)) - 1
@@ -277,8 +281,8 @@ def main() -> int:
         major, minor = torch.cuda.get_device_capability(device)
         file = configurations.TABLES / f"{configurations.table_name(device)}.json"
         ahead = partial(compiled_ahead, pool=pool, chip=10 * major + minor, totals=totals)
-        clock = partial(milliseconds, device=device)
-        tune(calls, device, file, clock=clock, seconds=60 * asked.minutes, keys=asked.keys, compilable=ahead)
+        options = {"clock": partial(milliseconds, device=device), "keys": asked.keys, "compilable": ahead}
+        tune(chosen(asked), device, file, seconds=60 * asked.minutes, **options)
     print(f"kernels: {totals}\nwritten: {file}")
     return 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import HALF_AND_SINGLE, check_images, check_vectors
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 
 def reference(
@@ -29,7 +29,7 @@ def reference(
     return (x if channels == c else F.pad(x, (0, channels - c))).permute(0, 3, 1, 2)
 
 
-@triton.jit
+@triton.jit(repr=named("prepare_input"))
 def kernel(
     images, flip, scale, shift, x, H,
     W: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.blocks import check
 from kernels.images import check_vectors
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 MODES = ("off", "clip", "scale")
 KEPT, NEW = tl.constexpr(0.9), tl.constexpr(0.1)  # of an average, of what it follows: as the original's
@@ -100,7 +100,7 @@ def average_rows(rows, latest, average, N, CHUNK: tl.constexpr):
     tl.store(latest + column, mean, mask=column < 3)
 
 
-@triton.jit
+@triton.jit(repr=named("trust_ratio"))
 def kernel(
     gradient_square_sums,
     weight_square_sums,

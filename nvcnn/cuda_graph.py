@@ -77,7 +77,8 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
 
     Warm-up and capture call from one thread, on one stream: cuDNN's choices are kept by thread, and backward's leaves
     must be on the stream it runs on; where they are not, PyTorch warns, which is an error here. Other threads (DALI's,
-    NCCL's) go on meanwhile. The graph lives as long as what is returned.
+    NCCL's) go on meanwhile. The graph lives as long as what is returned, and Triton's kernels stay loaded: their
+    functions hold them.
     """
     graph, stream, before = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(before)

@@ -45,7 +45,8 @@ class Step:
         larc_exclude: str = "none",
     ):
         self.model, self.transport = model.train(), transport
-        self.image_size, self.channels, self.dtype, self.normalize = image_size, channels, dtype, normalize
+        self.image_size, self.channels, self.dtype = image_size, channels, dtype
+        self.prepare_input = partial(prepare_input, dtype=dtype, normalize=normalize, channels=channels)
         self.label_smoothing = label_smoothing
         self.arena = Arena(
             model,
@@ -65,21 +66,17 @@ class Step:
             loss_scale=loss_scale,
         )
         self.gradients = Gradients(self.arena, transport)
-        self.images: Tensor | None = None  # with `labels`, what a captured step reads
+        # Of a captured step: its launch, and what it reads.
         self.replay: Callable[[], None] | None = None
+        self.images: Tensor | None = None
+        self.labels: Tensor
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step. Returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for.
 
         The next step overwrites what is returned.
         """
-        images = prepare_input(
-            *(batch.images, batch.flip),
-            dtype=self.dtype,
-            normalize=self.normalize,
-            channels=self.channels,
-            into=self.images,
-        )
+        images = self.prepare_input(batch.images, batch.flip, into=self.images)
         if self.replay is None:
             self.train(images, batch.labels)
         else:
@@ -98,7 +95,7 @@ class Step:
     def capture(self, batch_size: int) -> None:
         """From now on a step is the replay of a CUDA graph. All state, that of the random generators too, stays.
 
-        Owed by all ranks together. The bits are those of a step that is not captured.
+        For all ranks to call. The bits are those of a step that is not captured; a batch of another size is refused.
         """
         shape, device = (batch_size, self.channels, self.image_size, self.image_size), self.arena.weight.device
         self.images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
@@ -109,7 +106,7 @@ class Step:
 
     def close(self) -> None:
         """Lets go of the graph: it may hold collectives, and must end before the transport does."""
-        self.images = self.replay = None
+        self.replay = self.images = None
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that steps write or read, by name. They are written in place: their addresses stay."""
@@ -125,11 +122,11 @@ class Step:
         return torch.cat([average, *(t.double() for t in (o.latest[:1], o.loss_scale, o.counters[1:2]))]).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank, on the CPU: what a checkpoint holds of the step."""
+        """Of this rank, copied to the CPU: what a checkpoint holds of the step."""
         return {
             "weights": self.arena.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "loss_average": self.optimizer.average.cpu(),
+            "loss_average": self.optimizer.average.cpu().clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

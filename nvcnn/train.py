@@ -135,8 +135,6 @@ class Run:
             if self.device.type == "cuda" and "cuda_rng" in mine:  # a run may go on on another device
                 torch.cuda.set_rng_state(mine["cuda_rng"])
         self.step = self.train_step.broadcast()
-        if not self.plan.no_graph and self.step < self.plan.steps:
-            self.train_step.capture(settings.batch_size)
 
     def open_data(
         self, dataset: Dataset | None, threads: int, state: dict | None
@@ -169,6 +167,10 @@ class Run:
             write_config(settings, self.transport.size)
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=self.transport.rank)
         self.announce(metrics)
+        if not self.plan.no_graph:
+            self.train_step.capture(settings.batch_size)
+        metrics.say("Training")
+        metrics.table_head()
         tensors = TensorLog(optimizer) if settings.log_tensors and self.transport.rank == 0 else None
         signals: list[int] = []
         vote = Vote(self.transport, questions=2)
@@ -277,8 +279,6 @@ class Run:
         if self.left_out:
             say(f"Left out:    {len(self.left_out)} bad images")
             metrics.write("left_out", images=self.left_out)
-        say("Training")
-        metrics.table_head()
 
 
 @contextmanager

@@ -18,12 +18,13 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.trace import META, call_of, meta_step
 from nvcnn import checkpoint, metrics
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
-from nvcnn.data import prepare_input
+from nvcnn.data import Batch, prepare_input
 from nvcnn.distributed import Launch, Torch, connect
 from nvcnn.errors import InputError
 from nvcnn.models import MODELS
 from nvcnn.plan import describe, plan
 from nvcnn.settings import Settings
+from nvcnn.step import Step
 from nvcnn.train import Run
 from tests.nvcnn.test_step import CLASSES, batch, make
 
@@ -124,17 +125,21 @@ def test_a_graph_has_the_bits_of_a_step(device, capturing, case):
     for one, other in zip(*states, strict=True):
         assert_same(one, other)
     assert [int(state["optimizer.counters"][1]) for state in states[0]] == [1, 2, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="images must be"):
+        step(Batch(*(t[:3] for t in batches[0])))
 
 
 def test_a_run_is_the_same_with_a_graph(tmp_path, capturing, monkeypatch, device):
     """The loop around it: table lines, a checkpoint, the end."""
     lines, weights = [], []
+    taken, whole = [], Step.capture
+    monkeypatch.setattr(Step, "capture", lambda step, size: taken.append(size) or whole(step, size))
     for name, reason in (("eager", "--cuda_graph=off"), ("graph", "")):
         monkeypatch.setattr("nvcnn.plan.why_not", lambda *_, reason=reason, **__: reason)
         settings = Settings(model="lenet", batch_size=4, num_batches=4, num_classes=9, log_dir=str(tmp_path / name))
         run = Run(settings, None, connect("torch"), None)
-        assert bool(run.train_step.replay) == (name == "graph")
         assert run.loop() == 0
+        assert taken == ([4] if name == "graph" else [])
         assert run.train_step.replay is None  # a graph must end before the transport
         weights.append(checkpoint.newest(tmp_path / name)[1]["weights"])
         events = [event for event in metrics.read(tmp_path / name) if event["event"] == "train"]
@@ -234,6 +239,10 @@ def test_a_run_says_it_at_its_start(device):
 
     assert line("off") == "CUDA graph:  none: --cuda_graph=off"
     assert line("auto") == "CUDA graph:  " + ("the whole step" if device.type == "cuda" else "none: there is no GPU")
+    with (
+        nullcontext() if device.type == "cuda" else pytest.raises(InputError, match="--cuda_graph=on: there is no GPU")
+    ):
+        assert line("on") == "CUDA graph:  the whole step"
 
 
 class Fake:
@@ -254,10 +263,10 @@ class Fake:
         return mock.Mock(wait_stream=lambda other: self.done.append("the first stream waits"))
 
     def Event(self, blocking):
-        number = sum(self.done.count(word) for word in ("event",))
+        number = self.done.count("event")
         self.done.append("event")
-        note = lambda verb: lambda: self.done.append((verb, number))  # noqa: E731
-        return mock.Mock(synchronize=note("wait"), record=note("record"))
+        wait, record = ("wait", number), ("record", number)
+        return mock.Mock(synchronize=lambda: self.done.append(wait), record=lambda: self.done.append(record))
 
     @contextmanager
     def stream(self, stream):
@@ -273,7 +282,7 @@ class Fake:
         self.done.append("captured")
 
     def step(self):
-        self.done.append("step" if gc.isenabled() is False else "step, with garbage collection")
+        self.done.append("step, with garbage collection" if gc.isenabled() else "step")
         assert self.streams
         if self.fails:
             warnings.warn("The AccumulateGrad node's stream does not match the stream of the node", stacklevel=1)
@@ -324,9 +333,9 @@ def test_nccls_allreduces_are_in_the_graph(device, capturing, monkeypatch):
             return wait_and_double
 
     transport = Doubling(Launch(launcher="the environment"))
+    eager, graph = (make(device, transport=transport, dtype=torch.bfloat16) for _ in range(2))
+    alone = make(device, dtype=torch.bfloat16)
     try:
-        eager, graph = (make(device, transport=transport, dtype=torch.bfloat16) for _ in range(2))
-        alone = make(device, dtype=torch.bfloat16)
         graph.capture(4)
         for number in range(4):
             for step in (eager, graph, alone):
@@ -334,6 +343,6 @@ def test_nccls_allreduces_are_in_the_graph(device, capturing, monkeypatch):
                 step(batch(number, device))
             assert_same(bits(eager), bits(graph))
         assert not torch.equal(alone.arena.matrix_gradient, graph.arena.matrix_gradient)
-        graph.close()
     finally:
+        graph.close()
         transport.close()
