@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import configurations
-from kernels.operators import operators
+from kernels.operators import hash_callees_first, operators
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch as Launched
 from nvcnn.distributed import Transport
@@ -271,5 +271,7 @@ def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[
 
 def compiled(launch: Launch) -> Any:
     """The launch's kernel as Triton's CompiledKernel; nothing of it is loaded."""
+    module = import_module(launch.module)
+    hash_callees_first(vars(module))
     with mock.patch.object(driver, "_active", Chip(launch.chip)):
-        return getattr(import_module(launch.module), launch.kernel).preload(launch.specialization)
+        return getattr(module, launch.kernel).preload(launch.specialization)

@@ -1,11 +1,15 @@
 """The search on ops in the interpreter; what is timed is a clock of the test's own."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from benchmarks import tune
+from benchmarks import pack, tune
 from benchmarks.ops import layer_calls
 from benchmarks.replay import argument_sets, arguments, describe, outcome, replay
 from benchmarks.trace import call_of
@@ -206,3 +210,44 @@ def test_without_a_gpu_one_line_and_exit_code_2(monkeypatch, capsys):
     assert tune.main() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no CUDA device" in line
+
+
+def test_what_is_compiled_ahead_are_the_rings_around_a_configuration():
+    start = {"BLOCK": 4, "num_warps": 16}
+    around = list(tune.neighbours(start))
+    assert tune.within(start, 0) == [start]
+    assert tune.within(start, 1) == [start, *around]
+    two = tune.within(start, 2)
+    assert {"BLOCK": 16, "num_warps": 16} in two
+    assert {"BLOCK": 8, "num_warps": 8} in two
+    assert len(two) == len({tuple(config.items()) for config in two}) == 1 + 3 + 5
+
+
+def test_what_the_compiler_or_the_launcher_refuses_is_not_tried(monkeypatch):
+    def launch(config):
+        return tune.Launch("module", "kernel", 90, str(config), ())
+
+    def candidate(call, op, key, config, chip):
+        return [] if config["BLOCK"] == 1 else [launch(config)]
+
+    def compile_all(launches, pool):
+        return pack.Outcome(1, 2, {launch: "why" for launch in launches if "4" in launch.specialization}, 3.0)
+
+    monkeypatch.setattr(tune, "candidate", candidate)
+    monkeypatch.setattr(pack, "compile_all", compile_all)
+    totals = pack.Outcome(hits=1)
+    configs = [{"BLOCK": n} for n in (1, 2, 4)]
+    left = tune.compiled_ahead(None, "op", "key", configs, pool=None, chip=90, totals=totals)
+    assert left == [{"BLOCK": 2}]
+    assert str(totals) == "2 hits, 2 misses compiled, 1 refused, 3 s"
+
+
+def test_a_dry_run_lists_the_heaviest_keys():
+    """In a process of its own: what a launcher would start is asked of the compiler, not of the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.tune", "--model=lenet", "--batch=8", "--keys=3", "--dry_run"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(re.search(r": fp16 .*: from \{.*\}, \d+ neighbours, about \d+ s$", line) for line in lines)
