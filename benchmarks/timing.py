@@ -106,7 +106,8 @@ def reason(error: BaseException) -> str:
 
 def lost(error: BaseException) -> bool:
     """Whether the GPU answers this process no more, so that whatever follows would fail, too."""
-    return any(words in str(error) for words in ("illegal", "unspecified launch failure", "misaligned address"))
+    words = "illegal", "unspecified launch failure", "misaligned address", "device-side assert"
+    return any(word in str(error) for word in words)
 
 
 def significant(value: float) -> float:
