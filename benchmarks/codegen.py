@@ -162,7 +162,7 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
     breaches = [f"{spills} bytes of spills"] if spills else []
     if not programs:
         breaches.append("does not fit an SM")
-    if re.search(r"tt\.dot .*xb?f16>", kernel.asm["ttir"]) and matrix != MATRIX[launch.chip]:
+    if re.search(r"tt\.dot .*xb?f16>", kernel.asm.get("ttir", "")) and matrix != MATRIX[launch.chip]:
         breaches.append(f"multiplies matrices without {MATRIX[launch.chip]}")
     if matrix == "wgmma" and (warnings := serialised(ptx)):
         breaches.append(f"wgmma serialised ({', '.join(warnings)})")

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in parts that fit a short loan of one, and what prepares them where there is none.
+"""Everything that needs a GPU, in parts of a few minutes each, and what prepares them where there is none.
 
 python3 -m benchmarks.gpu pack [--out DIR] ...                  compiles ahead: see benchmarks.pack
 python3 -m benchmarks.gpu [PART ...] [--out DIR] [--dry_run]    (`make gpu`)

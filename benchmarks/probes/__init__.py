@@ -65,8 +65,9 @@ def load(name: str) -> Probe:
 
 
 def launches(probe: Probe, chip: int = 90) -> list[Launch]:
-    """All kernels that the probe launches, `check` the same ones, so that they can be compiled ahead of time."""
-    return launches_of(lambda: [contender.step() for contender in probe.contenders(META).values()], chip)
+    """The distinct kernels that the probe launches, in `check` as well, so that they can be compiled ahead of time."""
+    found = launches_of(lambda: [contender.step() for contender in probe.contenders(META).values()], chip)
+    return list(dict.fromkeys(found))
 
 
 def processors(device: torch.device) -> int:

@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from statistics import median
@@ -66,11 +67,16 @@ def judged(probe: Probe, found: dict[str, float], us: dict[str, float], floors: 
 
 
 def failed(name: str, why: BaseException | str) -> Row:
-    """The row of a probe without a result."""
-    note = timing.missing(name, "us", why)["note"]
-    empty: dict[str, float] = {}
-    return {"name": name, "errors": empty, "us": empty, "floor": empty, "factor": None, "threshold": "",
-            "verdict": f"FAILED: {note}", "good": False}  # fmt: skip
+    """The row of a probe without a result; of an error what caused it first, and where."""
+    trace = ""
+    if isinstance(why, BaseException):
+        trace = "".join(traceback.format_exception(why))
+        first = why
+        while first.__cause__ is not None:
+            first = first.__cause__
+        why = "; ".join(dict.fromkeys(timing.missing(name, "us", error)["note"] for error in (why, first)))
+    row: Row = {"name": name, "errors": {}, "us": {}, "floor": {}, "factor": None, "threshold": ""}
+    return row | {"verdict": f"FAILED: {why}", "good": False, "trace": trace}
 
 
 def line(row: Row) -> str:
@@ -129,7 +135,7 @@ def run(
             add(row)
             patience = 0
         process.kill()
-        process.join()
+        process.join(10)  # of a kernel that never ends the driver has to dispose
     for name in left:
         add(failed(name, f"not reached in --seconds={seconds:g}"))
 

@@ -51,9 +51,10 @@ def deviation(y, inverse, shift):
         d = fma(y, inverse, shift)
         d = tl.minimum(d, MOST, propagate_nan=tl.PropagateNan.ALL)
         return tl.maximum(d, -MOST, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+    # The smaller of the absolute values, with the sign of the first: 0x5B80 is MOST.
     asm: tl.constexpr = (
-        "{ .reg .b32 d, most; fma.rn.f16x2 d, $1, $2, $3; mov.b32 most, 0x5B805B80; min.NaN.f16x2 d, d, most; "
-        "mov.b32 most, 0xDB80DB80; max.NaN.f16x2 $0, d, most; }"
+        "{ .reg .b32 d, most; fma.rn.f16x2 d, $1, $2, $3; mov.b32 most, 0x5B805B80; "
+        "min.NaN.xorsign.abs.f16x2 $0, d, most; }"
     )
     return tl.inline_asm_elementwise(asm, "=r,r,r,r", [y, inverse, shift], dtype=tl.float16, is_pure=True, pack=2)
 

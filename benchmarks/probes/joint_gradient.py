@@ -5,14 +5,14 @@ g, y and x are read once for both, dy is formed once; dw and the sums of `data_g
 of a program. Triton cannot: it maps once for each layout, and spills. Bytes: g, y, x and dx once, 1028 MB at 56 x 56.
 
 One warp, the producer, moves tiles of rows by TMA into a ring of STAGES; eight, the consumers, compute. Who waits:
-    full[s]   1 arrival and the bytes of g, y, x: the producer announces them, TMA completes it. Consumers wait with the
-              phase of the ring's turn before they read stage s.
-    empty[s]  1 arrival: consumers, after both products have read stage s. The producer waits with the phase before it,
-              which at once passes in the first turn, as no phase of the barrier has been completed.
-    weight    1 arrival and the bytes of the weight, before the warps part.
-Consumers write shared memory (dy, in place of g, and a) by ordinary stores and read it by wgmma, another proxy: hence
-fence, then barrier, before the products. Of the buffers without a ring, `a` is overwritten after the barrier that ends
-the turn, when no product is in flight; `result` is written after that barrier and read after the next.
+    full[s]   1 arrival and the bytes of g, y and x: the producer announces them, TMA completes it. Consumers wait for
+              the phase of the ring's turn before they read stage s.
+    empty[s]  1 arrival: of the consumers, after both products have read stage s. The producer waits for the phase
+              before its own, which passes at once in the ring's first turn.
+    loaded    1 arrival and the bytes of the weight, before the warps part.
+Consumers write dy (in place of g) and a to shared memory by ordinary stores, and wgmma reads them by another proxy:
+hence fence, then barrier, before the products. `activation` and `result`, of which there is one each, are overwritten
+after the barrier that ends a turn: no product is in flight then, and all have read their rows.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ from benchmarks.probes.data_gradient import Operands, operands, reference
 from benchmarks.probes.present import POINTWISE, library_gradients, present, summed
 
 K, C, SIZE = 256, 64, 56
-BLOCK_ROWS, STAGES, SLICE = 64, 2, 8
+BLOCK_ROWS, STAGES = 64, 2
 OURS = "one Gluon kernel"
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
@@ -80,7 +80,7 @@ def produce(g, y, x, ring, tiles):
 
 
 @gluon.jit
-def consume(ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles, SLICE: gl.constexpr):
+def consume(ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles):
     """Computes the program's tiles; at the end stores its part of dw and of the sums."""
     g_ring, y_ring, x_ring, full, empty = ring
     activation, result, w = memory
@@ -88,7 +88,7 @@ def consume(ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles, SL
     BLOCK_ROWS: gl.constexpr = g_ring.shape[1]
     K: gl.constexpr = w.shape[0]
     C: gl.constexpr = w.shape[1]
-    # A thread's columns are the same in every slice of rows, so that it holds few values of the vectors.
+    # A thread's columns are the same in all its rows, so that it holds few values of the vectors.
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     of_dw: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
@@ -108,11 +108,9 @@ def consume(ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles, SL
         stage, phase = turn % STAGES, turn // STAGES & 1
         dy, y_tile, x_tile = g_ring.index(stage), y_ring.index(stage), x_ring.index(stage)
         mbarrier.wait(full.index(stage), phase)
-        # Prologue: dy in the place of g, a few rows at a time, and a.
-        for i in gl.static_range(BLOCK_ROWS // SLICE):
-            part = dy.slice(i * SLICE, SLICE)
-            map_y = y_tile.slice(i * SLICE, SLICE).load(wide).to(gl.float32) * slope + offset
-            part.store((part.load(wide).to(gl.float32) * scale + map_y).to(gl.float16))
+        # Prologue: dy in the place of g, and a.
+        map_y = y_tile.load(wide).to(gl.float32) * slope + offset
+        dy.store((dy.load(wide).to(gl.float32) * scale + map_y).to(gl.float16))
         raw = x_tile.load(narrow)
         a = fma_relu(raw, x_scale, x_shift)
         activation.store(a)
@@ -155,7 +153,6 @@ def joint_gradient(
     sums,
     tiles,
     STAGES: gl.constexpr,
-    SLICE: gl.constexpr,
 ):
     """One program: every n-th tile of rows, of n programs; whole rows of dx, and one part of dw."""
     BLOCK_ROWS: gl.constexpr = g.block_type.shape[0]
@@ -169,20 +166,20 @@ def joint_gradient(
     w = gl.allocate_shared_memory(gl.float16, [K, C], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(loaded, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()  # the barriers are there before TMA completes them
     barrier()
-    mbarrier.expect(ready, weight.block_type.nbytes)
-    load_tile(weight, [0, 0], ready, w)
-    mbarrier.wait(ready, 0)
+    mbarrier.expect(loaded, weight.block_type.nbytes)
+    load_tile(weight, [0, 0], loaded, w)
+    mbarrier.wait(loaded, 0)
     ring, memory = (g_ring, y_ring, x_ring, full, empty), (activation, result, w)
     gl.warp_specialize(
         [
-            (consume, (ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles, SLICE)),
+            (consume, (ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles)),
             (produce, (g, y, x, ring, tiles)),
         ],
         [1],  # the producer's warps
@@ -204,7 +201,6 @@ def launch(of: Operands) -> tuple[Tensor, Tensor, Tensor]:
     joint_gradient[(programs,)](
         *(*tiles_of, of.factors, of.x_vectors, of.d_vectors, dx, partial_dw, sums, tiles),
         STAGES=STAGES,
-        SLICE=SLICE,
         num_warps=8,
     )
     return dx, summed(partial_dw), sums

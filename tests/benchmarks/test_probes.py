@@ -1,0 +1,308 @@
+"""The probes' kernels in the interpreter, their code for the GPU they are for, and how they are run and judged."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib import import_module
+from math import inf, nan
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import probes, timing
+from benchmarks.probes import NAMES, __main__, data_gradient, load
+
+TRITON = [name for name in NAMES if name not in ("joint_gradient", "cudnn_3x3")]  # what the interpreter can run
+BY_OPERANDS = ("gradient_tiles", "stored_gradient")  # take `data_gradient.operands`; the others make their own
+EXACT = [name for name in TRITON if name != "linear_batch_norm"]  # whose factors are roots
+
+
+def module(name):
+    return import_module(f"benchmarks.probes.{name}")
+
+
+@pytest.fixture
+def hopper(device):
+    """The device, if it has TMA: the interpreter does."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("TMA is of Hopper and later")
+    return device
+
+
+@pytest.fixture
+def smaller(monkeypatch):
+    """Fewer channels in the deep layers, and smaller images: the interpreter takes its time."""
+    for name in BY_OPERANDS:
+        monkeypatch.setattr(module(name), "K", 256)
+    monkeypatch.setattr(module("l2_rate"), "SHAPES", ((64, 20), (256, 14)))
+    monkeypatch.setattr(module("stored_gradient"), "processors", lambda device: 12)  # three parts, the last one shorter
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory is NaN: a value that a kernel leaves out shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def integers(*shape, device, std=1.0):
+    """-1, 0 and 1, so many zeros that the squares of a convolution's results are exact halves."""
+    return (torch.randint(-1, 2, shape, device=device) * torch.randint(0, 4, shape, device=device).eq(0)).half()
+
+
+def integer_vectors(channels, device):
+    return torch.stack((torch.ones(channels, device=device).half(), integers(channels, device=device)))
+
+
+def integer_operands(rows, k, c, device):
+    g, y, weight, x = (integers(*shape, device=device) for shape in ((rows, k), (rows, k), (k, c), (rows, c)))
+    factors = torch.cat((torch.ones(1, k, device=device), integers(2, k, device=device).float()))
+    vectors = integer_vectors(c, device), integer_vectors(c, device)
+    return data_gradient.Operands(g, y, weight, factors, x, *vectors)
+
+
+@pytest.mark.parametrize("name", TRITON)
+def test_kernels_are_right(name, hopper, smaller, poisoned):
+    torch.manual_seed(0)
+    probe = load(name)
+    found = probe.check(hopper)
+    assert found
+    assert all(value <= probe.tolerance for value in found.values()), found
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_kernels_are_exact_on_small_integers(name, hopper, smaller, monkeypatch):
+    torch.manual_seed(0)
+    if name in BY_OPERANDS:
+        monkeypatch.setattr(module(name), "operands", integer_operands)
+    else:
+        monkeypatch.setattr(module(name), "normal", integers)
+        monkeypatch.setattr(module(name), "random_vectors", integer_vectors)
+    found = load(name).check(hopper)
+    assert set(found.values()) == {0.0}, found
+
+
+def test_squares_of_deviations_stay_finite_and_a_nan_shows(hopper):
+    x, weight = torch.ones(512, 64, device=hopper).half(), torch.ones(256, 64, device=hopper).half()
+    weight[1::2] = -1
+    x_vectors, y_vectors = (
+        torch.stack((torch.full((n,), value, device=hopper), torch.zeros(n, device=hopper))).half()
+        for n, value in ((64, 1.0), (256, 1000.0))
+    )
+    sums = module("resident_forward").launch(x, weight, x_vectors, y_vectors, 128)[1].sum(1)
+    sign = torch.ones(256, device=hopper)
+    sign[1::2] = -1
+    assert torch.equal(sums, torch.stack((512 * 240 * sign, torch.full_like(sign, 512 * 240**2))))
+    x[100, 0] = nan
+    assert module("resident_forward").launch(x, weight, x_vectors, y_vectors, 128)[1].sum(1).isnan().all()
+
+
+SCRIPT = """
+import json, re, subprocess, tempfile
+from pathlib import Path
+import triton
+from benchmarks.codegen import compile_launch
+from benchmarks.probes import NAMES, launches, load
+from benchmarks.trace import compiled
+found = {name: launches(load(name)) for name in NAMES}
+rows = []
+for name, all_of_them in found.items():
+    for launch in all_of_them:
+        row = {"probe": name, "module": launch.module, "kernel": launch.kernel}
+        if launch.module.startswith("benchmarks.probes."):
+            row |= compile_launch(launch)
+            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+                file.write(compiled(launch).asm["ptx"])
+                file.flush()
+                ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+                command = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+                said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+                row["warnings"] = re.findall(r"C75\\d\\d", said)
+        rows.append(row)
+print(json.dumps(rows))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """All launches of all probes, their own kernels compiled, in a process where the interpreter replaces nothing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(run.stdout)
+
+
+def test_all_launches_are_found_before_they_run(rows):
+    found = {(row["probe"], row["kernel"]) for row in rows}
+    own = {
+        "joint_gradient": ["joint_gradient", "sum_kernel"],
+        "resident_forward": ["resident_forward"],
+        "l2_rate": ["convolution_3x3"],
+        "gradient_tiles": ["data_gradient"],
+        "stored_gradient": ["data_gradient", "weight_gradient", "sum_kernel"],
+        "join": ["join"],
+        "linear_batch_norm": ["gram_matrix", "linear_data_gradient", "sum_kernel"],
+    }
+    assert {(probe, kernel) for probe, kernels in own.items() for kernel in kernels} <= found
+    assert {row["probe"] for row in rows if row["module"].startswith("kernels.")} >= set(NAMES) - {"l2_rate"}
+
+
+def test_kernels_use_the_tensor_cores_and_nothing_spills_or_waits(rows):
+    for row in rows:
+        if not row["module"].startswith("benchmarks.probes."):
+            continue
+        breach = row["breach"]
+        if row["kernel"] == "joint_gradient":  # dw, from the layout of its products, once a program
+            breach = breach if not breach.startswith("8 bytes at a time") or ";" in breach else ""
+        assert (row["spills"], row["matrix"], row["warnings"], breach) == (0, "wgmma", [], ""), row
+    by_tma = {row["kernel"] for row in rows if row.get("tma") == "yes"}
+    assert by_tma == {"joint_gradient", "convolution_3x3", "weight_gradient", "linear_data_gradient"}
+    pairs = {
+        row["name"]: row["occupancy"] for row in rows if row["kernel"] == "data_gradient" and "=128 " in row["name"]
+    }
+    assert "25%" in pairs.values()  # two programs of 8 warps
+
+
+@pytest.mark.parametrize(
+    ("name", "us", "factor", "expected"),
+    [
+        ("joint_gradient", {"one Gluon kernel": 480}, 1.0, "adopt"),
+        ("joint_gradient", {"one Gluon kernel": 480}, 1.4, "stay with separate"),
+        ("joint_gradient", {"one Gluon kernel": 460}, 1.4, "two consumer groups"),
+        ("resident_forward", {"128 x 128": 300, "64 x 128": 230}, 1.0, "Triton suffices"),
+        ("resident_forward", {"128 x 128": 231, "64 x 128": 231}, 1.0, "write it in Gluon"),
+        ("l2_rate", {"64 channels": 200, "256 channels": 170}, 1.4, "will do: 7.27"),
+        ("l2_rate", {"64 channels": 300, "256 channels": 300}, 1.4, "halo or cuDNN: 4.84"),
+        ("cudnn_3x3", {"fused, 64 channels": 119, "fused, 256 channels": 120}, 1.0, "take"),
+        ("cudnn_3x3", {"fused, 64 channels": 119, "fused, 256 channels": 121}, 1.0, "not"),
+        ("gradient_tiles", {"128 x 256 x 64": 90, "128 x 128 x 32, 128 registers": 91}, 1.0, "128 x 256 x 64"),
+        ("stored_gradient", {"dy stored": 200, "dy formed twice": 220}, 1.4, "store dy: storing saves 28 us"),
+        ("stored_gradient", {"dy stored": 200, "dy formed twice": 220}, 1.0, "form dy twice"),
+        ("join", {"Triton, halves": 550}, 1.0, "Triton suffices: 1.2"),
+        ("join", {"Triton, halves": 560}, 1.0, "write it in Gluon: 1.26"),
+        ("linear_batch_norm", {"Gram matrix and data gradient": 300, "present": 420}, 1.0, "adopt it: saves 120 us"),
+        ("linear_batch_norm", {"Gram matrix and data gradient": 300, "present": 290}, 1.0, "stay with y"),
+    ],
+)
+def test_verdicts(name, us, factor, expected):
+    assert expected in load(name).verdict(us, factor)
+
+
+@pytest.mark.parametrize("value", [3e-3, nan, inf])
+def test_a_wrong_result_is_said_before_its_time(value):
+    row = __main__.judged(load("join"), {"z": 0.0, "y": value}, {"Triton, halves": 500}, {"Triton, halves": 445}, 1.0)
+    assert not row["good"]
+    assert row["verdict"].startswith("WRONG (y); if mended: Triton suffices")
+    assert __main__.line(row).startswith("join: error ")
+
+
+def test_a_probe_is_measured_and_judged(hopper, monkeypatch):
+    alternate = timing.alternate
+    monkeypatch.setattr(timing, "alternate", lambda steps, device, **_: alternate(steps, device, rounds=1, warm_up=0))
+    monkeypatch.setattr(module("join"), "IMAGES", 2)
+    monkeypatch.setattr(__main__, "COPY", 1 << 20)
+    monkeypatch.setattr(__main__, "MATMUL", 64)
+    row = __main__.measure(load("join"), hopper)
+    assert list(row["us"]) == list(row["floor"]) == ["Triton, halves", "present", "cuDNN, convolution alone"]
+    assert all(value > 0 for value in [*row["us"].values(), *row["floor"].values()])
+    assert row["good"]
+    assert "\n" not in __main__.line(row)
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    """Writes what a worker process runs: `serve(names, answers)` with this body."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(body: str):
+        (tmp_path / "stand_in_worker.py").write_text(
+            "import os, time\n\n\ndef serve(names, answers):\n    for name in names:\n"
+            + "".join(f"        {line}\n" for line in body.splitlines())
+        )
+        sys.modules.pop("stand_in_worker", None)
+        return import_module("stand_in_worker").serve
+
+    return write
+
+
+def test_a_probe_that_kills_its_process_does_not_stop_the_others(target):
+    serve = target("if name == 'l2_rate':\n    os._exit(1)\nanswers.send(({'name': name, 'good': True}, True))")
+    rows = []
+    __main__.run(["join", "l2_rate", "gradient_tiles"], 60, rows.append, serve)
+    assert [(row["name"], row["good"]) for row in rows] == [
+        ("join", True),
+        ("l2_rate", False),
+        ("gradient_tiles", True),
+    ]
+    assert rows[1]["verdict"] == "FAILED: its process died"
+
+
+def test_a_probe_that_ruins_the_device_is_followed_by_a_new_process(target):
+    serve = target("answers.send(({'name': name, 'pid': os.getpid()}, name != 'join'))\nif name == 'join':\n    return")
+    rows = []
+    __main__.run(["join", "l2_rate", "gradient_tiles"], 60, rows.append, serve)
+    assert [row["name"] for row in rows] == ["join", "l2_rate", "gradient_tiles"]
+    assert rows[0]["pid"] != rows[1]["pid"] == rows[2]["pid"]
+
+
+def test_a_probe_that_hangs_is_ended_and_what_is_not_reached_is_said(target):
+    serve = target("time.sleep(60)")
+    rows = []
+    start = time.monotonic()
+    __main__.run(["join", "l2_rate"], 2, rows.append, serve)
+    assert time.monotonic() - start < 30
+    assert [row["name"] for row in rows] == ["join", "l2_rate"]
+    assert "no result in 2 s" in rows[0]["verdict"]
+    assert rows[1]["verdict"] == "FAILED: not reached in --seconds=2"
+
+
+def test_without_the_gpu_they_are_for_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert __main__.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "H100 or H200" in line
+
+
+def test_a_dry_run_lists_all_of_them_in_order(capsys):
+    assert __main__.main(["--dry_run"]) == 0
+    _, *lines, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(NAMES)
+    assert total.startswith(f"{sum(load(name).seconds for name in NAMES):g} s expected")
+
+
+def test_rows_are_written_as_they_come(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("benchmarks.report.versions", dict)
+    file = tmp_path / "rows.json"
+
+    def run(names, seconds, add):
+        for name in names:
+            add(__main__.failed(name, "a reason"))
+            assert [row["name"] for row in json.loads(file.read_text())["rows"]][-1] == name
+
+    monkeypatch.setattr(__main__, "run", run)
+    assert __main__.main(["join", "l2_rate", f"--json={file}"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["l2_rate: FAILED: a reason", "join: FAILED: a reason"]
+
+
+def test_every_probe_has_a_file_of_its_name():
+    files = {file.stem for file in Path(probes.__file__).parent.glob("*.py")}
+    assert files == set(NAMES) | {"__init__", "__main__", "data_gradient", "halves", "present"}
+    assert [load(name).name for name in NAMES] == list(NAMES)
+
+
+def test_the_graph_for_cudnn_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    with pytest.raises(ImportError, match=r"nvidia-cudnn-frontend==1\.18\.0"):
+        load("cudnn_3x3").check(torch.device("cpu"))
+
+
+def test_tiles_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="tiles of 128 must divide 130"):
+        probes.divides(128, 130)
