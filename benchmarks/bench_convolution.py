@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from benchmarks import peers
 from benchmarks.layers import OURS, Contender, Inputs, Layer, comparison, device_and_batch
 from nvcnn.kernel_choices import Place, places
 from nvcnn.models import build_model
@@ -38,10 +39,10 @@ def resnet50(training: bool) -> dict[str, Place]:
 
 
 def contender(compute: Compute, device: torch.device) -> Contender:
-    """Outside of autograd; of cuDNN's algorithms the fastest."""
+    """Outside of autograd."""
 
     def run(*inputs: Tensor, backward: bool) -> tuple[Tensor, ...]:
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with torch.no_grad(), peers.cudnn():
             return compute(*inputs)
 
     return run

@@ -1,106 +1,278 @@
-"""Everything that needs a GPU, in one go: the tests with compiled kernels, the ops, the layers, the convolutions, the
-whole step.
+"""Everything that needs a GPU, in parts of a few minutes each, and what prepares them where there is none.
 
-python3 -m benchmarks.gpu [tests|ops|layers|conv|step] [--out DIR]        (`make gpu`)
+python3 -m benchmarks.gpu pack [--out DIR] ...                  compiles ahead: see benchmarks.pack
+python3 -m benchmarks.gpu [PART ...] [--out DIR] [--dry_run]    (`make gpu`)
+python3 -m benchmarks.gpu summary FILE ... [--out DIR]          one table of the GPU.json of several calls
 
-Needs PyTorch, Triton and pytest, no network. Each part is a process of its own with a limit of 8 minutes, and writes
-GPU.PART.json (and .log) as it goes; GPU.md and GPU.png are made of what is there after each. Exit code 1 if a test
-fails or a part does not end well, 2 without a GPU.
+PART, in this order by default: first (200 s: right or wrong, the step, probes, each layer), tune, tests, ops, layers,
+conv, step (250 s each). A part is a list of items, each with the seconds it should take; what does not fit any more is
+left out, and said; 15 s before its limit a part ends whatever runs. An item is one process, or several side by side,
+which write as they go. Needs PyTorch, Triton and pytest, no network.
+
+DIR (benchmarks/results) gets after every item GPU.json, with machine, versions and rows, GPU.md, the same as tables,
+and GPU.log; at the end of a part GPU.png, the share of the floor that each call reaches. Exit code 1 if a test fails, a
+kernel is wrong or an item does not end well, 2 without a GPU.
 """
 
 import argparse
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 from typing import Any
 
 import torch
 
-from benchmarks import report, timing
+from benchmarks import pack, report, timing
+from benchmarks.first import FAMILIES
 
-LIMIT = 480  # seconds a part
+RESERVE = 15  # seconds before a part's limit, for what still has to be written
+FOLDER = pack.FOLDER / "rows"  # what the items write: FOLDER/SECTION.json
+MOST_LINES = 28  # of a section, in what is printed last
+LAST_LINES = 15  # of the output of what fails
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Commands for `python -m`, run side by side; {folder} is where rows go, {seconds} and {minutes} what is left.
+
+    `seconds`: what it should take on a H100; it is ended after twice that, and begun if that is left. `least`: it takes
+    what there is, from so much on. `quiet`: its output goes to GPU.log alone, unless it fails.
+    """
+
+    name: str
+    seconds: float
+    commands: tuple[Command, ...]
+    least: float = 0.0
+    quiet: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    limit: int
+    items: tuple[Item, ...]
+
+
+def rows_of(section: str) -> str:
+    return f"--json={{folder}}/{section}.json"
+
+
+def one(name: str, seconds: float, *command: str, least: float = 0.0) -> Item:
+    return Item(name, seconds, ((*command, rows_of(name)),), least)
+
+
+def kernels(seconds: float, *parts: str) -> Item:
+    return Item("kernels", seconds, (("benchmarks.pack", *parts),), quiet=False)
+
+
+def checks(seconds: float) -> Item:
+    commands = [("benchmarks.first", "checks", family, rows_of(f"checks-{family}")) for family in FAMILIES]
+    return Item("checks", seconds, tuple(commands), quiet=False)
+
+
+# Not tests/nvcnn/data, tests/end_to_end and tests/test_install.py, which are about packages and not about the GPU; nor
+# the compiler's output, which is the same everywhere and takes a minute.
+TESTS = ("tests/kernels", "tests/nvcnn", "--ignore=tests/nvcnn/data", "--ignore=tests/kernels/test_codegen.py")
+TUNE = ("benchmarks.tune", "--keys=10", "--minutes={minutes}")
+PYTEST = ("pytest", "-v", "-p", "no:cacheprovider", *(("-n", "14") if find_spec("xdist") else ()), *TESTS)
 PARTS = {
-    # Not tests/nvcnn/data, tests/end_to_end and tests/test_install.py: they are about packages, not about the GPU.
-    "tests": ["pytest", "-vv", "-p", "no:cacheprovider", "--ignore=tests/nvcnn/data", "tests/kernels", "tests/nvcnn"],
-    "ops": ["benchmarks.ops", "--device=cuda"],
-    "layers": ["benchmarks.layers", *["batch_norm", "max_pool", "global_average", "cross_entropy", "prepare_input"]],
-    "conv": ["benchmarks.layers", "convolution", "bottleneck"],
-    "step": ["benchmarks.step", "--device=cuda"],
-}
+    "first": Part(
+        200,
+        (
+            kernels(10, "first"),
+            checks(30),
+            one("step", 50, "benchmarks.first", "step"),
+            one("probes", 66, "benchmarks.probes", "--seconds=60"),
+            one("call-by-call", 45, "benchmarks.ops", "layers", "--seconds={seconds}", least=15),
+        ),
+    ),
+    "tune": Part(250, (kernels(5), Item("tune", 225, (TUNE,), least=60, quiet=False))),
+    "tests": Part(250, (kernels(5), Item("tests", 200, (PYTEST,), least=60))),
+    "ops": Part(250, (kernels(5), one("ops", 200, "benchmarks.ops", "--seconds={seconds}", least=60))),
+    "layers": Part(
+        250,
+        (
+            kernels(5),
+            one("layers", 225, "benchmarks.layers", "batch_norm", "max_pool", "global_average", "cross_entropy",
+                "prepare_input", least=60),
+        ),
+    ),
+    "conv": Part(250, (kernels(5), one("conv", 225, "benchmarks.layers", "convolution", "bottleneck", least=60))),
+    "step": Part(250, (kernels(5), one("whole-step", 225, "benchmarks.step", "--device=cuda", least=60))),
+}  # fmt: skip
 
 
-def run_part(command: list[str], log: Path, limit: float) -> int | None:
-    """Runs `python -m command` with its output here and in `log`. Its exit code, or None if it was ended at `limit`."""
-    ended: list[bool] = []
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            [sys.executable, "-u", "-m", *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=Path(__file__).parents[1],
-            start_new_session=True,  # so that it can be ended with its children
-        ) as process,
-    ):
+def available(item: Item) -> bool:
+    """Whether the modules of its commands are there."""
+    return all(find_spec(command[0]) for command in item.commands)
 
-        def end() -> None:
-            ended.append(True)
-            os.killpg(process.pid, signal.SIGKILL)
 
-        timer = Timer(limit, end)
-        timer.start()
-        try:
+def run_item(item: Item, limit: float) -> list[int | None]:
+    """Runs the commands side by side. Their exit codes, None for what was ended at `limit` with its children."""
+    words = {"folder": FOLDER, "seconds": f"{max(0, limit - RESERVE):.0f}", "minutes": f"{max(0, limit - 20) / 60:.2f}"}
+    environment = os.environ | {"TRITON_CACHE_DIR": str(pack.CACHE), "PYTHONUNBUFFERED": "1"}
+    processes, readers = [], []
+    with (FOLDER / f"{item.name}.log").open("w") as log:
+
+        def read(process: subprocess.Popen[str]) -> None:
             assert process.stdout
             for line in process.stdout:
-                print(line, end="", flush=True)
-                file.write(line)
-            code = process.wait()
+                log.write(line)
+                if not item.quiet:
+                    print(line, end="", flush=True)
+
+        for command in item.commands:
+            arguments = [sys.executable, "-m", *(word.format(**words) for word in command)]
+            process = subprocess.Popen(
+                arguments,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=Path(__file__).parents[1],
+                env=environment,
+                start_new_session=True,  # so that it can be ended with its children
+            )
+            processes.append(process)
+            readers.append(Thread(target=read, args=(process,)))
+            readers[-1].start()
+        end = time.monotonic() + limit
+        codes: list[int | None] = []
+        try:
+            for process in processes:
+                try:
+                    codes.append(process.wait(max(0.0, end - time.monotonic())))
+                except subprocess.TimeoutExpired:
+                    codes.append(None)
         finally:
-            timer.cancel()
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    return None if ended else code
+            for process in processes:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)  # children that outlived it, too
+                except ProcessLookupError:
+                    continue
+            for process, reader in zip(processes, readers, strict=True):
+                process.wait()
+                reader.join()
+    return codes
 
 
 def test_rows(log: str, note: str) -> list[dict[str, Any]]:
     """One row from pytest's verbose output, whole or cut off: how many passed, of how many that ran, and which not."""
-    results = re.findall(r"^(tests/.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*\[ *\d+%\]$", log, re.MULTILINE)
+    outcomes = r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+    results = [(name, how) for name, how in re.findall(rf"^(tests/.*?) {outcomes}\b.*\[ *\d+%\]$", log, re.MULTILINE)]
+    # With several workers a line is theirs.
+    results += [
+        (name, how)
+        for how, name in re.findall(rf"^\[gw\d+\] \[ *\d+%\] {outcomes} (tests/\S.*?) *$", log, re.MULTILINE)
+    ]
     # A file that cannot be imported has no results; the closing summary names it.
     results += [(name, "ERROR") for name in re.findall(r"^ERROR (tests/[^:\s]+)(?: - .*)?$", log, re.MULTILINE)]
     counts = Counter(outcome for _, outcome in results)
     passed, skipped = counts["PASSED"], counts["SKIPPED"]
     bad = [name for name, outcome in results if outcome in ("FAILED", "ERROR")]
     ran = len(results) - skipped
-    row = timing.missing("tests passed / run", "tests", "; ".join(filter(None, [note, f"{skipped} skipped", *bad])))
+    row = timing.missing("tests passed / run", "tests", "")
+    row["note"] = "; ".join(filter(None, [note, f"{skipped} skipped", *bad]))
     return [row | {"ours": passed, "peer": ran, "ratio": timing.significant(passed / ran) if ran else None}]
 
 
-def summarize(folder: Path, gpu: str) -> None:
-    """GPU.md, a table for each part that is there, and GPU.png, the share of the floor that each op reaches."""
-    lines = [f"# {gpu}", ""]
-    shares: dict[str, float] = {}
-    for part in PARTS:
-        file = folder / f"{gpu}.{part}.json"
-        if not file.exists():
-            continue
-        content = json.loads(file.read_text())
-        rows = timing.shown(content["rows"])
-        versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-        lines += [f"## {part}", "", f"`{content['command']}`, {versions}", ""]
-        lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-        lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
-        lines.append("")
-        shares |= {row["name"]: row["ratio"] for row in rows if row["name"].endswith("/ floor")}
-    (folder / f"{gpu}.md").write_text("\n".join(lines))
-    if shares:
-        draw(folder / f"{gpu}.png", gpu, shares)
+def what_tests_lack() -> str:
+    """The packages that are missing here, whose tests are skipped, and what is left out anyway."""
+    absent = [name for name in ("google_crc32c", "nvidia.dali", "horovod", "mpi4py", "xdist") if not found(name)]
+    return f"left out: tests/nvcnn/data, code generation; packages missing here: {', '.join(absent) or 'none'}"
+
+
+def found(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package that contains it
+        return False
+
+
+def card() -> dict[str, str]:
+    """What nvidia-smi says of the GPU, where there is one."""
+    fields = "name,driver_version,memory.total,power.limit,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,pstate"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"nvidia-smi": timing.reason(error)}
+    return dict(zip(fields.split(","), map(str.strip, text.splitlines()[0].split(",")), strict=False))
+
+
+class Results:
+    """GPU.json, GPU.md, GPU.png and GPU.log; rows of other parts stay."""
+
+    def __init__(self, folder: Path, gpu: str):
+        self.folder, self.gpu = folder, gpu
+        folder.mkdir(parents=True, exist_ok=True)
+        self.content: dict[str, Any] = {"gpu": gpu, "sections": {}}
+        if self.file("json").exists():
+            self.content |= json.loads(self.file("json").read_text())
+
+    def file(self, kind: str) -> Path:
+        return self.folder / f"{self.gpu}.{kind}"
+
+    def collect(self) -> None:
+        """What the items have written until now, with the machine and the versions that it is of."""
+        for file in FOLDER.glob("*.json"):
+            self.content["sections"][file.stem] = json.loads(file.read_text())
+        self.file("json").write_text(json.dumps(self.content, indent=1) + "\n")
+        self.file("md").write_text(markdown(self.content))
+        logs = sorted(FOLDER.glob("*.log"))
+        self.file("log").write_text("".join(f"== {log.stem}\n{log.read_text()}" for log in logs))
+
+    def draw(self) -> None:
+        if shares := shares_of(self.content):
+            draw(self.file("png"), self.gpu, shares)
+
+
+def markdown(content: dict[str, Any]) -> str:
+    lines = [f"# {content['gpu']}", ""]
+    for section, part in content["sections"].items():
+        versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+        lines += [f"## {section}", "", f"`{part['command']}`, {versions}", ""]
+        if card := part["machine"].get("card"):
+            lines += [", ".join(f"{name} {value}" for name, value in card.items()), ""]
+        for rows in tables(part["rows"]):
+            lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+            lines += [
+                "| " + " | ".join(str(value).replace("|", "\\|") for value in row.values()) + " |" for row in rows
+            ]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows for a table each: those side by side that have the same columns."""
+    result: list[list[dict[str, Any]]] = []
+    for row in timing.shown(rows):
+        if not result or result[-1][0].keys() != row.keys():
+            result.append([])
+        result[-1].append(row)
+    return result
+
+
+def shares_of(content: dict[str, Any]) -> dict[str, float]:
+    """The share of the floor by name, of the calls that have one."""
+    rows = [row for part in content["sections"].values() for row in part["rows"]]
+    shares = {row["name"]: row["share"] for row in rows if row.get("share") and "floor" in row}
+    return shares | {
+        row["name"].removesuffix(" / floor"): row["ratio"]
+        for row in rows
+        if row["name"].endswith(" / floor") and row.get("ratio")
+    }
 
 
 def draw(path: Path, title: str, shares: dict[str, float]) -> None:
@@ -109,10 +281,11 @@ def draw(path: Path, title: str, shares: dict[str, float]) -> None:
     except ImportError:
         print(f"matplotlib is not installed, so no {path.name}: pip install matplotlib", file=sys.stderr)
         return
-    figure = Figure(figsize=(8, 1 + 0.5 * len(shares)), layout="constrained")
+    figure = Figure(figsize=(10, 1 + 0.25 * len(shares)), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh([name.removesuffix(" / floor") for name in shares], [100 * share for share in shares.values()])
-    axes.bar_label(bars, fmt="%.0f %%", padding=2)
+    bars = axes.barh([*shares], [100 * share for share in shares.values()])
+    axes.bar_label(bars, fmt="%.0f %%", padding=2, fontsize=7)
+    axes.tick_params(axis="y", labelsize=7)
     axes.axvline(100, color="black", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel("share of the floor, %")
@@ -120,34 +293,114 @@ def draw(path: Path, title: str, shares: dict[str, float]) -> None:
     figure.savefig(path, dpi=120)
 
 
+def run_part(name: str, results: Results) -> list[str]:
+    """Runs the items that fit, the rows of each into `results`. A line for each that did not end well."""
+    part, start, failed = PARTS[name], time.monotonic(), []
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    report.write(str(FOLDER / f"{name}-machine.json"), "gpu", [], card=card(), kernels=pack.key())
+    for item in part.items:
+        left = part.limit - RESERVE - (time.monotonic() - start)
+        if not available(item):
+            print(f"== {item.name}: left out, there is no {item.commands[0][0]}", flush=True)
+            continue
+        if left < (item.least or item.seconds):
+            print(f"== {item.name}: left out, {left:.0f} s of {part.limit} are left, and it takes {item.seconds:.0f}")
+            continue
+        print(f"== {item.name}: about {item.seconds:.0f} s, {left:.0f} are left", flush=True)
+        began, known = time.monotonic(), kernels_cached()
+        limit = left if item.least else min(left, 2 * item.seconds)
+        codes = run_item(item, limit)
+        log = (FOLDER / f"{item.name}.log").read_text()
+        wrong = [f"ended at {limit:.0f} s" if code is None else f"exit code {code}" for code in codes if code != 0]
+        if wrong:
+            failed.append(f"{item.name}: {', '.join(wrong)}")
+            print(*(log.splitlines()[-LAST_LINES:] if item.quiet else []), failed[-1], sep="\n")
+        if item.name == "tests":
+            rows = test_rows(log, "; ".join([*wrong, what_tests_lack()]))
+            report.write(str(FOLDER / "tests.json"), "gpu", rows)
+        compiled = f", {kernels_cached() - known} kernels compiled meanwhile" if item.name != "kernels" else ""
+        print(f"   {time.monotonic() - began:.0f} s{compiled}", flush=True)
+        results.collect()
+    results.draw()
+    return failed
+
+
+def kernels_cached() -> int:
+    return sum(1 for _ in pack.CACHE.glob("*/__grp__*"))
+
+
+def digest(results: Results) -> str:
+    """What is most worth reading, short: a call's output may be cut at its beginning."""
+    lines: list[str] = []
+    for file in sorted(FOLDER.glob("*.json")):
+        rows = results.content["sections"][file.stem]["rows"]
+        if file.stem.startswith("checks-"):
+            rows = [row for row in rows if row["wrong"]]
+        for table in tables(rows):
+            short = [{name: str(value)[:70] for name, value in row.items()} for row in table[:MOST_LINES]]
+            left = f"... and {len(table) - MOST_LINES} rows more\n" if len(table) > MOST_LINES else ""
+            lines.append(f"-- {file.stem}\n{report.table(short)}\n{left}")
+    return "\n".join(lines)
+
+
+def dry_run(names: list[str]) -> None:
+    for name in names:
+        part = PARTS[name]
+        print(f"{name}: {part.limit} s, of which {part.limit - RESERVE} for")
+        for item in part.items:
+            there = "" if available(item) else "   (not there, left out)"
+            print(f"  {item.name}: {item.seconds:.0f} s{there}")
+            for command in item.commands:
+                print(f"      python3 -m {shlex.join(command)}")
+        print(f"  sum: {sum(item.seconds for item in part.items if available(item)):.0f} s")
+        if name == "tests":
+            print(f"  {what_tests_lack()}")
+
+
 def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["pack"]:
+        return pack.main(given[1:])
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", nargs="?", choices=[*PARTS], help="default: all of them")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}: default: all; or pack; summary")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="benchmarks/results")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--dry_run", action="store_true", help="list what would run, with the seconds it should take")
+    asked = parser.parse_args(given)
+    out: Path = asked.out.resolve()
+    if asked.parts[:1] == ["summary"]:
+        return summary([Path(file) for file in asked.parts[1:]], out, parser)
+    if unknown := [name for name in asked.parts if name not in PARTS]:
+        parser.error(f"{unknown[0]}: the parts are {', '.join(PARTS)}")
+    names = asked.parts or [*PARTS]
+    if asked.dry_run:
+        dry_run(names)
+        return 0
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device here; `make test bench` needs none", file=sys.stderr)
         return 2
-    out: Path = asked.out.resolve()
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower()
-    out.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for part in [asked.part] if asked.part else PARTS:
-        file = out / f"{gpu}.{part}.json"
-        log = file.with_suffix(".log")
-        file.unlink(missing_ok=True)
-        print(f"== {part}: at most {LIMIT // 60} minutes", flush=True)
-        command = PARTS[part] + ([] if part == "tests" else [f"--json={file}"])
-        code = run_part(command, log, LIMIT)
-        how = f"ended at the limit of {LIMIT} s" if code is None else f"exit code {code}" if code else ""
-        if part == "tests":
-            report.write(str(file), "gpu", test_rows(log.read_text(), how))
-        if how:
-            failed.append(f"{part}: {how}")
-        summarize(out, gpu)
-    print(f"== results: {out}/{gpu}.md")
+    results, failed = Results(out, gpu), []
+    for name in names:
+        failed += run_part(name, results)
+        print(digest(results))
+    print(f"== results: {results.file('md')}")
     print(*failed, sep="\n", end="\n" if failed else "")
     return 1 if failed else 0
+
+
+def summary(files: list[Path], out: Path, parser: argparse.ArgumentParser) -> int:
+    """One GPU.json, GPU.md and GPU.png of several, of the same GPU; a later file's section stands for an earlier's."""
+    contents = [json.loads(file.read_text()) for file in files]
+    if len({content["gpu"] for content in contents}) != 1:
+        parser.error("summary takes the GPU.json files of one kind of GPU")
+    results = Results(out, contents[0]["gpu"])
+    for content in contents:
+        results.content["sections"] |= content["sections"]
+    results.collect()
+    results.draw()
+    print(f"== results: {results.file('md')}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import ops, report, roofline, timing
+from benchmarks import ops, peers, report, roofline, timing
 from benchmarks.trace import META, recorded
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d
@@ -69,13 +69,14 @@ def differentiated(make: Callable[[], nn.Module], device: torch.device, *, compi
     directions: dict[torch.Size, Tensor] = {}
 
     def run(*inputs: Tensor, backward: bool) -> tuple[Tensor, ...]:
-        y = function(*inputs)
-        if not backward:
-            return (y,)
-        if y.shape not in directions:
-            directions[y.shape] = torch.randn_like(y)
-        leaves = [*(x for x in inputs if x.requires_grad), *module.parameters()]
-        return y, *torch.autograd.grad(y, leaves, directions[y.shape])
+        with peers.cudnn():
+            y = function(*inputs)
+            if not backward:
+                return (y,)
+            if y.shape not in directions:
+                directions[y.shape] = torch.randn_like(y)
+            leaves = [*(x for x in inputs if x.requires_grad), *module.parameters()]
+            return y, *torch.autograd.grad(y, leaves, directions[y.shape])
 
     return run
 
@@ -149,15 +150,15 @@ def compare(
             if name == OURS:
                 raise
             rows.append(timing.missing(f"{title} / {name}", "us", error))
-    peers = [name for name in steps if name != OURS]
+    others = [name for name in steps if name != OURS]
     if device.type == "cuda":
         needed, flops = bytes_and_flops(layer, dtype, backward)
         steps["copy"] = ops.copy(copy, device)
         if flops:
             steps["matmul"] = ops.matmul(n, dtype, device)
     times = timing.alternate(steps, device, rounds=rounds, repeat=5 if device.type == "cuda" else 1, warm_up=2)
-    per_set = {name: [ms / len(sets) for ms in times[name]] for name in (OURS, *peers)}
-    rows = [timing.row(f"{title} / {name}", "us", per_set[OURS], per_set[name]) for name in peers] + rows
+    per_set = {name: [ms / len(sets) for ms in times[name]] for name in (OURS, *others)}
+    rows = [timing.row(f"{title} / {name}", "us", per_set[OURS], per_set[name]) for name in others] + rows
     if device.type == "cuda":
         least = ops.floor(needed, flops, times, size=copy, n=n)
         row = timing.row(f"{title} / floor", "us", per_set[OURS], least)

@@ -1,17 +1,18 @@
 """Every op of ResNet-50's training step against the floor that memory sets, and the optimizer's step against others.
 
-python -m benchmarks.ops [--device=cpu|cuda] [--json FILE]
+python -m benchmarks.ops [optimizer|layers] [--device=cpu|cuda] [--json FILE] [--seconds N]
 
 The floor of an op is the bytes it must move, over the copy bandwidth of the same rounds, or its FLOPs over their matrix
 rate, whichever takes longer: a `ratio` of 0.9 is 90 % of it. On a GPU gradients, model weights and activations (batch
 256) are fp16, each op is timed as a CUDA graph over several arenas or sets of tensors in turn, which together exceed
 any cache; whole optimizer steps are timed as their users call them. On a CPU the layers' ops are left out: references
-run there, which are not made for one pass.
+run there, which are not made for one pass. A step's convolutions stand beside cuDNN's, alone, without what is fused.
 """
 
 import argparse
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -22,8 +23,8 @@ from unittest import mock
 import torch
 
 import kernels
-from benchmarks import report, roofline, timing
-from benchmarks.replay import describe, replay
+from benchmarks import peers, report, roofline, timing
+from benchmarks.replay import argument_sets, describe, library, replay
 from benchmarks.trace import Call, step_calls
 from nvcnn.arena import Arena
 from nvcnn.larc import Larc
@@ -31,6 +32,8 @@ from nvcnn.models import build_model
 
 OPS = ("gradient_statistics", "trust_ratio", "larc_update")
 ARENAS = 3
+LIBRARY = "cuDNN alone"
+CONVS = "triton", "cudnn"  # what a run on a GPU mixes
 Rows = list[dict[str, Any]]
 
 
@@ -104,32 +107,52 @@ def rates(needed: int, flops: int, us: float) -> str:
     )
 
 
-def layer_calls(model: str, batch: int, dtype: torch.dtype) -> Counter[Call]:
+def layer_calls(model: str, batch: int, dtype: torch.dtype, *convs: str) -> Counter[Call]:
     """The calls of the project's ops in a step of the model, but for the optimizer's, and how often each occurs.
 
-    With --conv=torch and with --conv=triton: what is in both counts as in the one that has more.
+    With each --conv of `convs`: what is in several counts as in the one that has most.
     """
     optimizer_ops = {f"nvcnn::{op}" for op in OPS}
-    calls = Counter(step_calls(model, batch, dtype)) | Counter(step_calls(model, batch, dtype, "triton"))
+    calls: Counter[Call] = Counter()
+    for conv in convs:
+        calls |= Counter(step_calls(model, batch, dtype, conv))
     ours = {call: n for call, n in calls.items() if call.name.startswith("nvcnn::") and call.name not in optimizer_ops}
     return Counter(ours)
 
 
 def measure_layers(
-    model: str, batch: int, device: torch.device, dtype: torch.dtype, *, size: int, n: int, rounds: int
+    calls: Counter[Call], device: torch.device, dtype: torch.dtype, *, size: int, n: int, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each distinct call of the layers' ops, the heaviest first, between copies and products of matrices."""
+    """A row for each call, the heaviest first: ours, the library's convolution alone, and the floor, in microseconds.
+
+    Ours is what a step calls, with what is fused into it; the floor, of its bytes and FLOPs, is that of the copy and
+    the product of matrices of the same rounds. A call that fails says why.
+    """
     ceiling = {"copy": copy(size, device), "matmul": matmul(n, dtype, device)}
     ceiling = {name: timing.captured(step, device) for name, step in ceiling.items()}
-    calls = layer_calls(model, batch, dtype)
     for call, count in sorted(calls.items(), key=lambda item: -item[1] * roofline.bytes_of(item[0])):
-        step, sets = replay(call, device)
-        steps = ceiling | {"ours": timing.captured(step, device)}
-        times = timing.alternate(steps, device, rounds=rounds, repeat=5, warm_up=2)
+        row = {"name": describe(call), "calls": count, "ours": None, LIBRARY: None, "floor": None, "unit": "us"}
+        try:
+            made = argument_sets(call, device)
+            steps = ceiling | {"ours": timing.captured(replay(call.op, made), device)}
+            if function := library(call):
+                with peers.cudnn():
+                    steps["library"] = timing.captured(replay(function, made), device)
+            times = timing.alternate(steps, device, rounds=rounds, repeat=5, warm_up=2)
+        except Exception as error:
+            if timing.lost(error):
+                raise
+            yield row | {"share": None, "note": timing.reason(error)}
+            continue
         needed, flops = roofline.bytes_of(call), roofline.flops_of(call)
-        least = floor(needed, flops, times, size=size, n=n)
-        row = timing.row(f"{model}: {describe(call)} / floor", "us", [ms / sets for ms in times["ours"]], least)
-        yield row | {"note": f"{count} a step, {rates(needed, flops, row['ours'])}"}
+        per_call = {name: [ms / len(made) * 1e3 for ms in values] for name, values in times.items()}
+        least = [ms * 1e3 for ms in floor(needed, flops, times, size=size, n=n)]
+        share = median(a / b for a, b in zip(least, per_call["ours"], strict=True))
+        ours = timing.significant(median(per_call["ours"]))
+        row |= {"ours": ours, "floor": timing.significant(median(least))}
+        if function:
+            row[LIBRARY] = timing.significant(median(per_call["library"]))
+        yield row | {"share": timing.significant(share), "note": rates(needed, flops, ours)}
 
 
 def amp_unscale(arena: Arena) -> timing.Step:
@@ -137,6 +160,14 @@ def amp_unscale(arena: Arena) -> timing.Step:
     gradients = [torch.randn_like(slot.parameter, dtype=torch.float32) for slot in arena.slots]
     found, inverse = torch.zeros(1, device=gradients[0].device), torch.ones(1, device=gradients[0].device)
     return partial(torch._amp_foreach_non_finite_check_and_unscale_, gradients, found, inverse)
+
+
+def in_turn(steps: list[timing.Step]) -> timing.Step:
+    def step() -> None:
+        for one in steps:
+            one()
+
+    return step
 
 
 def measure_ops(model: str, device: torch.device, dtype: torch.dtype, *, size: int, rounds: int) -> Rows:
@@ -165,14 +196,6 @@ def measure_ops(model: str, device: torch.device, dtype: torch.dtype, *, size: i
     return rows
 
 
-def in_turn(steps: list[timing.Step]) -> timing.Step:
-    def step() -> None:
-        for one in steps:
-            one()
-
-    return step
-
-
 def measure_steps(
     ours: dict[str, Callable[[], timing.Step]],
     peers: dict[str, Callable[[], timing.Step]],
@@ -198,33 +221,45 @@ def measure_steps(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("which", nargs="?", choices=("optimizer", "layers"), help="default: both, on a CPU the first")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no layer later (no limit)")
     arguments = parser.parse_args()
+    start = time.monotonic()
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: no GPU here")
     gpu = torch.cuda.is_available()
+    if arguments.which == "layers" and not gpu:
+        parser.error("layers: no GPU here, and references are not made for one pass")
     device = torch.device("cuda" if gpu else "cpu")
-    from benchmarks.bench_larc_update import OURS, PEERS  # it asks for the device as it is imported
-
-    rows: Rows = []
+    size, n, rounds = (1 << 30, 8192, 20) if gpu else (1 << 28, 1024, 9)
+    dtypes = (torch.float16, torch.bfloat16) if gpu else (torch.float32, torch.bfloat16)
+    tables: list[Rows] = []
 
     def add(more: Iterable[dict[str, Any]]) -> None:
         for row in more:
-            rows.append(row)
+            tables[-1].append(row)
             if arguments.json:
-                report.write(arguments.json, "ops", rows)
+                report.write(arguments.json, "ops", [row for rows in tables for row in rows])
+            if time.monotonic() - start > arguments.seconds:
+                print(f"{arguments.seconds:.0f} s are over: what follows is left out")
+                return
 
-    size, n, rounds = (1 << 30, 8192, 20) if gpu else (1 << 28, 1024, 9)
-    dtypes = (torch.float16, torch.bfloat16) if gpu else (torch.float32, torch.bfloat16)
-    add(ceilings(device, dtypes, size=size, n=n, rounds=rounds))
-    add(measure_ops("resnet50", device, dtypes[0], size=size, rounds=rounds))
-    add(measure_steps(OURS, PEERS, device, rounds=rounds, repeat=20 if gpu else 1))
-    if gpu:
-        add(measure_layers("resnet50", 256, device, dtypes[0], size=size, n=n, rounds=rounds))
-    print(report.table(timing.shown(rows)))
+    if arguments.which != "layers":
+        from benchmarks.bench_larc_update import OURS, PEERS  # it asks for the device as it is imported
+
+        tables.append([])
+        add(ceilings(device, dtypes, size=size, n=n, rounds=rounds))
+        add(measure_ops("resnet50", device, dtypes[0], size=size, rounds=rounds))
+        add(measure_steps(OURS, PEERS, device, rounds=rounds, repeat=20 if gpu else 1))
+    if gpu and arguments.which != "optimizer":
+        tables.append([])
+        calls = layer_calls("resnet50", 256, dtypes[0], *CONVS)
+        add(measure_layers(calls, device, dtypes[0], size=size, n=n, rounds=5))
+    print(*(report.table(timing.shown(rows)) for rows in tables), sep="\n\n")
     return 0
 
 

@@ -1,18 +1,26 @@
 """Calls that `benchmarks.trace` recorded, run for real: on random tensors, more of them in turn than a cache holds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks import timing
 from benchmarks.roofline import CONVOLUTIONS, moved
 from benchmarks.trace import Call, Layout
 
+Arguments = dict[str, Any]
+WEIGHT_GRADIENT = "nvcnn::convolution_weight_gradient"
 
-def arguments(call: Call, device: torch.device) -> dict[str, Any]:
-    """The call's arguments, with tensors of its layouts: activations are normal, other factors in 0.5 .. 1.5."""
+
+def arguments(call: Call, device: torch.device) -> Arguments:
+    """The call's arguments, with tensors of its layouts: activations are normal, other factors in 0.5 .. 1.5.
+
+    A weight's gradient is a sum over all pixels: what would make it grow with their number, and not with its root, is
+    divided by the root, and all of the gradient by 16, so that fp16 holds it.
+    """
 
     def tensor(name: str, layout: Layout) -> Tensor:
         x = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=device)
@@ -24,23 +32,81 @@ def arguments(call: Call, device: torch.device) -> dict[str, Any]:
         top = call["logits"].shape[1] if name == "targets" else call["kernel_size"] ** 2 if name == "argmax" else 256
         return x.random_(0, top)
 
-    return {
+    made = {
         name: tree_map(lambda v, name=name: tensor(name, v) if isinstance(v, Layout) else v, value,
                        is_leaf=lambda v: isinstance(v, Layout))
         for name, value in call.arguments
     }  # fmt: skip
+    if call.name == WEIGHT_GRADIENT:
+        made["g"].div_(16)
+        if made.get("factors") is not None:
+            root = (made["g"].numel() / made["g"].shape[1]) ** 0.5
+            made["vectors"][0].div_(root)  # the mean of y
+            made["factors"].div_(16)[1].div_(root)
+    return made
 
 
-def replay(call: Call, device: torch.device) -> tuple[timing.Step, int]:
-    """A step that runs the call on several sets of tensors in turn, and their number."""
+def outcome(call: Call, made: Arguments) -> list[Tensor]:
+    """What the call returns, and what it writes into its arguments."""
+    returned = call.op(**made)
+    written = [
+        made.get(a.name) for a in call.op._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return [t for t in tree_leaves((returned, written)) if isinstance(t, Tensor) and t.numel()]
+
+
+def whole(results: list[Tensor]) -> list[Tensor]:
+    """The results with sums that are whole: they are (2, parts, channels), and how many parts is the kernel's business.
+
+    In float64, but for whole numbers.
+    """
+    return [t.double().sum(1) if t.dim() == 3 else t.double() if t.is_floating_point() else t for t in results]
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of the difference over that of theirs (NaN if there is one); of whole numbers the share that differs."""
+    if not theirs.is_floating_point():
+        return (ours != theirs).double().mean().item()
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-300)).item()
+
+
+def argument_sets(call: Call, device: torch.device) -> list[Arguments]:
+    """As many sets of arguments as exceed the cache."""
     count = timing.sets(sum(times * layout.bytes for layout, times in moved(call)), device)
-    made = [arguments(call, device) for _ in range(count)]
+    return [arguments(call, device) for _ in range(count)]
+
+
+def replay(function: Callable[..., object], made: list[Arguments]) -> timing.Step:
+    """A step that calls the function with each set in turn."""
 
     def step() -> None:
         for one in made:
-            call.op(**one)
+            function(**one)
 
-    return step, count
+    return step
+
+
+def library(call: Call) -> Callable[..., object] | None:
+    """PyTorch's convolution alone (on a GPU cuDNN's), of a convolution's arguments, without what is fused into it."""
+
+    def geometry(made: Arguments) -> tuple[Any, ...]:
+        return made["stride"], made["padding"], [1, 1], False, [0, 0], made.get("groups", 1)
+
+    def forward(**made: Any) -> object:
+        return torch.ops.aten.convolution(made["x"], made["weight"], None, *geometry(made))
+
+    def data_gradient(**made: Any) -> object:
+        g, weight = made["g"], made["weight"]
+        size = g.shape[0], weight.shape[1] * made.get("groups", 1), *made["size"]
+        x = torch.empty(size, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)  # its shape counts
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry(made), [True, False, False])
+
+    def weight_gradient(**made: Any) -> object:
+        g, x, weight = made["g"], made["x"], made["out"]
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry(made), [False, True, False])
+
+    ops = {"convolution": forward, "convolution_data_gradient": data_gradient}
+    return (ops | {"convolution_weight_gradient": weight_gradient}).get(call.name.removeprefix("nvcnn::"))
 
 
 def describe(call: Call) -> str:

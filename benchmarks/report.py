@@ -28,12 +28,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def write(file: str, name: str, rows: list[dict[str, Any]]) -> None:
-    """Writes the rows with what ran, and on what, to a JSON file."""
+def write(file: str, name: str, rows: list[dict[str, Any]], **machine: Any) -> None:
+    """Writes the rows with what ran, and on what, to a JSON file, whole or not at all. `machine`: what else it has."""
+    cores = len(os.sched_getaffinity(0))
     content = {
-        "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()},
+        "machine": {"processor": processor(), "cores": cores, "system": platform.platform()} | machine,
         "versions": versions(),
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "rows": rows,
     }
-    Path(file).write_text(json.dumps(content, indent=1) + "\n")
+    part = Path(f"{file}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(file)

@@ -4,8 +4,9 @@ python -m benchmarks.step [--device=cpu|cuda] [--json FILE]
 
 On a GPU: ResNet-50, batch 256, 224 x 224, fp16. On the CPU, to prove the script: ResNet-18, batch 4, 64 x 64, fp32.
 The peers are plain channels-last loops with SGD(fused=True), on a GPU with automatic mixed precision, GradScaler and
-cudnn.benchmark. They get normalised fp32 images; ours starts from uint8, as from a decoder, and has LARC. On a GPU ours
-runs with --conv=auto and as a CUDA graph; its other ways to compute convolutions, and without, are among the peers.
+cuDNN under the rules of ours: the fastest of its deterministic algorithms. They get normalised fp32 images; ours starts
+from uint8, as from a decoder, and has LARC. On a GPU ours runs with --conv=auto and as a CUDA graph; its other ways to
+compute convolutions, and without, are among the peers.
 """
 
 import argparse
@@ -22,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import benchmarks.peers  # noqa: F401 (makes torchvision importable)
-from benchmarks import report, timing
+from benchmarks import peers, report, timing
 from nvcnn.cuda_graph import why_not
 from nvcnn.data import SyntheticData
 from nvcnn.distributed import connect
@@ -121,7 +121,7 @@ def synthetic(case: Case, model: nn.Module, compile_mode: str | None = None) -> 
     step = plain_loop(model, device=case.device, dtype=case.dtype, compile_mode=compile_mode, fused=True)
 
     def benchmarked() -> None:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # `enabled` is False by default
+        with peers.cudnn():
             step(images, labels)
 
     return benchmarked
@@ -149,7 +149,7 @@ COMPILED = {"torchvision, max-autotune": lambda case: torchvision(case, "max-aut
 
 def compare(
     case: Case,
-    peers: dict[str, Callable[[Case], timing.Step]],
+    others: dict[str, Callable[[Case], timing.Step]],
     *,
     rounds: int,
     repeat: int,
@@ -158,14 +158,14 @@ def compare(
     """A row for every peer, each in turns with ours. `write` gets all of them whenever one is added."""
     rows: list[dict[str, Any]] = []
     own = ours(case, cuda_graph="auto")
-    for peer, make in peers.items():
+    for peer, make in others.items():
         name = f"{case.name}: nvcnn / {peer}"
         write([*rows, timing.missing(name, "images/s", "the benchmark ended while this was measured")])
         try:
             steps = {"nvcnn": own, peer: make(case)}
             times = timing.alternate(steps, case.device, rounds=rounds, repeat=repeat, warm_up=5)
             package = peer.split(",")[0]
-            note = f"{package} {versions().get(package) or metadata.version(package)}"
+            note = f"{package} {versions().get(package) or metadata.version(package)}; both with {peers.CUDNN}"
             rows.append(timing.row(name, "images/s", times["nvcnn"], times[peer], images=case.batch, note=note))
         except Exception as error:  # whatever a peer raises is its result
             rows.append(timing.missing(name, "images/s", error))

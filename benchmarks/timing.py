@@ -48,9 +48,19 @@ def row(
 
 def missing(name: str, unit: str, why: BaseException | str) -> dict[str, Any]:
     """The row of a peer that cannot be measured."""
-    if isinstance(why, BaseException):
-        why = f"{type(why).__name__}: {str(why).splitlines()[0] if str(why) else ''}"
-    return {"name": name, "ours": None, "peer": None, "unit": unit, "ratio": None, "spread": "", "note": why[:200]}
+    note = reason(why) if isinstance(why, BaseException) else why[:200]
+    return {"name": name, "ours": None, "peer": None, "unit": unit, "ratio": None, "spread": "", "note": note}
+
+
+def reason(error: BaseException) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+
+
+def lost(error: BaseException) -> bool:
+    """Whether the GPU answers this process no more, so that whatever follows would fail, too."""
+    words = "illegal", "unspecified launch failure", "misaligned address", "device-side assert"
+    return any(word in str(error) for word in words)
 
 
 def significant(value: float) -> float:

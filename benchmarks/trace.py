@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import configurations, geometry
-from kernels.operators import operators
+from kernels.operators import hash_callees_first, operators
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch as Launched
 from nvcnn.distributed import Transport
@@ -223,14 +223,15 @@ class Launch:
 class Chip:
     """Stands in for the driver of a GPU of this compute capability (90: sm_90), for everything but running."""
 
-    def __init__(self, chip: int):
-        self.chip = chip
+    def __init__(self, chip: int, *, compiles: bool = True):
+        self.chip, self.compiles = chip, compiles
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.chip, 32)
 
     def get_current_device(self) -> int:
-        return self.chip  # Triton's caches are by device
+        # Triton's caches are by device: one that holds no kernel asks for each, and launches none.
+        return self.chip if self.compiles else -self.chip
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -258,7 +259,7 @@ def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[
             run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     with (
-        mock.patch.object(driver, "_active", Chip(chip)),
+        mock.patch.object(driver, "_active", Chip(chip, compiles=False)),
         mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch.object(configurations, "table_name", return_value=table),
@@ -271,5 +272,7 @@ def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[
 
 def compiled(launch: Launch) -> Any:
     """The launch's kernel as Triton's CompiledKernel; nothing of it is loaded."""
+    module = import_module(launch.module)
+    hash_callees_first(vars(module))
     with mock.patch.object(driver, "_active", Chip(launch.chip)):
-        return getattr(import_module(launch.module), launch.kernel).preload(launch.specialization)
+        return getattr(module, launch.kernel).preload(launch.specialization)

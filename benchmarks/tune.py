@@ -1,44 +1,52 @@
 """Measures launch configurations on this GPU and writes them to its table, kernels/configs/GPU.json.
 
-python3 -m benchmarks.tune [--model resnet50] [--batch 256] [--minutes 25] [NAME ...]        (`make tune`)
+python3 -m benchmarks.tune [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--minutes 25] [--keys N] [NAME ...]
+                           [--dry_run]                                                                 (`make tune`)
 
-For every call of the model's step, with --conv=torch and with --conv=triton, in fp16 and bf16: from the configuration
-in use, climb to the best neighbour (one of its numbers doubled or halved, TMA on or off, as many programs as run at
-once in place of one a tile) until none is faster by MARGIN; what does not compile, or changes the result, is no
-neighbour. The table keeps what it has of other ops and keys, and is written after each call, so that what is measured
-stays when time runs out; heavy calls come first. NAME: only ops whose name contains one.
+For every call of the model's step, with --conv=triton and with --conv=cudnn: from the configuration in use, climb to
+the best neighbour (one of its numbers doubled or halved, TMA on or off, as many programs as run at once in place of one
+a tile) until none is faster by MARGIN; what does not compile, or changes the result, is no neighbour. Neighbours are
+compiled ahead, in parallel processes, and those in Triton's cache (`benchmarks.pack`) not at all. The table keeps what
+it has of other ops and keys, and is written after each call, so that what is measured stays when time runs out; heavy
+calls come first. NAME: only ops whose name contains one.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from benchmarks import timing
-from benchmarks.ops import layer_calls
-from benchmarks.replay import arguments, describe, replay
+from benchmarks import pack, timing
+from benchmarks.ops import CONVS, layer_calls
+from benchmarks.replay import argument_sets, arguments, describe, difference, outcome, replay, whole
 from benchmarks.roofline import bytes_of
-from benchmarks.trace import Call
+from benchmarks.trace import Call, Launch, launches
 from kernels import configurations
 from kernels.configurations import Configuration
 from kernels.convolution_weight_gradient import SMS
 from nvcnn.models import MODELS
 
 MARGIN = 0.02  # a gain below it is noise
+SECONDS = 0.4  # a candidate, compiled: checked and timed
 TOLERANCE = 1e-3  # of the norm: twice a rounding to fp16, and under one to bf16
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 Table = dict[str, dict[str, Configuration]]
 Clock = Callable[[Call], float]
+Compilable = Callable[[Call, str, str, list[Configuration]], list[Configuration]]
 
 
 @contextmanager
@@ -51,11 +59,11 @@ def launched_with(table: Table) -> Iterator[None]:
         yield
 
 
-def looked_up(call: Call, device: torch.device, table: Table) -> dict[tuple[str, str], Configuration]:
-    """What the call's launcher asks the table for, by op and key, and is answered."""
+def looked_up(run: Callable[[], object], table: Table) -> dict[tuple[str, str], Configuration]:
+    """What the launchers that `run` calls ask the table for, by op and key, and are answered."""
     configurations.answers.clear()
     with launched_with(table):
-        call.op(**arguments(call, device))
+        run()
     return dict(configurations.answers)
 
 
@@ -74,42 +82,111 @@ def neighbours(config: Configuration) -> Iterator[Configuration]:
                 yield {**config, name: other}
 
 
+def within(config: Configuration, rings: int) -> list[Configuration]:
+    """The configuration, and those that so many steps from neighbour to neighbour lead to."""
+    found = {tuple(config.items()): config}
+    ring = [config]
+    for _ in range(rings):
+        around = {tuple(c.items()): c for near in ring for c in neighbours(near)}
+        ring = [c for items, c in around.items() if items not in found]
+        found |= around
+    return list(found.values())
+
+
+def candidate(call: Call, op: str, key: str, config: Configuration, chip: int) -> list[Launch]:
+    """What the call starts with this configuration of one of its ops; nothing if its launcher refuses it."""
+    with launched_with({op: {key: config}}):
+        try:
+            return launches(call, chip)
+        except ValueError:
+            return []
+
+
+def heaviest(calls: Counter[Call], chip: int, table: Table, count: int) -> Iterator[tuple[Call, str, str]]:
+    """So many ops and keys of the table, of the heaviest calls, each with the first call that asks for it."""
+    done: set[tuple[str, str]] = set()
+    for call in sorted(calls, key=lambda call: -calls[call] * bytes_of(call)):
+        for op, key in looked_up(partial(launches, call, chip), table):
+            if len(done) < count and (op, key) not in done:
+                done.add((op, key))
+                yield call, op, key
+
+
+def launched(keys: int, rings: int) -> list[Launch]:
+    """What tuning the heaviest keys of ResNet-50's fp16 step tries first, on the chip that `pack` compiles for."""
+    calls, found = layer_calls("resnet50", 256, torch.float16, *CONVS), []
+    for call, op, key in heaviest(calls, pack.CHIP, {}, keys):
+        start = looked_up(partial(launches, call, pack.CHIP), {})[op, key]
+        for config in within(start, rings):
+            found += candidate(call, op, key, config, pack.CHIP)
+    return found
+
+
+def compiled_ahead(
+    call: Call,
+    op: str,
+    key: str,
+    configs: list[Configuration],
+    *,
+    pool: ProcessPoolExecutor,
+    chip: int,
+    totals: pack.Outcome,
+) -> list[Configuration]:
+    """Those of the configurations that compile, all at once, in the pool's processes."""
+    found = [candidate(call, op, key, config, chip) for config in configs]
+    became = pack.compile_all(chain.from_iterable(found), pool)
+    for count in ("hits", "compiled", "seconds"):
+        setattr(totals, count, getattr(totals, count) + getattr(became, count))
+    totals.failed |= became.failed
+    return [c for c, started in zip(configs, found, strict=True) if started and not became.failed.keys() & set(started)]
+
+
 def results(call: Call, device: torch.device) -> list[Tensor]:
     """What the call returns and writes, always for the same arguments."""
     torch.manual_seed(0)
-    made = arguments(call, device)
-    returned = call.op(**made)
-    # Sums are (2, parts, channels), and how many parts there are is the configuration's business.
-    return [t.sum(1) if t.dim() == 3 else t for t in tree_leaves((returned, made)) if isinstance(t, Tensor)]
+    return whole(outcome(call, arguments(call, device)))
 
 
 def agrees(call: Call, device: torch.device, expected: list[Tensor]) -> bool:
     """Whether the call gives `expected`, but for the order of its sums and the roundings that follow."""
-    for ours, theirs in zip(results(call, device), expected, strict=True):
-        difference = (ours.double() - theirs.double()).norm()
-        if not difference <= TOLERANCE * theirs.double().norm():  # a NaN is not
-            return False
-    return True
+    # A NaN is no agreement.
+    return all(difference(a, b) <= TOLERANCE for a, b in zip(results(call, device), expected, strict=True))
 
 
 def milliseconds(call: Call, device: torch.device) -> float:
-    step, sets = replay(call, device)
-    step = timing.captured(step, device)
-    return median(timing.milliseconds(timing.repeated(step, 3), device) / (3 * sets) for _ in range(7))
+    made = argument_sets(call, device)
+    step = timing.captured(replay(call.op, made), device)
+    return median(timing.milliseconds(timing.repeated(step, 3), device) / (3 * len(made)) for _ in range(7))
 
 
-def climb(call: Call, op: str, key: str, start: Configuration, device: torch.device, table: Table, clock: Clock):
-    """The best configuration found for the call, its time and that of `start`, in the clock's unit."""
+def climb(
+    call: Call,
+    op: str,
+    key: str,
+    start: Configuration,
+    device: torch.device,
+    table: Table,
+    clock: Clock,
+    *,
+    compilable: Compilable = lambda call, op, key, configs: configs,
+    end: float = float("inf"),
+) -> tuple[Configuration, float, float]:
+    """The best configuration found for the call until `end`, its time and that of `start`, in the clock's unit.
+
+    `compilable` says which configurations compile, and compiles them, many at a time.
+    """
     with launched_with(table):
         expected = results(call, device)
 
     def cost(config: Configuration) -> float:
+        if time.monotonic() > end:
+            return float("inf")
         with launched_with({**table, op: {**table.get(op, {}), key: config}}):
             try:
                 return clock(call) if agrees(call, device, expected) else float("inf")
             except Exception as error:  # out of shared memory, or refused by the compiler: Triton has no one class
-                if "illegal" in str(error) or "unspecified launch failure" in str(error):
-                    raise  # the device is lost to this process
+                if timing.lost(error):
+                    raise
                 return float("inf")
 
     first = best_cost = cost(start)
@@ -117,9 +194,10 @@ def climb(call: Call, op: str, key: str, start: Configuration, device: torch.dev
     tried: dict[tuple, float] = {tuple(start.items()): first}
     while True:
         around = [c for c in neighbours(best) if tuple(c.items()) not in tried]
-        tried |= {tuple(c.items()): cost(c) for c in around}
+        tried |= dict.fromkeys((tuple(c.items()) for c in around), float("inf"))
+        tried |= {tuple(c.items()): cost(c) for c in compilable(call, op, key, around)}
         nearest = min(around, key=lambda c: tried[tuple(c.items())], default=best)
-        if tried[tuple(nearest.items())] > best_cost * (1 - MARGIN):
+        if tried[tuple(nearest.items())] >= best_cost * (1 - MARGIN):
             return best, best_cost, first
         best, best_cost = nearest, tried[tuple(nearest.items())]
 
@@ -133,20 +211,37 @@ def text_of(table: Table) -> str:
     return "{\n" + ",\n".join(ops) + "\n}\n"
 
 
-def tune(calls: Counter[Call], device: torch.device, file: Path, *, clock: Clock, seconds: float) -> None:
-    """Tunes the calls, the heaviest first, and writes `file` after each; says each result."""
+def tune(
+    calls: Counter[Call],
+    device: torch.device,
+    file: Path,
+    *,
+    clock: Clock,
+    seconds: float,
+    keys: int = 1000,
+    **options: Any,
+) -> None:
+    """Tunes so many keys, those of the heaviest calls first, and writes `file` after each; says each result.
+
+    `options`: of `climb`.
+    """
     table: Table = json.loads(file.read_text()) if file.exists() else {}
     end = time.monotonic() + seconds
     done: set[tuple[str, str]] = set()
     for call in sorted(calls, key=lambda call: -calls[call] * bytes_of(call)):
-        for (op, key), start in looked_up(call, device, table).items():
+        for (op, key), start in looked_up(replay(call.op, [arguments(call, device)]), table).items():
             if (op, key) in done:
                 continue
+            if len(done) == keys:
+                return
             if time.monotonic() > end:
                 print(f"time is up: {op} {key} and what follows is left as it was", flush=True)
                 return
             done.add((op, key))
-            best, cost, first = climb(call, op, key, start, device, table, clock)
+            best, cost, first = climb(call, op, key, start, device, table, clock, end=end, **options)
+            if cost == float("inf"):
+                print(f"{describe(call)}: {key}: {dict(start)} has no time: not in the table", flush=True)
+                continue
             table.setdefault(op, {})[key] = best
             file.write_text(text_of(table))
             print(
@@ -154,24 +249,41 @@ def tune(calls: Counter[Call], device: torch.device, file: Path, *, clock: Clock
             )
 
 
+def chosen(asked: argparse.Namespace) -> Counter[Call]:
+    every = layer_calls(asked.model, asked.batch, DTYPES[asked.dtype], *CONVS)
+    return Counter({call: n for call, n in every.items() if any(name in call.name for name in asked.names or [""])})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.tune", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="only ops whose name contains it")
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
     parser.add_argument("--minutes", type=float, default=25.0, help="stop after so many (25)")
+    parser.add_argument("--keys", type=int, default=1000, help="so many configurations, the heaviest (all)")
+    parser.add_argument("--dry_run", action="store_true", help="list them, here")
     asked = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not asked.dry_run:
         print("benchmarks.tune: no CUDA device here; without a table configurations are computed", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
-    calls: Counter[Call] = Counter()
-    for dtype in (torch.float16, torch.bfloat16):
-        calls.update(layer_calls(asked.model, asked.batch, dtype))
-    chosen = Counter({call: n for call, n in calls.items() if any(name in call.name for name in asked.names or [""])})
-    file = configurations.TABLES / f"{configurations.table_name(device)}.json"
-    tune(chosen, device, file, clock=partial(milliseconds, device=device), seconds=60 * asked.minutes)
-    print(f"written: {file}")
+    if asked.dry_run:
+        calls = chosen(asked)
+        for call, op, key in heaviest(calls, pack.CHIP, {}, asked.keys):
+            start = looked_up(partial(launches, call, pack.CHIP), {})[op, key]
+            around = len(within(start, 1)) - 1
+            print(f"{calls[call]} x {describe(call)}: {key}: from {dict(start)}, {around} neighbours, "
+                  f"about {3 * around * SECONDS:.0f} s")  # fmt: skip
+        return 0
+    totals = pack.Outcome()
+    with pack.workers(min(14, len(os.sched_getaffinity(0)))) as pool:  # before the GPU is touched
+        device = torch.device("cuda")
+        major, minor = torch.cuda.get_device_capability(device)
+        file = configurations.TABLES / f"{configurations.table_name(device)}.json"
+        ahead = partial(compiled_ahead, pool=pool, chip=10 * major + minor, totals=totals)
+        options = {"clock": partial(milliseconds, device=device), "keys": asked.keys, "compilable": ahead}
+        tune(chosen(asked), device, file, seconds=60 * asked.minutes, **options)
+    print(f"kernels: {totals}\nwritten: {file}")
     return 0
 
 

@@ -4,7 +4,8 @@ As `torch.library.custom_op` makes them, without its bookkeeping: that takes lon
 makes hundreds of calls. Where nothing traces, the launcher is called without PyTorch's dispatcher, too.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import update_wrapper
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn import Parameter
+from triton import JITFunction
 
 operators: dict[str, "Operator"] = {}  # by qualified name: what `benchmarks` and tests launch on tensors without memory
 
@@ -43,6 +45,7 @@ class Operator:
         self.overload = getattr(torch.ops.nvcnn, name).default
         self.function: Any = None  # with gradients
         operators[self.name] = self
+        hash_callees_first(launcher.__globals__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args or traced(args[0]):
@@ -75,6 +78,21 @@ class Operator:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.function = type(self.__name__, (Function,), methods)  # type: ignore[attr-defined]
         torch.library.impl(self.name, "Autograd", differentiable)
+
+
+def hash_callees_first(namespace: Mapping[str, Any]) -> None:
+    """Has Triton hash the module's functions, each behind those it calls, which are defined or imported above it.
+
+    To the hash that names a kernel in Triton's cache belong the constants of the functions that it calls, but only of
+    those that have a hash already (3.6 and 3.7): else a kernel's name, and whether it is compiled again, would depend
+    on what else the process has launched before.
+    """
+    for value in namespace.values():
+        if isinstance(value, JITFunction) and value.hash is None:
+            module = sys.modules[value.module]
+            if vars(module) is not namespace:
+                hash_callees_first(vars(module))
+            value.cache_key  # noqa: B018 (a property that keeps what it computes)
 
 
 def named(name: str, *arguments: str) -> Callable[[Any], str]:

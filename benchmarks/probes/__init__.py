@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.timing import Step
 from benchmarks.trace import META, Launch, launches_of
+from kernels.operators import hash_callees_first
 
 # The most decisive first.
 NAMES = (
@@ -58,7 +59,9 @@ class Probe:
 
 def load(name: str) -> Probe:
     """The probe of the file of that name."""
-    return import_module(f"benchmarks.probes.{name}").PROBE
+    module = import_module(f"benchmarks.probes.{name}")
+    hash_callees_first(vars(module))
+    return module.PROBE
 
 
 def launches(probe: Probe, chip: int = 90) -> list[Launch]:

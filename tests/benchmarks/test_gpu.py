@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -33,13 +34,43 @@ def test_without_a_gpu_one_line_and_exit_code_2(monkeypatch, capsys):
     assert "no CUDA device" in line
 
 
-def test_a_part_ends_with_its_exit_code_and_its_output_is_kept(module, tmp_path, capfd):
-    name = module("part_fails", "print('hello'); raise SystemExit(3)")
-    assert gpu.run_part([name], tmp_path / "log", limit=60) == 3
-    assert (tmp_path / "log").read_text() == capfd.readouterr().out == "hello\n"
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where the items write."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    monkeypatch.setattr(gpu, "FOLDER", folder)
+    monkeypatch.setattr(gpu.pack, "CACHE", tmp_path / "cache")
+    return folder
 
 
-def test_a_part_is_ended_at_its_limit_with_its_children(module, tmp_path):
+def test_an_item_ends_with_its_exit_codes_and_its_output_is_kept(module, folder, capfd):
+    commands = (module("fails", "print('hello'); raise SystemExit(3)"),), (module("works", "print('hello')"),)
+    assert gpu.run_item(gpu.Item("two", 1, commands, quiet=False), limit=60) == [3, 0]
+    assert (folder / "two.log").read_text() == capfd.readouterr().out == "hello\n" * 2
+
+
+def test_the_commands_of_an_item_run_side_by_side(module):
+    """Each waits for the other's file."""
+    meet = """
+import sys, time
+from pathlib import Path
+own, other = map(Path, sys.argv[1:])
+own.touch()
+while not other.exists(): time.sleep(0.05)
+"""
+    name = module("meets", meet)
+    commands = (name, "{folder}/a", "{folder}/b"), (name, "{folder}/b", "{folder}/a")
+    assert gpu.run_item(gpu.Item("both", 1, commands), limit=60) == [0, 0]
+
+
+def test_an_item_is_told_what_is_left_and_where_kernels_are(module, folder, tmp_path):
+    name = module("says", "import os, sys; print(*sys.argv[1:], os.environ['TRITON_CACHE_DIR'])")
+    gpu.run_item(gpu.Item("says", 1, ((name, "--json={folder}/a.json", "{seconds}", "{minutes}"),)), limit=80)
+    assert (folder / "says.log").read_text() == f"--json={folder}/a.json 65 1.00 {tmp_path}/cache\n"
+
+
+def test_an_item_is_ended_at_its_limit_with_its_children(module, folder, tmp_path):
     pids = tmp_path / "pids"
     name = module(
         "part_hangs",
@@ -50,9 +81,9 @@ def test_a_part_is_ended_at_its_limit_with_its_children(module, tmp_path):
         "time.sleep(60)\n",
     )
     start = time.monotonic()
-    assert gpu.run_part([name], tmp_path / "log", limit=5) is None
+    assert gpu.run_item(gpu.Item("hangs", 1, ((name,),)), limit=5) == [None]
     assert time.monotonic() - start < 30
-    assert (tmp_path / "log").read_text() == "begun\n"
+    assert (folder / "hangs.log").read_text() == "begun\n"
     while any(map(runs, pids.read_text().split())):
         assert time.monotonic() - start < 30, "a process of the part outlived it"
         time.sleep(0.1)
@@ -82,18 +113,22 @@ def test_broken(broken): pass
 
 
 def pytest_log(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-vv", "-p", "no:cacheprovider", *arguments, "tests"]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments, "tests"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
 
 
-def test_the_tests_are_counted(tmp_path):
+@pytest.mark.parametrize("arguments", [(), ("-n", "2")])
+def test_the_tests_are_counted(tmp_path, arguments):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_one.py").write_text(TESTS)
-    log = pytest_log(tmp_path)
+    log = pytest_log(tmp_path, *arguments)
     (row,) = gpu.test_rows(log, "exit code 1")
     assert (row["ours"], row["peer"], row["ratio"]) == (2, 4, 0.5), log
-    assert row["note"] == "exit code 1; 1 skipped; tests/test_one.py::test_bad; tests/test_one.py::test_broken"
-
+    note, skipped, *bad = row["note"].split("; ")
+    assert (note, skipped) == ("exit code 1", "1 skipped")
+    assert set(bad) == {"tests/test_one.py::test_bad", "tests/test_one.py::test_broken"}
+    if arguments:  # workers' results come in any order
+        return
     (cut_off,) = gpu.test_rows(log[: log.index("test_bad")], "ended at the limit of 480 s")
     assert (cut_off["ours"], cut_off["peer"]) == (2, 2)
     assert cut_off["note"].startswith("ended at the limit")
@@ -115,56 +150,111 @@ rows = [timing.row("{name} / floor", "us", [1.25, 1.25], [1.0, 1.0])]
 report.write(file, "{name}", rows)
 raise SystemExit({code})
 """
+LAYER = {"name": "convolution", "calls": 2, "ours": 2.0, "cuDNN alone": None, "floor": 1.0, "unit": "us", "share": 0.5}
 
 
 @pytest.fixture
 def machine(monkeypatch, module):
-    """A machine with a GPU, where `ops` fails after its first row."""
+    """A machine with a GPU, where the second item of the first part fails after its first row."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gpu, "card", lambda: {"power.limit": "700 W"})
+    wrong = [{"name": "fine", "error": "1e-4", "wrong": ""}, {"name": "off", "error": "1", "wrong": "8 images: 1"}]
+    layers = f"from benchmarks import report; import sys; report.write(sys.argv[1][7:], 'ops', [{LAYER}])"
+    checks = f"from benchmarks import report; import sys; report.write(sys.argv[1][7:], 'first', {wrong})"
+    tests = "print('tests/test_a.py::test_b PASSED [100%]')"
     parts = {
-        "tests": [module("part_tests", "print('tests/test_a.py::test_b PASSED [100%]')")],
-        "ops": [module("part_ops", FAKE.format(name="ops", code=1))],
-        "step": [module("part_step", FAKE.format(name="step", code=0))],
+        "first": gpu.Part(
+            1000,
+            (
+                gpu.one("checks-forward", 100, module("part_checks", checks)),
+                gpu.one("ops", 100, module("part_ops", FAKE.format(name="ops", code=1))),
+                gpu.one("probes", 100, "no_such_module"),
+                gpu.one("long", 990, "part_ops"),
+                gpu.one("layers", 990, module("part_layers", layers), least=10),
+            ),
+        ),
+        "tests": gpu.Part(
+            1000,
+            (
+                gpu.Item(
+                    "tests",
+                    1,
+                    ((module("part_tests", tests),),),
+                ),
+            ),
+        ),
     }
     monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "available", lambda item: item.name != "probes")
     return "nvidia-h100-80gb-hbm3"
 
 
-def test_all_parts_run_and_what_a_failing_one_wrote_is_kept(machine, tmp_path, capfd):
+def test_all_parts_run_and_what_a_failing_item_wrote_is_kept(machine, tmp_path, capfd):
     out = tmp_path / "results"
     assert gpu.main(["--out", str(out)]) == 1
-    assert capfd.readouterr().out.splitlines()[-1] == "ops: exit code 1"
-    names = {f"{machine}.{part}.{kind}" for part in ("tests", "ops", "step") for kind in ("json", "log")}
-    assert {file.name for file in out.iterdir()} == names | {f"{machine}.md", f"{machine}.png"}
-    assert json.loads((out / f"{machine}.ops.json").read_text())["rows"][0]["ratio"] == 0.8
+    printed = capfd.readouterr().out
+    assert printed.splitlines()[-1] == "ops: exit code 1"
+    assert "== probes: left out, there is no no_such_module" in printed
+    assert re.search(r"== long: left out, 9\d\d s of 1000 are left, and it takes 990", printed)
+    assert "PASSED" not in printed
+    assert "8 images: 1" in printed
+    assert "fine" not in printed
+    assert {file.name for file in out.iterdir()} == {f"{machine}.{end}" for end in ("json", "md", "png", "log")}
+    content = json.loads((out / f"{machine}.json").read_text())
+    assert list(content["sections"]) == ["first-machine", "checks-forward", "ops", "layers", "tests-machine", "tests"]
+    assert content["sections"]["first-machine"]["machine"]["card"] == {"power.limit": "700 W"}
+    assert content["sections"]["ops"]["rows"][0]["ratio"] == 0.8
+    assert gpu.shares_of(content) == {"ops": 0.8, "convolution": 0.5}
     text = (out / f"{machine}.md").read_text()
-    assert "| tests passed / run | 1 | 1 |" in text
+    assert re.search(r"\| tests passed / run \| 1 \| 1 \|.*left out: tests/nvcnn/data", text)
     assert "| ops / floor | 1250.0 | 1000.0 | us | 0.8 |" in text
+    assert "| convolution | 2 | 2.0 | - | 1.0 | us | 0.5 |" in text
 
 
-def test_one_part_leaves_the_results_of_the_others(machine, tmp_path, capfd):
-    out = tmp_path / "results"
-    gpu.main(["ops", "--out", str(out)])
-    assert gpu.main(["step", "--out", str(out)]) == 0
-    text = (out / f"{machine}.md").read_text()
+def test_the_results_of_two_calls_are_one_table(machine, tmp_path, capfd):
+    for part in ("first", "tests"):
+        gpu.main([part, "--out", str(tmp_path / part)])
+    files = [str(tmp_path / part / f"{machine}.json") for part in ("first", "tests")]
+    assert gpu.main(["summary", *files, "--out", str(tmp_path / "both")]) == 0
+    text = (tmp_path / f"both/{machine}.md").read_text()
     assert "ops / floor" in text
-    assert "step / floor" in text
-    assert "tests" not in text
+    assert "tests passed" in text
     capfd.readouterr()
 
 
 def test_a_failing_test_is_the_exit_code(machine, tmp_path, module, capfd):
     module("part_tests", "print('tests/test_a.py::test_b FAILED [100%]'); raise SystemExit(1)")
-    assert gpu.main(["tests", "--out", str(tmp_path)]) == 1
-    assert "tests: exit code 1" in capfd.readouterr().out
+    assert gpu.main(["tests", "--out", str(tmp_path / "results")]) == 1
+    printed = capfd.readouterr().out
+    assert "tests: exit code 1" in printed
+    assert "FAILED [100%]" in printed, "the end of what fails is shown"
 
 
-def test_the_parts_are_there():
+def test_an_unknown_part_is_bad_usage(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["firts"])
+    assert "firts: the parts are first, tune, " in capsys.readouterr().err
+
+
+def test_a_dry_run_needs_no_gpu_and_lists_each_part_with_its_seconds(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main(["--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, part in gpu.PARTS.items():
+        assert f"{name}: {part.limit} s, of which {part.limit - 15} for" in lines
+
+
+def test_the_parts_fit_their_limits_and_are_there():
+    assert gpu.PARTS["first"].limit <= 200
+    for name, part in gpu.PARTS.items():
+        assert part.limit <= 250
+        needed = sum(item.least or item.seconds for item in part.items)
+        assert needed <= part.limit - gpu.RESERVE, f"{name}: not everything would be begun"
+        assert all(gpu.available(item) for item in part.items if item.name != "probes")
+    commands = [command for part in gpu.PARTS.values() for item in part.items for command in item.commands]
+    names = [command[1:-1] for command in commands if command[0] == "benchmarks.layers"]
     for layer in all_layers():
-        assert sum(any(name in layer.name for name in gpu.PARTS[part][1:]) for part in ("layers", "conv")) == 1
-    for module in ("ops", "layers", "step"):
-        assert gpu.PARTS[module][0] == f"benchmarks.{module}"
-        assert (Path(gpu.__file__).parent / f"{module}.py").exists()
+        assert sum(any(name in layer.name for name in some) for some in names) == 1
     root = Path(gpu.__file__).parents[1]
-    assert all((root / part).exists() for part in gpu.PARTS["tests"] if part.startswith("tests/"))
+    assert all((root / word.removeprefix("--ignore=")).exists() for word in gpu.TESTS)

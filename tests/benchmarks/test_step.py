@@ -1,10 +1,13 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nvcnn
-from benchmarks import step
+from benchmarks import peers, step
+from nvcnn.distributed import Launch, Transport
+from nvcnn.machine import use_device
 
 
 @pytest.fixture
@@ -20,9 +23,9 @@ def test_every_peer_has_a_row_measured_or_with_its_reason(case):
         return lambda: 1 // 0
 
     written: list[list[dict]] = []
-    peers = {"torchvision": step.torchvision, "absent": absent, "broken": broken}
-    rows = step.compare(case, peers, rounds=2, repeat=1, write=lambda rows: written.append(copy.deepcopy(rows)))
-    assert [row["name"].rpartition("/ ")[2] for row in rows] == list(peers)
+    others = {"torchvision": step.torchvision, "absent": absent, "broken": broken}
+    rows = step.compare(case, others, rounds=2, repeat=1, write=lambda rows: written.append(copy.deepcopy(rows)))
+    assert [row["name"].rpartition("/ ")[2] for row in rows] == list(others)
     assert rows[0]["unit"] == "images/s"
     assert min(rows[0][key] for key in ("ours", "peer", "ratio")) > 0
     assert "torchvision" in rows[0]["note"]
@@ -39,7 +42,7 @@ def test_every_peer_has_a_row_measured_or_with_its_reason(case):
 def test_ours_with_another_algorithm_has_a_row(case):
     (row,) = step.compare(case, {"nvcnn, --conv=triton": step.OURS["nvcnn, --conv=triton"]}, rounds=1, repeat=1)
     assert row["ratio"] > 0, row["note"]
-    assert row["note"] == f"nvcnn {nvcnn.__version__}"
+    assert row["note"] == f"nvcnn {nvcnn.__version__}; both with {peers.CUDNN}"
 
 
 def test_timm_has_a_row_too(case):
@@ -47,18 +50,31 @@ def test_timm_has_a_row_too(case):
     assert row["ratio"] > 0, row["note"]
 
 
-def test_a_peer_has_the_fastest_cudnn_and_leaves_ours_as_it_was(case):
+def rules() -> tuple[bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+
+
+def test_a_peer_has_the_rules_of_ours_for_cudnn_and_leaves_them_as_they_were(case, monkeypatch):
     seen = []
 
     class Model(torch.nn.Linear):
         def forward(self, images):
-            seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark))
+            seen.append(rules())
             return super().forward(images.mean((2, 3)))
 
-    before = torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark
+    before = rules()
     step.synthetic(case, Model(3, 1000))()
-    assert seen == [(True, True)]
-    assert (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark) == before
+    assert seen == [(True, True, True)]
+    assert rules() == before
+    # What a run on a GPU sets for itself:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0"))
+    with torch.backends.cudnn.flags(enabled=True):
+        use_device(Transport(Launch()))
+        assert [rules()] == seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -1,13 +1,17 @@
 """The search on ops in the interpreter; what is timed is a clock of the test's own."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from benchmarks import tune
+from benchmarks import pack, tune
 from benchmarks.ops import layer_calls
-from benchmarks.replay import arguments, describe, replay
+from benchmarks.replay import argument_sets, arguments, describe, outcome, replay
 from benchmarks.trace import call_of
 from kernels import configurations
 from kernels.implementation import INTERPRETED
@@ -19,7 +23,9 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CP
 @pytest.fixture
 def calls(monkeypatch):
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
-    return {call.name: call for call in reversed(layer_calls("lenet", 2, torch.float32))}  # the first of each name
+    return {
+        call.name: call for call in reversed(layer_calls("lenet", 2, torch.float32, "torch"))
+    }  # the first of each name
 
 
 def test_the_calls_are_those_of_the_layers_of_a_step(calls):
@@ -38,9 +44,10 @@ def test_arguments_are_valid_ones(calls):
 
 @interpreted
 def test_a_replayed_call_runs(calls):
-    step, sets = replay(calls["nvcnn::cross_entropy"], CPU)
-    step()
-    assert sets == 1
+    call = calls["nvcnn::cross_entropy"]
+    made = argument_sets(call, CPU)
+    replay(call.op, made)()
+    assert len(made) == 1
 
 
 @interpreted
@@ -110,6 +117,51 @@ def test_a_lost_device_is_not_a_slow_configuration(calls, tmp_path):
         tune.tune(tune.Counter([calls["nvcnn::max_pool"]]), CPU, tmp_path / "t.json", clock=clock, seconds=100)
 
 
+@interpreted
+def test_what_has_no_time_is_no_entry(calls, tmp_path, capsys):
+    def clock(call):
+        raise RuntimeError("out of resource: shared memory")
+
+    file = tmp_path / "t.json"
+    tune.tune(tune.Counter([calls["nvcnn::max_pool"]]), CPU, file, clock=clock, seconds=100)
+    assert not file.exists()
+    assert "has no time: not in the table" in capsys.readouterr().out
+
+
+@interpreted
+def test_what_does_not_compile_is_not_timed_and_so_many_keys_are_tuned(calls, tmp_path):
+    timed = []
+
+    def clock(call):
+        call.op(**arguments(call, CPU))
+        timed.extend(configurations.answers.values())
+        return 1.0
+
+    def none_but_more_warps(call, op, key, configs):
+        return [config for config in configs if config["num_warps"] == 8]
+
+    file = tmp_path / "t.json"
+    options = {"clock": clock, "seconds": 100, "keys": 1, "compilable": none_but_more_warps}
+    tune.tune(tune.Counter(calls.values()), CPU, file, **options)
+    assert [len(entries) for entries in json.loads(file.read_text()).values()] == [1]
+    assert [config["num_warps"] for config in timed] == [4, 8]
+
+
+@interpreted
+def test_a_weights_gradient_fits_halves_however_many_pixels_there_are(monkeypatch):
+    monkeypatch.setenv("NVCNN_KERNELS", "reference")
+    n, k, c = 256, 16, 16
+    halves = [torch.empty(n, c, 40, 40, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(3)]
+    dw = torch.empty(k, c, 1, 1, dtype=torch.float16).to(memory_format=torch.channels_last)
+    g, x, y = halves
+    more = {"y": y, "vectors": torch.empty(5, k), "factors": torch.empty(2, k), "x_vectors": torch.empty(5, c)}
+    call = call_of(torch.ops.nvcnn.convolution_weight_gradient.default, g, x, dw, [1, 1], [0, 0], **more)
+    (dw,) = outcome(call, arguments(call, CPU))
+    assert 1 < dw.abs().max() < 6e3, "ten times more pixels would not overflow"
+    noise = dw.float().std() / dw.float().abs().mean()
+    assert noise > 0.3, "the pixels' own part counts"
+
+
 def test_the_neighbours_of_a_configuration():
     around = list(tune.neighbours({"BLOCK": 1, "TMA": 0, "num_warps": 16}))
     assert around == [
@@ -137,7 +189,7 @@ def test_sums_over_other_parts_agree(monkeypatch):
         (config,) = configurations.answers.values()
         return 1000 / config["BLOCK_ROWS"]
 
-    (key,) = tune.looked_up(call, CPU, {"convolution": {"*": start}})
+    (key,) = tune.looked_up(lambda: call.op(**arguments(call, CPU)), {"convolution": {"*": start}})
     best, cost, first = tune.climb(call, *key, start, CPU, {}, clock)
     assert (best["BLOCK_ROWS"], cost, first) == (256, 1000 / 256, 1000 / 16), "more than MOST_ROWS is refused"
 
@@ -158,3 +210,44 @@ def test_without_a_gpu_one_line_and_exit_code_2(monkeypatch, capsys):
     assert tune.main() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no CUDA device" in line
+
+
+def test_what_is_compiled_ahead_are_the_rings_around_a_configuration():
+    start = {"BLOCK": 4, "num_warps": 16}
+    around = list(tune.neighbours(start))
+    assert tune.within(start, 0) == [start]
+    assert tune.within(start, 1) == [start, *around]
+    two = tune.within(start, 2)
+    assert {"BLOCK": 16, "num_warps": 16} in two
+    assert {"BLOCK": 8, "num_warps": 8} in two
+    assert len(two) == len({tuple(config.items()) for config in two}) == 1 + 3 + 5
+
+
+def test_what_the_compiler_or_the_launcher_refuses_is_not_tried(monkeypatch):
+    def launch(config):
+        return tune.Launch("module", "kernel", 90, str(config), ())
+
+    def candidate(call, op, key, config, chip):
+        return [] if config["BLOCK"] == 1 else [launch(config)]
+
+    def compile_all(launches, pool):
+        return pack.Outcome(1, 2, {launch: "why" for launch in launches if "4" in launch.specialization}, 3.0)
+
+    monkeypatch.setattr(tune, "candidate", candidate)
+    monkeypatch.setattr(pack, "compile_all", compile_all)
+    totals = pack.Outcome(hits=1)
+    configs = [{"BLOCK": n} for n in (1, 2, 4)]
+    left = tune.compiled_ahead(None, "op", "key", configs, pool=None, chip=90, totals=totals)
+    assert left == [{"BLOCK": 2}]
+    assert str(totals) == "2 hits, 2 misses compiled, 1 refused, 3 s"
+
+
+def test_a_dry_run_lists_the_heaviest_keys():
+    """In a process of its own: what a launcher would start is asked of the compiler, not of the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.tune", "--model=lenet", "--batch=8", "--keys=3", "--dry_run"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(re.search(r": fp16 .*: from \{.*\}, \d+ neighbours, about \d+ s$", line) for line in lines)

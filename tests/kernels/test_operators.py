@@ -1,5 +1,9 @@
 """An operator made of an op of the test's own: y = factor x."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -76,3 +80,28 @@ def test_it_exports():
 
     program = torch.export.export(Module(), (torch.randn(3),))
     assert "nvcnn.test_scaled" in str(program.graph)
+
+
+HASHES = """
+import pkgutil, sys
+from importlib import import_module
+import triton, kernels
+modules = [import_module(f"kernels.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)]
+functions = [value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)]
+for function in functions[:: int(sys.argv[1])]:
+    function.cache_key
+for function in functions:
+    print(function.module, function.fn.__qualname__, function.cache_key)
+"""
+
+
+def test_a_kernel_has_the_same_name_in_tritons_cache_whatever_was_launched_before():
+    """Hashed from the first to the last, and the other way."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", HASHES]
+    one, other = (
+        subprocess.run([*command, step], env=environment, capture_output=True, text=True, check=True).stdout
+        for step in ("1", "-1")
+    )
+    assert one == other
+    assert one.count("kernel ") > 15

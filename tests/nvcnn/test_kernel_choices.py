@@ -213,6 +213,7 @@ def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels.configurations, "TABLES", tmp_path)
     here = kernel_choices.machine()
     assert here.startswith(f"NVIDIA H100, torch {torch.__version__}, triton ")
+    assert here.endswith("(triton)" if torch.cuda.is_available() else "(reference)")
 
     found = {file.name: file for file in kernel_choices.sources()}
     ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient"

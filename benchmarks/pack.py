@@ -1,0 +1,231 @@
+"""Kernels compiled where there is no GPU, for a machine that has one: Triton's cache, in one archive.
+
+python3 -m benchmarks.gpu pack [--out DIR] [--keys N] [--rings N] [--workers N]
+
+What `benchmarks.gpu first` launches, and what `tune` tries first for the heaviest configurations, is collected on
+tensors without memory, compiled for sm_90 in parallel processes, and archived with a key that says what compiled it.
+`benchmarks.gpu` on the GPU machine unpacks it, says hits and misses, and compiles what is missing, all at once; where
+the key differs, that is everything. Triton finds an entry by its source, its specialisation and the compiler's files;
+where the checkout lies does not count. The archive holds no launchers: these are linked where they run.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.cache import triton_key
+from triton.runtime.driver import driver
+
+from benchmarks.trace import Launch, compiled
+from kernels.implementation import INTERPRETED
+
+CHIP = 90  # H100 and H200
+FOLDER = Path(__file__).parents[1] / "build" / "gpu"  # which git ignores
+CACHE = FOLDER / "triton"
+ARCHIVE = "kernels.tar.xz"
+MOST_BYTES = 60_000_000  # of the archive
+MOST_SECONDS = 60.0  # to compile one kernel: of candidates, tiles that spill take minutes
+
+Lists = dict[str, list[Launch]]  # what each part of `benchmarks.gpu` launches
+
+
+def key() -> dict[str, str]:
+    """What must be equal for Triton to find an entry, in words and in digests."""
+    version = sys.version_info
+    compiler = str(make_backend(GPUTarget("cuda", CHIP, 32)).hash())  # ptxas says a lot of itself
+    return {
+        "python": f"{version.major}.{version.minor}",
+        "triton": triton.__version__,
+        "triton's files": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
+        "ptxas and chip": " ".join(re.findall(r"\bV[\d.]+|-\d+$", compiler)) or compiler,
+        "environment": str(sorted(get_cache_invalidating_env_vars().items())),
+    }
+
+
+@dataclass
+class Outcome:
+    """What became of a list of kernels. `failed`: what the compiler said, for each it refused."""
+
+    hits: int = 0
+    compiled: int = 0
+    failed: dict[Launch, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        words = f"{self.hits} hits, {self.compiled} misses compiled"
+        return words + (f", {len(self.failed)} refused" if self.failed else "") + f", {self.seconds:.0f} s"
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside when the time is up. In a process' main thread."""
+
+    def end(*_: Any) -> None:
+        raise TimeoutError(f"not compiled in {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def compile_one(launch: Launch) -> tuple[bool, str]:
+    """Whether the kernel was in the cache, and what the compiler said if it refused it.
+
+    Where there is a GPU its launcher is built as well, which takes the C compiler 0.3 s.
+    """
+    hits: list[bool] = []
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+        knobs.compilation.store_binary_only = True
+        try:
+            with limited(MOST_SECONDS):
+                kernel = compiled(launch)
+                if torch.cuda.is_available():
+                    driver.active.launcher_cls(kernel.src, kernel.metadata)
+        except Exception as error:  # the compiler has no one class
+            return False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return hits == [True], ""
+
+
+def workers(count: int) -> ProcessPoolExecutor:
+    """Compilers. To be made, and used, before this process touches a GPU: they are forked from it."""
+    pool = ProcessPoolExecutor(count, mp_context=get_context("fork"))
+    pool.submit(os.getpid).result()  # forks all of them
+    return pool
+
+
+def compile_all(launches: Iterable[Launch], pool: ProcessPoolExecutor) -> Outcome:
+    start, every = time.monotonic(), list(dict.fromkeys(launches))
+    outcome = Outcome()
+    for launch, (hit, error) in zip(every, pool.map(compile_one, every), strict=True):
+        outcome.hits += hit
+        outcome.compiled += not hit and not error
+        if error:
+            outcome.failed[launch] = error
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def write(lists: Lists, archive: Path, count: int) -> Outcome:
+    """Compiles every launch of the lists and archives the cache, the lists and the key."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=archive.parent) as folder, knobs.cache.scope():
+        root = Path(folder)
+        knobs.cache.dir = str(root / "cache")  # which the workers inherit
+        with workers(count) as pool:
+            outcome = compile_all((launch for launches in lists.values() for launch in launches), pool)
+        (root / "key.json").write_text(json.dumps(key(), indent=1))
+        content = {name: [asdict(launch) for launch in dict.fromkeys(found)] for name, found in lists.items()}
+        (root / "launches.json").write_text(json.dumps(content))
+        part = root / archive.name
+        with tarfile.open(part, "w:xz") as tar:
+            for name in ("key.json", "launches.json", "cache"):
+                tar.add(root / name, name)
+        os.replace(part, archive)
+    return outcome
+
+
+def read(archive: Path, cache: Path) -> tuple[Lists, str]:
+    """Unpacks the archive into an empty `cache`. Its lists, and a line about it; no list if its key differs."""
+    if not archive.exists():
+        return {}, f"no {archive.name}: every kernel is compiled here"
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as folder, tarfile.open(archive) as tar:
+        root = Path(folder)
+        tar.extractall(root, filter="data")
+        theirs, ours = json.loads((root / "key.json").read_text()), key()
+        if differing := [f"{name} {theirs.get(name)}, here {value}" for name, value in ours.items()
+                         if theirs.get(name) != value]:  # fmt: skip
+            return {}, f"{archive.name} does not fit: of {'; of '.join(differing)}: every kernel is compiled here"
+        os.replace(root / "cache", cache)
+        content = json.loads((root / "launches.json").read_text())
+    for group in cache.glob("*/__grp__*"):  # Triton's lists of an entry's files, by absolute paths
+        files = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in files}}))
+    lists = {name: [Launch(**launch) for launch in found] for name, found in content.items()}
+    return lists, f"{archive.name}: {sum(1 for _ in cache.glob('*/__grp__*'))} kernels"
+
+
+def collect(keys: int, rings: int) -> Lists:
+    from benchmarks import first, tune  # they use this module, too
+
+    return {"first": first.launched(), "tune": tune.launched(keys, rings)}
+
+
+def fill(names: Sequence[str], archive: Path, cache: Path, count: int) -> str:
+    """Makes `cache` what the archive holds, and compiles what else these parts launch. A line with hits and misses."""
+    if INTERPRETED:
+        raise ValueError("TRITON_INTERPRET=1 replaces the compiler: unset it")
+    lists, line = read(archive, cache)
+    if not names:
+        return line
+    with knobs.cache.scope():
+        knobs.cache.dir = str(cache)
+        with workers(count) as pool:
+            if not lists:
+                from benchmarks import first
+
+                lists = {"first": first.launched()}
+            outcome = compile_all((launch for name in names for launch in lists[name]), pool)
+    return f"{line}; {', '.join(names)}: {outcome}" + "".join(
+        f"\n  refused: {launch.name[:100]}: {why}" for launch, why in outcome.failed.items()
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu pack", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder of kernels.tar.xz (build/gpu)")
+    parser.add_argument("--keys", type=int, default=10, help="tune: so many configurations, the heaviest (10)")
+    parser.add_argument("--rings", type=int, default=2, help="tune: so many steps from the computed one (2)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="compilers at a time (one a core)")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be compiled")
+    asked = parser.parse_args(arguments)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
+    lists = collect(asked.keys, asked.rings)
+    for name, launches in lists.items():
+        print(f"{name}: {len(set(launches))} kernels, about {2.5 * len(set(launches)) / asked.workers:.0f} s")
+    if asked.dry_run:
+        return 0
+    archive = asked.out / ARCHIVE
+    outcome = write(lists, archive, asked.workers)
+    size = archive.stat().st_size
+    print(f"{archive}: {size / 1e6:.1f} MB; {outcome.compiled} compiled, {len(outcome.failed)} refused, "
+          f"{outcome.seconds:.0f} s, for {', '.join(f'{k} {v}' for k, v in key().items())}")  # fmt: skip
+    for launch, why in outcome.failed.items():
+        print(f"  refused: {launch.name[:100]}: {why}")
+    if size > MOST_BYTES:
+        print(f"over {MOST_BYTES / 1e6:.0f} MB: give --keys or --rings fewer", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    # On the GPU machine: unpacks, and compiles what the parts that are named launch.
+    print(fill(sys.argv[1:], FOLDER / ARCHIVE, CACHE, min(14, len(os.sched_getaffinity(0)))))
