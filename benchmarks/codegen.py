@@ -9,11 +9,12 @@ kernels/configs/ (on its own GPU). Equal launches are compiled once; `calls` say
 ResNet-50.
 
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. A breach (exit 1) is a
-spill, a program that does not fit an SM, a product of matrices of halves without the chip's own instruction for it, a
-tile not loaded by TMA that should be, or a stream that is not moved 16 bytes at a time: a load or store of 16 bytes and
-more for every thread of the program, which scalars and vectors of a value per channel are not. Nor are tensors of bytes
-(pixels may be mirrored, three of them each, and positions in a window are half as wide as the values beside them) and
-what UNALIGNED names. Occupancy is the share of an SM's warps that registers and shared memory leave room for.
+spill, a program that does not fit an SM, a product of matrices of halves without the chip's own instruction for it,
+wgmma that ptxas serialises (each product then waits for the one before), a tile not loaded by TMA that should be, or a
+stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for every thread of the program, which
+scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels may be mirrored, three of them
+each, and positions in a window are half as wide as the values beside them) and what UNALIGNED names. `programs` is how
+many of them registers and shared memory leave room for on an SM.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import triton
 
 from benchmarks import report
 from benchmarks.roofline import CONVOLUTIONS
-from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, launches, meta_run, recorded, step_calls
+from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, launches, meta_step, recorded, step_calls
 from kernels import geometry
 from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
@@ -57,8 +58,8 @@ def short_calls() -> Iterator[Call]:
     half, bfloat16, single = torch.float16, torch.bfloat16, torch.float32
     for model, dtype in (("resnet18", half), ("resnet18", bfloat16), ("lenet", single)):
         yield from step_calls(model, 32, dtype)
-    runs = [meta_run("lenet", 32, dtype) for dtype in (half, bfloat16, single)]
-    staged = meta_run("lenet", 32, bfloat16, bfloat16_transport=False)
+    runs = [meta_step("lenet", 32, dtype) for dtype in (half, bfloat16, single)]
+    staged = meta_step("lenet", 32, bfloat16, bfloat16_transport=False)
     with recorded() as calls:
         for run in runs:
             run.arena.refresh()
@@ -156,13 +157,15 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     registers, spills = resource_usage(kernel.asm["cubin"])
     accesses = accesses_of(ptx)
-    room = occupancy(launch.chip, registers, shared, warps)
+    programs = programs_an_sm(launch.chip, registers, shared, warps)
     matrix = next(iter(re.findall("|".join(MATRIX.values()), ptx)), "-")
     breaches = [f"{spills} bytes of spills"] if spills else []
-    if not room:
+    if not programs:
         breaches.append("does not fit an SM")
     if re.search(r"tt\.dot .*xb?f16>", kernel.asm["ttir"]) and matrix != MATRIX[launch.chip]:
         breaches.append(f"multiplies matrices without {MATRIX[launch.chip]}")
+    if matrix == "wgmma" and (warnings := serialised(ptx)):
+        breaches.append(f"wgmma serialised ({', '.join(warnings)})")
     loads_by_tma = "cp.async.bulk.tensor" in ptx
     if "_tiles:tma" in launch.name and not loads_by_tma:
         breaches.append("loads tiles without TMA")
@@ -172,6 +175,7 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
             breaches.append(f"{width} bytes at a time at {place}")
     return {
         "name": launch.name,
+        "function": kernel.metadata.name,
         "chip": f"sm_{launch.chip}",
         "calls": calls,
         "registers": registers,
@@ -181,7 +185,7 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
         "store": max((width for verb, width, _ in accesses if verb == "st"), default=0),
         "matrix": matrix,
         "tma": "yes" if loads_by_tma else "-",
-        "occupancy": f"{room:.0%}",
+        "programs": programs,
         "breach": "; ".join(breaches),
     }
 
@@ -241,11 +245,22 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack) + int(local)
 
 
-def occupancy(chip: int, registers: int, shared: int, warps: int) -> float:
-    """Share of the 64 warps of an SM: registers come in units of 256 a warp, from four files; 1 KiB shared is kept."""
+def serialised(ptx: str) -> list[str]:
+    """The warnings by which ptxas says that wgmma will wait for each other: C7514, C7515 and their like."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sorted(set(re.findall(r"C75\d\d", run.stderr)))
+
+
+def programs_an_sm(chip: int, registers: int, shared: int, warps: int) -> int:
+    """Returns how many fit. Registers come in units of 256 a warp, from four files; CUDA keeps 1 KiB a program."""
     by_registers = 4 * (16384 // (-(-registers * 32 // 256) * 256)) // warps
     by_shared = SHARED_MEMORY[chip] // (shared + 1024)
-    return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
+    return min(by_registers, by_shared, 64 // warps, 32)
 
 
 def main() -> int:
@@ -265,7 +280,7 @@ def main() -> int:
         rows = sorted(pool.map(compile_launch, *zip(*jobs, strict=True)), key=lambda row: (row["name"], row["chip"]))
     if arguments.json:
         report.write(arguments.json, "codegen", rows)
-    print(report.table(rows))
+    print(report.table([{key: value for key, value in row.items() if key != "function"} for row in rows]))
     return 1 if any(row["breach"] for row in rows) else 0
 
 

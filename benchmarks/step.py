@@ -5,7 +5,7 @@ python -m benchmarks.step [--device=cpu|cuda] [--json FILE]
 On a GPU: ResNet-50, batch 256, 224 x 224, fp16. On the CPU, to prove the script: ResNet-18, batch 4, 64 x 64, fp32.
 The peers are plain channels-last loops with SGD(fused=True), on a GPU with automatic mixed precision, GradScaler and
 cudnn.benchmark. They get normalised fp32 images; ours starts from uint8, as from a decoder, and has LARC. On a GPU ours
-runs with --conv=auto, and its other ways to compute convolutions are among the peers.
+runs with --conv=auto and as a CUDA graph; its other ways to compute convolutions, and without, are among the peers.
 """
 
 import argparse
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks import report, timing
+from nvcnn.cuda_graph import why_not
 from nvcnn.data import SyntheticData
 from nvcnn.distributed import connect
+from nvcnn.kernel_choices import choose, places, use
 from nvcnn.larc import MOMENTUM, WEIGHT_DECAY
-from nvcnn.machine import versions
-from nvcnn.settings import Settings
-from nvcnn.train import Run
+from nvcnn.machine import chosen_kernels, use_device, versions
+from nvcnn.models import MODELS, build_model
+from nvcnn.step import Step
 
 LEARNING_RATE = 1e-3  # small: the batch is always the same, and no contender may diverge while it is timed
 
@@ -52,27 +54,33 @@ CPU = Case(torch.device("cpu"), "resnet18", 4, 64, torch.float32)
 GPU = Case(torch.device("cuda"), "resnet50", 256, 224, torch.float16)
 
 
-def ours(case: Case, conv: str = "auto") -> timing.Step:
-    """The trainer's own step with --conv."""
-    half = case.dtype == torch.float16
-    settings = Settings(
-        model=case.model,
-        batch_size=case.batch,
-        fp16=half,
-        bf16=case.dtype == torch.bfloat16,
-        loss_scale="dynamic" if half else 1.0,
+def ours(case: Case, conv: str = "auto", cuda_graph: str = "off") -> timing.Step:
+    """The trainer's own step with --conv and --cuda_graph."""
+    transport = connect("torch")
+    if (device := use_device(transport)[0]).type != case.device.type:
+        raise RuntimeError(f"the trainer runs on {device}, not on {case.device}")
+    model, channels = build_model(case.model, num_classes=1000, seed=1), MODELS[case.model].channels(device)
+    use(
+        model,
+        choose(conv, places(model, case.batch, case.size, case.dtype, channels), device, transport, None).algorithms,
+    )
+    step = Step(
+        model,
+        image_size=case.size,
+        device=device,
+        schedule=torch.tensor([LEARNING_RATE]),
+        transport=transport,
+        dtype=case.dtype,
+        channels=channels,
+        loss_scale="dynamic" if case.dtype == torch.float16 else 1.0,
         larc_eta=1e-3,
-        learning_rate=LEARNING_RATE,
-        conv=conv,
     )
-    run = Run(settings, None, connect(settings.transport), None)
-    if run.device.type != case.device.type:
-        raise RuntimeError(f"the trainer runs on {run.device}, not on {case.device}")
-    run.model.train()
     data = SyntheticData(
-        batch_size=case.batch, image_size=case.size, num_classes=1000, images=case.batch, seed=0, device=run.device
+        batch_size=case.batch, image_size=case.size, num_classes=1000, images=case.batch, seed=0, device=device
     )
-    return lambda: run.train_step(next(data))
+    if not why_not(cuda_graph, gpu=device.type == "cuda", kernels=chosen_kernels(), ranks=1, transport=transport.name):
+        step.capture(case.batch)
+    return lambda: step(next(data))
 
 
 def plain_loop(
@@ -132,8 +140,8 @@ def timm(case: Case) -> timing.Step:
 
 PEERS: dict[str, Callable[[Case], timing.Step]] = {"torchvision": torchvision, "timm": timm}
 OURS: dict[str, Callable[[Case], timing.Step]] = {
-    f"nvcnn, --conv={conv}": partial(ours, conv=conv) for conv in ("triton", "cudnn", "torch")
-}
+    f"nvcnn, --conv={conv}": partial(ours, conv=conv, cuda_graph="auto") for conv in ("triton", "cudnn", "torch")
+} | {"nvcnn, --cuda_graph=off": ours}
 # Last: on a GPU it tunes for minutes, and what stands by then is kept.
 COMPILED = {"torchvision, max-autotune": lambda case: torchvision(case, "max-autotune")}
 
@@ -148,7 +156,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """A row for every peer, each in turns with ours. `write` gets all of them whenever one is added."""
     rows: list[dict[str, Any]] = []
-    own = ours(case)
+    own = ours(case, cuda_graph="auto")
     for peer, make in peers.items():
         name = f"{case.name}: nvcnn / {peer}"
         write([*rows, timing.missing(name, "images/s", "the benchmark ended while this was measured")])

@@ -30,9 +30,10 @@ from kernels.operators import operators
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch as Launched
 from nvcnn.distributed import Transport
-from nvcnn.models import MODELS
-from nvcnn.settings import Settings
-from nvcnn.train import Run
+from nvcnn.kernel_choices import choose, places, use
+from nvcnn.models import MODELS, build_model
+from nvcnn.plan import SYNTHETIC_CLASSES
+from nvcnn.step import Step
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -126,45 +127,40 @@ def recorded() -> Iterator[list[Call]]:
         yield recorder.calls
 
 
-def meta_run(
+def meta_step(
     model: str, batch: int, dtype: torch.dtype, *, conv: str = "torch", bfloat16_transport: bool = True
-) -> Run:
-    """The trainer's run of one rank, with LARC and a dynamic loss scale, on the meta device, without data."""
-    settings = Settings(
-        model=model,
-        batch_size=batch,
-        fp16=dtype == torch.float16,
-        bf16=dtype == torch.bfloat16,
-        larc_eta=1e-3,
-        loss_scale="dynamic",
-        conv=conv,
-    )
+) -> Step:
+    """The trainer's step on one rank, with LARC and a dynamic loss scale, on the meta device."""
     transport = Transport(Launched())
     transport.bfloat16 = bfloat16_transport
-    with (
-        mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
-        mock.patch("nvcnn.train.use_device", return_value=(META, 1)),
-        mock.patch("nvcnn.train.chosen_kernels", return_value="triton"),
-        mock.patch.object(Run, "open_data"),
-        mock.patch.object(Tensor, "__int__", return_value=0),  # the step it resumes at
-    ):
-        return Run(settings, None, transport, None)
+    network, size = build_model(model, num_classes=SYNTHETIC_CLASSES, seed=1), MODELS[model].image_size
+    use(network, choose(conv, places(network, batch, size, dtype), META, transport, None).algorithms)
+    return Step(
+        network,
+        image_size=size,
+        device=META,
+        schedule=torch.ones(50),
+        transport=transport,
+        dtype=dtype,
+        channels=MODELS[model].channels(META),
+        loss_scale="dynamic",
+        larc_eta=1e-3,
+    )
 
 
 def step_calls(
     model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16, conv: str = "torch"
 ) -> list[Call]:
     """All calls of one training step of the model with --conv, from uint8 images to new weights."""
-    run, size = meta_run(model, batch, dtype, conv=conv), MODELS[model].image_size
+    step, size = meta_step(model, batch, dtype, conv=conv), MODELS[model].image_size
     empty = partial(torch.empty, device=META)
     data = Batch(
         empty((batch, size, size, 3), dtype=torch.uint8),
         empty(batch, dtype=torch.int64),
         empty(batch, dtype=torch.bool),
     )
-    run.model.train()
     with recorded() as calls:
-        run.train_step(data)
+        step(data)
     return calls
 
 
@@ -172,11 +168,11 @@ def evaluation_calls(
     model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16, conv: str = "triton"
 ) -> list[Call]:
     """All calls of the model with --conv on a batch of images, in evaluation."""
-    run, size = meta_run(model, batch, dtype, conv=conv), MODELS[model].image_size
-    images = torch.empty(batch, run.channels, size, size, device=META, dtype=dtype)
-    run.model.eval()
+    step, size = meta_step(model, batch, dtype, conv=conv), MODELS[model].image_size
+    images = torch.empty(batch, step.channels, size, size, device=META, dtype=dtype)
+    step.model.eval()
     with torch.no_grad(), recorded() as calls:
-        run.model(images.to(memory_format=torch.channels_last))
+        step.model(images.to(memory_format=torch.channels_last))
     return calls
 
 

@@ -95,7 +95,7 @@ def compare(model: str, batch: int, *, bf16: bool, data_dir: str | None, steps: 
     )
     dataset = data_dir and find_dataset(data_dir, num_classes=None, label_base=None, split="train")
     run = Run(settings, dataset or None, connect(settings.transport), None)
-    bare = plain_loop(BARE[model](run.plan.num_classes), device=run.device, dtype=run.dtype)
+    bare = plain_loop(BARE[model](run.plan.num_classes), device=run.device, dtype=run.plan.dtype)
 
     def bare_step(batch: Batch) -> None:
         images = prepare_input(batch.images, batch.flip, dtype=torch.float32, normalize=settings.normalize)

@@ -32,7 +32,7 @@ from benchmarks.roofline import bytes_of
 from benchmarks.trace import Call
 from kernels import configurations
 from kernels.configurations import Configuration
-from kernels.convolution_weight_gradient import PROGRAMS
+from kernels.convolution_weight_gradient import SMS
 from nvcnn.models import MODELS
 
 MARGIN = 0.02  # a gain below it is noise
@@ -68,7 +68,7 @@ def neighbours(config: Configuration) -> Iterator[Configuration]:
         if name == "BOX_W" and not config["TMA"]:
             continue  # there are no boxes
         if name == "PERSISTENT":
-            yield {**config, name: 0 if value else PROGRAMS}
+            yield {**config, name: 0 if value else 2 * SMS}
         for other in others:
             if other >= 1 and not (name == "num_warps" and other > 16):
                 yield {**config, name: other}

@@ -19,7 +19,7 @@ from kernels.global_average import global_average
 from kernels.gradient_statistics import gradient_statistics
 from kernels.larc_update import larc_update, refresh
 from kernels.max_pool import max_pool
-from kernels.prepare_input import prepare_input
+from kernels.prepare_input import prepare_input, prepare_input_into
 from kernels.trust_ratio import trust_ratio
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "larc_update",
     "max_pool",
     "prepare_input",
+    "prepare_input_into",
     "refresh",
     "trust_ratio",
 ]

@@ -30,7 +30,7 @@ from kernels.batch_norm_statistics import (
 )
 from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 # The rows of `batch_norm_gradient_vectors`, (5, C): dx = SCALE g + FACTORS[0] (x - MEAN) + FACTORS[1]; the last is 0.
 FACTORS, D_GAMMA, D_BETA = slice(0, 2), 2, 3
@@ -39,7 +39,7 @@ FACTORS, D_GAMMA, D_BETA = slice(0, 2), 2, 3
 def reference(x: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """The formula in plain PyTorch. Arguments as in `batch_norm`."""
     mean, scale, shift = vectors[MEAN], vectors[SCALE], vectors[SHIFT]
-    y = torch.batch_norm(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, False)
+    y = torch.batch_norm(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, False)  # F's refuses eps 0
     if residual is not None:
         y.add_(residual)
     return y.relu_() if relu else y
@@ -97,7 +97,7 @@ def masked(dy, x, y, at, inside, mean, scale, shift):
     return tl.where(v <= 0, 0.0, dy)  # a NaN lets the gradient pass, as in PyTorch
 
 
-@triton.jit
+@triton.jit(repr=named("batch_norm"))
 def kernel(x, vectors, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: BLOCK_ROWS pixels x BLOCK_C channels of (N H W, C)."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -119,7 +119,7 @@ def kernel(x, vectors, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.
     tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(repr=named("batch_norm_sums"))
 def sums_kernel(
     dy,
     x,
@@ -161,7 +161,7 @@ def sums_kernel(
     tl.store(sums + parts * C + at, tl.sum(products, 0), mask=channel)
 
 
-@triton.jit
+@triton.jit(repr=named("batch_norm_vectors"))
 def vectors_kernel(
     sums,
     vectors,
@@ -192,7 +192,7 @@ def vectors_kernel(
         tl.store(rows + 4 * C + c, tl.zeros((BLOCK_C,), tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(repr=named("batch_norm_gradient"))
 def gradient_kernel(
     dy,
     x,

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 # The rows of `vectors`, (5, C): v = (x - MEAN) SCALE + SHIFT; the mean is MEAN + MEAN_LOW.
 MEAN, SCALE, SHIFT, RSTD, MEAN_LOW = range(5)
@@ -61,7 +61,7 @@ def folded(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -
     return torch.stack((mean, gamma * rstd, beta, rstd, torch.zeros_like(mean)))
 
 
-@triton.jit
+@triton.jit(repr=named("batch_norm_statistics_sums"))
 def sums_kernel(x, center, sums, rows, C, rows_a_part, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: the sums of x - center and of its square over one part of the rows of (N H W, C)."""
     part, parts = tl.program_id(0), tl.num_programs(0)
@@ -92,7 +92,7 @@ def sum_parts(sums, parts, c, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexp
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(repr=named("batch_norm_statistics_fold"))
 def fold_kernel(sums, folded, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: one of the sums, of BLOCK_C channels, over BLOCK_PARTS parts."""
     part = tl.program_id(0) * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
@@ -104,7 +104,7 @@ def fold_kernel(sums, folded, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.c
     tl.store(folded + at, tl.sum(value, 0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(repr=named("batch_norm_statistics_vectors"))
 def vectors_kernel(
     sums,
     center,

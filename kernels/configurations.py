@@ -25,10 +25,15 @@ answers: dict[tuple[str, str], Configuration] = {}  # what each (op, key) was la
 
 @cache
 def table_name(device: torch.device) -> str:
-    """The name of the table for tensors on `device`: that of the GPU; on the CPU kernels run in the interpreter."""
-    if device.type != "cuda":
+    """Returns the name of the table for tensors on `device`: the GPU's own, or on a CPU, for the interpreter, TEST.
+
+    Tensors without memory stand for those of the GPU that is here; where there is none, for a GPU without a table: "".
+    """
+    if device.type == "cpu":
         return TEST
-    return re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).lower()
+    if device.type == "meta" and not torch.cuda.is_available():
+        return ""
+    return re.sub(r"\W+", "-", torch.cuda.get_device_name(device if device.type == "cuda" else None)).lower()
 
 
 @cache
@@ -51,6 +56,7 @@ def configuration(op: str, key: str, device: torch.device, computed: Configurati
     answer = found.get(key) or found.get("*")
     if answer is None:
         answer = computed
+    if answer is computed and name:
         missing = f"kernels/configs/{name}.json" if not table else f"an entry for {op} in kernels/configs/{name}.json"
         say_once(f"there is no {missing}: computed launch configurations are used; `make tune` measures better ones")
     answers[op, key] = answer

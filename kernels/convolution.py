@@ -31,7 +31,9 @@ from torch.nn import functional as F
 from kernels.batch_norm import reference as batch_norm_reference
 from kernels.configurations import Configuration
 from kernels.geometry import (
+    TILE,
     Geometry,
+    box_sizes,
     channels_of_groups,
     check_channels,
     check_like,
@@ -49,7 +51,7 @@ from kernels.geometry import (
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 
 def activation(
@@ -93,7 +95,9 @@ def reference(
     return y, a if residual is not None else x.new_empty(0), sums
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
+@triton.jit(
+    do_not_specialize=["rows", "parts"], repr=named("convolution", *TILE, "vectors", "residual", "center", "scale")
+)
 def kernel(
     x,
     weight,
@@ -130,6 +134,7 @@ def kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
     PERSISTENT: tl.constexpr = 0,
 ):
@@ -158,14 +163,14 @@ def kernel(
             exists = tl.arange(0, BLOCK_ROWS) < rows - first
             x_tile, x_row = first * channels, tl.arange(0, BLOCK_ROWS) * channels
         else:
-            image, n, i, j, exists = locate(part, rows, OH, OW, BLOCK_ROWS, BOX_W)
+            image, n, i, j, exists = locate(part, rows, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
             h, w = i * STRIDE_H - PADDING_H, j * STRIDE_W - PADDING_W
             x_tile, x_row = image * H * W * channels, ((n * H + h) * W + w) * channels
             if BOX_W:
-                y_tile, y_row = image * OH * OW * K, (i * OW + j) * K
-        box, top, left = corner(part, OH, OW, BLOCK_ROWS, BOX_W)
+                y_tile, y_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
+        box, top, left = corner(part, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
         result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-        for step in range(R * TAPS_W * steps):
+        for step in range(tl.maximum(R * TAPS_W * steps, 1)):  # said, or ptxas makes wgmma wait for each other
             tap = step // steps
             start = (step - tap * steps) * BLOCK_IN
             run = lowest + start + tl.arange(0, BLOCK_IN)
@@ -230,11 +235,10 @@ def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_OUT": tile_of(shape.k, 128 if shape.groups == 1 else 32),
         "BLOCK_IN": tile_of(shape.run, deep if shape.groups == 1 else 32),
         "TMA": 0,
-        "BOX_W": 0 if shape.pointwise else 16,
         "num_warps": 8,
         "num_stages": 3,
     }
-    computed |= {"PERSISTENT": 0} if shape.pointwise else {}
+    computed |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, shape.oh, shape.ow)
     return configured_for("convolution", x, shape, fusion, computed)
 
 

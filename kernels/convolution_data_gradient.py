@@ -16,6 +16,7 @@ What is wasted is as in `convolution`; a stem with few channels takes no short c
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import triton
@@ -27,7 +28,9 @@ from kernels.batch_norm import reference as batch_norm_reference
 from kernels.configurations import Configuration
 from kernels.convolution import fusion_of, tile_of
 from kernels.geometry import (
+    TILE,
     Geometry,
+    box_sizes,
     channels_of_groups,
     check_channels,
     check_like,
@@ -47,7 +50,7 @@ from kernels.geometry import (
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 
 def output_gradient(g: Tensor, y: Tensor | None, vectors: Tensor | None, factors: Tensor | None) -> Tensor:
@@ -102,7 +105,9 @@ def store_sums(g, x, vectors, sums, at, inside, c, known, C, part, parts):
     tl.store(sums + parts * C + at, tl.sum(tl.where(inside, g * (value - mean), 0.0), 0), mask=known)
 
 
-@triton.jit(do_not_specialize=["N", "tiles"])
+@triton.jit(
+    do_not_specialize=["N", "tiles"], repr=named("convolution_data_gradient", *TILE, "y", "skip", "z", "branch")
+)
 def kernel(
     g,
     weight,
@@ -140,6 +145,7 @@ def kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
     PERSISTENT: tl.constexpr = 0,
 ):
@@ -154,6 +160,8 @@ def kernel(
     first_i, first_j = (first_h + PADDING_H) // STRIDE_H, (first_w + PADDING_W) // STRIDE_W
     taps_h = (R - first_r + STRIDE_H - 1) // STRIDE_H
     taps_w = (S - first_s + STRIDE_W - 1) // STRIDE_W
+    EMPTY: tl.constexpr = R < STRIDE_H or S < STRIDE_W  # there are classes without a tap
+    taps = taps_h * taps_w
     rows = height.to(tl.int64) * width * N
     # Programs that take several tiles load for the next while they store one.
     turns = tl.cdiv(tiles * blocks - tl.program_id(0), PERSISTENT) if PERSISTENT else 1
@@ -172,23 +180,25 @@ def kernel(
             g_tile, g_row = first * K, tl.arange(0, BLOCK_ROWS) * K
             dx_tile, dx_row = first * C, tl.arange(0, BLOCK_ROWS) * C
         else:
-            image, n, i, j, exists = locate(tile, rows, height, width, BLOCK_ROWS, BOX_W)
+            image, n, i, j, exists = locate(tile, rows, height, width, BLOCK_ROWS, BOX_H, BOX_W)
             exists &= (first_h < H) & (first_w < W)
             h, w = first_h + i * STRIDE_H, first_w + j * STRIDE_W
             dx_tile, dx_row = image * H * W * C, ((n * H + h) * W + w) * C
             i += first_i
             j += first_j
             g_tile, g_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
-        box, top, left = corner(tile, height, width, BLOCK_ROWS, BOX_W)
+        box, top, left = corner(tile, height, width, BLOCK_ROWS, BOX_H, BOX_W)
 
         result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-        for step in range(taps_h * taps_w * steps):
+        for step in range(tl.maximum(taps * steps, 1)):  # never none, or ptxas makes wgmma wait for each other
             tap = step // steps
             start = (step - tap * steps) * BLOCK_IN
+            if EMPTY:
+                start = tl.where(taps > 0, start, K)  # a step of channels that are not there, which adds nothing
             k = lowest + start + tl.arange(0, BLOCK_IN)
             channel = k < K
             inside = exists[:, None] & channel[None, :]
-            q = tap // taps_w
+            q = tap // (tl.maximum(taps_w, 1) if EMPTY else taps_w)
             p = tap - q * taps_w
             if not SAME:
                 inside &= ((i - q >= 0) & (i - q < OH) & (j - p >= 0) & (j - p < OW))[:, None]
@@ -233,18 +243,21 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 32),
         "BLOCK_IN": tile_of(shape.k, 32),
         "TMA": 0,
-        "BOX_W": 0 if shape.pointwise else 16,
         "num_warps": 8,
         "num_stages": 3,
     }
-    computed |= {"PERSISTENT": 0} if shape.pointwise else {}
+    computed |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, *size_of_class(shape))
     return configured_for("convolution_data_gradient", g, shape, fusion, computed)
 
 
 def classes_and_tiles(shape: Geometry, config: Configuration) -> tuple[int, int]:
     """The classes of pixels, and the tiles of rows of the largest."""
-    (across, along), (_, _, h, w) = shape.stride, shape.input
-    return across * along, tiles_of_rows(shape.n, triton.cdiv(h, across), triton.cdiv(w, along), config)
+    return prod(shape.stride), tiles_of_rows(shape.n, *size_of_class(shape), config)
+
+
+def size_of_class(shape: Geometry) -> tuple[int, int]:
+    """Height and width of the largest class."""
+    return triton.cdiv(shape.h, shape.stride[0]), triton.cdiv(shape.w, shape.stride[1])
 
 
 @operator("convolution_data_gradient")

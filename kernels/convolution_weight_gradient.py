@@ -13,6 +13,7 @@ there reaches other taps of its channel, as it does other groups that share its 
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -24,7 +25,9 @@ from kernels.configurations import Configuration
 from kernels.convolution import activation, fusion_of, tile_of
 from kernels.convolution_data_gradient import output_gradient
 from kernels.geometry import (
+    TILE,
     Geometry,
+    box_sizes,
     channels_of_groups,
     check_channels,
     check_like,
@@ -44,7 +47,7 @@ from kernels.geometry import (
 )
 from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 
 def reference(
@@ -68,7 +71,9 @@ def reference(
     out.add_(dw) if accumulate else out.copy_(dw)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles_a_part"])
+@triton.jit(
+    do_not_specialize=["rows", "tiles_a_part"], repr=named("convolution_weight_gradient", *TILE, "y", "x_vectors")
+)
 def kernel(
     g,
     x,
@@ -87,6 +92,7 @@ def kernel(
     OH,
     OW,
     g_tiles,
+    y_tiles,
     x_tiles,
     R: tl.constexpr,
     S: tl.constexpr,
@@ -101,6 +107,7 @@ def kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
 ):
     """One program: BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
@@ -131,17 +138,17 @@ def kernel(
             exists = tl.arange(0, BLOCK_ROWS) < rows - first
             x_tile, x_row = first * channels, tl.arange(0, BLOCK_ROWS) * channels
         else:
-            image, n, i, j, exists = locate(of_rows, rows, OH, OW, BLOCK_ROWS, BOX_W)
+            image, n, i, j, exists = locate(of_rows, rows, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
             h, w = i * STRIDE_H + r - PADDING_H, j * STRIDE_W + s - PADDING_W
             x_tile, x_row = image * H * W * channels, ((n * H + h) * W + w) * channels
             if BOX_W:
-                g_tile, g_row = image * OH * OW * K, (i * OW + j) * K
-        box, top, left = corner(of_rows, OH, OW, BLOCK_ROWS, BOX_W)
+                g_tile, g_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
+        box, top, left = corner(of_rows, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
         at = g_tile + (g_row[:, None] + k[None, :])
         inside = exists[:, None] & known[None, :]
         dy = load(g, g_tiles, at, inside, box, top, left, k0)
         if vectors is not None:
-            value = tl.load(y + at, mask=inside, other=0.0) if y is not None else None
+            value = load(y, y_tiles, at, inside, box, top, left, k0) if y is not None else None
             dy = through_batch_norm(dy, value, vectors, factors, inside, k, known, K).to(g.dtype.element_ty)
         inside = exists[:, None] & channel[None, :]
         if NARROW:
@@ -169,7 +176,7 @@ def kernel(
     tl.store(dw + at, result.to(dw.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(repr=named("convolution_weight_gradient_sum"))
 def sum_kernel(partial, dw, parts, size, ACCUMULATE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK values of dw, summed over the parts."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -179,39 +186,55 @@ def sum_kernel(partial, dw, parts, size, ACCUMULATE: tl.constexpr, BLOCK_PARTS: 
     tl.store(dw + at, total.to(dw.dtype.element_ty), mask=at < size)
 
 
-PROGRAMS = 264  # two on each SM of a H100
+SMS = 132  # of a H100
+PARTIAL = 640  # rows whose products take as long as the result of a part does, written and read in fp32
 SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 
 
 def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
-    """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64; as many programs as run at once.
+    """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64; PROGRAMS is how many run at once.
 
     Runs of taps, and groups, take registers for their addresses: 32 rows, too.
     """
     most = 128 if shape.groups == 1 else 64
     block_out, block_in = tile_of(shape.k, most), tile_of(shape.run, most)
+    rows = 64 if block_out * block_in <= 128 * 64 and not shape.narrow and shape.groups == 1 else 32
     computed = {
-        "BLOCK_ROWS": 64 if block_out * block_in <= 128 * 64 and not shape.narrow and shape.groups == 1 else 32,
+        "BLOCK_ROWS": rows,
         "BLOCK_OUT": block_out,
         "BLOCK_IN": block_in,
-        "PROGRAMS": PROGRAMS,
+        "PROGRAMS": SMS if block_out * block_in > 128 * 64 else 2 * SMS,
         "TMA": 0,
-        "BOX_W": 0 if shape.pointwise else 8,
         "num_warps": 8,
         "num_stages": 3,
-    }
+    } | box_sizes(shape, rows, shape.oh, shape.ow)
     return configured_for("convolution_weight_gradient", g, shape, fusion, computed)
 
 
+@cache
+def parts_of(tiles: int, of_rows: int, rows: int, programs: int) -> int:
+    """Returns into how many parts to share out `of_rows` tiles of `rows` rows, so that the last turn is nearly full.
+
+    The programs take turns, `programs` at a time, each as long as a part and, if there are several, as its result.
+    """
+
+    def time(parts: int) -> float:
+        result = PARTIAL / rows if parts > 1 else 0
+        return triton.cdiv(tiles * parts, programs) * (triton.cdiv(of_rows, parts) + result)
+
+    most = min(of_rows, max(1, 4 * programs // tiles))
+    return min(range(1, most + 1), key=time)
+
+
 def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int, int]:
-    """Tiles of a tap's run, tiles, parts of the rows, tiles of rows a part."""
+    """Returns tiles of a tap's run, tiles, parts of the rows, tiles of rows a part."""
     block_out, block_in = config["BLOCK_OUT"], config["BLOCK_IN"]
     run = shape.run if shape.groups == 1 else most_channels_of_groups(shape, block_out)
     tiles_of_run = triton.cdiv(run, block_in)
     taps = shape.r if shape.narrow else shape.r * shape.s
     tiles = triton.cdiv(shape.k, block_out) * taps * tiles_of_run
     of_rows = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
-    tiles_a_part = triton.cdiv(of_rows, max(1, min(config["PROGRAMS"] // tiles, of_rows)))
+    tiles_a_part = triton.cdiv(of_rows, parts_of(tiles, of_rows, config["BLOCK_ROWS"], config["PROGRAMS"]))
     return tiles_of_run, tiles, triton.cdiv(of_rows, tiles_a_part), tiles_a_part
 
 
@@ -254,7 +277,11 @@ def convolution_weight_gradient(
         return reference(g, x, out, stride, padding, groups, y, vectors, factors, x_vectors, accumulate)
     config = configured(g, shape, fusion_of(vectors=vectors, y=y, x_vectors=x_vectors))
     tiles_of_run, tiles, parts, tiles_a_part = launch_sizes(shape, config)
-    matrices = {"g": (g, "BLOCK_ROWS", "BLOCK_OUT"), "x": (x, "BLOCK_ROWS", "BLOCK_IN")}
+    matrices = {
+        "g": (g, "BLOCK_ROWS", "BLOCK_OUT"),
+        "y": (y, "BLOCK_ROWS", "BLOCK_OUT"),
+        "x": (x, "BLOCK_ROWS", "BLOCK_IN"),
+    }
     options = launch_options(op, shape, config, **matrices)
     del options["PROGRAMS"]
     partial = out

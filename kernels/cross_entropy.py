@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import HALF_AND_SINGLE, check_vectors, single_or_double
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 MAX_CLASSES = 2**15  # a program holds its whole row in registers
 
@@ -50,7 +50,7 @@ def reference(logits: Tensor, targets: Tensor, loss_scale: Tensor, label_smoothi
     return rows, gradient.to(logits.dtype)
 
 
-@triton.jit
+@triton.jit(repr=named("cross_entropy"))
 def kernel(
     logits,
     targets,

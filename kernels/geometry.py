@@ -5,6 +5,8 @@ and the sum runs over taps (r, s) and channels of one pixel. Only addresses tell
 """
 
 from collections.abc import Sequence
+from functools import cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from kernels.implementation import INTERPRETED
 
 # Triton's interpreter multiplies bf16 matrices wrongly (triton-lang/triton issue 11584): there they are widened first.
 WIDE = tl.constexpr(INTERPRETED)
+TILE = ("R", "S", "STRIDE_H", "BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN")  # of a kernel's constants, what a profile shows
 MOST_ROWS = 256  # of a tile: within it offsets have 32 bits, from its first image on
 
 
@@ -111,27 +114,52 @@ def geometry(
     return Geometry(n, c, h, w, k, oh, ow, r, s, (stride[0], stride[1]), (padding[0], padding[1]), groups)
 
 
-def configured_for(op: str, x: Tensor, shape: Geometry, fusion: str, computed: Configuration) -> Configuration:
-    """The table's configuration of the op, or `computed`; BOX_W is 0 where tiles are no boxes, see `locate`.
+@cache
+def box_of(rows: int, n: int, height: int, width: int) -> tuple[int, int]:
+    """Returns height and width of a box of `rows` pixels, of one image or several, few of which cover n images."""
+    powers = [2**i for i in range(rows.bit_length())]
+    boxes = [(h, w) for w in powers for h in powers if h * w <= rows]
 
-    ValueError for a tile that 32 bits do not reach across, or that no box of that width fills.
+    def tiles(box: tuple[int, int]) -> int:
+        return triton.cdiv(n, rows // prod(box)) * triton.cdiv(height, box[0]) * triton.cdiv(width, box[1])
+
+    return min(boxes, key=lambda box: (tiles(box), -box[1], -box[0]))
+
+
+def box_sizes(shape: Geometry, rows: int, height: int, width: int) -> dict[str, int]:
+    """Returns the choice of a box for tiles of images of that size; rows of pixels need none where they follow."""
+    if shape.pointwise:
+        return {}
+    return dict(zip(("BOX_H", "BOX_W"), box_of(rows, shape.n, height, width), strict=True))
+
+
+def configured_for(op: str, x: Tensor, shape: Geometry, fusion: str, computed: Configuration) -> Configuration:
+    """Returns the table's configuration of the op, or `computed`; BOX_H and BOX_W are 0 where tiles are no boxes.
+
+    Raises ValueError for a tile that 32 bits do not reach across, or that no whole number of boxes fills.
     """
     config = configuration(op, f"{dtype_name(x.dtype)} {shape.key} {fusion}", x.device, computed)
-    rows, box_w = config["BLOCK_ROWS"], config.get("BOX_W", 0)
+    rows = config["BLOCK_ROWS"]
     if rows > MOST_ROWS:
         raise ValueError(f"{op}: BLOCK_ROWS is {rows} in the table for {shape.key}; at most {MOST_ROWS}")
-    boxes = config.get("TMA") and not shape.pointwise
-    if boxes and (box_w < 1 or rows % box_w):
-        raise ValueError(f"{op}: with TMA, BOX_W divides BLOCK_ROWS; got {dict(config)} for {shape.key}")
-    return {**config, "BOX_W": box_w if boxes else 0}
+    if not config.get("TMA") or shape.pointwise:
+        return {**config, "BOX_H": 0, "BOX_W": 0}
+    pixels = config.get("BOX_H", 0) * config.get("BOX_W", 0)
+    if pixels < 1 or rows % pixels:
+        raise ValueError(f"{op}: with TMA, BOX_H x BOX_W divides BLOCK_ROWS; got {dict(config)} for {shape.key}")
+    if rows // pixels * max(shape.c * shape.h * shape.w, shape.k * shape.oh * shape.ow) >= 2**31:
+        raise ValueError(
+            f"{op}: a box of {rows // pixels} images reaches over 2^31 values: {dict(config)}, {shape.key}"
+        )
+    return config
 
 
 def tiles_of_rows(n: int, height: int, width: int, config: Configuration) -> int:
-    """How many tiles the pixels of n images make, as `locate` has them."""
-    rows, box_w = config["BLOCK_ROWS"], config["BOX_W"]
+    """Returns how many tiles the pixels of n images make, as `locate` has them."""
+    rows, box_h, box_w = config["BLOCK_ROWS"], config["BOX_H"], config["BOX_W"]
     if not box_w:
         return triton.cdiv(n * height * width, rows)
-    return n * triton.cdiv(height, rows // box_w) * triton.cdiv(width, box_w)
+    return triton.cdiv(n, rows // (box_h * box_w)) * triton.cdiv(height, box_h) * triton.cdiv(width, box_w)
 
 
 def launch_options(
@@ -151,8 +179,8 @@ def launch_options(
         n, c, h, w = tensor.shape
         box = [config[rows], 1, 1]
         if rows == "BLOCK_ROWS":
-            width = config["BOX_W"] or config[rows]
-            box = [1, config[rows] // width, width]
+            box_h, box_w = (config["BOX_H"], config["BOX_W"]) if config["BOX_W"] else (1, config[rows])
+            box = [config[rows] // (box_h * box_w), box_h, box_w]
             if shape.pointwise:
                 n, h, w = 1, 1, n * h * w  # all pixels are one row
         step_h, step_w = shape.stride if name == "x" else (1, 1)
@@ -208,27 +236,27 @@ def empty_images(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 
 
 @triton.jit
-def corner(tile, height, width, BLOCK: tl.constexpr, BOX_W: tl.constexpr):
+def corner(tile, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
     """Image, i and j of a box's first pixel; without BOX_W of a tile's, if all pixels were one row of one image."""
     if BOX_W:
         along = tl.cdiv(width, BOX_W)
-        boxes = tl.cdiv(height, BLOCK // BOX_W) * along
-        return tile // boxes, tile % boxes // along * (BLOCK // BOX_W), tile % along * BOX_W
+        boxes = tl.cdiv(height, BOX_H) * along
+        return tile // boxes * (BLOCK // (BOX_H * BOX_W)), tile % boxes // along * BOX_H, tile % along * BOX_W
     return 0, 0, tile * BLOCK
 
 
 @triton.jit
-def locate(tile, rows, height, width, BLOCK: tl.constexpr, BOX_W: tl.constexpr):
-    """Of a tile's BLOCK rows, pixels of (N, height, width): image of the first; n, counted from it; i; j; which exist.
+def locate(tile, rows, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+    """Returns first image, image counted from it, i, j and mask of a tile's BLOCK rows, pixels of (N, height, width).
 
-    The pixels follow each other, or with BOX_W are a box of one image that wide, whose ends may reach over.
+    The pixels follow each other, or with BOX_W are boxes of BOX_H x BOX_W in images side by side; ends may reach over.
     """
     row = tl.arange(0, BLOCK)
     if BOX_W:
-        image, top, left = corner(tile, height, width, BLOCK, BOX_W)
-        i, j = top + row // BOX_W, left + row % BOX_W
-        exists = (i < height) & (j < width) & (image.to(tl.int64) * (height * width) < rows)
-        return image.to(tl.int64), tl.zeros_like(row), i, j, exists
+        image, top, left = corner(tile, height, width, BLOCK, BOX_H, BOX_W)
+        n, i, j = row // (BOX_H * BOX_W), top + row % (BOX_H * BOX_W) // BOX_W, left + row % BOX_W
+        exists = (i < height) & (j < width) & ((image + n).to(tl.int64) * (height * width) < rows)
+        return image.to(tl.int64), n, i, j, exists
     first = tile.to(tl.int64) * BLOCK
     image = first // (height * width)
     row_of_image = row + (first - image * (height * width)).to(tl.int32)

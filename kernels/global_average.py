@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import check_images
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 
 def reference(x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def backward_reference(dy: Tensor, height: int, width: int) -> Tensor:
     return (dy / (height * width)).view(n, 1, 1, c).repeat(1, height, width, 1).permute(0, 3, 1, 2)
 
 
-@triton.jit
+@triton.jit(repr=named("global_average"))
 def kernel(x, y, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
     """One program: BLOCK_C channels of one image."""
     n = tl.program_id(0).to(tl.int64)
@@ -42,7 +42,7 @@ def kernel(x, y, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.con
     tl.store(y + n * C + c, mean.to(y.dtype.element_ty), mask=c < C)
 
 
-@triton.jit
+@triton.jit(repr=named("global_average_backward"))
 def backward_kernel(dy, dx, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
     """One program: BLOCK_C channels of one image."""
     n = tl.program_id(0).to(tl.int64)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 
 def reference(
@@ -42,7 +42,7 @@ def reference(
     square_sums.mul_(1 / scale).mul_(1 / scale)
 
 
-@triton.jit
+@triton.jit(repr=named("gradient_statistics"))
 def kernel(
     matrix_gradient,
     vector_gradient,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 PAIRINGS = tl.constexpr(BLOCK.bit_length() - 1)
 MAX_LOSS_SCALE = tl.constexpr(2.0**24)  # lifts fp16's smallest number, 2^-24, to 1: no gradient needs more
@@ -108,7 +108,7 @@ def store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLO
             tl.store(model_weight + at, w.to(model_weight.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(repr=named("refresh"))
 def refresh_kernel(weight, model_weight, weight_square_sums, matrix_blocks, BLOCK: tl.constexpr):
     """One program: one block."""
     block = tl.program_id(0)
@@ -132,7 +132,7 @@ def advance(counters, loss_scale, finite, growth_interval):
     tl.store(counters + 2, good)
 
 
-@triton.jit
+@triton.jit(repr=named("larc_update"))
 def kernel(
     matrix_gradient,
     vector_gradient,

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.configurations import Configuration, configuration, dtype_name
 from kernels.images import check_images
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 LARGEST = 15  # kernel size: 15 x 15 positions fit into the byte
 
@@ -31,7 +31,7 @@ def backward_reference(dy: Tensor, argmax: Tensor, dx: Tensor, kernel_size: int,
     return torch.ops.aten.max_pool2d_with_indices_backward(dy, dx, *window, [1, 1], False, argmax)
 
 
-@triton.jit
+@triton.jit(repr=named("max_pool"))
 def kernel(
     x, y, argmax, PIXELS, H, W, OH, OW,
     C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
@@ -62,7 +62,7 @@ def kernel(
         tl.store(argmax + at, position.to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@triton.jit(repr=named("max_pool_backward"))
 def backward_kernel(
     dy, argmax, dx, CELLS, ROWS, COLUMNS, H, W, OH, OW,
     C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,

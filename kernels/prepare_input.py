@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Configuration, configuration, dtype_name
-from kernels.images import HALF_AND_SINGLE, check_vectors
+from kernels.images import HALF_AND_SINGLE, check_images, check_vectors
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 
 def reference(
@@ -29,7 +29,7 @@ def reference(
     return (x if channels == c else F.pad(x, (0, channels - c))).permute(0, 3, 1, 2)
 
 
-@triton.jit
+@triton.jit(repr=named("prepare_input"))
 def kernel(
     images, flip, scale, shift, x, H,
     W: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -56,6 +56,13 @@ def configured(x: Tensor) -> Configuration:
     return configuration("prepare_input", f"{dtype_name(x.dtype)} W={x.shape[3]} C={x.shape[1]}", x.device, computed)
 
 
+def launch(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, x: Tensor) -> None:
+    n, channels, h, w = x.shape
+    config = configured(x)
+    grid = (n, triton.cdiv(h, config["ROWS"]), triton.cdiv(w * channels, config["BLOCK"]))
+    kernel[grid](images, flip, scale, shift, x, h, w, channels, **config)
+
+
 @operator("prepare_input")
 def prepare_input(
     images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, channels: int = 3
@@ -65,6 +72,25 @@ def prepare_input(
     images: (N, H, W, 3) uint8, contiguous. flip: (N,) bool. scale, shift: (3,) fp32. dtype: fp16, bf16 or fp32.
     channels: 3, 4 or 8. Returns (N, channels, H, W), channels-last. Raises ValueError for anything else.
     """
+    check(images, flip, scale, shift, dtype, channels)
+    if not runs_triton(images.device):
+        return reference(images, flip, scale, shift, dtype, channels)
+    x = empty_input(images, dtype, channels)
+    launch(images, flip, scale, shift, x)
+    return x
+
+
+@operator("prepare_input_into", mutates_args=("x",))
+def prepare_input_into(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, x: Tensor) -> None:
+    """`prepare_input`, written to x: (N, channels, H, W), channels-last, where who reads it expects it."""
+    check_into(images, flip, scale, shift, x)
+    if runs_triton(images.device):
+        launch(images, flip, scale, shift, x)
+    else:
+        x.copy_(reference(images, flip, scale, shift, x.dtype, x.shape[1]))
+
+
+def check(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, channels: int) -> None:
     good = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[3:] == (3,) and images.numel()
     if not (good and images.is_contiguous()):
         raise ValueError(
@@ -78,14 +104,16 @@ def prepare_input(
             f"prepare_input: dtype must be one of {', '.join(map(str, HALF_AND_SINGLE))}, channels 3, 4 or 8; "
             f"got {dtype}, {channels}"
         )
-    if not runs_triton(images.device):
-        return reference(images, flip, scale, shift, dtype, channels)
-    n, h, w, _ = images.shape
-    x = empty_input(images, dtype, channels)
-    config = configured(x)
-    grid = (n, triton.cdiv(h, config["ROWS"]), triton.cdiv(w * channels, config["BLOCK"]))
-    kernel[grid](images, flip, scale, shift, x, h, w, channels, **config)
-    return x
+
+
+def check_into(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, x: Tensor) -> None:
+    n, channels, h, w = check_images("prepare_input", "x", x)
+    check(images, flip, scale, shift, x.dtype, channels)
+    if images.shape[:3] != (n, h, w) or x.device != images.device:
+        raise ValueError(
+            f"prepare_input: images must be ({n}, {h}, {w}, 3), on {x.device}, for x of {tuple(x.shape)}; "
+            f"got {tuple(images.shape)}, on {images.device}"
+        )
 
 
 def empty_input(images: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
@@ -96,3 +124,6 @@ def empty_input(images: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
 @prepare_input.register_fake
 def _(images, flip, scale, shift, dtype, channels=3):
     return empty_input(images, dtype, channels)
+
+
+prepare_input_into.register_fake(check_into)

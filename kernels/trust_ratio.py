@@ -1,5 +1,7 @@
 """Norms and LARC multiplier of every tensor, the finite flag, the learning rate: the second of the step's launches.
 
+And, as it is a launch that sums, what the step's loss was: see `average_rows`.
+
 With v a tensor's weight and g its gradient (averaged, unscaled, decayed): q = eta ||v|| / ||g|| if both norms are
 non-zero, else 1. The update multiplies g by 1 (mode `off`), min(q / learning rate, 1) (`clip`) or q (`scale`).
 Tensors from number `excluded_from` on are left to plain SGD, 1 in every mode, as gamma, beta and biases are by MLPerf's
@@ -14,15 +16,18 @@ The finite flag is that of the sum of all gradients' square sums. Bytes: 8 per b
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import check
+from kernels.images import check_vectors
 from kernels.implementation import runs_triton
-from kernels.operators import operator
+from kernels.operators import named, operator
 
 MODES = ("off", "clip", "scale")
+KEPT, NEW = tl.constexpr(0.9), tl.constexpr(0.1)  # of an average, of what it follows: as the original's
 
 
 def reference(
@@ -32,10 +37,13 @@ def reference(
     counters: Tensor,
     loss_scale: Tensor,
     schedule: Tensor,
+    rows: Tensor,
     ratio: Tensor,
     gradient_norm: Tensor,
     weight_norm: Tensor,
     scalars: Tensor,
+    latest: Tensor,
+    average: Tensor,
     *,
     ranks: int,
     larc_mode: str,
@@ -59,6 +67,10 @@ def reference(
         ratio.copy_(q)
     ratio[excluded_from:] = 1
 
+    latest.copy_(rows.mean(0))
+    moved = KEPT.value * average + NEW.value * F.pad(latest.double(), (0, 1), value=1.0)
+    average.copy_(torch.where(latest[0].isfinite(), moved, average))
+
 
 @triton.jit
 def sum_range(values, first, last, CHUNK: tl.constexpr):
@@ -74,6 +86,21 @@ def sum_range(values, first, last, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def average_rows(rows, latest, average, N, CHUNK: tl.constexpr):
+    """The mean of N rows of 3. If its first value, the loss, is finite, the averages and their weight follow it."""
+    column = tl.arange(0, 4)
+    total = tl.zeros((CHUNK // 4, 4), tl.float32)
+    for first in range(0, N, CHUNK // 4):
+        row = first + tl.arange(0, CHUNK // 4)[:, None]
+        total += tl.load(rows + row * 3 + column[None, :], mask=(row < N) & (column < 3)[None, :], other=0.0)
+    mean = tl.div_rn(tl.sum(total, 0), N * 1.0)
+    loss = tl.sum(tl.where(column == 0, mean, 0.0))
+    old, new = tl.load(average + column), tl.where(column < 3, mean, 1.0).to(tl.float64)
+    tl.store(average + column, tl.where(tl.abs(loss) < float("inf"), KEPT * old + NEW * new, old))
+    tl.store(latest + column, mean, mask=column < 3)
+
+
+@triton.jit(repr=named("trust_ratio"))
 def kernel(
     gradient_square_sums,
     weight_square_sums,
@@ -81,19 +108,23 @@ def kernel(
     counters,
     loss_scale,
     schedule,
+    rows,
     ratio,
     gradient_norm,
     weight_norm,
     scalars,
+    latest,
+    average,
     tensors,
     steps,
+    N,
     ranks,
     eta,
     excluded_from,
     MODE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: one tensor; the last one: the scalars. None reads what another writes."""
+    """One program: one tensor; then one for the scalars, one for the loss. None reads what another writes."""
     t = tl.program_id(0)
     learning_rate = tl.load(schedule + tl.minimum(tl.load(counters), steps - 1))
     if t == tensors:
@@ -102,6 +133,8 @@ def kernel(
         tl.store(scalars, learning_rate)
         tl.store(scalars + 1, tl.div_rn(1.0, tl.load(loss_scale) * ranks))
         tl.store(scalars + 2, finite)
+    elif t > tensors:
+        average_rows(rows, latest, average, N, CHUNK)
     else:
         first, last = tl.load(first_block + t), tl.load(first_block + t + 1)
         g = tl.sqrt_rn(sum_range(gradient_square_sums, first, last, CHUNK))
@@ -128,10 +161,13 @@ def check_arguments(
     counters: Tensor,
     loss_scale: Tensor,
     schedule: Tensor,
+    rows: Tensor,
     ratio: Tensor,
     gradient_norm: Tensor,
     weight_norm: Tensor,
     scalars: Tensor,
+    latest: Tensor,
+    average: Tensor,
     *,
     ranks: int,
     larc_mode: str,
@@ -153,7 +189,10 @@ def check_arguments(
         gradient_norm=(gradient_norm, tensors, float32),
         weight_norm=(weight_norm, tensors, float32),
         scalars=(scalars, 3, float32),
+        latest=(latest, 3, float32),
+        average=(average, 4, (torch.float64,)),
     )
+    check_vectors(op, scalars.device, torch.float32, rows=(rows, (len(rows), 3)))
     if larc_mode not in MODES or min(tensors, steps, ranks) < 1:
         raise ValueError(
             f"{op}: needs at least one tensor, step and rank and a mode of {', '.join(MODES)}, "
@@ -163,7 +202,7 @@ def check_arguments(
         raise ValueError(f"{op}: excluded_from must be the number of a tensor, 0 or more, got {excluded_from}")
 
 
-@operator("trust_ratio", mutates_args=("ratio", "gradient_norm", "weight_norm", "scalars"))
+@operator("trust_ratio", mutates_args=("ratio", "gradient_norm", "weight_norm", "scalars", "latest", "average"))
 def trust_ratio(
     gradient_square_sums: Tensor,
     weight_square_sums: Tensor,
@@ -171,32 +210,38 @@ def trust_ratio(
     counters: Tensor,
     loss_scale: Tensor,
     schedule: Tensor,
+    rows: Tensor,
     ratio: Tensor,
     gradient_norm: Tensor,
     weight_norm: Tensor,
     scalars: Tensor,
+    latest: Tensor,
+    average: Tensor,
     *,
     ranks: int,
     larc_mode: str,
     eta: float,
     excluded_from: int,
 ) -> None:
-    """LARC multiplier and norms per tensor, and [learning rate, 1 / (loss scale x ranks), finite (1 or 0)].
+    """LARC multiplier and norms per tensor; [learning rate, 1 / (loss scale x ranks), finite (1 or 0)]; loss averages.
 
     gradient_square_sums, weight_square_sums: (B,), fp32, sums of squares per block. first_block: (T + 1,), int32, the
     blocks of tensor t are first_block[t] to first_block[t + 1] - 1. counters: (3,), int64, the first is the step.
     loss_scale: (1,), fp32. schedule: (steps,), fp32, the learning rate of every step; later steps keep the last one.
-    larc_mode: off, clip or scale. excluded_from: the number of the first tensor whose ratio is always 1; T for none.
+    rows: (N, 3), fp32, from `cross_entropy`; N may be 0. larc_mode: off, clip or scale. excluded_from: the number of
+    the first tensor whose ratio is always 1; T for none.
     ratio, gradient_norm, weight_norm: (T,), fp32, and scalars: (3,), fp32, are written. Where the step is not finite,
-    ratio and gradient_norm may not be either. Raises ValueError for anything else.
+    ratio and gradient_norm may not be either. latest: (3,), fp32, is written: the mean row. average: (4,), fp64, the
+    exponential averages of latest and of 1, moves on, unless the mean loss is not finite (or N is 0). Raises ValueError
+    for anything else.
     """
-    inputs = (gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule)
-    tensors = (*inputs, ratio, gradient_norm, weight_norm, scalars)
+    inputs = (gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule, rows)
+    tensors = (*inputs, ratio, gradient_norm, weight_norm, scalars, latest, average)
     factors: dict[str, Any] = {"ranks": ranks, "eta": eta, "excluded_from": excluded_from}
     check_arguments(*tensors, larc_mode=larc_mode, **factors)
     if runs_triton(scalars.device):
-        sizes = {"tensors": len(ratio), "steps": len(schedule)}
-        kernel[(len(ratio) + 1,)](*tensors, **sizes, **factors, MODE=larc_mode, **CONFIG)
+        sizes = {"tensors": len(ratio), "steps": len(schedule), "N": len(rows)}
+        kernel[(len(ratio) + 2,)](*tensors, **sizes, **factors, MODE=larc_mode, **CONFIG)
     else:
         reference(*tensors, larc_mode=larc_mode, **factors)
 

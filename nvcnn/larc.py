@@ -51,11 +51,16 @@ class Larc:
         self.scalars = torch.zeros(3, device=device)
         self.square_sums = torch.zeros_like(arena.weight_square_sums)
         self.ratio, self.gradient_norm, self.weight_norm = torch.zeros(3, tensors, device=device)
+        self.latest = torch.zeros(3, device=device)
+        self.average = torch.zeros(4, dtype=torch.float64, device=device)
         for bn in arena.batch_norms:
             bn.num_batches_tracked = self.counters[1]
 
-    def step(self) -> None:
-        """Applies the gradients in the arena, or, if they are not finite, only moves on. Nothing waits for the host."""
+    def step(self, rows: Tensor | None = None) -> None:
+        """Applies the gradients in the arena, or, if they are not finite, only moves on. Nothing waits for the host.
+
+        rows: (N, 3), what `kernels.cross_entropy` returned; without them `average` stays.
+        """
         a = self.arena
         kernels.gradient_statistics(
             a.matrix_gradient,
@@ -73,6 +78,7 @@ class Larc:
             self.counters,
             self.loss_scale,
             self.schedule,
+            self.latest.new_empty(0, 3) if rows is None else rows,
             ranks=self.ranks,
             larc_mode=self.mode,
             eta=self.eta,
@@ -81,6 +87,8 @@ class Larc:
             gradient_norm=self.gradient_norm,
             weight_norm=self.weight_norm,
             scalars=self.scalars,
+            latest=self.latest,
+            average=self.average,
         )
         kernels.larc_update(
             a.matrix_gradient,

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset
 from nvcnn.errors import InputError
 from nvcnn.kernel_choices import places, use
-from nvcnn.machine import compute_dtype
+from nvcnn.machine import chosen_kernels, compute_dtype
 from nvcnn.memory import activation_bytes
 from nvcnn.models import MODELS, build_model
 from nvcnn.settings import Settings, as_json
@@ -28,10 +29,11 @@ class Plan:
     learning_rate: float
     dtype: torch.dtype
     momentum_dtype: torch.dtype
+    no_graph: str  # why the step is no CUDA graph; empty if it is one
 
 
 def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
-    """Raises InputError when the data set is smaller than one total batch."""
+    """Raises InputError when the data set is smaller than a total batch, and for --cuda_graph=on where it cannot be."""
     total_batch = settings.batch_size * ranks
     images = dataset.images("train") if dataset else settings.num_batches * total_batch
     if images < total_batch:
@@ -53,6 +55,13 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
         learning_rate=settings.learning_rate or model.learning_rate(total_batch),
         dtype=compute_dtype(settings.fp16, settings.bf16),
         momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bf16" else torch.float32,
+        no_graph=why_not(
+            settings.cuda_graph,
+            gpu=torch.cuda.is_available(),
+            kernels=chosen_kernels(),
+            ranks=ranks,
+            transport=settings.transport,
+        ),
     )
 
 
@@ -65,6 +74,7 @@ def describe(settings: Settings, run: Plan) -> list[str]:
         f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
         f"Data type:   {str(run.dtype).removeprefix('torch.')}",
         f"Steps:       {run.steps}",
+        f"CUDA graph:  {f'none: {run.no_graph}' if run.no_graph else 'the whole step'}",
     ]
 
 

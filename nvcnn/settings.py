@@ -90,6 +90,12 @@ class Settings:
     resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
     seed: int = run(1, "weights, crops, order")
     keep: int = run(3, "checkpoints to keep", may_differ=True)
+    cuda_graph: str = run(
+        "auto",
+        "the step as one launch of a CUDA graph, to the same bits: where it can be (auto), on or off",
+        choices=("auto", "on", "off"),
+        may_differ=True,
+    )
     transport: str = run("horovod", "how ranks talk", choices=("horovod", "torch"))
     log_tensors: bool = run(
         False, "trust ratio and norms of each tensor in metrics.jsonl, at each table line", may_differ=True

@@ -1,8 +1,4 @@
-"""The training run, from settings to exit code.
-
-One step: the next batch; forward; backward, during which gradients flow into the arena and each bucket's allreduce
-starts as soon as it is full; three launches that update everything, or nothing if a gradient was not finite.
-"""
+"""The training run, from settings to exit code: opens everything, and has the loop around `Step`."""
 
 import math
 import signal
@@ -13,29 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
-import kernels
 from nvcnn import checkpoint
-from nvcnn.arena import Arena, gradient_order
 from nvcnn.check_data import check_data
 from nvcnn.data import (
-    Batch,
     SyntheticData,
     TrainingData,
     WorkerTrainingData,
     choose_backend,
     find_dataset,
     open_training,
-    prepare_input,
 )
 from nvcnn.data.dataset import Dataset
 from nvcnn.distributed import Transport, Vote, connect, launched
 from nvcnn.evaluate import Evaluation, evaluate
-from nvcnn.gradients import Gradients
 from nvcnn.kernel_choices import choose, places, use
-from nvcnn.larc import Larc
 from nvcnn.machine import chosen_kernels, use_device
 from nvcnn.metrics import Metrics, Throughput
 from nvcnn.models import MODELS, build_model, find_model
@@ -44,6 +32,7 @@ from nvcnn.program import SAVED_AND_STOPPED
 from nvcnn.resume import restore, write_config
 from nvcnn.schedule import poly
 from nvcnn.settings import Settings, as_json
+from nvcnn.step import Step
 from nvcnn.tensor_log import TensorLog
 
 
@@ -105,59 +94,47 @@ class Run:
                 dataset, "train", settings.check_data, settings.skip_bad_images, transport, threads
             )
         self.plan = plan(settings, dataset, transport.size)
-        self.dtype = self.plan.dtype
         # What rank 0 read from the checkpoint for each rank: the reader's position and the random generators.
         ranks = transport.gather(restored and restored["ranks"])[0]
         mine: dict[str, Any] = ranks[transport.rank] if ranks else {"reader": None}
         self.data = self.open_data(dataset, threads, mine["reader"])
-        self.model = build_model(
+        model = build_model(
             settings.model, num_classes=self.plan.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed
         )
-        self.channels = MODELS[settings.model].channels(self.device)
+        channels = MODELS[settings.model].channels(self.device)
         self.choices = choose(
             settings.conv,
-            places(self.model, settings.batch_size, self.plan.image_size, self.dtype, self.channels),
+            places(model, settings.batch_size, self.plan.image_size, self.plan.dtype, channels),
             self.device,
             transport,
             restored and restored["convolutions"],
         )
-        use(self.model, self.choices.algorithms)
-        self.arena = Arena(
-            self.model,
-            gradient_order(self.model, self.plan.image_size),
-            device=self.device,
-            dtype=self.dtype,
-            momentum_dtype=self.plan.momentum_dtype,
-            gradient_dtype=None if self.dtype != torch.bfloat16 or transport.bfloat16 else torch.float32,
-        )
+        use(model, self.choices.algorithms)
         self.schedule = poly(self.plan.learning_rate, self.plan.steps)
-        self.optimizer = Larc(
-            self.arena,
+        self.train_step = Step(
+            model,
+            image_size=self.plan.image_size,
+            device=self.device,
             schedule=self.schedule,
-            ranks=transport.size,
-            mode=settings.larc_mode if settings.larc_eta else "off",
-            eta=settings.larc_eta or 0.0,
-            exclude=settings.larc_exclude,
+            transport=transport,
+            dtype=self.plan.dtype,
+            momentum_dtype=self.plan.momentum_dtype,
+            channels=channels,
+            normalize=settings.normalize,
+            label_smoothing=settings.label_smoothing,
             loss_scale=settings.loss_scale,
+            larc_mode=settings.larc_mode,
+            larc_eta=settings.larc_eta,
+            larc_exclude=settings.larc_exclude,
         )
-        self.gradients = Gradients(self.arena, transport)
-        # Exponential averages of loss, top-1 and top-5 hits, and their weight (zero-debiased).
-        self.average = torch.zeros(4, dtype=torch.float64, device=self.device)
         torch.manual_seed(settings.seed + transport.rank)
         if restored:
-            self.arena.load_state_dict(restored["weights"], restored["optimizer"]["momentum"])
-            self.optimizer.load_state_dict(restored["optimizer"])
-            self.average.copy_(restored["loss_average"])
+            self.train_step.load_state_dict(restored)
         if "torch_rng" in mine:
             torch.set_rng_state(mine["torch_rng"])
             if self.device.type == "cuda" and "cuda_rng" in mine:  # a run may go on on another device
                 torch.cuda.set_rng_state(mine["cuda_rng"])
-        for tensor in (self.arena.weight, self.arena.momentum, self.arena.running, self.average):
-            transport.broadcast(tensor)
-        for tensor in (self.optimizer.counters, self.optimizer.loss_scale):
-            transport.broadcast(tensor)
-        self.arena.refresh()
-        self.step = int(self.optimizer.counters[0])
+        self.step = self.train_step.broadcast()
 
     def open_data(
         self, dataset: Dataset | None, threads: int, state: dict | None
@@ -185,26 +162,29 @@ class Run:
         )
 
     def loop(self) -> int:
-        settings, optimizer = self.settings, self.optimizer
+        settings, optimizer = self.settings, self.train_step.optimizer
         if self.transport.rank == 0 and settings.log_dir:
             write_config(settings, self.transport.size)
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=self.transport.rank)
         self.announce(metrics)
+        if not self.plan.no_graph:
+            self.train_step.capture(settings.batch_size)
+        metrics.say("Training")
+        metrics.table_head()
         tensors = TensorLog(optimizer) if settings.log_tensors and self.transport.rank == 0 else None
         signals: list[int] = []
         vote = Vote(self.transport, questions=2)
         throughput = Throughput(settings.batch_size * self.transport.size, self.step)
         saved = summarized = time.monotonic()
         skipped = self.step - int(optimizer.counters[1])
-        self.model.train()
         with caught(signals):
             while self.step < self.plan.steps:
-                latest = self.train_step(next(self.data))
+                self.train_step(next(self.data))
                 self.step += 1
                 metrics.step()
                 last = self.step == self.plan.steps
                 if self.step == 1 or self.step % settings.display_every == 0 or last:
-                    loss, top1, top5, now, scale, updates = self.read(latest)
+                    loss, top1, top5, now, scale, updates = self.train_step.read()
                     shown: dict[str, float] = {
                         "loss": loss if math.isfinite(now) else now,
                         "top1": 100 * top1,
@@ -224,13 +204,13 @@ class Run:
                         tensors.write(metrics, summarize=due)
                         tensors.copy(self.step)
                 elif self.step == throughput.burnt_in:
-                    self.read(latest)
+                    self.train_step.read()
                     throughput.lap(self.step)
                 save_due = self.transport.rank == 0 and time.monotonic() - saved > settings.save_interval
                 saved = time.monotonic() if save_due else saved
                 save, stop = vote(save_due, bool(signals))
                 if last or save or stop:
-                    self.read(latest)  # the device is done: what follows is the saving alone
+                    self.train_step.read()  # the device is done: what follows is the saving alone
                     start = time.perf_counter()
                     self.save(metrics)
                     throughput.leave_out(time.perf_counter() - start)
@@ -247,30 +227,9 @@ class Run:
             metrics.say(f"Stopped by a signal after step {self.step}: {kept}")
         metrics.close()
         self.transport.barrier()
+        self.train_step.close()
         self.transport.close()
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
-
-    def train_step(self, batch: Batch) -> Tensor:
-        """One step; returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for."""
-        settings, loss_scale = self.settings, self.optimizer.loss_scale
-        images = prepare_input(
-            batch.images, batch.flip, dtype=self.dtype, normalize=settings.normalize, channels=self.channels
-        )
-        logits = self.model(images)
-        rows, gradient = kernels.cross_entropy(logits.detach(), batch.labels, loss_scale, settings.label_smoothing)
-        logits.backward(gradient)
-        self.gradients.finish()
-        self.optimizer.step()
-        latest = rows.mean(0)
-        weighted = pad(latest, (0, 1), value=1.0).double()
-        self.average = torch.where(latest[0].isfinite(), 0.9 * self.average + 0.1 * weighted, self.average)
-        return latest
-
-    def read(self, latest: Tensor) -> list[float]:
-        """Averages of loss, top-1, top-5; the last loss, loss scale, updates: the one point where the host waits."""
-        average = self.average[:3] / self.average[3:]
-        rest = (latest[:1], self.optimizer.loss_scale, self.optimizer.counters[1:2])
-        return torch.cat([average, *(t.double() for t in rest)]).tolist()
 
     def save(self, metrics: Metrics) -> None:
         """Gathers every rank's position to rank 0, which writes the checkpoint with its own BatchNorm statistics."""
@@ -296,10 +255,8 @@ class Run:
             "settings": as_json(settings),
             "kernels": self.kernels,
             "convolutions": self.choices.algorithms,
-            "weights": self.arena.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss_average": self.average.cpu(),
             "ranks": ranks,
+            **self.train_step.state_dict(),
         }
         checkpoint.save(path, state, settings.keep)
         metrics.write("checkpoint", step=self.step, path=str(path))
@@ -314,16 +271,14 @@ class Run:
             say(f"Input:       {self.backend}")
         if self.choices.algorithms:
             say(f"Convolution: {self.choices}")
-        if self.device.type == "cpu" and self.dtype != torch.float32:
-            say(f"  {str(self.dtype).removeprefix('torch.')} on a CPU is for trying things out: it can be slow")
-        if self.arena.matrix_gradient.dtype != self.dtype:
+        if self.device.type == "cpu" and self.plan.dtype != torch.float32:
+            say(f"  {str(self.plan.dtype).removeprefix('torch.')} on a CPU is for trying things out: it can be slow")
+        if self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:
             say(f"  {self.transport.name} has no bfloat16: gradients travel in fp32")
         metrics.write("start", step=self.step, steps=self.plan.steps, ranks=self.transport.size)
         if self.left_out:
             say(f"Left out:    {len(self.left_out)} bad images")
             metrics.write("left_out", images=self.left_out)
-        say("Training")
-        metrics.table_head()
 
 
 @contextmanager

@@ -16,7 +16,9 @@ torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get(
 
 # Without shrinking: in the interpreter it takes five minutes and more, and the failing example is printed either way.
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
-settings.register_profile("default", deadline=None, max_examples=25, phases=UNSHRUNK)
+# On a GPU most examples have a kernel of their own, which takes seconds to compile.
+EXAMPLES = 5 if torch.cuda.is_available() else 25
+settings.register_profile("default", deadline=None, max_examples=EXAMPLES, phases=UNSHRUNK)
 settings.register_profile("full", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=full
 settings.load_profile("default")
 

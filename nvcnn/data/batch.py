@@ -32,10 +32,16 @@ def scale_shift(normalize: str, device: torch.device) -> list[Tensor]:
     return [torch.tensor(per_channel, dtype=torch.float32, device=device) for per_channel in SCALE_SHIFT[normalize]]
 
 
-def prepare_input(images: Tensor, flip: Tensor, *, dtype: torch.dtype, normalize: str, channels: int = 3) -> Tensor:
+def prepare_input(
+    images: Tensor, flip: Tensor, *, dtype: torch.dtype, normalize: str, channels: int = 3, into: Tensor | None = None
+) -> Tensor:
     """The network's input, (N, channels, H, W), channels-last: mirrored where `flip`, normalised in fp32, cast.
 
     images: (N, H, W, 3) uint8. flip: (N,) bool. normalize: "signed", to [-1, 1], or "imagenet", by mean and deviation.
-    channels: 3, or 4 or 8 of which the last are zero.
+    channels: 3, or 4 or 8 of which the last are zero. into: a tensor for it, instead of a new one.
     """
-    return kernels.prepare_input(images, flip, *scale_shift(normalize, images.device), dtype, channels)
+    scale, shift = scale_shift(normalize, images.device)
+    if into is None:
+        return kernels.prepare_input(images, flip, scale, shift, dtype, channels)
+    kernels.prepare_input_into(images, flip, scale, shift, into)
+    return into

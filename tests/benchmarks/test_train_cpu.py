@@ -54,14 +54,13 @@ def test_the_bare_loop_computes_what_ours_does(device):
     """Same weights, same batches: the same losses, so that the two speeds are of the same work."""
     run = Run(Settings(model="lenet", batch_size=8, learning_rate=LEARNING_RATE), None, connect("torch"), None)
     run.schedule.fill_(LEARNING_RATE)  # the bare loop's learning rate does not decay
-    run.optimizer.schedule.fill_(LEARNING_RATE)
+    run.train_step.optimizer.schedule.fill_(LEARNING_RATE)
     bare = train_cpu.lenet(1000)
-    state = {k: v.detach().cpu().clone() for k, v in run.model.state_dict().items()}
+    state = {k: v.detach().cpu().clone() for k, v in run.train_step.model.state_dict().items()}
     # Ours flattens channels-last.
     state["fc1.weight"] = state["fc1.weight"].view(512, 7, 7, 64).permute(0, 3, 1, 2).reshape(512, -1)
     bare.load_state_dict(dict(zip(bare.state_dict(), state.values(), strict=True)))
     loop = plain_loop(bare, device=device, dtype=torch.float32)
-    run.model.train()
     batch = next(run.data)
     images = prepare_input(batch.images, batch.flip, dtype=torch.float32, normalize="signed")
     losses = [(float(run.train_step(batch)[0]), float(loop(images, batch.labels))) for _ in range(6)]

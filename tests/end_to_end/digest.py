@@ -14,7 +14,8 @@ class Digested(train.Run):
     def loop(self) -> int:
         code = super().loop()
         held = hashlib.sha256()
-        for tensor in (self.arena.weight, self.arena.momentum, self.optimizer.counters, self.optimizer.loss_scale):
+        arena, optimizer = self.train_step.arena, self.train_step.optimizer
+        for tensor in (arena.weight, arena.momentum, optimizer.counters, optimizer.loss_scale):
             held.update(tensor.view(torch.uint8).numpy().tobytes())
         print(f"rank {self.transport.rank} holds {held.hexdigest()}", flush=True)
         return code

@@ -3,15 +3,16 @@
 from nvcnn import train
 from nvcnn.program import run
 from nvcnn.settings import parse
+from nvcnn.step import Step
 
 
-class Failing(train.Run):
-    def train_step(self, batch):
-        if self.transport.rank == 1 and self.step == 10:
+class Failing(Step):
+    def __call__(self, batch):
+        if self.transport.rank == 1 and int(self.optimizer.counters[0]) == 10:
             raise RuntimeError("the eleventh step")
-        return super().train_step(batch)
+        return super().__call__(batch)
 
 
 if __name__ == "__main__":
-    train.Run = Failing
+    train.Step = Failing
     run(lambda: train.train(parse()))

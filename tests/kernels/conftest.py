@@ -31,7 +31,8 @@ def poisoned():
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
-    """The table of tests on a GPU as well: small tensors then have several blocks and ragged ends."""
+    """The interpreter's table for tensors without memory, too. On a GPU kernels are configured as they train."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configurations, "table_name", lambda device: configurations.TEST)
+        if not torch.cuda.is_available():
+            patch.setattr(configurations, "table_name", lambda device: configurations.TEST)
         yield

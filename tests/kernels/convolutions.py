@@ -125,6 +125,9 @@ BOXES = [
 ]
 
 
+OF_ONE_IMAGE, OF_FOUR = {"TMA": 1, "BOX_H": 4, "BOX_W": 4}, {"TMA": 1, "BOX_H": 2, "BOX_W": 2}  # boxes of 16 rows
+
+
 @contextmanager
 def configured(**choices: int):
     """The ops' configuration with these choices."""

@@ -11,18 +11,23 @@ from importlib import import_module
 import pytest
 
 import kernels
-from benchmarks.codegen import CHIPS, MATRIX, UNALIGNED, accesses_of, chip_of, main, occupancy, streams
+from benchmarks.codegen import CHIPS, MATRIX, UNALIGNED, accesses_of, chip_of, main, programs_an_sm, streams
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """The short list on all chips, compiled in a process of its own: the interpreter replaces the compiler in this."""
+    """The short list on all chips."""
     file = tmp_path_factory.mktemp("codegen") / "rows.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.codegen", "--list=short", f"--json={file}"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    compiling("benchmarks.codegen", "--list=short", f"--json={file}")
     return json.loads(file.read_text())["rows"]
+
+
+def compiling(*command: str) -> str:
+    """Runs the module in a process of its own, since the interpreter replaces the compiler in this; its output."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
 
 
 def test_nothing_spills_and_streams_move_16_bytes_at_a_time(rows):
@@ -31,6 +36,12 @@ def test_nothing_spills_and_streams_move_16_bytes_at_a_time(rows):
         streams_values = "vectors_kernel" not in row["name"] and not UNALIGNED.search(row["name"])
         if streams_values and "images:u8" not in row["name"]:
             assert max(row["load"], row["store"]) >= 16, row
+
+
+def test_wgmma_that_wait_for_each_other_are_found():
+    may_not_run, runs = compiling("tests.kernels.serialised").split("\n")[:2]
+    assert may_not_run.startswith("C75")
+    assert not runs
 
 
 def test_convolutions_multiply_with_the_chips_own_instruction(rows):
@@ -75,6 +86,16 @@ def test_every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(r
             *("convolution.kernel", "convolution_data_gradient.kernel", "convolution_weight_gradient.kernel"),
             *("gradient_statistics.kernel", "larc_update.kernel", "larc_update.refresh_kernel"),
         }
+
+
+def test_a_profile_tells_kernels_apart(rows):
+    functions = {}
+    for row in rows:
+        python_name = row["name"].split()[0]
+        functions.setdefault(row["function"], set()).add(python_name)
+        assert row["function"].startswith(python_name.split(".")[0]) or row["function"] == "refresh"
+    assert all(len(python_names) == 1 for python_names in functions.values())
+    assert "convolution_3_3_1_128_64_32_vectors_center" in functions
 
 
 def test_a_tables_name_says_its_chip():
@@ -144,12 +165,13 @@ def test_streams_are_tensors_of_16_bytes_a_thread():
 @pytest.mark.parametrize(
     ("chip", "registers", "shared", "warps", "expected"),
     [
-        (90, 32, 0, 4, 1.0),
-        (90, 64, 0, 4, 0.5),
-        (90, 255, 0, 8, 0.125),
-        (90, 32, 113 << 10, 4, 0.125),
-        (80, 32, 113 << 10, 4, 0.0625),
+        (90, 32, 0, 4, 16),
+        (90, 64, 0, 4, 8),
+        (90, 255, 0, 8, 1),
+        (90, 32, 113 << 10, 4, 2),
+        (80, 32, 113 << 10, 4, 1),
+        (90, 32, 228 << 10, 4, 0),
     ],
 )
-def test_occupancy(chip, registers, shared, warps, expected):
-    assert occupancy(chip, registers, shared, warps) == expected
+def test_programs_an_sm(chip, registers, shared, warps, expected):
+    assert programs_an_sm(chip, registers, shared, warps) == expected

@@ -13,6 +13,8 @@ from tests.kernels.convolutions import (
     DTYPES,
     FEW,
     MODELS,
+    OF_FOUR,
+    OF_ONE_IMAGE,
     SHAPES,
     TILES,
     TWINS,
@@ -197,12 +199,13 @@ def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, c
         )
 
 
+@pytest.mark.parametrize("box", [OF_ONE_IMAGE, OF_FOUR], ids=["one image", "four"])
 @pytest.mark.parametrize("shape", BOXES, ids=str)
-def test_boxes_by_tma_are_exact_on_integers(device, shape):
+def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = tensors(shape, torch.float16, device, small_integers)
     vectors, center = integer_vectors(5, shape.c, device), integer_vectors(1, shape.k, device)[0]
     exact = convolved(activation(given["x"], vectors, "triton").exact, given["weight"], shape)
-    with configured(TMA=1, BOX_W=4, PERSISTENT=5):
+    with configured(**box, PERSISTENT=5):
         y, _, sums = convolution(
             given["x"], given["weight"], *shape.how, vectors=vectors, center=center, add=given["g"]
         )
@@ -215,7 +218,7 @@ def test_what_a_box_reads_outside_of_the_image_is_padding(device):
     shape = BOXES[4]._replace(padding=(1, 1))
     given = tensors(shape, torch.float16, device, small_integers)
     arguments, sums = (given["x"], given["weight"], *shape.how), {"center": torch.zeros(shape.k, device=device)}
-    with configured(TMA=1, BOX_W=4):
+    with configured(**OF_ONE_IMAGE):
         assert torch.equal(convolution(*arguments)[0], convolved(given["x"], given["weight"], shape).half())
         torch.library.opcheck(convolution.overload, arguments, sums, test_utils="test_faketensor")
 
@@ -233,15 +236,15 @@ def test_what_a_box_reads_outside_of_the_image_is_padding(device):
 def test_refuses_tma_where_tiles_are_no_boxes(device, shape):
     given = tensors(shape, torch.float16, device)
     refused = rf"convolution: TMA is for .*'TMA': 1.* for N=1 C={shape.c} .*x \(1, {shape.c}, 6, 6\)"
-    with configured(TMA=1, BOX_W=4), pytest.raises(ValueError, match=refused):
+    with configured(**OF_ONE_IMAGE), pytest.raises(ValueError, match=refused):
         convolution(given["x"], given["weight"], *shape.how)
 
 
 @pytest.mark.parametrize("width", [0, 3])
 def test_refuses_boxes_that_no_tile_fills(device, width):
     given = tensors(BOXES[0], torch.float16, device)
-    refused = rf"convolution: with TMA, BOX_W divides BLOCK_ROWS; got .*'BOX_W': {width}.* for N=1 C=24"
-    with configured(TMA=1, BOX_W=width), pytest.raises(ValueError, match=refused):
+    refused = rf"convolution: with TMA, BOX_H x BOX_W divides BLOCK_ROWS; got .*'BOX_W': {width}.* for N=1 C=24"
+    with configured(TMA=1, BOX_H=1, BOX_W=width), pytest.raises(ValueError, match=refused):
         convolution(given["x"], given["weight"], *BOXES[0].how)
 
 

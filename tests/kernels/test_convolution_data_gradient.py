@@ -14,6 +14,8 @@ from tests.kernels.convolutions import (
     COMMON,
     DTYPES,
     FEW,
+    OF_FOUR,
+    OF_ONE_IMAGE,
     SHAPES,
     TILES,
     Shape,
@@ -220,14 +222,15 @@ def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, c
         check_same(lambda: gradient(given, TILES, **options), loads, **choices)  # noqa: B023
 
 
+@pytest.mark.parametrize("box", [OF_ONE_IMAGE, OF_FOUR], ids=["one image", "four"])
 @pytest.mark.parametrize("shape", [*BOXES, Shape(1, 16, 7, 6, 8, 3, 3, (2, 2), (1, 1))], ids=str)
-def test_boxes_by_tma_are_exact_on_integers(device, shape):
+def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     """Those of a class of pixels, whatever the stride."""
     given = tensors(shape, torch.float16, device, small_integers)
     x, y = given["x"], given["y"]
     vectors, factors = integer_vectors(5, shape.k, device), integer_vectors(2, shape.k, device)
     x_vectors = integer_vectors(5, shape.c, device)
-    with configured(TMA=1, BOX_W=4, PERSISTENT=5):
+    with configured(**box, PERSISTENT=5):
         dx, sums, _ = gradient(given, shape, y=y, vectors=vectors, factors=factors, x=x, x_vectors=x_vectors)
     dy = output_gradient(given["g"], y, vectors, factors, "triton").exact
     assert torch.equal(dx, (of_input(dy, given["weight"], shape) * (normalised(x, x_vectors) > 0)).half())

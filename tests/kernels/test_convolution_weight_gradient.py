@@ -12,6 +12,8 @@ from tests.kernels.convolutions import (
     COMMON,
     DTYPES,
     FEW,
+    OF_FOUR,
+    OF_ONE_IMAGE,
     SHAPES,
     TILES,
     Shape,
@@ -132,17 +134,18 @@ def test_tiles_by_tma_give_the_same_bits(device):
     given = tensors(TILES, torch.float16, device)
     vectors, x_vectors = random_vectors(TILES.k, device), random_vectors(TILES.c, device)
     every = {"y": given["y"], "vectors": vectors, "factors": vectors[:2].clone(), "x_vectors": x_vectors}
-    for options in ({}, every):
-        check_same(lambda: (gradient(given, TILES, torch.float32, **options),), 2, TMA=1)  # noqa: B023
+    for options, loads in ({}, 2), (every, 3):
+        check_same(lambda: (gradient(given, TILES, torch.float32, **options),), loads, TMA=1)  # noqa: B023
 
 
+@pytest.mark.parametrize("box", [OF_ONE_IMAGE, OF_FOUR], ids=["one image", "four"])
 @pytest.mark.parametrize("shape", BOXES, ids=str)
-def test_boxes_by_tma_are_exact_on_integers(device, shape):
+def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = tensors(shape, torch.float16, device, small_integers)
     vectors, factors = integer_vectors(5, shape.k, device), integer_vectors(2, shape.k, device)
     x_vectors = integer_vectors(5, shape.c, device)
     maps = {"y": given["y"], "vectors": vectors, "factors": factors, "x_vectors": x_vectors}
-    with configured(TMA=1, BOX_W=4):
+    with configured(**box):
         got = gradient(given, shape, torch.float32, **maps)
     dy = output_gradient(given["g"], given["y"], vectors, factors, "triton").exact
     assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_vectors, "triton").exact, shape))

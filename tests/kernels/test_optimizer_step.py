@@ -34,6 +34,8 @@ class Optimizer:
         self.scalars, self.schedule = torch.zeros(3, device=device), torch.tensor(LEARNING_RATES, device=device)
         self.counters = torch.zeros(3, device=device, dtype=torch.int64)
         self.loss_scale = torch.tensor([loss_scale], device=device)
+        self.latest = torch.zeros(3, device=device)
+        self.average = torch.zeros(4, device=device, dtype=torch.float64)
 
     def views(self, flat):
         starts = (self.first_block * BLOCK).tolist()
@@ -66,6 +68,7 @@ class Optimizer:
             self.counters,
             self.loss_scale,
             self.schedule,
+            torch.zeros(0, 3, device=self.device),
             ranks=self.ranks,
             larc_mode=self.mode,
             eta=ETA,
@@ -74,6 +77,8 @@ class Optimizer:
             gradient_norm=self.gradient_norm,
             weight_norm=self.weight_norm,
             scalars=self.scalars,
+            latest=self.latest,
+            average=self.average,
         )
         larc_update(
             self.matrix_gradient,

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import prepare_input
+from kernels import prepare_input, prepare_input_into
 from tests.kernels.images import DTYPES, SMALLEST, unit
 
 CHANNELS = (3, 4, 8)
@@ -84,10 +84,25 @@ def test_two_runs_give_the_same_bits(implementation, device):
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_the_same_where_it_is_asked_to_be(implementation, device, dtype, channels):
+    images, flip = pixels(3, 9, 24, device)
+    scale, shift = torch.randn(2, 3, device=device)
+    expected = prepare_input(images, flip, scale, shift, dtype, channels)
+    x = torch.full_like(expected, torch.nan)
+    at = x.data_ptr()
+    assert prepare_input_into(images, flip, scale, shift, x) is None
+    assert torch.equal(x, expected)
+    assert x.data_ptr() == at
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
 def test_opcheck(implementation, device, channels):
     images, flip = pixels(2, 3, 5, device)
     scale, shift = torch.randn(2, 3, device=device)
     torch.library.opcheck(prepare_input.overload, (images, flip, scale, shift, torch.float16, channels))
+    x = torch.zeros(2, channels, 3, 5, device=device).to(memory_format=torch.channels_last)
+    torch.library.opcheck(prepare_input_into.overload, (images, flip, scale, shift, x))
 
 
 IMAGES = torch.zeros(2, 3, 4, 3, dtype=torch.uint8)
@@ -115,3 +130,21 @@ def test_refuses(device, changes, message):
     on_device = {name: a.to(device) if isinstance(a, torch.Tensor) else a for name, a in arguments.items()}
     with pytest.raises(ValueError, match=message):
         prepare_input(**on_device)
+
+
+X = torch.zeros(2, 4, 3, 4).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(2, 4, 3, 4)}, "x must be channels-last"),
+        ({"x": X[:1]}, r"images must be \(1, 3, 4, 3\).* got \(2, 3, 4, 3\)"),
+        ({"x": X[:, :, :2].contiguous(memory_format=torch.channels_last)}, r"images must be \(2, 2, 4, 3\)"),
+        ({"x": X[:, :2].contiguous(memory_format=torch.channels_last)}, "channels 3, 4 or 8; got torch.float32, 2"),
+        ({"images": IMAGES.float()}, "images must be .*uint8"),
+    ],
+)
+def test_refuses_another_place(device, changes, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_input_into(**{name: a.to(device) for name, a in (GOOD | {"x": X} | changes).items()})

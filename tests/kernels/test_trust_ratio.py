@@ -10,11 +10,12 @@ U = 2.0**-24  # half a unit in the last place of fp32
 
 
 def outputs(tensors, device, dtype=torch.float32):
-    sizes = {"ratio": tensors, "gradient_norm": tensors, "weight_norm": tensors, "scalars": 3}
-    return {name: torch.full((n,), torch.nan, dtype=dtype, device=device) for name, n in sizes.items()}
+    sizes = {"ratio": tensors, "gradient_norm": tensors, "weight_norm": tensors, "scalars": 3, "latest": 3}
+    written = {name: torch.full((n,), torch.nan, dtype=dtype, device=device) for name, n in sizes.items()}
+    return written | {"average": torch.zeros(4, dtype=torch.float64, device=device)}
 
 
-def inputs(device, gradient, weight, blocks, schedule=(0.5, 0.25), step=0, loss_scale=1.0):
+def inputs(device, gradient, weight, blocks, schedule=(0.5, 0.25), step=0, loss_scale=1.0, rows=((2.0, 1.0, 1.0),)):
     first_block = torch.tensor([0, *blocks]).cumsum(0)
     return (
         torch.as_tensor(gradient, dtype=torch.float32, device=device),
@@ -23,6 +24,7 @@ def inputs(device, gradient, weight, blocks, schedule=(0.5, 0.25), step=0, loss_
         torch.tensor([step, 3, 5], device=device),
         torch.tensor([loss_scale], device=device),
         torch.tensor(schedule, device=device),
+        torch.as_tensor(rows, device=device),
     )
 
 
@@ -88,6 +90,43 @@ def test_finite_is_that_of_the_sum_of_all(implementation, device, sums):
     assert ratios((torch.ones_like(tensors[0]), *tensors[1:]))["scalars"][2] == 1
 
 
+def averaged(device, rows, average):
+    """`latest` and `average` after a step with these rows, from these averages."""
+    out = outputs(1, device) | {"average": torch.tensor(average, dtype=torch.float64, device=device)}
+    tensors = inputs(device, [1], [1], [1], rows=torch.as_tensor(rows).view(-1, 3))
+    trust_ratio(*tensors, ranks=1, larc_mode="off", eta=1.0, excluded_from=99, **out)
+    return out["latest"], out["average"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, CONFIG["CHUNK"] // 4, CONFIG["CHUNK"] // 4 + 1, CONFIG["CHUNK"]])
+def test_averages_follow_the_mean_row(implementation, device, n):
+    before = [5.0, -3.0, 0.25, 0.5]
+    rows = torch.randint(-8, 9, (n, 3)).float()
+    latest, average = averaged(device, rows, before)
+    mean = (rows.double().sum(0) / n).float()  # one rounding
+    assert torch.equal(latest.cpu(), mean)
+    expected = 0.9 * torch.tensor(before, dtype=torch.float64) + 0.1 * torch.cat([mean.double(), torch.ones(1)])
+    assert ((average.cpu() - expected).abs() <= 2.0**-52 * (expected.abs() + 5)).all()  # in fp64, fused or not
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_loss_that_is_not_finite_moves_no_average(implementation, device, value):
+    rows, before = torch.ones(5, 3), [5.0, -3.0, 0.25, 0.5]
+    rows[3, 0] = value
+    latest, average = averaged(device, rows, before)
+    assert average.tolist() == before
+    assert not latest[0].isfinite()
+    assert latest[1:].tolist() == [1, 1]
+    rows[3] = torch.tensor([1, value, 1])
+    assert averaged(device, rows, before)[1][[0, 3]].tolist() == pytest.approx([4.6, 0.55])  # the loss alone decides
+
+
+def test_without_rows_no_average_moves(implementation, device):
+    latest, average = averaged(device, torch.zeros(0), [5.0, -3.0, 0.25, 0.5])
+    assert average.tolist() == [5.0, -3.0, 0.25, 0.5]
+    assert latest.isnan().all()
+
+
 @pytest.mark.parametrize("learning_rate", [0.0, 1e-45])
 def test_clip_has_no_trouble_with_a_learning_rate_of_nothing(implementation, device, learning_rate):
     assert ratios(inputs(device, [1, 0], [4, 0], [1, 1], [learning_rate]))["ratio"].tolist() == [1, 1]
@@ -111,7 +150,7 @@ def test_is_as_close_as_fp32_allows(implementation, device, blocks, mode, eta, l
     reference(*in_double, ranks=ranks, larc_mode=mode, eta=eta, excluded_from=len(blocks), **exact)
     # No element passes through more than 64 additions; the root halves their error, the ratio has two of them, and
     # four roundings of its own.
-    roundings = {"gradient_norm": 33, "weight_norm": 33, "ratio": 70, "scalars": 3}
+    roundings = {"gradient_norm": 33, "weight_norm": 33, "ratio": 70, "scalars": 3, "latest": 0, "average": 2.0**-28}
     for name, value in ratios(tensors, mode, eta, ranks).items():
         assert bool(((value.double() - exact[name]).abs() <= roundings[name] * U * exact[name]).all()), name
 
@@ -152,6 +191,8 @@ def test_opcheck(implementation, device, mode):
         (3, lambda t: t.int(), "counters must be .*int64"),
         (4, lambda t: t.to("meta"), "loss_scale must be .* on meta"),
         (5, lambda t: t[:0], "at least one tensor, step.* 0 steps"),
+        (6, lambda t: t.view(-1), r"rows must be \(3, 3\)"),
+        (6, lambda t: t.double(), "rows must be .*float32.* got .*float64"),
     ],
 )
 def test_refuses(device, position, change, message):

@@ -1,0 +1,104 @@
+"""The step as one CUDA graph: whether it can be, what is as before once it is captured, and its replay.
+
+A graph is the launches that were recorded, with their addresses: nothing of Python runs at a replay. What it reads and
+writes must stay where it is, nothing may be read back to the host, and kernels must be loaded and cuDNN's algorithms
+chosen before: the warm-up does both, and is undone by a `Snapshot`.
+"""
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from nvcnn.errors import InputError
+
+WARM_UP = 3  # as PyTorch's documentation has it
+AHEAD = 2  # steps that the host may be ahead of the device: enough to keep it busy
+
+
+def why_not(asked: str, *, gpu: bool, kernels: str, ranks: int, transport: str) -> str:
+    """Why the step is launched kernel by kernel, in words; "" if it is a graph.
+
+    asked: --cuda_graph. kernels: "triton" or "reference". Raises InputError for "on" where it cannot be.
+    """
+    obstacles = (
+        (not gpu, "there is no GPU", "leave the flag out"),
+        (kernels == "reference", "NVCNN_KERNELS=reference reads values back to the host", "leave one of them out"),
+        (ranks > 1 and transport != "torch", "Horovod's allreduces cannot be captured", "give --transport=torch"),
+    )
+    if asked == "off":
+        return "--cuda_graph=off"
+    for there, reason, remedy in obstacles:
+        if there and asked == "on":
+            raise InputError(f"--cuda_graph=on: {reason}: {remedy}")
+        if there:
+            return reason
+    return ""
+
+
+class Snapshot:
+    """The bits of tensors, and of the random generators of host and device."""
+
+    def __init__(self, tensors: Iterable[Tensor], device: torch.device):
+        self.device = device
+        self.kept = [(tensor, tensor.clone()) for tensor in tensors]
+        self.host_generator = torch.get_rng_state()
+        self.generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Writes them back, in place."""
+        for tensor, kept in self.kept:
+            tensor.copy_(kept)
+        torch.set_rng_state(self.host_generator)
+        if self.generator is not None:
+            torch.cuda.set_rng_state(self.generator, self.device)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """It could free what belongs to CUDA in the middle of a capture, and end that."""
+    gc.collect()  # now, with all that keeps an old step's autograd graph alive
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def capture(function: Callable[[], None]) -> Callable[[], None]:
+    """Runs `function` WARM_UP times, then records it. Returns what replays it, AHEAD calls ahead of the device at most.
+
+    Warm-up and capture call from one thread, on one stream: cuDNN's choices are kept by thread, and backward's leaves
+    must be on the stream it runs on; where they are not, PyTorch warns, which is an error here. Other threads (DALI's,
+    NCCL's) go on meanwhile. The graph lives as long as what is returned, and Triton's kernels stay loaded: their
+    functions hold them.
+    """
+    graph, stream, before = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
+    try:
+        with torch.cuda.stream(stream), warnings.catch_warnings(), without_garbage_collection():
+            warnings.filterwarnings("error", message=".*AccumulateGrad node's stream")
+            for _ in range(WARM_UP):
+                function()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                function()
+    except Exception as error:
+        error.add_note("This was a CUDA graph in the making: --cuda_graph=off goes without.")
+        raise
+    before.wait_stream(stream)
+    turns = cycle([torch.cuda.Event(blocking=True) for _ in range(AHEAD)])
+
+    def replay() -> None:
+        done = next(turns)
+        done.synchronize()
+        graph.replay()
+        done.record()
+
+    return replay

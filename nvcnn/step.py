@@ -1,0 +1,144 @@
+"""One training step: from a batch of pixels to new weights."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from nvcnn.arena import Arena, gradient_order
+from nvcnn.cuda_graph import Snapshot, capture
+from nvcnn.data import Batch, prepare_input
+from nvcnn.distributed import Transport
+from nvcnn.gradients import Gradients
+from nvcnn.larc import Larc
+
+
+class Step:
+    """A model in training: its arena, its gradients on their way, its optimizer. Calling it is one step.
+
+    Backward hands each gradient to the arena, and each bucket's allreduce starts as soon as it is full; three launches
+    then update everything, or nothing if a gradient was not finite.
+
+    `image_size`: of the (square) images, as `channels` says how many channels they get. `larc_eta`: None for no LARC.
+    Momentum, weight decay and the rest: see `Larc`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_size: int,
+        device: torch.device,
+        schedule: Tensor,
+        transport: Transport,
+        dtype: torch.dtype = torch.float32,
+        momentum_dtype: torch.dtype = torch.float32,
+        channels: int = 3,
+        normalize: str = "signed",
+        label_smoothing: float = 0.0,
+        loss_scale: float | str = 1.0,
+        larc_mode: str = "clip",
+        larc_eta: float | None = None,
+        larc_exclude: str = "none",
+    ):
+        self.model, self.transport = model.train(), transport
+        self.image_size, self.channels, self.dtype = image_size, channels, dtype
+        self.prepare_input = partial(prepare_input, dtype=dtype, normalize=normalize, channels=channels)
+        self.label_smoothing = label_smoothing
+        self.arena = Arena(
+            model,
+            gradient_order(model, image_size),
+            device=device,
+            dtype=dtype,
+            momentum_dtype=momentum_dtype,
+            gradient_dtype=None if dtype != torch.bfloat16 or transport.bfloat16 else torch.float32,
+        )
+        self.optimizer = Larc(
+            self.arena,
+            schedule=schedule,
+            ranks=transport.size,
+            mode=larc_mode if larc_eta else "off",
+            eta=larc_eta or 0.0,
+            exclude=larc_exclude,
+            loss_scale=loss_scale,
+        )
+        self.gradients = Gradients(self.arena, transport)
+        # Of a captured step: its launch, and what it reads.
+        self.replay: Callable[[], None] | None = None
+        self.images: Tensor | None = None
+        self.labels: Tensor
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """One step. Returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for.
+
+        The next step overwrites what is returned.
+        """
+        images = self.prepare_input(batch.images, batch.flip, into=self.images)
+        if self.replay is None:
+            self.train(images, batch.labels)
+        else:
+            self.labels.copy_(batch.labels)
+            self.replay()
+        return self.optimizer.latest
+
+    def train(self, images: Tensor, labels: Tensor) -> None:
+        """From the network's input to new weights: what a CUDA graph holds."""
+        logits = self.model(images)
+        rows, gradient = kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing)
+        logits.backward(gradient)
+        self.gradients.finish()
+        self.optimizer.step(rows)
+
+    def capture(self, batch_size: int) -> None:
+        """From now on a step is the replay of a CUDA graph. All state, that of the random generators too, stays.
+
+        For all ranks to call. The bits are those of a step that is not captured; a batch of another size is refused.
+        """
+        shape, device = (batch_size, self.channels, self.image_size, self.image_size), self.arena.weight.device
+        self.images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
+        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        before = Snapshot(self.state().values(), device)
+        self.replay = capture(partial(self.train, self.images, self.labels))
+        before.restore()
+
+    def close(self) -> None:
+        """Lets go of the graph: it may hold collectives, and must end before the transport does."""
+        self.replay = self.images = None
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that steps write or read, by name. They are written in place: their addresses stay."""
+        state = dict(self.model.named_buffers())
+        for name, owner in (("arena", self.arena), ("optimizer", self.optimizer)):
+            state |= {f"{name}.{key}": value for key, value in vars(owner).items() if isinstance(value, Tensor)}
+        return state
+
+    def read(self) -> list[float]:
+        """Averages of loss, top-1, top-5; the last loss, loss scale, updates: the one point where the host waits."""
+        o = self.optimizer
+        average = o.average[:3] / o.average[3:]
+        return torch.cat([average, *(t.double() for t in (o.latest[:1], o.loss_scale, o.counters[1:2]))]).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank, copied to the CPU: what a checkpoint holds of the step."""
+        return {
+            "weights": self.arena.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_average": self.optimizer.average.cpu().clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises InputError unless the weights fit."""
+        self.arena.load_state_dict(state["weights"], state["optimizer"]["momentum"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.average.copy_(state["loss_average"])
+
+    def broadcast(self) -> int:
+        """Gives all ranks rank 0's state, once it stands. Returns the number of steps that were done."""
+        a, o = self.arena, self.optimizer
+        for tensor in (a.weight, a.momentum, a.running, o.average, o.counters, o.loss_scale):
+            self.transport.broadcast(tensor)
+        a.refresh()
+        return int(o.counters[0])

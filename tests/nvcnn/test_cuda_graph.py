@@ -1,0 +1,348 @@
+"""The step as a CUDA graph. Without a GPU what is captured is a tape of operators, which replay runs again.
+
+As of a graph: no Python in between, and the same tensors at the same addresses.
+"""
+
+import gc
+import os
+import socket
+import warnings
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.trace import META, call_of, meta_step
+from nvcnn import checkpoint, metrics
+from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
+from nvcnn.data import Batch, prepare_input
+from nvcnn.distributed import Launch, Torch, connect
+from nvcnn.errors import InputError
+from nvcnn.models import MODELS
+from nvcnn.plan import describe, plan
+from nvcnn.settings import Settings
+from nvcnn.step import Step
+from nvcnn.train import Run
+from tests.nvcnn.test_step import CLASSES, batch, make
+
+HOST_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class Tape(TorchDispatchMode):
+    """What a captured step must be made of: operators that neither read values back nor copy them from the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert HOST_READS.isdisjoint(func.tags), f"{func} waits for the device"
+        result = func(*args, **kwargs)
+        devices = {t.device for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
+        assert len(devices) == 1, f"{func} copies between {devices}"
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    def layouts(self):
+        return [call_of(func, *args, outputs=result, **kwargs) for func, args, kwargs, result in self.calls]
+
+
+def on_tape(function):
+    """`capture` of a machine without a GPU."""
+    for _ in range(WARM_UP):
+        function()
+    with Tape() as tape:
+        function()
+    return torch.no_grad()(tape.replay)
+
+
+@pytest.fixture
+def capturing(device, monkeypatch):
+    """As `use_device` has it: of cuDNN its deterministic algorithms, the fastest, which is chosen once a thread."""
+    for name in ("benchmark", "deterministic"):
+        monkeypatch.setattr(torch.backends.cudnn, name, True)
+    if device.type == "cpu":
+        monkeypatch.setattr("nvcnn.step.capture", on_tape)
+
+
+def bits(step):
+    """Everything, and what the generators will draw next."""
+    state = {name: tensor.clone() for name, tensor in step.state().items()}
+    with torch.random.fork_rng():
+        state["host"], state["device"] = torch.rand(2), torch.rand(2, device=step.arena.weight.device)
+    return state
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value.view(-1).view(torch.uint8), other[name].view(-1).view(torch.uint8)), name
+
+
+OPTIONS = {
+    "fp32": {},
+    "fp16, fused": {"conv": "triton", "dtype": torch.float16, "channels": 4},
+    "bf16, no LARC": {"dtype": torch.bfloat16, "larc_eta": None, "momentum_dtype": torch.bfloat16},
+    "fp16, cudnn": {"conv": "cudnn", "dtype": torch.float16, "channels": 4},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_graph_has_the_bits_of_a_step(device, capturing, case):
+    """With overflows and a resume in the middle. The model has a dropout, so the generators matter."""
+    options = OPTIONS[case]
+    batches = [batch(seed, device) for seed in range(6)]
+    batches[2] = batches[2]._replace(labels=torch.full_like(batches[2].labels, CLASSES))  # no such class: NaN
+    eager, graph = make(device, **options), make(device, **options)
+    torch.manual_seed(3)
+    start = bits(graph)
+    graph.capture(4)
+    assert_same(bits(graph), start)
+    states = []
+    for step in (eager, graph):
+        torch.manual_seed(3)
+        step.optimizer.loss_scale.fill_(4.0)
+        states.append([])
+        for number, data in enumerate(batches):
+            if step.replay and number == 4:
+                saved = step.state_dict()
+                step.load_state_dict(saved)  # what is captured reads it
+                step = make(device, **options)
+                step.load_state_dict(saved)
+                step.capture(4)
+            latest = step(data)
+            states[-1].append(bits(step) | {"returned": latest.clone(), "read": torch.tensor(step.read())})
+    for one, other in zip(*states, strict=True):
+        assert_same(one, other)
+    assert [int(state["optimizer.counters"][1]) for state in states[0]] == [1, 2, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="images must be"):
+        step(Batch(*(t[:3] for t in batches[0])))
+
+
+def test_a_run_is_the_same_with_a_graph(tmp_path, capturing, monkeypatch, device):
+    """The loop around it: table lines, a checkpoint, the end."""
+    lines, weights = [], []
+    taken, whole = [], Step.capture
+    monkeypatch.setattr(Step, "capture", lambda step, size: taken.append(size) or whole(step, size))
+    for name, reason in (("eager", "--cuda_graph=off"), ("graph", "")):
+        monkeypatch.setattr("nvcnn.plan.why_not", lambda *_, reason=reason, **__: reason)
+        settings = Settings(model="lenet", batch_size=4, num_batches=4, num_classes=9, log_dir=str(tmp_path / name))
+        run = Run(settings, None, connect("torch"), None)
+        assert run.loop() == 0
+        assert taken == ([4] if name == "graph" else [])
+        assert run.train_step.replay is None  # a graph must end before the transport
+        weights.append(checkpoint.newest(tmp_path / name)[1]["weights"])
+        events = [event for event in metrics.read(tmp_path / name) if event["event"] == "train"]
+        lines.append([{k: v for k, v in e.items() if k not in ("time", "images_per_second")} for e in events])
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 4
+    assert_same(*weights)
+
+
+def test_steps_are_alike_and_leave_state_where_it_is(device):
+    step = make(device, "triton", dtype=torch.float16)
+    tapes = []
+    for number in range(3):
+        before = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in step.state().items()}
+        data = batch(number, device)
+        images = prepare_input(data.images, data.flip, dtype=torch.float16, normalize="signed")
+        with Tape() as tape:
+            step.train(images, data.labels)
+        tapes.append(tape.layouts())
+        assert {name: (tensor.data_ptr(), tensor.shape) for name, tensor in step.state().items()} == before
+        assert all(p.grad is None for p in step.model.parameters())
+    assert tapes[1] == tapes[2]
+
+
+@pytest.mark.parametrize(
+    ("model", "conv", "dtype"),
+    [("resnet50", "triton", torch.float16), ("resnet18", "cudnn", torch.bfloat16), ("lenet", "torch", torch.float32)],
+)
+def test_a_gpus_step_takes_nothing_from_the_host(model, conv, dtype):
+    """On the meta device an op is what it is on a GPU, and has no values to read."""
+    step, size = meta_step(model, 2, dtype, conv=conv), MODELS[model].image_size
+    images = torch.empty(2, step.channels, size, size, dtype=dtype, device=META)
+    with mock.patch.dict(os.environ, NVCNN_KERNELS="triton"), Tape() as tape:
+        step.train(images.to(memory_format=torch.channels_last), torch.empty(2, dtype=torch.int64, device=META))
+    assert "nvcnn::larc_update" in {call.name for call in tape.layouts()}
+
+
+@pytest.mark.parametrize(
+    "read", [lambda t: t.sum().item(), lambda t: bool(t.any()), lambda t: t[t > 0], lambda t: int(t[0]), torch.nonzero]
+)
+def test_a_tape_refuses_what_waits_for_the_device(read):
+    with pytest.raises(AssertionError, match="waits for the device"), Tape():
+        read(torch.ones(3))
+
+
+def test_a_tape_refuses_what_comes_from_the_host():
+    with pytest.raises(AssertionError, match="copies between"), Tape():
+        torch.empty(2, device=META).copy_(torch.tensor([1.0, 2.0]))
+
+
+def test_a_snapshot_brings_back_everything(device):
+    """As if the three steps between had not been: the same bits now, and after the next step."""
+    one, other = make(device, dtype=torch.float16), make(device, dtype=torch.float16)
+    for step in (one, other):
+        torch.manual_seed(3)
+        step(batch(0, device))
+    torch.manual_seed(4)
+    start = bits(one)
+    before = Snapshot(one.state().values(), device)
+    for number in range(3):
+        one(batch(number, device))
+    assert bits(one)["host"].ne(start["host"]).any() or device.type == "cuda"
+    before.restore()
+    assert_same(bits(one), start)
+    for step in (one, other):
+        torch.manual_seed(5)
+        step(batch(1, device))
+    assert_same(bits(one), bits(other))
+
+
+WHERE = {"gpu": True, "kernels": "triton", "ranks": 1, "transport": "horovod"}
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ({}, ""),
+        ({"ranks": 8, "transport": "torch"}, ""),
+        ({"ranks": 8}, "Horovod's allreduces cannot be captured"),
+        ({"gpu": False, "kernels": "reference"}, "there is no GPU"),
+        ({"kernels": "reference"}, "NVCNN_KERNELS=reference"),
+    ],
+)
+def test_where_the_step_is_a_graph(where, reason):
+    where = WHERE | where
+    assert why_not("auto", **where).startswith(reason)
+    assert bool(why_not("auto", **where)) == bool(reason)
+    assert why_not("off", **where) == "--cuda_graph=off"
+    with pytest.raises(InputError, match=f"--cuda_graph=on: {reason}") if reason else nullcontext():
+        assert why_not("on", **where) == ""
+
+
+def test_a_run_says_it_at_its_start(device):
+    def line(cuda_graph):
+        settings = Settings(model="lenet", cuda_graph=cuda_graph)
+        return next(text for text in describe(settings, plan(settings, None, 1)) if text.startswith("CUDA graph"))
+
+    assert line("off") == "CUDA graph:  none: --cuda_graph=off"
+    assert line("auto") == "CUDA graph:  " + ("the whole step" if device.type == "cuda" else "none: there is no GPU")
+    with (
+        nullcontext() if device.type == "cuda" else pytest.raises(InputError, match="--cuda_graph=on: there is no GPU")
+    ):
+        assert line("on") == "CUDA graph:  the whole step"
+
+
+class Fake:
+    """torch.cuda's streams, events and graphs: what is done with them, in order."""
+
+    def __init__(self, monkeypatch):
+        self.done, self.streams, self.fails = [], [], False
+        for name in ("CUDAGraph", "Stream", "Event", "current_stream", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def CUDAGraph(self):
+        return mock.Mock(replay=lambda: self.done.append("replay"))
+
+    def Stream(self):
+        return mock.Mock(wait_stream=lambda other: self.done.append("the side stream waits"))
+
+    def current_stream(self):
+        return mock.Mock(wait_stream=lambda other: self.done.append("the first stream waits"))
+
+    def Event(self, blocking):
+        number = self.done.count("event")
+        self.done.append("event")
+        wait, record = ("wait", number), ("record", number)
+        return mock.Mock(synchronize=lambda: self.done.append(wait), record=lambda: self.done.append(record))
+
+    @contextmanager
+    def stream(self, stream):
+        self.streams.append(stream)
+        yield
+        self.streams.pop()
+
+    @contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        assert stream is self.streams[-1], "warm-up and capture are on one stream"
+        self.done.append(capture_error_mode)
+        yield
+        self.done.append("captured")
+
+    def step(self):
+        self.done.append("step, with garbage collection" if gc.isenabled() else "step")
+        assert self.streams
+        if self.fails:
+            warnings.warn("The AccumulateGrad node's stream does not match the stream of the node", stacklevel=1)
+
+
+def test_the_order_of_a_capture(monkeypatch):
+    fake = Fake(monkeypatch)
+    replay = capture(fake.step)
+    captured = ["the side stream waits", *["step"] * WARM_UP, "thread_local", "step", "captured"]
+    assert fake.done == [*captured, "the first stream waits", "event", "event"]
+    assert gc.isenabled()
+    assert not fake.streams
+    fake.done.clear()
+    for _ in range(3):
+        replay()
+    # Never more than two steps ahead: a step waits for the end of the one before the last.
+    assert fake.done == [x for n in (0, 1, 0) for x in (("wait", n), "replay", ("record", n))]
+
+
+def test_a_leaf_on_another_stream_ends_the_capture(monkeypatch):
+    """PyTorch warns of it: a graph of an earlier step is alive, and its leaves would pull in their own stream."""
+    fake = Fake(monkeypatch)
+    fake.fails = True
+    with pytest.raises(UserWarning, match="AccumulateGrad") as error:
+        capture(fake.step)
+    assert error.value.__notes__ == ["This was a CUDA graph in the making: --cuda_graph=off goes without."]
+    assert gc.isenabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nccls_allreduces_are_in_the_graph(device, capturing, monkeypatch):
+    """A group of one rank, and a transport that doubles what it sums, so that an allreduce left out would show."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+
+    class Doubling(Torch):
+        def all_reduce(self, tensor, name):
+            wait = super().all_reduce(tensor, name)
+
+            def wait_and_double():
+                wait()
+                tensor.mul_(2)
+
+            return wait_and_double
+
+    transport = Doubling(Launch(launcher="the environment"))
+    eager, graph = (make(device, transport=transport, dtype=torch.bfloat16) for _ in range(2))
+    alone = make(device, dtype=torch.bfloat16)
+    try:
+        graph.capture(4)
+        for number in range(4):
+            for step in (eager, graph, alone):
+                torch.manual_seed(number)
+                step(batch(number, device))
+            assert_same(bits(eager), bits(graph))
+        assert not torch.equal(alone.arena.matrix_gradient, graph.arena.matrix_gradient)
+    finally:
+        graph.close()
+        transport.close()

@@ -1,0 +1,84 @@
+"""The training step: what it computes besides the update, and what it keeps where it is."""
+
+import pytest
+import torch
+from torch import nn
+
+from nvcnn.data import Batch
+from nvcnn.distributed import Launch, Transport
+from nvcnn.kernel_choices import places, use
+from nvcnn.models.conv_bn import activation, conv_bn
+from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
+from nvcnn.models.resnet import Bottleneck
+from nvcnn.schedule import poly
+from nvcnn.step import Step
+
+SIZE, CLASSES = 8, 10
+
+
+class Net(nn.Module):
+    """What models are made of: convolutions with BatchNorms, a skip connection, dropout, a linear layer with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn = BatchNorm2d(16)
+        self.blocks = nn.Sequential(Bottleneck(16, 16, 1), Bottleneck(64, 16, 2))
+        self.dropout = nn.Dropout(0.5)
+        self.fc = Classifier(64, CLASSES)
+
+    def forward(self, x):
+        x = activation(self.blocks(activation(conv_bn(x, self.conv, self.bn))))
+        return self.fc(self.dropout(x.mean((2, 3))))
+
+
+def make(device, conv="torch", **options) -> Step:
+    """LARC, and in fp16 a dynamic loss scale."""
+    options = {"larc_eta": 0.003, "dtype": torch.float32, "transport": Transport(Launch())} | options
+    options.setdefault("loss_scale", "dynamic" if options["dtype"] == torch.float16 else 1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Net()
+    use(model, dict.fromkeys(places(model, 4, SIZE, options["dtype"]), conv))
+    return Step(model, image_size=SIZE, device=device, schedule=poly(0.1, 20), **options)
+
+
+def batch(seed, device) -> Batch:
+    g, n = torch.Generator().manual_seed(seed), 4
+    images = torch.randint(256, (n, SIZE, SIZE, 3), dtype=torch.uint8, generator=g)
+    labels, flip = torch.randint(CLASSES, (n,), generator=g), torch.randint(2, (n,), generator=g).bool()
+    return Batch(*(t.to(device) for t in (images, labels, flip)))
+
+
+def test_averages_are_debiased_and_pass_over_a_loss_that_is_not_finite(device):
+    step = make(device)
+    losses, weights = [], []
+    for number in range(6):
+        if number == 3:
+            data = batch(number, device)
+            latest = step(data._replace(labels=torch.full_like(data.labels, CLASSES)))  # no such class: NaN
+            assert latest[0].isnan()
+            assert torch.tensor(step.read()[3]).isnan()
+            continue
+        latest = step(batch(number, device))
+        losses.append(latest.double())
+        weights.append(0.1 * 0.9 ** torch.arange(len(losses) - 1, -1, -1, device=device, dtype=torch.float64))
+        expected = weights[-1] @ torch.stack(losses) / weights[-1].sum()
+        average, rest = step.read()[:3], step.read()[3:]
+        assert average == pytest.approx(expected.tolist(), rel=1e-12)
+        assert rest == [latest[0].item(), 1.0, len(losses)]
+
+
+def test_state_goes_from_one_step_to_another(device):
+    one, other = make(device), make(device)
+    for number in range(3):
+        one(batch(number, device))
+    saved = one.state_dict()
+    one(batch(9, device))  # does not reach what was saved
+    for step in (one, other):
+        step.load_state_dict(saved)
+        torch.manual_seed(5)
+        step(batch(3, device))
+    assert other.read() == one.read()
+    assert torch.equal(one.arena.weight, other.arena.weight)
+    assert other.broadcast() == 4
