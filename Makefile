@@ -14,10 +14,12 @@ MPI ?= $(if $(filter-out $(CURDIR)/.venv/%,$(shell command -v mpiexec)),own,whee
 DATA := data/fashion-mnist
 RUN := runs/fashion-mnist
 PART ?=
+# What `make range` runs with: tests/range/torch2.11.txt and its neighbours
+TORCH ?= $(patsubst tests/range/torch%.txt,%,$(wildcard tests/range/torch*.txt))
 
 activate := export VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/.venv/bin:$$PATH";
 
-.PHONY: help env horovod doctor train test test-full lint bench codegen gpu tune clean
+.PHONY: help env horovod doctor train test test-full range lint bench codegen gpu tune clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -79,6 +81,27 @@ test: lint  ## env, lint, types, every test
 test-full: lint  ## the same tests with larger parameters, and the long ones: hours
 	@$(activate) pytest -n 2 --hypothesis-profile=full
 
+# Each version of torch in an environment of its own, with what its file says, else with the versions of constraints.txt.
+range: $(TORCH:%=.range/torch%/.packages)  ## the tests with torch and triton of tests/range/: all, or one with TORCH=2.11
+	@for torch in $(TORCH); do \
+	  echo "range 2/3: torch $$torch: what works, and a run of a few steps (30 s)"; \
+	  export VIRTUAL_ENV="$(CURDIR)/.range/torch$$torch" PATH="$(CURDIR)/.range/torch$$torch/bin:$$PATH"; \
+	  python -m nvcnn.doctor; \
+	  python launch/train.py --model=lenet --batch_size=8 --num_batches=12; \
+	  echo "range 3/3: torch $$torch: tests of kernels, generated code, models and data (15 minutes)"; \
+	  pytest -n 2 -m 'not full' -rs tests/kernels tests/nvcnn; \
+	done
+
+.range/%/.packages: tests/range/%.txt setup.py constraints.txt
+	@python=python$$(sed -n '1s/^# Python \([0-9.]*\).*/\1/p' $<); \
+	"$$python" -c '' 2>/dev/null || { echo "make range needs $$python on PATH for $<" >&2; exit 2; }; \
+	echo 'range 1/3: the packages of $<, in $(@D)/ (3 minutes; 6 GB on disk)'; \
+	[ -e $@ ] || "$$python" -m venv --clear $(@D)
+	@rm -f $@ # as in env
+	@grep -viE '^(torch|torchvision|triton|numpy|setuptools|(cuda|nvidia)[-_].*)==' constraints.txt >$(@D)/constraints.txt
+	@$(@D)/bin/pip install -qq -c $(@D)/constraints.txt -r $<
+	@touch $@
+
 bench: env  ## the kernels and their peers, timed on this machine
 	@$(activate) pytest benchmarks/ --benchmark-only; python -m benchmarks.step --device=cpu
 
@@ -92,6 +115,6 @@ gpu:  ## on a GPU machine: all parts, or PART="first tune tests ops layers conv 
 tune:  ## on a GPU machine: measure launch configurations, write its table in kernels/configs/
 	PYTHONPATH=. python3 -m benchmarks.tune
 
-clean:  ## remove .venv/ and every cache; data/ and runs/ stay
-	rm -rf .venv build nvcnn.egg-info .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
+clean:  ## remove .venv/, .range/ and every cache; data/ and runs/ stay
+	rm -rf .venv .range build nvcnn.egg-info .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

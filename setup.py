@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["kernels", "kernels.*", "nvcnn", "nvcnn.*"]),
     # `python -m nvcnn.install_horovod` reads Horovod's version there.
     data_files=[("share/nvcnn", ["constraints.txt"])],
-    install_requires=["torch>=2.11,<2.14", "triton>=3.6,<3.8"],
+    install_requires=["torch>=2.11,<2.16", "triton>=3.6,<3.10"],
     extras_require={
         # real images: the reader, and what launch/prepare.py writes records with
         "dali": ["nvidia-dali-cuda130>=2.0,<3", "google-crc32c>=1.5", "pillow>=10", "scipy>=1.10"],
@@ -40,7 +40,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.9",
             "timm>=1.0",
-            "torchvision>=0.26,<0.29",
+            "torchvision>=0.26,<0.30",
             "types-PyYAML",
             "types-tqdm",
         ],

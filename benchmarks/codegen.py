@@ -214,10 +214,20 @@ def streams(ttgir: str, threads: int) -> set[str]:
 
 def accesses_of(ptx: str) -> list[tuple[str, int, str]]:
     """Every access to global memory: ld, st or cp.async; bytes per thread; its place, as in `streams`."""
-    found, place = [], ""
+    files = dict(re.findall(r'^\s*\.file\s+(\d+) ".*?([^/"]+)"', ptx, flags=re.MULTILINE))
+    places: dict[str, str] = {}
+    found, place, inlined, right = [], "", False, True
     for line in ptx.splitlines():
-        if location := re.search(r"\.loc\s.*// (.*)", line):
-            place = " in ".join(re.findall(r"[^\s\[]+:\d+:\d+", location[1]))
+        if edge := re.search(r"// (begin|end) inline asm", line):
+            inlined, right = edge[1] == "begin", True
+        elif location := re.search(r"\.loc\s+(\d+ \d+ \d+)(?:.* inlined_at (\d+ \d+ \d+))?\s*// (.*)", line):
+            if right:
+                here = re.findall(r"[^\s\[]+:\d+:\d+", location[3])
+                if location[2] and len(here) == 1:  # Triton 3.9 names the caller by the number of its file
+                    file, *at = location[2].split()
+                    here.append(places.get(location[2], ":".join((files[file], *at))))
+                place = places[location[1]] = " in ".join(here)
+            right = not inlined  # Triton 3.9 counts on from the first place with each line of inline assembly
         elif access := re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", line):
             found.append((access[1], int(access[2] or 1) * int(access[3]) // 8, place))
         elif access := re.search(r"\b(cp\.async)\.c[ag]\.shared\.global\S* .*?\], \[.*?\], (\w+)", line):

@@ -9,6 +9,9 @@ import os
 import torch
 from triton import knobs
 
+# A product and a sum become one instruction: Triton's default up to 3.9, which warns that it will not stay.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 INTERPRETED = bool(knobs.runtime.interpret)  # as it was when the kernels were decorated: they do not follow a change
 
 
@@ -20,3 +23,20 @@ def runs_triton(device: torch.device) -> bool:
     if choice == "triton" and device.type == "cpu" and not INTERPRETED:
         raise ValueError("NVCNN_KERNELS=triton: tensors on the CPU need TRITON_INTERPRET=1, set before Python starts")
     return choice == "triton" or (choice == "auto" and device.type == "cuda")
+
+
+def keep_masks_boolean() -> None:
+    """Mends Triton 3.9's interpreter, which makes int32 of a scalar's comparison spread over a block: no mask to it."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    splat = InterpreterBuilder.create_splat
+
+    def create_splat(self, shape, scalar):
+        block = splat(self, shape, scalar)
+        return TensorHandle(block.data.astype(bool), block.dtype) if scalar.data.dtype == bool else block
+
+    InterpreterBuilder.create_splat = create_splat
+
+
+if INTERPRETED:
+    keep_masks_boolean()

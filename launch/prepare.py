@@ -14,6 +14,7 @@ from nvcnn.data.images import Encoding
 from nvcnn.data.pillow import require_pillow
 from nvcnn.data.plan import LABEL_BASE
 from nvcnn.data.prepare import prepare
+from nvcnn.data.tfrecord import masked_crc
 from nvcnn.data.verify import verify
 from nvcnn.errors import InputError
 from nvcnn.program import SAVED_AND_STOPPED, run
@@ -137,6 +138,8 @@ def make(flags: argparse.Namespace) -> None:
         raise InputError(f"name the data set: {', '.join(DATASETS)}; or --verify=DIR")
     if flags.verify:
         return verify(flags.out, flags.workers)
+    if flags.format == "tfrecord":
+        masked_crc(b"")  # if it cannot be had, that is said now
     if flags.dataset == "fashion-mnist":
         return fashion_mnist.prepare(flags.out, flags.source, flags.workers, flags.format)
     for name in ("train", "source"):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
-from scipy.io import savemat
+
+savemat = pytest.importorskip("scipy.io").savemat
 
 # In the order of ILSVRC2012_ID, which is not that of labels; the last two are no classes but above them.
 SYNSETS = {

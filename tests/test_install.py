@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import nvcnn
@@ -59,6 +60,22 @@ def test_constraints_are_exact_and_name_nothing_twice():
     lines = [s for s in (ROOT / "constraints.txt").read_text().splitlines() if s and not s.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), lines
     assert len(pins()) == len(lines)
+
+
+def test_the_declared_range_is_the_one_that_make_range_runs(metadata):
+    files = [*(ROOT / "tests/range").glob("torch*.txt"), ROOT / "constraints.txt"]
+    declared = {}
+    for requirement in map(Requirement, metadata["install_requires"] + metadata["extras_require"]["dev"]):
+        if (name := requirement.name) in ("torch", "triton", "torchvision"):
+            run = [re.findall(rf"^{name}==(\d+)\.(\d+)", file.read_text(), re.MULTILINE) for file in files]
+            assert all(len(found) == 1 for found in run), f"{name} is not pinned once in each of {files}"
+            (first, low), *_, (last, high) = sorted((int(a), int(b)) for ((a, b),) in run)
+            assert requirement.specifier == SpecifierSet(f">={first}.{low},<{last}.{high + 1}"), requirement
+            declared[name] = f"{name} {first}.{low} to {last}.{high}"
+    assert len(declared) == 3
+    for page in ("README.md", "docs/install.md"):
+        for name in ("torch", "triton"):
+            assert declared[name] in (ROOT / page).read_text(), f"{page}: {declared[name]}"
 
 
 def test_one_process_needs_torch_and_triton_alone(metadata):

@@ -28,10 +28,9 @@ UPRIGHT = (
 
 def require_pillow() -> None:
     try:
-        import google_crc32c  # noqa: F401 (records)
         import PIL.Image
-    except ImportError as error:
-        raise InputError(f"reading images needs {error.name}: pip install nvcnn[images]") from None
+    except ImportError:
+        raise InputError("reading images needs Pillow: pip install nvcnn[images]") from None
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # MAX_PIXELS decides
 
 

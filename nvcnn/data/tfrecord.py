@@ -28,7 +28,7 @@ def masked_crc(data: bytes) -> int:
     try:
         import google_crc32c
     except ImportError:
-        raise InputError("TFRecord files need google-crc32c: pip install nvcnn[dali]") from None
+        raise InputError("TFRecord files need google-crc32c: pip install nvcnn[images]") from None
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 

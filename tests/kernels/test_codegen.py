@@ -124,11 +124,25 @@ def test_accesses_of():
         ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r9 ];
         st.global.v8.b32 [ %rd4 ], { %r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8 };
         cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+        // begin inline asm
+        .loc 1 22 5 // op.py:22:5
+        mov.u32 %r1, 0x0;
+        .loc 1 23 5 // op.py:23:5
+        @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        // end inline asm
+        .loc 1 24 9 // op.py:24:9
+        ld.global.b16 { %rs1 }, [ %rd3 ];
+        .loc 1 25 9, function_name $L__info_string0, inlined_at 1 40 1 // op.py:25:9
+        .loc 2 7 3, function_name $L__info_string1, inlined_at 1 25 9 // blocks.py:7:3
+        ld.global.b16 { %rs1 }, [ %rd3 ];
+        .file 1 "/any/where/op.py"
     """
     first, second = "op.py:20:30", "op.py:21:9 in caller.py:5:7 in op.py:30:1"
     assert accesses_of(ptx) == [
         *(("ld", 16, first), ("ld", 16, first)),
         *(("ld", 2, second), ("st", 32, second), ("cp.async", 16, second)),
+        *(("ld", 16, "op.py:22:5"), ("ld", 2, "op.py:24:9")),
+        ("ld", 2, "blocks.py:7:3 in op.py:25:9 in op.py:40:1"),
     ]
 
 

@@ -2,8 +2,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kernels import implementation
 
@@ -36,6 +39,15 @@ def test_refuses_an_unknown_choice(monkeypatch):
     monkeypatch.setenv("NVCNN_KERNELS", "Triton")
     with pytest.raises(ValueError, match="NVCNN_KERNELS=Triton: it must be auto, reference or triton"):
         implementation.runs_triton(CPU)
+
+
+@pytest.mark.skipif(not implementation.INTERPRETED, reason="of Triton's interpreter")
+def test_a_comparison_of_scalars_spread_over_a_block_is_a_mask():
+    seven = TensorHandle(np.array([7], np.int32), tl.int32)
+    builder = InterpreterBuilder()
+    spread = builder.create_splat(tl.block_type(tl.int1, [4]), builder.create_icmpEQ(seven, seven))
+    assert spread.data.dtype == bool
+    assert builder.create_splat(tl.block_type(tl.int32, [4]), seven).data.dtype == np.int32
 
 
 def test_import_asks_for_no_gpu():

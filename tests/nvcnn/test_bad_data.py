@@ -271,6 +271,7 @@ def normal(text: str) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title.replace(" ", "-"))
 def test_what_is_said_is_what_the_page_says(case, tmp_path):
+    pytest.importorskip("nvidia.dali")
     found = list(rows(case, tmp_path))
     if os.environ.get("NVCNN_WRITE_DOCS"):
         if case is CASES[0]:
@@ -292,6 +293,8 @@ def test_the_page_has_nothing_else():
 @pytest.mark.parametrize("backend", ["dali_cpu", "torch"])
 def test_what_is_left_out_is_the_bad_alone(tmp_path, kind, backend):
     """Two bad ones of twelve. The good ones keep their labels: each class has its own grey."""
+    if backend == "dali_cpu":
+        pytest.importorskip("nvidia.dali")
     good = {i: grey(40 if label_of(kind, i) == 0 else 200) for i in range(IMAGES)}
     write(kind, tmp_path / "data", good | {0: b"", BAD: jpeg(BAD)[:300]}, {})
     dataset, left_out = check_data(find(kind, tmp_path / "data", lenient=True), "train", "none", True, ALONE, 1)

@@ -62,6 +62,11 @@ def test_table_and_files(tmp_path, capsys):
     assert events[0] | {"time": 0} == {"event": "train", "time": 0, "step": 1, "epoch": 1} | VALUES | {"loss": 2.5}
     assert events[1]["loss"] is None
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_event_files(tmp_path):
+    pytest.importorskip("tensorboard")
+    fill(tmp_path)
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 

@@ -381,8 +381,15 @@ def test_the_program_prepares_and_verifies(raw, folders, tmp_path, main, capfd):
 
 def test_without_pillow(main, folders, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(InputError, match=r"needs PIL.*: pip install nvcnn\[images\]"):
+    with pytest.raises(InputError, match=r"needs Pillow: pip install nvcnn\[images\]"):
         main(["folder", f"--train={folders[0]}", f"--out={tmp_path}/out"])
+
+
+def test_without_google_crc32c(main, folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google_crc32c", None)
+    with pytest.raises(InputError, match=r"need google-crc32c: pip install nvcnn\[images\]"):
+        main(["folder", f"--train={folders[0]}", f"--out={tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out").exists()
 
 

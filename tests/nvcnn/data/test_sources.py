@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -317,6 +318,15 @@ def test_without_pillow(sources, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
     with pytest.raises(InputError, match=r"pip install nvcnn\[images\]"):
         training(sources["records"], "torch")
+
+
+def test_only_records_need_google_crc32c(sources, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "google_crc32c", None)
+    for kind in ("tars", "folders"):
+        with closing(training(sources[kind], "torch")) as data:
+            next(data)
+    with pytest.raises(InputError, match=r"google-crc32c: pip install nvcnn\[images\]"):
+        find_dataset(sources["records"].directory, num_classes=61, label_base=None, split="train")
 
 
 def test_a_program_that_does_not_close_its_data_ends(sources):
