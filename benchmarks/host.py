@@ -12,7 +12,6 @@ import cProfile
 import pstats
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +23,6 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks import report, timing
 from benchmarks.trace import META, Chip, meta_step
 from kernels import configurations, operators
 from nvcnn.data import Batch
@@ -77,7 +75,9 @@ def main() -> int:
     size, batch = MODELS[asked.model].image_size, 256
     empty = partial(torch.empty, device=META)
     data = Batch(
-        empty((batch, size, size, 3), dtype=torch.uint8), empty(batch, dtype=torch.int64), empty(batch, dtype=torch.bool)
+        empty((batch, size, size, 3), dtype=torch.uint8),
+        empty(batch, dtype=torch.int64),
+        empty(batch, dtype=torch.bool),
     )
     with idle_gpu():
         step = meta_step(asked.model, batch, torch.float16, conv=asked.conv)

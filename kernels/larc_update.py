@@ -191,8 +191,8 @@ def kernel(
 
 
 # Without fused multiply-adds, which a compiler may place differently in the two kernels, and by pairs, the sums of
-# `refresh` are the update's to the bit. Both wait for memory: it costs nothing. 8 values a thread, 16 bytes of fp16: with
-# 16, in 64 registers, Triton 3.9 spills.
+# `refresh` are the update's to the bit. Both wait for memory: it costs nothing. 8 values a thread, 16 bytes of fp16;
+# with 16, in 64 registers, Triton 3.9 spills.
 CONFIG = {"num_warps": 8, "enable_fp_fusion": False}
 
 
