@@ -3,10 +3,10 @@
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
 `short`, which the tests compile: the steps of two small models, the optimizer's options, and the convolutions that have
-most fused into them. `all`: ResNet-50's steps as well, with --conv=torch and --conv=triton, its evaluation, and
+most fused into them. `all`: ResNet-50's steps as well, with every --conv, its evaluation, and
 ResNeXt-50's convolutions of groups, in fp16 and bf16, as launched without a table and with each table of
-kernels/configs/ (on its own GPU). Equal launches are compiled once; `calls` says how often they occur in a step of
-ResNet-50.
+kernels/configs/ (on its own GPU). Equal launches are compiled once; `calls` says how often they occur in these
+steps.
 
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. A breach (exit 1) is a
 spill, a program that does not fit an SM, a product of matrices of halves without the chip's own instruction for it,
@@ -40,6 +40,7 @@ from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, l
 from kernels import geometry
 from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
+from nvcnn.kernel_choices import CANDIDATES
 
 CHIPS = (80, 90, 100)
 HOPPER = (90, 100)  # and later: those with TMA
@@ -128,7 +129,7 @@ def all_launches(which: str) -> Counter[Launch]:
     if which == "all":
         tables = [(chip_of(file.stem), file.stem) for file in TABLES.glob("*.json") if file.stem != TEST]
         for dtype in (torch.float16, torch.bfloat16):
-            step = step_calls(dtype=dtype) + step_calls(dtype=dtype, conv="triton")
+            step = [call for conv in ("torch", *CANDIDATES) for call in step_calls(dtype=dtype, conv=conv)]
             others = evaluation_calls(dtype=dtype) + of_groups(dtype)
             for chip, table in [(chip, "") for chip in CHIPS] + tables:
                 found |= counted(step, chip, table)

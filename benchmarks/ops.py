@@ -27,13 +27,14 @@ from benchmarks import peers, report, roofline, timing
 from benchmarks.replay import argument_sets, describe, library, replay
 from benchmarks.trace import Call, step_calls
 from nvcnn.arena import Arena
+from nvcnn.kernel_choices import CANDIDATES
 from nvcnn.larc import Larc
 from nvcnn.models import build_model
 
 OPS = ("gradient_statistics", "trust_ratio", "larc_update")
 ARENAS = 3
 LIBRARY = "cuDNN alone"
-CONVS = "triton", "cudnn"  # what a run on a GPU mixes
+CONVS = CANDIDATES  # what a run on a GPU mixes
 Rows = list[dict[str, Any]]
 
 

@@ -28,6 +28,7 @@ from kernels.batch_norm_statistics import (
     few_parts,
     sum_parts,
 )
+from kernels.configurations import cdiv
 from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
 from kernels.operators import named, operator
@@ -248,7 +249,7 @@ def batch_norm(
         return reference(x, vectors, residual, relu)
     y = torch.empty_like(x)
     tile = {name: value for name, value in configured(op, x).items() if name != "PROGRAMS"}
-    grid = (triton.cdiv(n * h * w, tile["BLOCK_ROWS"]), triton.cdiv(c, tile["BLOCK_C"]))
+    grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
     kernel[grid](x, vectors, residual, y, n * h * w, c, RELU=relu, **tile)
     return y
 
@@ -284,7 +285,7 @@ def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, g: Ten
     tile = {name: value for name, value in config.items() if name != "PROGRAMS"}
     parts, rows_a_part = parts_of_rows(n * h * w, c, config)
     sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
-    grid = (parts, triton.cdiv(c, config["BLOCK_C"]))
+    grid = (parts, cdiv(c, config["BLOCK_C"]))
     sums_kernel[grid](dy, x, y, vectors, g, sums, n * h * w, c, rows_a_part, RELU=relu, **tile)
     return sums
 
@@ -296,7 +297,7 @@ def launch_gradient(
     n, c, h, w = x.shape
     dx = torch.empty_like(x)
     tile = {name: value for name, value in configured("batch_norm_backward", x).items() if name != "PROGRAMS"}
-    grid = (triton.cdiv(n * h * w, tile["BLOCK_ROWS"]), triton.cdiv(c, tile["BLOCK_C"]))
+    grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
     batch = factors is not None
     gradient_kernel[grid](g, x, y, vectors, factors, dx, n * h * w, c, RELU=relu, BATCH=batch, **tile)
     return dx
@@ -306,7 +307,7 @@ def launch_vectors(
     sums: Tensor, vectors: Tensor, count: int, d_gamma: Tensor, d_beta: Tensor, rows: Tensor | None
 ) -> None:
     sums, c = few_parts(sums), vectors.shape[1]
-    grid = (triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
+    grid = (cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
     vectors_kernel[grid](sums, vectors, d_gamma, d_beta, rows, sums.shape[1], c, float(count), **VECTORS_CONFIG)
 
 

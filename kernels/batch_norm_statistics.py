@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
 from kernels.operators import named, operator
@@ -153,7 +153,7 @@ def few_parts(sums: Tensor) -> Tensor:
     _, parts, c = sums.shape
     if parts <= MOST_PARTS:
         return sums
-    grid = (triton.cdiv(parts, FOLD_CONFIG["BLOCK_PARTS"]), triton.cdiv(c, FOLD_CONFIG["BLOCK_C"]), 2)
+    grid = (cdiv(parts, FOLD_CONFIG["BLOCK_PARTS"]), cdiv(c, FOLD_CONFIG["BLOCK_C"]), 2)
     fewer = torch.empty((2, grid[0], c), dtype=sums.dtype, device=sums.device)
     fold_kernel[grid](sums, fewer, parts, c, **FOLD_CONFIG)
     return fewer
@@ -165,7 +165,7 @@ def configured(op: str, x: Tensor) -> Configuration:
     With 64 channels a row of fp16 is 8 threads, and the vectors lie in registers as the tile needs them.
     """
     c = x.shape[1]
-    block_c = min(triton.next_power_of_2(c), 64)
+    block_c = min(next_power_of_2(c), 64)
     computed = {"BLOCK_ROWS": 2048 // block_c, "BLOCK_C": block_c, "PROGRAMS": 1024, "num_warps": 4}
     return configuration(op, f"{dtype_name(x.dtype)} C={c} NHW={x.numel() // c}", x.device, computed)
 
@@ -189,7 +189,7 @@ def batch_norm_statistics(
     parts, rows_a_part = parts_of_rows(n * h * w, c, config)
     sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
     tile = {name: value for name, value in config.items() if name != "PROGRAMS"}
-    grid = (parts, triton.cdiv(c, config["BLOCK_C"]))
+    grid = (parts, cdiv(c, config["BLOCK_C"]))
     sums_kernel[grid](x, x, sums, n * h * w, c, rows_a_part, **tile)  # x as center: its first C values are a pixel
     return launch_vectors(sums, x, n * h * w, gamma, beta, batch_mean, batch_var, eps)
 
@@ -228,7 +228,7 @@ def launch_vectors(sums, center, count, gamma, beta, batch_mean, batch_var, eps)
     c = len(gamma)
     sums = few_parts(sums)
     vectors = torch.empty((5, c), dtype=torch.float32, device=sums.device)
-    grid = (triton.cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
+    grid = (cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
     tensors = (sums, center, gamma, beta, vectors, batch_mean, batch_var)
     vectors_kernel[grid](*tensors, sums.shape[1], c, float(count), eps, **VECTORS_CONFIG)
     return vectors

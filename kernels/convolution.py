@@ -21,6 +21,7 @@ are moved once and side by side; what is not finite in one group reaches those t
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.batch_norm import reference as batch_norm_reference
-from kernels.configurations import Configuration
+from kernels.configurations import Configuration, cdiv, next_power_of_2
 from kernels.geometry import (
     TILE,
     Geometry,
@@ -224,13 +225,14 @@ def kernel(
             tl.store(sums + (parts + part.to(tl.int64)) * K + k, tl.sum(d * d, 0), mask=known)
 
 
-def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
+@cache
+def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Configuration:
     """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose vectors take registers.
 
     So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program.
     """
-    deep = 32 if "vectors" in fusion or x.element_size() > 2 else 64
-    computed = {
+    deep = 32 if "vectors" in fusion or element_size > 2 else 64
+    config = {
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.k, 128 if shape.groups == 1 else 32),
         "BLOCK_IN": tile_of(shape.run, deep if shape.groups == 1 else 32),
@@ -238,15 +240,17 @@ def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "num_warps": 8,
         "num_stages": 3,
     }
-    computed |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, shape.oh, shape.ow)
-    if "sums" in fusion:
-        computed |= two_programs(x)
+    config |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, shape.oh, shape.ow)
+    return config | (two_programs(element_size, gpu) if "sums" in fusion else {})
+
+
+def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
     return configured_for("convolution", x, shape, fusion, computed)
 
 
 def tile_of(channels: int, most: int) -> int:
     """A power of two, no more than enough; from 16 on, the least that tensor cores take."""
-    return min(most, max(16, triton.next_power_of_2(channels)))
+    return min(most, max(16, next_power_of_2(channels)))
 
 
 def fusion_of(**tensors: Tensor | None) -> str:
@@ -294,7 +298,7 @@ def convolution(
     )
     parts = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
     z, sums = outputs(x, shape, residual, center, parts)
-    tiles = parts * triton.cdiv(shape.k, config["BLOCK_OUT"])
+    tiles = parts * cdiv(shape.k, config["BLOCK_OUT"])
     matrices = {"x": (x, "BLOCK_ROWS", "BLOCK_IN"), "weight": (weight, "BLOCK_OUT", "BLOCK_IN")}
     options = launch_options("convolution", shape, config, **matrices)
     kernel[(min(tiles, config.get("PERSISTENT") or tiles),)](

@@ -16,6 +16,7 @@ What is wasted is as in `convolution`; a stem with few channels takes no short c
 """
 
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from kernels.batch_norm import data_gradient_reference, sums_reference
 from kernels.batch_norm import reference as batch_norm_reference
-from kernels.configurations import Configuration
+from kernels.configurations import Configuration, cdiv
 from kernels.convolution import fusion_of, tile_of
 from kernels.geometry import (
     TILE,
@@ -237,12 +238,13 @@ def kernel(
             store_sums(of_sums, branch, branch_vectors, branch_sums, at, inside, c, known, C, part, parts)
 
 
-def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
+@cache
+def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Configuration:
     """Tiles of 128 x 128 x 32, whose prologue and epilogue fit the registers of an SM, of 8 warps.
 
     Two programs fit where tiles have 64 columns, and of groups, where tiles are 128 x 32 x 32.
     """
-    computed = {
+    config = {
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 32),
         "BLOCK_IN": tile_of(shape.k, 32),
@@ -250,9 +252,11 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "num_warps": 8,
         "num_stages": 3,
     }
-    computed |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, *size_of_class(shape))
-    if shape.groups > 1:
-        computed |= two_programs(g)
+    config |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, *size_of_class(shape))
+    return config | (two_programs(element_size, gpu) if shape.groups > 1 else {})
+
+
+def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
     return configured_for("convolution_data_gradient", g, shape, fusion, computed)
 
 
@@ -263,7 +267,7 @@ def classes_and_tiles(shape: Geometry, config: Configuration) -> tuple[int, int]
 
 def size_of_class(shape: Geometry) -> tuple[int, int]:
     """Height and width of the largest class."""
-    return triton.cdiv(shape.h, shape.stride[0]), triton.cdiv(shape.w, shape.stride[1])
+    return cdiv(shape.h, shape.stride[0]), cdiv(shape.w, shape.stride[1])
 
 
 @operator("convolution_data_gradient")
@@ -324,7 +328,7 @@ def convolution_data_gradient(
         "weight": (weight, "BLOCK_IN", "BLOCK_OUT"),
     }
     options = launch_options(op, shape, config, **matrices)
-    programs = tiles * triton.cdiv(shape.c, config["BLOCK_OUT"])
+    programs = tiles * cdiv(shape.c, config["BLOCK_OUT"])
     kernel[(min(programs, config.get("PERSISTENT") or programs), classes)](
         *(g, weight, *prologue, *epilogue, dx, sums, branch_sums, tiles),
         *(shape.n, shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),

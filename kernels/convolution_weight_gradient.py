@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_norm_statistics import sum_parts
-from kernels.configurations import Configuration
+from kernels.configurations import Configuration, cdiv
 from kernels.convolution import activation, fusion_of, tile_of
 from kernels.convolution_data_gradient import output_gradient
 from kernels.geometry import (
@@ -191,7 +191,8 @@ PARTIAL = 640  # rows whose products take as long as the result of a part does, 
 SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 
 
-def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
+@cache
+def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Configuration:
     """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64; PROGRAMS is how many run at once.
 
     Runs of taps, and groups, take registers for their addresses: 32 rows, too.
@@ -199,7 +200,7 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
     most = 128 if shape.groups == 1 else 64
     block_out, block_in = tile_of(shape.k, most), tile_of(shape.run, most)
     rows = 64 if block_out * block_in <= 128 * 64 and not shape.narrow and shape.groups == 1 else 32
-    computed = {
+    return {
         "BLOCK_ROWS": rows,
         "BLOCK_OUT": block_out,
         "BLOCK_IN": block_in,
@@ -208,6 +209,9 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
         "num_warps": 8,
         "num_stages": 3,
     } | box_sizes(shape, rows, shape.oh, shape.ow)
+
+
+def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
     return configured_for("convolution_weight_gradient", g, shape, fusion, computed)
 
 
@@ -220,7 +224,7 @@ def parts_of(tiles: int, of_rows: int, rows: int, programs: int) -> int:
 
     def time(parts: int) -> float:
         result = PARTIAL / rows if parts > 1 else 0
-        return triton.cdiv(tiles * parts, programs) * (triton.cdiv(of_rows, parts) + result)
+        return cdiv(tiles * parts, programs) * (cdiv(of_rows, parts) + result)
 
     most = min(of_rows, max(1, 4 * programs // tiles))
     return min(range(1, most + 1), key=time)
@@ -230,12 +234,12 @@ def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int,
     """Returns tiles of a tap's run, tiles, parts of the rows, tiles of rows a part."""
     block_out, block_in = config["BLOCK_OUT"], config["BLOCK_IN"]
     run = shape.run if shape.groups == 1 else most_channels_of_groups(shape, block_out)
-    tiles_of_run = triton.cdiv(run, block_in)
+    tiles_of_run = cdiv(run, block_in)
     taps = shape.r if shape.narrow else shape.r * shape.s
-    tiles = triton.cdiv(shape.k, block_out) * taps * tiles_of_run
+    tiles = cdiv(shape.k, block_out) * taps * tiles_of_run
     of_rows = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
-    tiles_a_part = triton.cdiv(of_rows, parts_of(tiles, of_rows, config["BLOCK_ROWS"], config["PROGRAMS"]))
-    return tiles_of_run, tiles, triton.cdiv(of_rows, tiles_a_part), tiles_a_part
+    tiles_a_part = cdiv(of_rows, parts_of(tiles, of_rows, config["BLOCK_ROWS"], config["PROGRAMS"]))
+    return tiles_of_run, tiles, cdiv(of_rows, tiles_a_part), tiles_a_part
 
 
 @operator("convolution_weight_gradient", mutates_args=("out",))
@@ -296,7 +300,7 @@ def convolution_weight_gradient(
         **options,
     )
     if parts > 1:
-        grid = (triton.cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
+        grid = (cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
         sum_kernel[grid](partial, out, parts, out.numel(), ACCUMULATE=accumulate, **SUM_CONFIG)
     return None
 

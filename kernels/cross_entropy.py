@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.images import HALF_AND_SINGLE, check_vectors, single_or_double
 from kernels.implementation import runs_triton
 from kernels.operators import named, operator
@@ -109,7 +109,7 @@ def kernel(
 def configured(logits: Tensor, soft: bool) -> Configuration:
     """For logits, (N, K): a warp for 1024 values of a row, so that few warps, or none, must wait for others to sum."""
     classes = logits.shape[1]
-    block = triton.next_power_of_2(classes)
+    block = next_power_of_2(classes)
     computed = {"ROWS": min(max(1, 512 // block), 32), "num_warps": max(1, block // 1024)}
     key = f"{dtype_name(logits.dtype)} K={classes}{' soft' if soft else ''}"
     return configuration("cross_entropy", key, logits.device, computed)
@@ -137,7 +137,7 @@ def cross_entropy(
     rows, gradient = empty_results(logits)
     soft = targets.dim() == 2
     config = configured(logits, soft)
-    kernel[(triton.cdiv(n, config["ROWS"]),)](
+    kernel[(cdiv(n, config["ROWS"]),)](
         logits,
         targets,
         loss_scale,
@@ -147,7 +147,7 @@ def cross_entropy(
         K=classes,
         label_smoothing=label_smoothing,
         SOFT=soft,
-        BLOCK_K=triton.next_power_of_2(classes),
+        BLOCK_K=next_power_of_2(classes),
         **config,
     )
     return rows, gradient

@@ -4,10 +4,10 @@ A convolution over (N, C, H, W), channels-last, is a matrix product: a row is a 
 and the sum runs over taps (r, s) and channels of one pixel. Only addresses tell it from a matrix product.
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from math import prod
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.configurations import Configuration, capability, configuration, dtype_name
+from kernels.configurations import Configuration, capability, cdiv, configuration, dtype_name
 from kernels.images import check_images, check_vectors, single_or_double
 from kernels.implementation import INTERPRETED
 
@@ -25,8 +25,9 @@ TILE = ("R", "S", "STRIDE_H", "BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN")  # of a ker
 MOST_ROWS = 256  # of a tile: within it offsets have 32 bits, from its first image on
 
 
-class Geometry(NamedTuple):
-    """x: (n, c, h, w); weight: (k, c / groups, r, s); y: (n, k, oh, ow)."""
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """x: (n, c, h, w); weight: (k, c / groups, r, s); y: (n, k, oh, ow). Made once, since every launch asks for it."""
 
     n: int
     c: int
@@ -41,20 +42,20 @@ class Geometry(NamedTuple):
     padding: tuple[int, int]
     groups: int
 
-    @property
+    @cached_property
     def input(self) -> tuple[int, int, int, int]:
         return self.n, self.c, self.h, self.w
 
-    @property
+    @cached_property
     def output(self) -> tuple[int, int, int, int]:
         return self.n, self.k, self.oh, self.ow
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Pixels of y."""
         return self.n * self.oh * self.ow
 
-    @property
+    @cached_property
     def narrow(self) -> int:
         """The number of channels, if they are so few that the taps of one row are taken together; else 0.
 
@@ -62,24 +63,24 @@ class Geometry(NamedTuple):
         """
         return self.c if self.c <= 8 and self.groups == 1 and self.s > 1 else 0
 
-    @property
+    @cached_property
     def run(self) -> int:
         """Values of x side by side that a tap takes."""
         return self.narrow * self.s or self.c
 
-    @property
+    @cached_property
     def pointwise(self) -> bool:
         """Whether a row of y is one of x."""
         return self.r * self.s * self.stride[0] * self.stride[1] == 1 and not any(self.padding)
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
         """What kernels are compiled for."""
         of_axes = dict(zip(("STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W"), self.stride + self.padding, strict=True))
         of_groups = {"GROUP_OUT": self.k // self.groups, "GROUP_IN": self.c // self.groups}
         return {"R": self.r, "S": self.s} | (of_groups if self.groups > 1 else dict.fromkeys(of_groups, 0)) | of_axes
 
-    @property
+    @cached_property
     def key(self) -> str:
         """All of it, for the table of configurations."""
         return (
@@ -91,14 +92,26 @@ class Geometry(NamedTuple):
 def geometry(
     op: str, size: tuple[int, int, int, int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> Geometry:
-    """ValueError unless a weight of that shape can be applied to (N, C, H, W) = `size`."""
+    """Raises ValueError unless a weight of that shape can be applied to (N, C, H, W) = `size`."""
+    return geometry_of(op, size, tuple(weight.shape), tuple(stride), tuple(padding), groups)
+
+
+@cache
+def geometry_of(
+    op: str,
+    size: tuple[int, int, int, int],
+    weight: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
+) -> Geometry:
     n, c, h, w = size
-    k, width, r, s = weight.shape
+    k, width, r, s = weight
     if len(stride) != 2 or len(padding) != 2 or min(stride) < 1 or min(padding) < 0:
         raise ValueError(f"{op}: stride and padding are two each, of H and W, from 1 and 0; got {stride}, {padding}")
     if groups < 1 or c != width * groups or k % groups:
         raise ValueError(
-            f"{op}: {groups} groups of the weight {tuple(weight.shape)} take {width * groups} channels, and give a "
+            f"{op}: {groups} groups of the weight {weight} take {width * groups} channels, and give a "
             f"multiple of {groups}; the input has {c}"
         )
     oh = (h + 2 * padding[0] - r) // stride[0] + 1
@@ -106,10 +119,10 @@ def geometry(
     if oh < 1 or ow < 1:
         raise ValueError(f"{op}: {h} x {w} pixels and padding {padding} are smaller than the weight's {r} x {s}")
     pixels = min(oh * ow, max(1, (h // stride[0]) * (w // stride[1])))
-    if min(n, MOST_ROWS // pixels + 2) * max(c * h * w, k * oh * ow) >= 2**31 or weight.numel() >= 2**31:
+    if min(n, MOST_ROWS // pixels + 2) * max(c * h * w, k * oh * ow) >= 2**31 or prod(weight) >= 2**31:
         raise ValueError(
             f"{op}: {MOST_ROWS} rows reach over 2^31 values of images {size[1:]} and {(k, oh, ow)}, "
-            f"or the weight {tuple(weight.shape)} has as many"
+            f"or the weight {weight} has as many"
         )
     return Geometry(n, c, h, w, k, oh, ow, r, s, (stride[0], stride[1]), (padding[0], padding[1]), groups)
 
@@ -121,7 +134,7 @@ def box_of(rows: int, n: int, height: int, width: int) -> tuple[int, int]:
     boxes = [(h, w) for w in powers for h in powers if h * w <= rows]
 
     def tiles(box: tuple[int, int]) -> int:
-        return triton.cdiv(n, rows // prod(box)) * triton.cdiv(height, box[0]) * triton.cdiv(width, box[1])
+        return cdiv(n, rows // prod(box)) * cdiv(height, box[0]) * cdiv(width, box[1])
 
     return min(boxes, key=lambda box: (tiles(box), -box[1], -box[0]))
 
@@ -133,17 +146,22 @@ def box_sizes(shape: Geometry, rows: int, height: int, width: int) -> dict[str, 
     return dict(zip(("BOX_H", "BOX_W"), box_of(rows, shape.n, height, width), strict=True))
 
 
-def two_programs(x: Tensor) -> dict[str, int]:
+def two_programs(element_size: int, gpu: int) -> dict[str, int]:
     """Returns the choice of 128 registers, by which two programs of 8 warps fit an SM; on later GPUs kernels spill."""
-    return {"maxnreg": 128} if x.element_size() == 2 and capability(x.device) < 10 else {}
+    return {"maxnreg": 128} if element_size == 2 and gpu < 10 else {}
 
 
-def configured_for(op: str, x: Tensor, shape: Geometry, fusion: str, computed: Configuration) -> Configuration:
-    """Returns the table's configuration of the op, or `computed`; BOX_H and BOX_W are 0 where tiles are no boxes.
+def configured_for(
+    op: str, x: Tensor, shape: Geometry, fusion: str, computed: Callable[[Geometry, str, int, int], Configuration]
+) -> Configuration:
+    """Returns the table's configuration of the op, or the computed; BOX_H and BOX_W are 0 where tiles are no boxes.
+
+    `computed`: of geometry, fusion, bytes a value and the GPU's capability, remembered by them.
 
     Raises ValueError for a tile that 32 bits do not reach across, or that no whole number of boxes fills.
     """
-    config = configuration(op, f"{dtype_name(x.dtype)} {shape.key} {fusion}", x.device, computed)
+    own = computed(shape, fusion, x.element_size(), capability(x.device))
+    config = configuration(op, f"{dtype_name(x.dtype)} {shape.key} {fusion}", x.device, own)
     rows = config["BLOCK_ROWS"]
     if rows > MOST_ROWS:
         raise ValueError(f"{op}: BLOCK_ROWS is {rows} in the table for {shape.key}; at most {MOST_ROWS}")
@@ -163,8 +181,8 @@ def tiles_of_rows(n: int, height: int, width: int, config: Configuration) -> int
     """Returns how many tiles the pixels of n images make, as `locate` has them."""
     rows, box_h, box_w = config["BLOCK_ROWS"], config["BOX_H"], config["BOX_W"]
     if not box_w:
-        return triton.cdiv(n * height * width, rows)
-    return triton.cdiv(n, rows // (box_h * box_w)) * triton.cdiv(height, box_h) * triton.cdiv(width, box_w)
+        return cdiv(n * height * width, rows)
+    return cdiv(n, rows // (box_h * box_w)) * cdiv(height, box_h) * cdiv(width, box_w)
 
 
 def launch_options(
@@ -198,7 +216,7 @@ def launch_options(
                 "2^31 pixels; of x with several taps side by side for more than 8 channels, and with a stride for a "
                 f"1 x 1 weight without padding; got {dict(config)} for {shape.key}, {name} {tuple(tensor.shape)}"
             )
-        size = [n, triton.cdiv(h, step_h), triton.cdiv(w, step_w), c]
+        size = [n, cdiv(h, step_h), cdiv(w, step_w), c]
         strides = [h * w * c, step_h * w * c, step_w * c, 1]
         options[f"{name}_tiles"] = TensorDescriptor(tensor, size, strides, [*box, config[columns]])
     return options

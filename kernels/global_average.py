@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.images import check_images
 from kernels.implementation import runs_triton
 from kernels.operators import named, operator
@@ -58,7 +58,7 @@ def backward_kernel(dy, dx, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIX
 def configured(x: Tensor) -> Configuration:
     """For x, (N, C, H, W): 8 values, 16 bytes of fp16, a thread, and as many pixels as fill the program's 4 warps."""
     c, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    block_c = min(triton.next_power_of_2(c), 128)
+    block_c = min(next_power_of_2(c), 128)
     computed = {"BLOCK_C": block_c, "BLOCK_PIXELS": max(1, 1024 // block_c), "num_warps": 4}
     return configuration("global_average", f"{dtype_name(x.dtype)} C={c} HW={pixels}", x.device, computed)
 
@@ -75,7 +75,7 @@ def global_average(x: Tensor) -> Tensor:
         return reference(x)
     y = torch.empty((n, c), dtype=x.dtype, device=x.device)
     config = configured(x)
-    kernel[(n, triton.cdiv(c, config["BLOCK_C"]))](x, y, c, h * w, 1 / (h * w), **config)
+    kernel[(n, cdiv(c, config["BLOCK_C"]))](x, y, c, h * w, 1 / (h * w), **config)
     return y
 
 
@@ -87,7 +87,7 @@ def global_average_backward(dy: Tensor, height: int, width: int) -> Tensor:
         return backward_reference(dy, height, width)
     dx = empty_images(dy, height, width)
     config = configured(dx)
-    grid = (n, triton.cdiv(c, config["BLOCK_C"]))
+    grid = (n, cdiv(c, config["BLOCK_C"]))
     backward_kernel[grid](dy.contiguous(), dx, c, height * width, 1 / (height * width), **config)
     return dx
 

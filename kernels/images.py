@@ -1,10 +1,9 @@
 """Channels-last activations, as the ops on (N, C, H, W) take them, and the checks of what they are given."""
 
 import torch
-import triton
 from torch import Tensor
 
-from kernels.configurations import Configuration
+from kernels.configurations import Configuration, cdiv
 from kernels.implementation import runs_triton
 
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -15,8 +14,8 @@ def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -
 
     fp16, bf16 or fp32; fp64 too where the reference runs. `like`: it must have the shape, dtype and device of that one.
     """
-    dtypes = HALF_AND_SINGLE if runs_triton(x.device) else (*HALF_AND_SINGLE, torch.float64)
-    if x.dtype not in dtypes:
+    if x.dtype not in HALF_AND_SINGLE and (x.dtype != torch.float64 or runs_triton(x.device)):
+        dtypes = HALF_AND_SINGLE if runs_triton(x.device) else (*HALF_AND_SINGLE, torch.float64)
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, dtypes))}, got {x.dtype}")
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"{op}: {name} must be (N, C, H, W), none of them 0, got {tuple(x.shape)}")
@@ -57,7 +56,7 @@ def parts_of_rows(rows: int, channels: int, config: Configuration) -> tuple[int,
 
     With a tile's channels they make about config["PROGRAMS"] programs; a part is whole tiles.
     """
-    wanted = triton.cdiv(config["PROGRAMS"], triton.cdiv(channels, config["BLOCK_C"]))
-    tiles = triton.cdiv(rows, config["BLOCK_ROWS"])
-    rows_a_part = triton.cdiv(tiles, min(wanted, tiles)) * config["BLOCK_ROWS"]
-    return triton.cdiv(rows, rows_a_part), rows_a_part
+    wanted = cdiv(config["PROGRAMS"], cdiv(channels, config["BLOCK_C"]))
+    tiles = cdiv(rows, config["BLOCK_ROWS"])
+    rows_a_part = cdiv(tiles, min(wanted, tiles)) * config["BLOCK_ROWS"]
+    return cdiv(rows, rows_a_part), rows_a_part

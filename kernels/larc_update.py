@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
+from kernels.configurations import cdiv
 from kernels.implementation import runs_triton
 from kernels.operators import named, operator
 
@@ -304,7 +305,7 @@ def larc_update(
     if runs_triton(weight.device):
         blocks, statistics = len(weight_square_sums), len(running)
         sizes = (len(matrix_gradient) // BLOCK, blocks, statistics)
-        grid = (blocks + triton.cdiv(statistics, BLOCK),)
+        grid = (blocks + cdiv(statistics, BLOCK),)
         kernel[grid](*tensors, *sizes, **factors, BLOCK=BLOCK, **CONFIG)
     else:
         reference(*tensors, **factors)

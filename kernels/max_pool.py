@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.images import check_images
 from kernels.implementation import runs_triton
 from kernels.operators import named, operator
@@ -104,14 +104,14 @@ def backward_kernel(
 def configured(op: str, images: Tensor, kernel_size: int, stride: int) -> Configuration:
     """For the images that are written, (N, C, H, W): 8 values, 16 bytes of fp16, a thread, and few channels idle."""
     c = images.shape[1]
-    block_c = min(triton.next_power_of_2(c), min((128, 64, 32), key=lambda block: triton.cdiv(c, block) * block))
+    block_c = min(next_power_of_2(c), min((128, 64, 32), key=lambda block: cdiv(c, block) * block))
     computed = {"BLOCK_C": block_c, "BLOCK_PIXELS": 1024 // block_c, "num_warps": 4}
     key = f"{dtype_name(images.dtype)} C={c} kernel={kernel_size} stride={stride}"
     return configuration(op, key, images.device, computed)
 
 
 def grid(pixels: int, c: int, config: Configuration) -> tuple[int, int]:
-    return triton.cdiv(pixels, config["BLOCK_PIXELS"]), triton.cdiv(c, config["BLOCK_C"])
+    return cdiv(pixels, config["BLOCK_PIXELS"]), cdiv(c, config["BLOCK_C"])
 
 
 def empty_images(like: Tensor, height: int, width: int) -> Tensor:

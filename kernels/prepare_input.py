@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configurations import Configuration, configuration, dtype_name
+from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.images import HALF_AND_SINGLE, check_images, check_vectors
 from kernels.implementation import runs_triton
 from kernels.operators import named, operator
@@ -51,7 +51,7 @@ def kernel(
 def configured(x: Tensor) -> Configuration:
     """For x, (N, channels, H, W): 8 values, 16 bytes of fp16, a thread and row; four rows, few columns idle."""
     columns = x.shape[1] * x.shape[3]
-    block = min(triton.next_power_of_2(columns), min((256, 128), key=lambda block: triton.cdiv(columns, block) * block))
+    block = min(next_power_of_2(columns), min((256, 128), key=lambda block: cdiv(columns, block) * block))
     computed = {"ROWS": 4096 // block, "BLOCK": block, "num_warps": 4}
     return configuration("prepare_input", f"{dtype_name(x.dtype)} W={x.shape[3]} C={x.shape[1]}", x.device, computed)
 
@@ -59,7 +59,7 @@ def configured(x: Tensor) -> Configuration:
 def launch(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, x: Tensor) -> None:
     n, channels, h, w = x.shape
     config = configured(x)
-    grid = (n, triton.cdiv(h, config["ROWS"]), triton.cdiv(w * channels, config["BLOCK"]))
+    grid = (n, cdiv(h, config["ROWS"]), cdiv(w * channels, config["BLOCK"]))
     kernel[grid](images, flip, scale, shift, x, h, w, channels, **config)
 
 
