@@ -1,51 +1,67 @@
 """The host's time of a training step: how long Python takes to launch it, on a GPU that takes no time.
 
-python -m benchmarks.host [--model resnet50] [--conv triton|cudnn|torch] [--steps 10] [--profile] [--json FILE]
+python -m benchmarks.host [--model resnet50] [--conv triton|triton-materialized ...] [--steps 20] [--profile]
+                          [--json FILE]
 
 The step is the trainer's own, on tensors without memory. Launchers run as ever, and Triton binds their arguments and
 looks the kernel up; nothing is compiled, and a launch does nothing. PyTorch's own operators do what they do for tensors
-without memory, which stands for their launches. What it leaves out is the driver: 2 to 5 us a launch.
+without memory, which stands for their launches. What it leaves out is the driver: some 2 to 5 us a launch. A step that
+is replayed as a CUDA graph takes none of this. --profile: where the time goes, by function.
 """
 
 import argparse
 import cProfile
+import os
 import pstats
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from statistics import median
+from statistics import quantiles
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks import report, timing
 from benchmarks.trace import META, Chip, meta_step
 from kernels import configurations, operators
 from nvcnn.data import Batch
 from nvcnn.models import MODELS
-from nvcnn.models.conv_bn import ALGORITHMS
+from nvcnn.step import Step
+
+BATCH = 256  # sizes cost the host nothing
+OWN = ("triton", "triton-materialized")  # PyTorch's convolutions lose channels-last where there is no memory
 
 
 class NoKernel:
-    """Stands in for a compiled kernel."""
+    """Stands in for a compiled kernel, and counts its launches."""
 
     function = packed_metadata = None
+    launches = 0
 
     def launch_metadata(self, *_: Any) -> None:
         return None
 
     def run(self, *_: Any) -> None:
-        launched[0] += 1
+        NoKernel.launches += 1
 
 
-launched = [0]
+def compiled(self: JITFunction, key: Any, signature: Any, device: int, *_: Any) -> NoKernel:
+    """Stands in for the compiler."""
+    kernel = self.device_caches[device][0][key] = NoKernel()
+    return kernel
 
 
-def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def untraced(x: Tensor) -> bool:
+    """Stands in for `operators.traced`: tensors without memory reach the launchers, as a GPU's do."""
+    return False
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Stands in for torch.empty_like, which goes through Python for tensors without memory, and only for these."""
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)
 
@@ -53,56 +69,61 @@ def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
 @contextmanager
 def idle_gpu(chip: int = 90) -> Iterator[None]:
     """Launches on tensors without memory reach a driver that does nothing."""
-
-    def compiled(self: JITFunction, key: Any, signature: Any, device: int, *_: Any) -> NoKernel:
-        kernel = NoKernel()
-        self.device_caches[device][0][key] = kernel
-        return kernel
-
     with (
         mock.patch.object(driver, "_active", Chip(chip)),
         mock.patch.object(JITFunction, "_do_compile", compiled),
-        mock.patch.object(operators, "traced", lambda x: False),
+        mock.patch.object(operators, "traced", untraced),
+        mock.patch.object(configurations, "say_once", id),
         mock.patch("torch.empty_like", empty_like),
-        mock.patch.object(configurations, "say_once", lambda line: None),
-        mock.patch.dict("os.environ", NVCNN_KERNELS="triton"),
+        mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
     ):
         yield
+
+
+def batch_for(step: Step) -> Batch:
+    with META:
+        pixels = torch.empty(BATCH, step.image_size, step.image_size, 3, dtype=torch.uint8)
+        return Batch(pixels, torch.empty(BATCH, dtype=torch.int64), torch.empty(BATCH, dtype=torch.bool))
+
+
+def measure(step: Step, steps: int) -> tuple[list[float], int]:
+    """Returns the milliseconds of CPU time of each of the steps, after three others, and the launches of a step."""
+    data, times = batch_for(step), []
+    with idle_gpu():
+        for _ in range(3):
+            step(data)
+        NoKernel.launches = 0
+        for _ in range(steps):
+            start = time.process_time()
+            step(data)
+            times.append((time.process_time() - start) * 1e3)
+    return times, NoKernel.launches // steps
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="resnet50")
-    parser.add_argument("--conv", choices=ALGORITHMS, default="triton")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--json", metavar="FILE", help="write the row there as well")
+    parser.add_argument("--conv", choices=OWN, nargs="+", default=OWN)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="the functions that take the most, of each")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    size, batch = MODELS[asked.model].image_size, 256
-    empty = partial(torch.empty, device=META)
-    data = Batch(
-        empty((batch, size, size, 3), dtype=torch.uint8),
-        empty(batch, dtype=torch.int64),
-        empty(batch, dtype=torch.bool),
-    )
-    step = meta_step(asked.model, batch, torch.float16, conv=asked.conv)
-    with idle_gpu():
-        for _ in range(3):
-            step(data)
-        launched[0] = 0
-        step(data)
-        count = launched[0]
-        times = []
-        for _ in range(asked.steps):
-            start = time.process_time()
-            step(data)
-            times.append((time.process_time() - start) * 1e3)
-        print(count, min(times), median(times))
+    rows = []
+    for conv in asked.conv:
+        step = meta_step(asked.model, BATCH, torch.float16, conv=conv)
+        times, launches = measure(step, asked.steps)
+        low, middle, high = map(timing.significant, quantiles(times))
+        row = timing.missing(f"{asked.model}, --conv={conv}: the host's time of a step", "ms", f"{launches} launches")
+        rows.append(row | {"ours": middle, "spread": f"{low} - {high}"})
         if asked.profile:
             profile = cProfile.Profile()
-            profile.runcall(lambda: [step(data) for _ in range(3)])
-            pstats.Stats(profile).sort_stats("tottime").print_stats(60)
+            with idle_gpu():
+                profile.runcall(step, batch_for(step))
+            pstats.Stats(profile).sort_stats("tottime").print_stats(40)
+    if asked.json:
+        report.write(asked.json, "host", rows)
+    print(report.table(timing.shown(rows)))
     return 0
 
 

@@ -93,13 +93,14 @@ def geometry(
     op: str, size: tuple[int, int, int, int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> Geometry:
     """Raises ValueError unless a weight of that shape can be applied to (N, C, H, W) = `size`."""
-    return geometry_of(op, size, tuple(weight.shape), tuple(stride), tuple(padding), groups)
+    sizes = tuple(map(int, size)), tuple(map(int, weight.shape))  # a compiler's may be symbols
+    return geometry_of(op, *sizes, tuple(stride), tuple(padding), groups)
 
 
 @cache
 def geometry_of(
     op: str,
-    size: tuple[int, int, int, int],
+    size: tuple[int, ...],
     weight: tuple[int, ...],
     stride: tuple[int, ...],
     padding: tuple[int, ...],
