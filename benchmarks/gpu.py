@@ -92,10 +92,10 @@ PARTS = {
         200,
         (
             kernels(10, "first"),
-            checks(30),
+            checks(40),
             one("step", 50, "benchmarks.first", "step"),
-            one("probes", 66, "benchmarks.probes", "--seconds=60"),
-            one("call-by-call", 45, "benchmarks.ops", "layers", "--seconds={seconds}", least=15),
+            one("probes", 58, "benchmarks.probes", "--seconds=50"),
+            one("call-by-call", 40, "benchmarks.ops", "layers", "--seconds={seconds}", least=15),
         ),
     ),
     "tune": Part(250, (kernels(5), Item("tune", 225, (TUNE,), least=60, quiet=False))),

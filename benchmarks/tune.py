@@ -73,8 +73,15 @@ def neighbours(config: Configuration) -> Iterator[Configuration]:
         if name == "TMA":
             yield {**config, name: 1 - value}
             continue
-        if name == "BOX_W" and not config["TMA"]:
+        if name in ("BOX_H", "BOX_W") and not config["TMA"]:
             continue  # there are no boxes
+        if name == "BOX_W":  # another form of as many pixels; BOX_H alone changes the number of images
+            forms = [(config["BOX_H"] // 2, value * 2), (config["BOX_H"] * 2, value // 2)]
+            yield from ({**config, "BOX_H": h, "BOX_W": w} for h, w in forms if h and w)
+            continue
+        if name == "maxnreg":
+            yield {**config, name: 255 if value < 255 else 128}
+            continue
         if name == "PERSISTENT":
             yield {**config, name: 0 if value else 2 * SMS}
         for other in others:

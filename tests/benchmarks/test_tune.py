@@ -168,11 +168,13 @@ def test_the_neighbours_of_a_configuration():
         *({"BLOCK": 2, "TMA": 0, "num_warps": 16}, {"BLOCK": 1, "TMA": 1, "num_warps": 16}),
         {"BLOCK": 1, "TMA": 0, "num_warps": 8},
     ]
-    around = list(tune.neighbours({"PERSISTENT": 0, "TMA": 0, "BOX_W": 16}))
-    assert around == [{"PERSISTENT": 264, "TMA": 0, "BOX_W": 16}, {"PERSISTENT": 0, "TMA": 1, "BOX_W": 16}]
-    around = list(tune.neighbours({"PERSISTENT": 264, "TMA": 1, "BOX_W": 16}))
-    assert [config["PERSISTENT"] for config in around] == [0, 528, 132, 264, 264, 264]
-    assert [config["BOX_W"] for config in around] == [16, 16, 16, 16, 32, 8]
+    around = list(tune.neighbours({"PERSISTENT": 0, "TMA": 0, "BOX_H": 8, "BOX_W": 16}))
+    assert [(config["PERSISTENT"], config["TMA"], config["BOX_W"]) for config in around] == [(264, 0, 16), (0, 1, 16)]
+    around = list(tune.neighbours({"PERSISTENT": 264, "TMA": 1, "BOX_H": 8, "BOX_W": 16, "maxnreg": 128}))
+    assert [config["PERSISTENT"] for config in around] == [0, 528, 132, *(264,) * 6]
+    boxes = [(config["BOX_H"], config["BOX_W"]) for config in around]
+    assert boxes == [*((8, 16),) * 4, (16, 16), (4, 16), (4, 32), (16, 8), (8, 16)]
+    assert [config["maxnreg"] for config in around] == [*(128,) * 8, 255]
 
 
 @interpreted
