@@ -193,18 +193,19 @@ SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 
 @cache
 def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Configuration:
-    """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64; PROGRAMS is how many run at once.
+    """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64. One program fits an SM, or two of 64.
 
     Runs of taps, and groups, take registers for their addresses: 32 rows, too.
     """
     most = 128 if shape.groups == 1 else 64
     block_out, block_in = tile_of(shape.k, most), tile_of(shape.run, most)
     rows = 64 if block_out * block_in <= 128 * 64 and not shape.narrow and shape.groups == 1 else 32
+    programs = SMS if block_out > 64 else 2 * SMS
     return {
         "BLOCK_ROWS": rows,
         "BLOCK_OUT": block_out,
         "BLOCK_IN": block_in,
-        "PROGRAMS": SMS if block_out > 64 else 2 * SMS,
+        "PARTS": parts_of(tiles_of(shape, block_out, block_in)[1], cdiv(shape.rows, rows), rows, programs),
         "TMA": 0,
         "num_warps": 8,
         "num_stages": 3,
@@ -215,7 +216,6 @@ def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
     return configured_for("convolution_weight_gradient", g, shape, fusion, computed)
 
 
-@cache
 def parts_of(tiles: int, of_rows: int, rows: int, programs: int) -> int:
     """Returns into how many parts to share out `of_rows` tiles of `rows` rows, so that the last turn is nearly full.
 
@@ -230,16 +230,18 @@ def parts_of(tiles: int, of_rows: int, rows: int, programs: int) -> int:
     return min(range(1, most + 1), key=time)
 
 
+def tiles_of(shape: Geometry, block_out: int, block_in: int) -> tuple[int, int]:
+    """Returns the tiles of a tap's run, and those of the weight."""
+    run = shape.run if shape.groups == 1 else most_channels_of_groups(shape, block_out)
+    taps = shape.r if shape.narrow else shape.r * shape.s
+    return cdiv(run, block_in), cdiv(shape.k, block_out) * taps * cdiv(run, block_in)
+
+
 def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int, int]:
     """Returns tiles of a tap's run, tiles, parts of the rows, tiles of rows a part."""
-    block_out, block_in = config["BLOCK_OUT"], config["BLOCK_IN"]
-    run = shape.run if shape.groups == 1 else most_channels_of_groups(shape, block_out)
-    tiles_of_run = cdiv(run, block_in)
-    taps = shape.r if shape.narrow else shape.r * shape.s
-    tiles = cdiv(shape.k, block_out) * taps * tiles_of_run
     of_rows = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
-    tiles_a_part = cdiv(of_rows, parts_of(tiles, of_rows, config["BLOCK_ROWS"], config["PROGRAMS"]))
-    return tiles_of_run, tiles, cdiv(of_rows, tiles_a_part), tiles_a_part
+    tiles_a_part = cdiv(of_rows, min(config["PARTS"], of_rows))
+    return *tiles_of(shape, config["BLOCK_OUT"], config["BLOCK_IN"]), cdiv(of_rows, tiles_a_part), tiles_a_part
 
 
 @operator("convolution_weight_gradient", mutates_args=("out",))
@@ -287,7 +289,7 @@ def convolution_weight_gradient(
         "x": (x, "BLOCK_ROWS", "BLOCK_IN"),
     }
     options = launch_options(op, shape, config, **matrices)
-    del options["PROGRAMS"]
+    del options["PARTS"]
     partial = out
     if parts > 1:
         partial = torch.empty((parts, out.numel()), dtype=torch.float32, device=g.device)

@@ -83,7 +83,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(configurations, "table_name", lambda device: "")
     monkeypatch.setattr(configurations, "say_once", lambda line: None)
     of_weight = import_module("kernels.convolution_weight_gradient")
-    monkeypatch.setattr(of_weight, "SMS", 2**15)  # so that the last has few rows
+    monkeypatch.setattr(of_weight, "parts_of", lambda *_: 2**15)  # so that the last has few rows
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     return found
 
