@@ -45,7 +45,8 @@ from nvcnn.kernel_choices import CANDIDATES
 CHIPS = (80, 90, 100)
 HOPPER = (90, 100)  # and later: those with TMA
 BY_TMA, PERSISTENT = "_tiles:tma", "R=1 S=1 .* PERSISTENT=264 "
-WALK = {"PERSISTENT": 264, "maxnreg": 255}  # programs that walk over tiles hold the next one as well
+# Programs that walk over tiles hold the next one as well.
+WALK = {"PERSISTENT": 264, "BLOCK_OUT": 64, "maxnreg": 255}
 GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip
 # Per SM, from the table of compute capabilities in the CUDA C++ Programming Guide; all have 64 warps, 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}

@@ -148,7 +148,7 @@ def box_sizes(shape: Geometry, rows: int, height: int, width: int) -> dict[str, 
 
 
 def two_programs(element_size: int, gpu: int) -> dict[str, int]:
-    """Returns the choice of 128 registers, by which two programs of 8 warps fit a Hopper's SM; on others kernels spill."""
+    """Returns the choice of 128 registers, so that two programs of 8 warps fit an SM of Hopper; others would spill."""
     return {"maxnreg": 128} if element_size == 2 and gpu == 9 else {}
 
 
