@@ -131,7 +131,8 @@ def kernel(
 
     result = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     start = part.to(tl.int64) * tiles_a_part
-    tl.assume(tiles_a_part > 0)  # said, or ptxas makes wgmma wait for each other
+    if x_vectors is None:  # an operand that is not formed in registers: said, or ptxas makes wgmma wait for each other
+        tl.assume(tiles_a_part > 0)
     for step in range(tiles_a_part):
         of_rows, first = (start + step).to(tl.int32), (start + step) * BLOCK_ROWS
         g_tile, g_row = first * K, tl.arange(0, BLOCK_ROWS) * K
