@@ -128,7 +128,6 @@ def geometry_of(
     return Geometry(n, c, h, w, k, oh, ow, r, s, (stride[0], stride[1]), (padding[0], padding[1]), groups)
 
 
-@cache
 def box_of(rows: int, n: int, height: int, width: int) -> tuple[int, int]:
     """Returns height and width of a box of `rows` pixels, of one image or several, few of which cover n images."""
     powers = [2**i for i in range(rows.bit_length())]
@@ -158,7 +157,6 @@ def configured_for(
     """Returns the table's configuration of the op, or the computed; BOX_H and BOX_W are 0 where tiles are no boxes.
 
     `computed`: of geometry, fusion, bytes a value and the GPU's capability, remembered by them.
-
     Raises ValueError for a tile that 32 bits do not reach across, or that no whole number of boxes fills.
     """
     own = computed(shape, fusion, x.element_size(), capability(x.device))
