@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -43,11 +44,22 @@ class NoKernel:
     function = packed_metadata = None
     launches = 0
 
-    def launch_metadata(self, *_: Any) -> None:
+    def launch_metadata(self, *_: Any) -> Any:
         return None
 
     def run(self, *_: Any) -> None:
         NoKernel.launches += 1
+
+    def __getitem__(self, grid: Any) -> Any:
+        """Does what Triton's own does for a launch."""
+
+        def runner(*args: Any) -> None:
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            metadata = self.launch_metadata(grid, stream, *args)
+            hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+            self.run(*grid, stream, self.function, self.packed_metadata, metadata, *hooks, *args)
+
+        return runner
 
 
 def compiled(self: JITFunction, key: Any, signature: Any, device: int, *_: Any) -> NoKernel:

@@ -31,6 +31,7 @@ from kernels.batch_norm_statistics import (
 from kernels.configurations import cdiv
 from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
+from kernels.launch import launch
 from kernels.operators import named, operator
 
 # The rows of `batch_norm_gradient_vectors`, (5, C): dx = SCALE g + FACTORS[0] (x - MEAN) + FACTORS[1]; the last is 0.
@@ -250,7 +251,7 @@ def batch_norm(
     y = torch.empty_like(x)
     tile = {name: value for name, value in configured(op, x).items() if name != "PROGRAMS"}
     grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
-    kernel[grid](x, vectors, residual, y, n * h * w, c, RELU=relu, **tile)
+    launch(kernel, grid, x, vectors, residual, y, n * h * w, c, RELU=relu, **tile)
     return y
 
 
@@ -286,7 +287,7 @@ def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, g: Ten
     parts, rows_a_part = parts_of_rows(n * h * w, c, config)
     sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
     grid = (parts, cdiv(c, config["BLOCK_C"]))
-    sums_kernel[grid](dy, x, y, vectors, g, sums, n * h * w, c, rows_a_part, RELU=relu, **tile)
+    launch(sums_kernel, grid, dy, x, y, vectors, g, sums, n * h * w, c, rows_a_part, RELU=relu, **tile)
     return sums
 
 
@@ -299,7 +300,7 @@ def launch_gradient(
     tile = {name: value for name, value in configured("batch_norm_backward", x).items() if name != "PROGRAMS"}
     grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
     batch = factors is not None
-    gradient_kernel[grid](g, x, y, vectors, factors, dx, n * h * w, c, RELU=relu, BATCH=batch, **tile)
+    launch(gradient_kernel, grid, g, x, y, vectors, factors, dx, n * h * w, c, RELU=relu, BATCH=batch, **tile)
     return dx
 
 
@@ -308,7 +309,7 @@ def launch_vectors(
 ) -> None:
     sums, c = few_parts(sums), vectors.shape[1]
     grid = (cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
-    vectors_kernel[grid](sums, vectors, d_gamma, d_beta, rows, sums.shape[1], c, float(count), **VECTORS_CONFIG)
+    launch(vectors_kernel, grid, sums, vectors, d_gamma, d_beta, rows, sums.shape[1], c, float(count), **VECTORS_CONFIG)
 
 
 @operator("batch_norm_gradient_vectors")
@@ -327,11 +328,6 @@ def batch_norm_gradient_vectors(sums: Tensor, vectors: Tensor, count: int) -> Te
     rows = torch.empty_like(vectors)
     launch_vectors(sums, vectors, count, rows[D_GAMMA], rows[D_BETA], rows)
     return rows
-
-
-@batch_norm_gradient_vectors.register_fake
-def _(sums, vectors, count):
-    return torch.empty_like(vectors)
 
 
 @operator("batch_norm_gradient_sums")
@@ -372,30 +368,6 @@ def batch_norm_data_gradient(g: Tensor, x: Tensor, vectors: Tensor, factors: Ten
     if runs_triton(x.device):
         return launch_gradient(g, x, None, vectors, factors, False)
     return data_gradient_reference(g, x, vectors, factors)
-
-
-@batch_norm_gradient_sums.register_fake
-def _(dy, x, y, vectors, relu):
-    c, parts = x.shape[1], 1
-    if runs_triton(x.device):
-        parts, _ = parts_of_rows(x.numel() // c, c, configured("batch_norm_backward", x))
-    return torch.empty_like(x) if relu else x.new_empty(0), vectors.new_empty((2, parts, c))
-
-
-@batch_norm_data_gradient.register_fake
-def _(g, x, vectors, factors):
-    return torch.empty_like(x)
-
-
-@batch_norm.register_fake
-def _(x, gamma, beta, vectors, residual, relu, batch):
-    return torch.empty_like(x)
-
-
-@batch_norm_backward.register_fake
-def _(dy, x, y, vectors, relu, batch, with_g):
-    gradients = torch.empty_like(x), torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
-    return *gradients, torch.empty_like(x) if with_g else x.new_empty(0)
 
 
 def setup_context(ctx, inputs, output):

@@ -41,7 +41,7 @@ from kernels.geometry import (
     check_weight,
     configured_for,
     corner,
-    empty_images,
+    empty_sums,
     geometry,
     launch_options,
     load,
@@ -51,8 +51,9 @@ from kernels.geometry import (
     tiles_of_rows,
     two_programs,
 )
-from kernels.images import check_images, single_or_double
+from kernels.images import check_images, empty_images, single_or_double
 from kernels.implementation import runs_triton
+from kernels.launch import launch
 from kernels.operators import named, operator
 
 
@@ -299,11 +300,14 @@ def convolution(
         x, shape, fusion_of(vectors=vectors, residual=residual, raw=residual_vectors, sums=center, add=add)
     )
     parts = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
-    z, sums = outputs(x, shape, residual, center, parts)
+    z = x.new_empty(0) if residual is None else torch.empty_like(x)
+    sums = empty_sums(x, center, parts, shape.k)
     tiles = parts * cdiv(shape.k, config["BLOCK_OUT"])
     matrices = {"x": (x, "BLOCK_ROWS", "BLOCK_IN"), "weight": (weight, "BLOCK_OUT", "BLOCK_IN")}
     options = launch_options("convolution", shape, config, **matrices)
-    kernel[(min(tiles, config.get("PERSISTENT") or tiles),)](
+    launch(
+        kernel,
+        (min(tiles, config.get("PERSISTENT") or tiles),),
         *(x, weight, vectors, residual, residual_vectors, None if residual is None else z),
         *(center, scale, shift, add, y, sums, shape.rows, parts),
         *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
@@ -332,34 +336,3 @@ def checked(x, weight, stride, padding, groups, vectors, residual, residual_vect
     if residual is not None and groups > 1:
         raise ValueError(f"{op}: a residual is joined without groups, got {groups}")
     return shape
-
-
-def outputs(x, shape: Geometry, residual, center, parts: int) -> tuple[Tensor, Tensor]:
-    """z and sums, to be written."""
-    z = x.new_empty(0) if residual is None else torch.empty_like(x)
-    size = 0 if center is None else (2, parts, shape.k)
-    return z, torch.empty(size, dtype=single_or_double(x), device=x.device)
-
-
-@convolution.register_fake
-def _(
-    x,
-    weight,
-    stride,
-    padding,
-    groups=1,
-    vectors=None,
-    residual=None,
-    residual_vectors=None,
-    center=None,
-    scale=None,
-    shift=None,
-    add=None,
-    relu=False,
-):
-    shape = geometry("convolution", tuple(x.shape), weight, stride, padding, groups)
-    parts = 1
-    if runs_triton(x.device):
-        fusion = fusion_of(vectors=vectors, residual=residual, raw=residual_vectors, sums=center, add=add)
-        parts = tiles_of_rows(shape.n, shape.oh, shape.ow, configured(x, shape, fusion))
-    return empty_images(x, shape.output), *outputs(x, shape, residual, center, parts)

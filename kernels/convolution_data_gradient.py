@@ -39,7 +39,7 @@ from kernels.geometry import (
     check_weight,
     configured_for,
     corner,
-    empty_images,
+    empty_sums,
     geometry,
     launch_options,
     load,
@@ -50,8 +50,9 @@ from kernels.geometry import (
     tiles_of_rows,
     two_programs,
 )
-from kernels.images import check_images, single_or_double
+from kernels.images import check_images, empty_images, single_or_double
 from kernels.implementation import runs_triton
+from kernels.launch import launch
 from kernels.operators import named, operator
 
 
@@ -329,42 +330,12 @@ def convolution_data_gradient(
     }
     options = launch_options(op, shape, config, **matrices)
     programs = tiles * cdiv(shape.c, config["BLOCK_OUT"])
-    kernel[(min(programs, config.get("PERSISTENT") or programs), classes)](
+    launch(
+        kernel,
+        (min(programs, config.get("PERSISTENT") or programs), classes),
         *(g, weight, *prologue, *epilogue, dx, sums, branch_sums, tiles),
         *(shape.n, shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
         **options,
     )
     return dx, sums, branch_sums
-
-
-def empty_sums(g: Tensor, raw: Tensor | None, parts: int, channels: int) -> Tensor:
-    return torch.empty(0 if raw is None else (2, parts, channels), dtype=single_or_double(g), device=g.device)
-
-
-@convolution_data_gradient.register_fake
-def _(
-    g,
-    weight,
-    size,
-    stride,
-    padding,
-    groups=1,
-    y=None,
-    vectors=None,
-    factors=None,
-    skip=None,
-    z=None,
-    x=None,
-    x_vectors=None,
-    branch=None,
-    branch_vectors=None,
-):
-    op = "convolution_data_gradient"
-    shape = geometry(op, (g.shape[0], weight.shape[1] * groups, size[0], size[1]), weight, stride, padding, groups)
-    parts = 1
-    if runs_triton(g.device):
-        config = configured(g, shape, fusion_of(vectors=vectors, y=y, skip=skip, z=z, x=x, branch=branch))
-        classes, tiles = classes_and_tiles(shape, config)
-        parts = classes * tiles
-    return empty_images(g, shape.input), *(empty_sums(g, raw, parts, shape.c) for raw in (x, branch))

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.images import HALF_AND_SINGLE, check_vectors, single_or_double
 from kernels.implementation import runs_triton
+from kernels.launch import launch
 from kernels.operators import named, operator
 
 MAX_CLASSES = 2**15  # a program holds its whole row in registers
@@ -134,10 +135,13 @@ def cross_entropy(
     n, classes = check(logits, targets, loss_scale, label_smoothing)
     if not runs_triton(logits.device):
         return reference(logits, targets, loss_scale, label_smoothing)
-    rows, gradient = empty_results(logits)
+    rows = torch.empty((n, 3), dtype=torch.float32, device=logits.device)
+    gradient = torch.empty_like(logits)
     soft = targets.dim() == 2
     config = configured(logits, soft)
-    kernel[(cdiv(n, config["ROWS"]),)](
+    launch(
+        kernel,
+        (cdiv(n, config["ROWS"]),),
         logits,
         targets,
         loss_scale,
@@ -175,15 +179,6 @@ def check(logits: Tensor, targets: Tensor, loss_scale: Tensor, label_smoothing: 
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{op}: label_smoothing must be at least 0 and below 1, got {label_smoothing}")
     return n, classes
-
-
-def empty_results(logits: Tensor) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((len(logits), 3), dtype=single_or_double(logits)), torch.empty_like(logits)
-
-
-@cross_entropy.register_fake
-def _(logits, targets, loss_scale, label_smoothing=0.0):
-    return empty_results(logits)
 
 
 def setup_context(ctx, inputs, output):

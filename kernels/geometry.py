@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.configurations import Configuration, capability, cdiv, configuration, dtype_name
 from kernels.images import check_images, check_vectors, single_or_double
 from kernels.implementation import INTERPRETED
+from kernels.launch import state
 
 # Triton's interpreter multiplies bf16 matrices wrongly (triton-lang/triton issue 11584): there they are widened first.
 WIDE = tl.constexpr(INTERPRETED)
@@ -196,7 +197,7 @@ def launch_options(
     options: dict[str, int | TensorDescriptor | None] = {name: n for name, n in config.items() if name != "TMA"}
     for name, (tensor, rows, columns) in tensors.items():
         options[f"{name}_tiles"] = None
-        if tensor is None or not config.get("TMA"):
+        if tensor is None or not config.get("TMA") or state.silent:
             continue
         n, c, h, w = tensor.shape
         box = [config[rows], 1, 1]
@@ -252,9 +253,10 @@ def check_together(op: str, /, **tensors: Tensor | None) -> None:
         raise ValueError(f"{op}: {', '.join(tensors)} come together or not at all; got no {' and no '.join(missing)}")
 
 
-def empty_images(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """A new tensor of that shape, channels-last, of the dtype and on the device of x."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def empty_sums(x: Tensor, read: Tensor | None, parts: int, channels: int) -> Tensor:
+    """Returns room for two sums a channel over `parts` parts of the rows; for none where `read` is not there."""
+    size = 0 if read is None else (2, parts, channels)
+    return torch.empty(size, dtype=single_or_double(x), device=x.device)
 
 
 @triton.jit

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
-from kernels.images import check_images
+from kernels.images import check_images, empty_images
 from kernels.implementation import runs_triton
+from kernels.launch import launch
 from kernels.operators import named, operator
 
 
@@ -75,7 +76,7 @@ def global_average(x: Tensor) -> Tensor:
         return reference(x)
     y = torch.empty((n, c), dtype=x.dtype, device=x.device)
     config = configured(x)
-    kernel[(n, cdiv(c, config["BLOCK_C"]))](x, y, c, h * w, 1 / (h * w), **config)
+    launch(kernel, (n, cdiv(c, config["BLOCK_C"])), x, y, c, h * w, 1 / (h * w), **config)
     return y
 
 
@@ -85,26 +86,11 @@ def global_average_backward(dy: Tensor, height: int, width: int) -> Tensor:
     n, c = dy.shape
     if not runs_triton(dy.device):
         return backward_reference(dy, height, width)
-    dx = empty_images(dy, height, width)
+    dx = empty_images(dy, (n, c, height, width))
     config = configured(dx)
     grid = (n, cdiv(c, config["BLOCK_C"]))
-    backward_kernel[grid](dy.contiguous(), dx, c, height * width, 1 / (height * width), **config)
+    launch(backward_kernel, grid, dy.contiguous(), dx, c, height * width, 1 / (height * width), **config)
     return dx
-
-
-def empty_images(dy: Tensor, height: int, width: int) -> Tensor:
-    shape = (*dy.shape, height, width)
-    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-
-
-@global_average.register_fake
-def _(x):
-    return x.new_empty(x.shape[:2])
-
-
-@global_average_backward.register_fake
-def _(dy, height, width):
-    return empty_images(dy, height, width)
 
 
 def setup_context(ctx, inputs, output):

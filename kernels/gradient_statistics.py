@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
 from kernels.implementation import runs_triton
+from kernels.launch import launch, state
 from kernels.operators import named, operator
 
 
@@ -118,9 +119,6 @@ def gradient_statistics(
     check_arguments(*tensors, ranks=ranks, weight_decay=weight_decay)
     if runs_triton(weight.device):
         scalars = (matrix_gradient.numel() // BLOCK, ranks, weight_decay)
-        kernel[(len(square_sums),)](*tensors, *scalars, DECAY=weight_decay != 0, BLOCK=BLOCK, **CONFIG)
-    else:
+        launch(kernel, (len(square_sums),), *tensors, *scalars, DECAY=weight_decay != 0, BLOCK=BLOCK, **CONFIG)
+    elif not state.silent:  # there may be no values
         reference(*tensors, ranks=ranks, weight_decay=weight_decay)
-
-
-gradient_statistics.register_fake(check_arguments)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels.configurations import Configuration, cdiv
 from kernels.implementation import runs_triton
+from kernels.launch import state
 
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -19,7 +20,8 @@ def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, dtypes))}, got {x.dtype}")
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"{op}: {name} must be (N, C, H, W), none of them 0, got {tuple(x.shape)}")
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    # Without memory PyTorch's own convolutions lose the layout.
+    if not (state.silent or x.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(
             f"{op}: {name} must be channels-last, got strides {x.stride()} for {tuple(x.shape)}: "
             "make it so once, with .to(memory_format=torch.channels_last)"
@@ -31,6 +33,11 @@ def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -
         )
     n, c, h, w = x.shape
     return n, c, h, w
+
+
+def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A new tensor of that shape, channels-last, of the dtype and on the device of x."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def check_vectors(

@@ -26,6 +26,7 @@ from torch import Tensor
 from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
 from kernels.configurations import cdiv
 from kernels.implementation import runs_triton
+from kernels.launch import launch, state
 from kernels.operators import named, operator
 
 PAIRINGS = tl.constexpr(BLOCK.bit_length() - 1)
@@ -306,12 +307,9 @@ def larc_update(
         blocks, statistics = len(weight_square_sums), len(running)
         sizes = (len(matrix_gradient) // BLOCK, blocks, statistics)
         grid = (blocks + cdiv(statistics, BLOCK),)
-        kernel[grid](*tensors, *sizes, **factors, BLOCK=BLOCK, **CONFIG)
-    else:
+        launch(kernel, grid, *tensors, *sizes, **factors, BLOCK=BLOCK, **CONFIG)
+    elif not state.silent:  # the reference reads values
         reference(*tensors, **factors)
-
-
-larc_update.register_fake(check_arguments)
 
 
 def check_refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
@@ -337,12 +335,9 @@ def refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Ten
     if runs_triton(weight.device):
         matrix_blocks = 0 if model_weight is None else len(model_weight) // BLOCK
         grid = (len(weight_square_sums),)
-        refresh_kernel[grid](weight, model_weight, weight_square_sums, matrix_blocks, BLOCK=BLOCK, **CONFIG)
-    else:
+        launch(refresh_kernel, grid, weight, model_weight, weight_square_sums, matrix_blocks, BLOCK=BLOCK, **CONFIG)
+    elif not state.silent:
         refresh_reference(weight, model_weight, weight_square_sums)
-
-
-refresh.register_fake(check_refresh)
 
 
 def check_model_weight(op: str, model_weight: Tensor | None, elements: int, device: torch.device) -> None:

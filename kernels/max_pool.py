@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
-from kernels.images import check_images
+from kernels.images import check_images, empty_images
 from kernels.implementation import runs_triton
+from kernels.launch import launch
 from kernels.operators import named, operator
 
 LARGEST = 15  # kernel size: 15 x 15 positions fit into the byte
@@ -114,17 +115,6 @@ def grid(pixels: int, c: int, config: Configuration) -> tuple[int, int]:
     return cdiv(pixels, config["BLOCK_PIXELS"]), cdiv(c, config["BLOCK_C"])
 
 
-def empty_images(like: Tensor, height: int, width: int) -> Tensor:
-    shape = (*like.shape[:2], height, width)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def output_size(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[int, int]:
-    """OH, OW."""
-    height, width = ((size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[2:])
-    return height, width
-
-
 def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
     """The maximum of each window, kernel_size x kernel_size every stride pixels, differentiable.
 
@@ -146,7 +136,7 @@ def max_pool_with_argmax(
             f"max_pool: kernel_size and stride must be 1 .. {LARGEST}, padding 0 .. kernel_size // 2; "
             f"got {kernel_size}, {stride}, {padding}"
         )
-    size = output_size(x, kernel_size, stride, padding)
+    size = tuple((extent + 2 * padding - kernel_size) // stride + 1 for extent in (h, w))
     if min(size) < 1:
         raise ValueError(
             f"max_pool: a window of {kernel_size} does not fit into {h} x {w} pixels with padding {padding}"
@@ -156,11 +146,15 @@ def max_pool_with_argmax(
         return y, argmax if with_argmax else argmax_like(y, False)
     if n * h * w >= 2**31:
         raise ValueError(f"max_pool: x must have less than 2**31 pixels, got {tuple(x.shape)}")
-    y = empty_images(x, *size)
+    y = empty_images(x, (n, c, *size))
     argmax = argmax_like(y, with_argmax)
     config, pixels = configured("max_pool", y, kernel_size, stride), n * size[0] * size[1]
-    kernel[grid(pixels, c, config)](
-        x, y, argmax if with_argmax else None, pixels, h, w, *size, c, kernel_size, stride, padding, **config
+    launch(
+        kernel,
+        grid(pixels, c, config),
+        *(x, y, argmax if with_argmax else None),
+        *(pixels, h, w, *size, c, kernel_size, stride, padding),
+        **config,
     )
     return y, argmax
 
@@ -179,27 +173,20 @@ def max_pool_backward(
     if argmax.shape != dy.shape:
         raise ValueError(f"max_pool: the backward needs argmax, {tuple(dy.shape)}, got {tuple(argmax.shape)}")
     dy = dy.contiguous(memory_format=torch.channels_last)  # what was flattened for a linear layer is not
-    dx = empty_images(dy, height, width)
+    dx = empty_images(dy, (*dy.shape[:2], height, width))
     if not runs_triton(dy.device):
         return backward_reference(dy, argmax, dx, kernel_size, stride, padding)
     n, c, *size = dy.shape
     rows, columns = ((extent - 1 + padding) // stride - padding // stride + 1 for extent in (height, width))
     config, cells = configured("max_pool_backward", dx, kernel_size, stride), n * rows * columns
-    backward_kernel[grid(cells, c, config)](
-        dy, argmax, dx, cells, rows, columns, height, width, *size, c, kernel_size, stride, padding, **config
+    launch(
+        backward_kernel,
+        grid(cells, c, config),
+        *(dy, argmax, dx),
+        *(cells, rows, columns, height, width, *size, c, kernel_size, stride, padding),
+        **config,
     )
     return dx
-
-
-@max_pool_with_argmax.register_fake
-def _(x, kernel_size, stride, padding, with_argmax):
-    y = empty_images(x, *output_size(x, kernel_size, stride, padding))
-    return y, argmax_like(y, with_argmax)
-
-
-@max_pool_backward.register_fake
-def _(dy, argmax, height, width, kernel_size, stride, padding):
-    return empty_images(dy, height, width)
 
 
 def setup_context(ctx, inputs, output):

@@ -5,24 +5,29 @@ makes hundreds of calls. Where nothing traces, the launcher is called without Py
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.nn import Parameter
 from triton import JITFunction
 
+from kernels.implementation import runs_triton
+from kernels.launch import PLAIN, Recording, Repetition, form, silent
+
 operators: dict[str, "Operator"] = {}  # by qualified name: what `benchmarks` and tests launch on tensors without memory
+
+new = Repetition()  # stands for one that is not known yet
 
 
 def traced(x: Tensor) -> bool:
     """Returns whether somebody wants to see calls with `x`: a compiler, a mode, a transform, a profiler, a subclass."""
     return (
         torch.compiler.is_compiling()
-        or type(x) not in (Tensor, Parameter)
+        or type(x) not in PLAIN
         or x.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -42,24 +47,32 @@ class Operator:
         self.launcher, self.name = launcher, f"nvcnn::{name}"
         torch.library.define(self.name, torch.library.infer_schema(launcher, mutates_args=mutates_args))
         torch.library.impl(self.name, "CompositeExplicitAutograd", launcher)
+        torch.library.register_fake(self.name, silent()(launcher))
         self.overload = getattr(torch.ops.nvcnn, name).default
         self.function: Any = None  # with gradients
+        self.repetitions: dict[Any, Repetition | None] = {}  # by the arguments' form
         operators[self.name] = self
         hash_callees_first(launcher.__globals__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args or traced(args[0]):
             return self.overload(*args, **kwargs)
-        if not wants_gradient((*args, *kwargs.values())):
+        arguments = (*args, *kwargs.values())
+        if wants_gradient(arguments):
+            if self.function is None or kwargs:
+                return self.overload(*args, **kwargs)
+            return self.function.apply(*args)
+        if not runs_triton(args[0].device):
             return self.launcher(*args, **kwargs)
-        if self.function is None or kwargs:
-            return self.overload(*args, **kwargs)
-        return self.function.apply(*args)
-
-    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """`fake` is called in the launcher's place while a compiler traces: it returns outputs without values."""
-        torch.library.register_fake(self.name, fake)
-        return fake
+        key = (tuple(kwargs), *form(arguments))
+        try:
+            repetition = self.repetitions.get(key, new)
+        except TypeError:  # a list has no hash
+            repetition = None
+        if repetition is new:
+            output, self.repetitions[key] = Recording(arguments).run(self.launcher, *args, **kwargs)
+            return output
+        return self.launcher(*args, **kwargs) if repetition is None else repetition(arguments)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """The gradients: `setup_context(ctx, inputs, output)` keeps what `backward(ctx, *gradients)` needs."""
@@ -78,6 +91,19 @@ class Operator:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.function = type(self.__name__, (Function,), methods)  # type: ignore[attr-defined]
         torch.library.impl(self.name, "Autograd", differentiable)
+
+
+@contextmanager
+def looked_up_again() -> Iterator[None]:
+    """Launchers look their configurations up inside, and again behind it: for who changes them in between."""
+    kept = {each: each.repetitions for each in operators.values()}
+    try:
+        for each in kept:
+            each.repetitions = {}
+        yield
+    finally:
+        for each, repetitions in kept.items():
+            each.repetitions = repetitions
 
 
 def hash_callees_first(namespace: Mapping[str, Any]) -> None:

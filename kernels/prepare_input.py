@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.images import HALF_AND_SINGLE, check_images, check_vectors
 from kernels.implementation import runs_triton
+from kernels.launch import launch
 from kernels.operators import named, operator
 
 
@@ -56,11 +57,11 @@ def configured(x: Tensor) -> Configuration:
     return configuration("prepare_input", f"{dtype_name(x.dtype)} W={x.shape[3]} C={x.shape[1]}", x.device, computed)
 
 
-def launch(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, x: Tensor) -> None:
+def write(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, x: Tensor) -> None:
     n, channels, h, w = x.shape
     config = configured(x)
     grid = (n, cdiv(h, config["ROWS"]), cdiv(w * channels, config["BLOCK"]))
-    kernel[grid](images, flip, scale, shift, x, h, w, channels, **config)
+    launch(kernel, grid, images, flip, scale, shift, x, h, w, channels, **config)
 
 
 @operator("prepare_input")
@@ -75,8 +76,9 @@ def prepare_input(
     check(images, flip, scale, shift, dtype, channels)
     if not runs_triton(images.device):
         return reference(images, flip, scale, shift, dtype, channels)
-    x = empty_input(images, dtype, channels)
-    launch(images, flip, scale, shift, x)
+    n, h, w, _ = images.shape
+    x = torch.empty((n, channels, h, w), dtype=dtype, device=images.device, memory_format=torch.channels_last)
+    write(images, flip, scale, shift, x)
     return x
 
 
@@ -85,7 +87,7 @@ def prepare_input_into(images: Tensor, flip: Tensor, scale: Tensor, shift: Tenso
     """`prepare_input`, written to x: (N, channels, H, W), channels-last, where who reads it expects it."""
     check_into(images, flip, scale, shift, x)
     if runs_triton(images.device):
-        launch(images, flip, scale, shift, x)
+        write(images, flip, scale, shift, x)
     else:
         x.copy_(reference(images, flip, scale, shift, x.dtype, x.shape[1]))
 
@@ -114,16 +116,3 @@ def check_into(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, x: Te
             f"prepare_input: images must be ({n}, {h}, {w}, 3), on {x.device}, for x of {tuple(x.shape)}; "
             f"got {tuple(images.shape)}, on {images.device}"
         )
-
-
-def empty_input(images: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
-    n, h, w, _ = images.shape
-    return torch.empty((n, channels, h, w), dtype=dtype, device=images.device, memory_format=torch.channels_last)
-
-
-@prepare_input.register_fake
-def _(images, flip, scale, shift, dtype, channels=3):
-    return empty_input(images, dtype, channels)
-
-
-prepare_input_into.register_fake(check_into)

@@ -14,6 +14,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from kernels import geometry
 from kernels.batch_norm_statistics import MEAN, SCALE, SHIFT
 from kernels.implementation import INTERPRETED
+from kernels.operators import looked_up_again
 from tests.kernels.images import SMALLEST, integers, randn, unit
 
 U = 2.0**-24  # half a unit in the last place of fp32
@@ -137,7 +138,8 @@ def configured(**choices: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVCNN_KERNELS", "triton")
         patch.setattr(geometry, "configuration", lambda *arguments: {**lookup(*arguments), **choices})
-        yield
+        with looked_up_again():
+            yield
 
 
 def check_same(run: Callable[[], tuple[Tensor, ...]], loads: int = 0, **choices: int) -> None:

@@ -217,7 +217,7 @@ def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
 
     found = {file.name: file for file in kernel_choices.sources()}
     ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient"
-    parts = "configurations geometry images implementation operators"
+    parts = "configurations geometry images implementation launch operators"
     assert found.keys() == {f"{name}.py" for name in f"conv_bn layers {ops} {parts}".split()}
 
     read, folder = Path.read_bytes, Path(kernels.__file__).parent
