@@ -72,27 +72,33 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """Runs `function` WARM_UP times, then records it. Returns what replays it, AHEAD calls ahead of the device at most.
+def record(function: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph:
+    """Runs `function` some times, which loads kernels and lets cuDNN choose, then returns it as a CUDA graph.
 
     Warm-up and capture call from one thread, on one stream: cuDNN's choices are kept by thread, and backward's leaves
     must be on the stream it runs on; where they are not, PyTorch warns, which is an error here. Other threads (DALI's,
-    NCCL's) go on meanwhile. The graph lives as long as what is returned, and Triton's kernels stay loaded: their
-    functions hold them.
+    NCCL's) go on meanwhile. The graph has its memory, and Triton's kernels stay loaded: their functions hold them.
     """
     graph, stream, before = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(before)
+    # Around the capture as well: one that fails would leave its stream the current one.
+    with torch.cuda.stream(stream), warnings.catch_warnings(), without_garbage_collection():
+        warnings.filterwarnings("error", message=".*AccumulateGrad node's stream")
+        for _ in range(warm_up):
+            function()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            function()
+    before.wait_stream(stream)
+    return graph
+
+
+def capture(function: Callable[[], None]) -> Callable[[], None]:
+    """Returns what replays `function`, AHEAD calls ahead of the device at most, as long as it lives."""
     try:
-        with torch.cuda.stream(stream), warnings.catch_warnings(), without_garbage_collection():
-            warnings.filterwarnings("error", message=".*AccumulateGrad node's stream")
-            for _ in range(WARM_UP):
-                function()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                function()
+        graph = record(function, WARM_UP)
     except Exception as error:
         error.add_note("This was a CUDA graph in the making: --cuda_graph=off goes without.")
         raise
-    before.wait_stream(stream)
     turns = cycle([torch.cuda.Event(blocking=True) for _ in range(AHEAD)])
 
     def replay() -> None:

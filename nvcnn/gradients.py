@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from nvcnn.arena import Arena, Slot
@@ -11,8 +12,9 @@ BUCKET_BYTES = 25 << 20  # PyTorch DistributedDataParallel's default
 
 
 class Gradients:
-    """Hooks every parameter: its gradient is copied into its slice, and the last one of a bucket starts the allreduce.
+    """Hooks every parameter: the last gradient of a bucket has all copied into their slices, and starts the allreduce.
 
+    A parameter's `gradient_slice` is for kernels that store its gradient there themselves, and return a view of it.
     `accumulate`: backward passes (micro-batches) per step; their gradients are added up.
     """
 
@@ -31,29 +33,42 @@ class Gradients:
                 self.slices.append(buffer[bucket[0].start - offset : end])
                 self.sizes.append(len(bucket))
                 for slot in bucket:
-                    hook = self.hook(len(self.slices) - 1, arena.gradient(slot))
+                    gradient = arena.gradient(slot)
+                    hook = self.hook(len(self.slices) - 1, gradient)
                     slot.parameter.register_post_accumulate_grad_hook(hook)
+                    stored = accumulate == 1 and gradient.dtype == slot.parameter.dtype
+                    slot.parameter.gradient_slice = gradient if stored else None  # type: ignore[attr-defined]
         self.begin()
 
     def begin(self) -> None:
         """Before the first backward of a step."""
         self.missing = [size * self.accumulate for size in self.sizes]
+        self.elsewhere: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sizes]  # slices, and what belongs there
         self.waits: list[Callable[[], None]] = []
 
     def hook(self, bucket: int, slice: Tensor) -> Callable[[nn.Parameter], None]:
-        size = self.sizes
+        storage = slice.untyped_storage()._cdata
 
         def ready(parameter: nn.Parameter) -> None:
-            gradient = parameter.grad
-            if gradient is not None and gradient.data_ptr() != slice.data_ptr():  # else a kernel stored it there
-                first_pass = self.missing[bucket] > size[bucket] * (self.accumulate - 1)
-                slice.copy_(gradient) if first_pass else slice.add_(gradient)
-                parameter.grad = None
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            if gradient.untyped_storage()._cdata != storage:
+                self.elsewhere[bucket].append((slice, gradient))
             self.missing[bucket] -= 1
-            if self.missing[bucket] == 0:
-                self.waits.append(self.transport.all_reduce(self.slices[bucket], f"gradient.{bucket}"))
+            if self.missing[bucket] % self.sizes[bucket] == 0:
+                self.full(bucket)
 
         return ready
+
+    def full(self, bucket: int) -> None:
+        """After each pass: what is elsewhere goes into the slices by one launch, and with the last over the ranks."""
+        if self.elsewhere[bucket]:
+            slices, gradients = zip(*self.elsewhere[bucket], strict=True)
+            first_pass = self.missing[bucket] == self.sizes[bucket] * (self.accumulate - 1)
+            (torch._foreach_copy_ if first_pass else torch._foreach_add_)(slices, gradients)
+            self.elsewhere[bucket] = []
+        if self.missing[bucket] == 0:
+            self.waits.append(self.transport.all_reduce(self.slices[bucket], f"gradient.{bucket}"))
 
     def finish(self) -> None:
         """After the last backward: waits for the buckets, then is ready for the next step."""

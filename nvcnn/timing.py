@@ -10,6 +10,8 @@ from math import ceil
 
 import torch
 
+from nvcnn.cuda_graph import record
+
 Step = Callable[[], object]
 CACHE = 256 << 20  # bytes: twice the largest L2 cache there is (B200)
 
@@ -44,22 +46,10 @@ def sets(size: int, device: torch.device) -> int:
 def captured(step: Step, device: torch.device) -> Step:
     """`step` as a CUDA graph: what is timed is the device, not how fast the host launches. On the CPU, `step`.
 
-    It runs once before, on the stream of the capture: kernels are compiled and loaded, and cuDNN has chosen. Backward
-    passes may be in it, if nothing is alive of one that ran on another stream. Its memory is the graph's own, until
-    what is returned is dropped.
+    Backward passes may be in it, if nothing is alive of one that ran on another stream. Its memory is the graph's own,
+    until what is returned is dropped.
     """
-    if device.type == "cpu":
-        return step
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # around the capture as well: one that fails would leave its stream the current one
-        step()
-        with torch.cuda.graph(
-            graph, stream=side, capture_error_mode="thread_local"
-        ):  # other threads may do as they like
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    return graph.replay
+    return step if device.type == "cpu" else record(step, 1).replay
 
 
 def alternate(

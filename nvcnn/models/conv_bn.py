@@ -168,6 +168,12 @@ def gradient_of_vectors(sums: Tensor | None, y: Tensor | None, vectors: Tensor |
     return kernels.batch_norm_gradient_vectors(sums, vectors, y.numel() // y.shape[1])
 
 
+def empty_gradient(weight: Tensor) -> Tensor:
+    """Returns room for a weight's gradient: its slice, where `nvcnn.gradients` waits for it there."""
+    slice = getattr(weight, "gradient_slice", None)
+    return torch.empty_like(weight) if slice is None else slice.detach()
+
+
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -252,7 +258,7 @@ class RawConv(Function):
                 dx, sums, b_sums = masked_with_sums(channels_last(dx), *epilogue)
         else:
             if needs_weight:
-                dw = torch.empty_like(weight)
+                dw = empty_gradient(weight)
                 kernels.convolution_weight_gradient(dy, read, dw, *geometry, *through, read_vectors)
             if needs_x:
                 size = x.shape[2:]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.trace import step_calls
 from nvcnn.arena import Arena, gradient_order
 from nvcnn.distributed import Launch, Transport
 from nvcnn.gradients import Gradients, buckets_of
@@ -113,34 +114,47 @@ def test_a_missing_gradient_is_not_waited_for():
 
 
 class StoresItself(torch.autograd.Function):
-    """What a weight-gradient kernel does: writes into the preset `.grad` and returns None."""
+    """What a weight-gradient kernel does: writes into its slice and returns a view of it."""
 
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        ctx.slice = weight.grad
         return x @ weight.t()
 
     @staticmethod
     def backward(ctx, g):
-        x, _ = ctx.saved_tensors
-        torch.mm(g.t(), x, out=ctx.slice)
-        return None, None
+        x, weight = ctx.saved_tensors
+        torch.mm(g.t(), x, out=weight.gradient_slice)
+        return None, weight.gradient_slice.detach()
 
 
-def test_a_kernel_may_store_its_gradient_itself():
-    """The contract with torch: the hook fires, with `.grad` untouched, when the Function returns None."""
+def test_a_kernel_may_store_its_gradient_itself(monkeypatch):
+    """The contract with torch: it keeps the view as the gradient, and copies nothing."""
+    monkeypatch.setattr(torch, "_foreach_copy_", None)
     model = torch.nn.Linear(3, 2, bias=False)
     arena = Arena(model, ["weight"], device=CPU)
     recorder = Recorder()
     gradients = Gradients(arena, recorder)
-    slice = arena.gradient(arena.slots[0])
-    model.weight.grad = slice
     x = torch.randn(5, 3)
     for _ in range(2):
-        slice.fill_(float("nan"))
+        arena.matrix_gradient.fill_(float("nan"))
         StoresItself.apply(x, model.weight).sum().backward()
         gradients.finish()
-        torch.testing.assert_close(slice, torch.ones(5, 2).t() @ x)
-        assert model.weight.grad is slice
+        torch.testing.assert_close(arena.gradient(arena.slots[0]), torch.ones(5, 2).t() @ x)
+        assert model.weight.grad is None
     assert [event for event, _ in recorder.events] == ["start", "wait"] * 2
+
+
+def test_kernels_store_the_gradients_of_convolutions_in_their_slices():
+    """What is left is copied by one launch a bucket: of a ResNet-18 the first convolution, padded, and what is none."""
+    copies = [call for call in step_calls("resnet18", 2, torch.float16, "triton") if "copy_" in call.name]
+    assert [call.name for call in copies] == ["aten::_foreach_copy_"] * len(copies)
+    sizes = [len(gradient.shape) for call in copies for gradient in call["src"]]
+    assert (len(copies), sizes.count(4), sizes.count(2), sizes.count(1)) == (2, 1, 1, 2 * 20 + 1)
+
+
+def test_slices_of_another_dtype_are_not_stored_into():
+    _, arena = lenet(torch.bfloat16, gradient_dtype=torch.float32)
+    Gradients(arena, Recorder())
+    kinds = {slot.parameter.dtype: slot.parameter.gradient_slice is None for slot in arena.slots}
+    assert kinds == {torch.bfloat16: True, torch.float32: False}
