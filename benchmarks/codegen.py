@@ -44,7 +44,9 @@ from nvcnn.kernel_choices import CANDIDATES
 
 CHIPS = (80, 90, 100)
 HOPPER = (90, 100)  # and later: those with TMA
-BY_TMA, PERSISTENT = "_tiles:tma", "R=1 S=1 .* PERSISTENT=264 "
+# Triton 3.6 makes persistent programs with a prologue that ptxas serialises: no default, and tune measures them.
+PROLOGUES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+BY_TMA, PERSISTENT = "_tiles:tma", f"{'' if PROLOGUES else 'vectors=None .*'}R=1 S=1 .* PERSISTENT=264 "
 # Programs that walk over tiles hold the next one as well.
 WALK = {"PERSISTENT": 264, "BLOCK_OUT": 64, "maxnreg": 255}
 GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip

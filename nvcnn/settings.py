@@ -180,10 +180,11 @@ READERS: dict[Any, Any] = {float | str: number_or_dynamic, tuple[float, float]: 
 READERS |= {kind | None: kind for kind in (str, int, float)}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    kinds = get_type_hints(Settings)
-    groups = {f.metadata["group"]: parser.add_argument_group(f.metadata["group"]) for f in fields(Settings)}
-    for f in fields(Settings):
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Adds a flag for each field of a dataclass whose fields are made by `flag`."""
+    kinds = get_type_hints(settings)
+    groups = {f.metadata["group"]: parser.add_argument_group(f.metadata["group"]) for f in fields(settings)}
+    for f in fields(settings):
         kind, meta, group = kinds[f.name], f.metadata, groups[f.metadata["group"]]
         names = [n for n in (meta["short"], f"--{f.name}") if n]
         if kind is bool:
@@ -206,5 +207,5 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """The command line of `launch/train.py`. Raises InputError for anything that is not a valid one."""
     parser = Parser(prog="train.py", description="Train a convolutional network.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")
-    add_flags(parser)
+    add_flags(parser, Settings)
     return Settings(**vars(parser.parse_args(arguments)))

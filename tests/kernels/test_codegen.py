@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 
 import kernels
-from benchmarks.codegen import CHIPS, MATRIX, UNALIGNED, accesses_of, chip_of, main, programs_an_sm, streams
+from benchmarks.codegen import CHIPS, MATRIX, PROLOGUES, UNALIGNED, accesses_of, chip_of, main, programs_an_sm, streams
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_tiles_of_convolutions_are_loaded_by_tma(rows):
     found = {(name.split()[0], re.findall(r"R=(\d)", name)[0], chip) for name, chip in names}
     ops = ("convolution", "convolution_data_gradient", "convolution_weight_gradient")
     assert found == {(f"{op}.kernel", taps, chip) for op in ops for taps in "13" for chip in ("sm_90", "sm_100")}
-    assert sum("PERSISTENT=264" in name for name, _ in names) == 2
+    assert sum("PERSISTENT=264" in name for name, _ in names) == 2 * PROLOGUES
 
 
 def test_every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(rows):
