@@ -1,7 +1,7 @@
 """ResNet-50's convolutions against PyTorch's (on a GPU cuDNN's fastest): alone, and with what is fused into them.
 
 Alone: forward, and the gradients of the input and of the weight. Fused: relu(BatchNorm(x)), and the join of a block,
-are computed by one op with the convolution, and by several in PyTorch; ours takes the BatchNorm's vectors, which its
+are computed by one op with the convolution, and by several in PyTorch; ours takes the BatchNorm's norm, which its
 producer made, and makes those of the next BatchNorm. In evaluation one op has the BatchNorm, addition and ReLU that
 follow. On a CPU the references run, on the layers of one block.
 """
@@ -54,7 +54,7 @@ def channels_last(*shape: int, device: torch.device, dtype: torch.dtype, size: f
 
 
 def tensors(place: Place, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Inputs:
-    """x, residual, weight, g, `add` like g, and the vectors of the first two, as they are named."""
+    """x, residual, weight, g, `add` like g, and the norm of the first two, as they are named."""
     n, k = place.x[0], place.weight[0]
     sizes = zip(place.x[2:], place.weight[2:], place.stride, place.padding, strict=True)
     y = n, k, *((size + 2 * padding - taps) // stride + 1 for size, taps, stride, padding in sizes)
@@ -69,12 +69,12 @@ def tensors(place: Place, names: tuple[str, ...], device: torch.device, dtype: t
     if "residual" in names:
         made["residual"] = channels_last(*place.x, device=device, dtype=dtype)
     for name in ("x", "residual"):
-        if f"{name}_vectors" in names:
-            made[f"{name}_vectors"] = vectors(made[name])
+        if f"{name}_norm" in names:
+            made[f"{name}_norm"] = norm(made[name])
     return tuple(made[name] for name in names)
 
 
-def vectors(x: Tensor) -> Tensor:
+def norm(x: Tensor) -> Tensor:
     """Those of BatchNorm with gamma 1 and beta 0 in training."""
     ones, zeros, *written = ones_and_zeros(x.shape[1], x.device)
     return kernels.batch_norm_statistics(x, ones, zeros, *written, EPS)
@@ -120,14 +120,14 @@ def fused(name: str, place: Place) -> Layer:
     """Forward of relu(BatchNorm(x)), or relu(BatchNorm(x) + residual), where the residual may want a BatchNorm, too."""
     geometry = place.stride, place.padding, place.groups
     words = {"raw": "BatchNorm, ReLU", "join": "BatchNorm, add, ReLU", "join of two": "2 BatchNorms, add, ReLU"}
-    every = ("x", "weight", "x_vectors", "residual", "residual_vectors")
+    every = ("x", "weight", "x_norm", "residual", "residual_norm")
     names = every[: {"raw": 3, "join": 4, "join of two": 5}[place.reads]]
 
     def ours(x: Tensor, weight: Tensor, *prologue: Tensor) -> tuple[Tensor, ...]:
         ones, center, *written = ones_and_zeros(weight.shape[0], x.device)
         options: list[Any] = [*prologue, None, None][:3]
         y, z, sums = kernels.convolution(x, weight, *geometry, *options, center)
-        kernels.batch_norm_vectors(sums, center, y.numel() // y.shape[1], ones, center, *written, EPS)
+        kernels.norm_from_sums(sums, center, y.numel() // y.shape[1], ones, center, *written, EPS)
         return (y, z) if len(prologue) > 1 else (y,)
 
     def library(x: Tensor, weight: Tensor, *prologue: Tensor) -> tuple[Tensor, ...]:

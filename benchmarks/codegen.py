@@ -12,7 +12,7 @@ Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of sev
 spill, a program that does not fit an SM, a product of matrices of halves without the chip's own instruction for it,
 wgmma that ptxas serialises (each product then waits for the one before), a tile not loaded by TMA that should be, or a
 stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for every thread of the program, which
-scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels may be mirrored, three of them
+scalars and norm of a value per channel are not. Nor are tensors of bytes (pixels may be mirrored, three of them
 each, and positions in a window are half as wide as the values beside them) and what UNALIGNED names. `programs` is how
 many of them registers and shared memory leave room for on an SM.
 """
@@ -46,7 +46,7 @@ CHIPS = (80, 90, 100)
 HOPPER = (90, 100)  # and later: those with TMA
 # Triton 3.6 makes persistent programs with a prologue that ptxas serialises: no default, and tune measures them.
 PROLOGUES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-BY_TMA, PERSISTENT = "_tiles:tma", f"{'' if PROLOGUES else 'vectors=None .*'}R=1 S=1 .* PERSISTENT=264 "
+BY_TMA, PERSISTENT = "_tiles:tma", f"{'' if PROLOGUES else 'norm=None .*'}R=1 S=1 .* PERSISTENT=264 "
 # Programs that walk over tiles hold the next one as well.
 WALK = {"PERSISTENT": 264, "BLOCK_OUT": 64, "maxnreg": 255}
 GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip

@@ -41,7 +41,7 @@ def arguments(call: Call, device: torch.device) -> Arguments:
         made["g"].div_(16)
         if made.get("factors") is not None:
             root = (made["g"].numel() / made["g"].shape[1]) ** 0.5
-            made["vectors"][0].div_(root)  # the mean of y
+            made["norm"][0].div_(root)  # the mean of y
             made["factors"].div_(16)[1].div_(root)
     return made
 
@@ -119,7 +119,7 @@ def describe(call: Call) -> str:
     if call.name in CONVOLUTIONS:
         k, _, r, s = call[CONVOLUTIONS[call.name][1]].shape
         words.append(f"weight {k} x {r} x {s} stride {call['stride'][0]}")
-        fused += ["residual_vectors", "vectors", "skip", "z", "x_vectors", "branch"]
+        fused += ["residual_norm", "norm", "skip", "z", "x_norm", "branch"]
     words += [name for name, v in values.items() if v is True]
     words += [name for name in fused if isinstance(values.get(name), Layout)]
     return " ".join(words)

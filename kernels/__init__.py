@@ -7,9 +7,9 @@ from kernels.batch_norm import (
     batch_norm,
     batch_norm_data_gradient,
     batch_norm_gradient_sums,
-    batch_norm_gradient_vectors,
+    norm_gradient,
 )
-from kernels.batch_norm_statistics import batch_norm_statistics, batch_norm_vectors, folded
+from kernels.batch_norm_statistics import batch_norm_statistics, norm_from_sums, folded
 from kernels.blocks import BLOCK
 from kernels.convolution import convolution
 from kernels.convolution_data_gradient import convolution_data_gradient
@@ -27,9 +27,9 @@ __all__ = [
     "batch_norm",
     "batch_norm_data_gradient",
     "batch_norm_gradient_sums",
-    "batch_norm_gradient_vectors",
+    "norm_gradient",
     "batch_norm_statistics",
-    "batch_norm_vectors",
+    "norm_from_sums",
     "convolution",
     "convolution_data_gradient",
     "convolution_weight_gradient",

@@ -1,10 +1,10 @@
 """y = relu((x - mean) scale + shift + residual), per channel, with or without the last two; and its gradients.
 
-The vectors come from `batch_norm_statistics`. With g = dy where the argument of relu is not below 0 or 0, else 0, and
+The norm come from `batch_norm_statistics`. With g = dy where the argument of relu is not below 0 or 0, else 0, and
 n = N H W (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3):
     d_residual = g,   d_beta = sum(g),   d_gamma = rstd sum(g (x - mean))
     dx = scale (g - d_beta / n) - (x - mean) scale rstd d_gamma / n
-Sums are centred, because sum(g x) cancels where the mean is large. With the running statistics' vectors (evaluation)
+Sums are centred, because sum(g x) cancels where the mean is large. With the running statistics' norm (evaluation)
 dx = scale g alone. The mask is never stored: it is taken again from x, or, with a residual, from y, which the next
 convolution keeps anyway.
 
@@ -23,24 +23,24 @@ from kernels.batch_norm_statistics import (
     RSTD,
     SCALE,
     SHIFT,
-    VECTORS_CONFIG,
+    NORM_CONFIG,
     configured,
     few_parts,
     sum_parts,
 )
 from kernels.configurations import cdiv
-from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
+from kernels.images import check_images, check_tensors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.operators import named, operator
 
-# The rows of `batch_norm_gradient_vectors`, (5, C): dx = SCALE g + FACTORS[0] (x - MEAN) + FACTORS[1]; the last is 0.
+# The rows of `norm_gradient`, (5, C): dx = SCALE g + FACTORS[0] (x - MEAN) + FACTORS[1]; the last is 0.
 FACTORS, D_GAMMA, D_BETA = slice(0, 2), 2, 3
 
 
-def reference(x: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def reference(x: Tensor, norm: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """The formula in plain PyTorch. Arguments as in `batch_norm`."""
-    mean, scale, shift = vectors[MEAN], vectors[SCALE], vectors[SHIFT]
+    mean, scale, shift = norm[MEAN], norm[SCALE], norm[SHIFT]
     y = torch.batch_norm(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, False)  # F's refuses eps 0
     if residual is not None:
         y.add_(residual)
@@ -48,14 +48,14 @@ def reference(x: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool) -
 
 
 def backward_reference(
-    dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, relu: bool, batch: bool
+    dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, relu: bool, batch: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, d_gamma, d_beta, g in plain PyTorch. Arguments as in `batch_norm_backward`."""
-    mean, rstd = vectors[MEAN], vectors[RSTD]
+    mean, rstd = norm[MEAN], norm[RSTD]
     g = dy
     if relu:
-        g = torch.ops.aten.threshold_backward(dy, reference(x, vectors, None, False) if y is None else y, 0)
-    gamma, var = vectors[SCALE] / rstd, rstd.square().reciprocal()
+        g = torch.ops.aten.threshold_backward(dy, reference(x, norm, None, False) if y is None else y, 0)
+    gamma, var = norm[SCALE] / rstd, rstd.square().reciprocal()
     wide = (g, x)
     if x.is_contiguous():  # one channel, or one pixel: PyTorch takes the path of NCHW, which rounds sums to x's dtype
         wide = (g.to(mean.dtype), x.to(mean.dtype))
@@ -65,27 +65,27 @@ def backward_reference(
     return dx.to(x.dtype), d_gamma, d_beta, g
 
 
-def sums_reference(g: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+def sums_reference(g: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     """(2, 1, C): the sums of g and of g (x - mean) in plain PyTorch."""
-    g, d = g.to(vectors.dtype), x - vectors[MEAN].view(-1, 1, 1)
+    g, d = g.to(norm.dtype), x - norm[MEAN].view(-1, 1, 1)
     return torch.stack((g.sum((0, 2, 3)), (g * d).sum((0, 2, 3)))).unsqueeze(1)
 
 
-def data_gradient_reference(g: Tensor, x: Tensor, vectors: Tensor, factors: Tensor | None) -> Tensor:
+def data_gradient_reference(g: Tensor, x: Tensor, norm: Tensor, factors: Tensor | None) -> Tensor:
     """dx in plain PyTorch. Arguments as in `batch_norm_data_gradient`."""
-    dx = g * vectors[SCALE].view(-1, 1, 1)
+    dx = g * norm[SCALE].view(-1, 1, 1)
     if factors is not None:
-        slope, offset, mean = (v.view(-1, 1, 1) for v in (*factors, vectors[MEAN]))
+        slope, offset, mean = (v.view(-1, 1, 1) for v in (*factors, norm[MEAN]))
         dx += slope * (x - mean) + offset
     return dx.to(g.dtype)
 
 
-def gradient_vectors_reference(sums: Tensor, vectors: Tensor, count: int) -> Tensor:
-    """The rows in plain PyTorch. Arguments as in `batch_norm_gradient_vectors`."""
+def norm_gradient_reference(sums: Tensor, norm: Tensor, count: int) -> Tensor:
+    """The rows in plain PyTorch. Arguments as in `norm_gradient`."""
     d_beta, products = sums.sum(1)
-    d_gamma = vectors[RSTD] * (products - vectors[MEAN_LOW] * d_beta)
-    slope = -vectors[SCALE] * vectors[RSTD] * d_gamma / count
-    offset = -vectors[SCALE] * d_beta / count - slope * vectors[MEAN_LOW]
+    d_gamma = norm[RSTD] * (products - norm[MEAN_LOW] * d_beta)
+    slope = -norm[SCALE] * norm[RSTD] * d_gamma / count
+    offset = -norm[SCALE] * d_beta / count - slope * norm[MEAN_LOW]
     return torch.stack((slope, offset, d_gamma, d_beta, torch.zeros_like(slope)))
 
 
@@ -100,7 +100,7 @@ def masked(dy, x, y, at, inside, mean, scale, shift):
 
 
 @triton.jit(repr=named("batch_norm"))
-def kernel(x, vectors, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+def kernel(x, norm, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: BLOCK_ROWS pixels x BLOCK_C channels of (N H W, C)."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -110,9 +110,9 @@ def kernel(x, vectors, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.
     value = tl.load(x + at, mask=inside).to(tl.float32)
     if residual is not None:
         skip = tl.load(residual + at, mask=inside).to(tl.float32)
-    mean = tl.load(vectors + c, mask=channel)[None, :]
-    scale = tl.load(vectors + C + c, mask=channel)[None, :]
-    shift = tl.load(vectors + 2 * C + c, mask=channel)[None, :]
+    mean = tl.load(norm + c, mask=channel)[None, :]
+    scale = tl.load(norm + C + c, mask=channel)[None, :]
+    shift = tl.load(norm + 2 * C + c, mask=channel)[None, :]
     value = (value - mean) * scale + shift
     if residual is not None:
         value += skip
@@ -126,7 +126,7 @@ def sums_kernel(
     dy,
     x,
     y,
-    vectors,
+    norm,
     g,
     sums,
     rows,
@@ -140,9 +140,9 @@ def sums_kernel(
     part, parts = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = c < C
-    mean = tl.load(vectors + c, mask=channel, other=0.0)[None, :]
-    scale = tl.load(vectors + C + c, mask=channel, other=0.0)[None, :]
-    shift = tl.load(vectors + 2 * C + c, mask=channel, other=0.0)[None, :]
+    mean = tl.load(norm + c, mask=channel, other=0.0)[None, :]
+    scale = tl.load(norm + C + c, mask=channel, other=0.0)[None, :]
+    shift = tl.load(norm + 2 * C + c, mask=channel, other=0.0)[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     products = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     first = part.to(tl.int64) * rows_a_part
@@ -163,10 +163,10 @@ def sums_kernel(
     tl.store(sums + parts * C + at, tl.sum(products, 0), mask=channel)
 
 
-@triton.jit(repr=named("batch_norm_vectors"))
-def vectors_kernel(
+@triton.jit(repr=named("norm_from_sums"))
+def norm_kernel(
     sums,
-    vectors,
+    norm,
     d_gamma,
     d_beta,
     rows,
@@ -181,9 +181,9 @@ def vectors_kernel(
     inside = c < C
     total = sum_parts(sums, parts, c, C, BLOCK_PARTS, BLOCK_C)
     products = sum_parts(sums + parts * C, parts, c, C, BLOCK_PARTS, BLOCK_C)
-    scale = tl.load(vectors + C + c, mask=inside)
-    rstd = tl.load(vectors + 3 * C + c, mask=inside)
-    mean_low = tl.load(vectors + 4 * C + c, mask=inside)
+    scale = tl.load(norm + C + c, mask=inside)
+    rstd = tl.load(norm + 3 * C + c, mask=inside)
+    mean_low = tl.load(norm + 4 * C + c, mask=inside)
     gamma_gradient = rstd * (products - mean_low * total)
     tl.store(d_gamma + c, gamma_gradient, mask=inside)
     tl.store(d_beta + c, total, mask=inside)
@@ -199,7 +199,7 @@ def gradient_kernel(
     dy,
     x,
     y,
-    vectors,
+    norm,
     factors,
     dx,
     rows,
@@ -216,12 +216,12 @@ def gradient_kernel(
     channel = c < C
     inside = (row < rows)[:, None] & channel[None, :]
     gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(vectors + C + c, mask=channel)[None, :]
+    scale = tl.load(norm + C + c, mask=channel)[None, :]
     if RELU or BATCH:
-        mean = tl.load(vectors + c, mask=channel)[None, :]
+        mean = tl.load(norm + c, mask=channel)[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if RELU:
-        shift = tl.load(vectors + 2 * C + c, mask=channel)[None, :]
+        shift = tl.load(norm + 2 * C + c, mask=channel)[None, :]
         gradient = masked(gradient, value, y, at, inside, mean, scale, shift)
     result = scale * gradient
     if BATCH:
@@ -232,32 +232,32 @@ def gradient_kernel(
 
 @operator("batch_norm")
 def batch_norm(
-    x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, residual: Tensor | None, relu: bool, batch: bool
+    x: Tensor, gamma: Tensor, beta: Tensor, norm: Tensor, residual: Tensor | None, relu: bool, batch: bool
 ) -> Tensor:
-    """Normalises by `vectors`, adds `residual` if there is one, and applies ReLU if `relu`. Differentiable.
+    """Normalises by `norm`, adds `residual` if there is one, and applies ReLU if `relu`. Differentiable.
 
-    x: (N, C, H, W), fp16, bf16 or fp32, channels-last. vectors: (5, C), fp32, of `batch_norm_statistics` with `batch`
+    x: (N, C, H, W), fp16, bf16 or fp32, channels-last. norm: (5, C), fp32, of `batch_norm_statistics` with `batch`
     (the gradient of x then goes through the statistics), or else any others, as of `folded`. gamma, beta: (C,), fp32,
-    those in the vectors: they are here for their gradients. residual: like x.
+    those in the norm: they are here for their gradients. residual: like x.
     Returns a new tensor like x. Raises ValueError for other layouts, shapes, dtypes or devices.
     """
     op = "batch_norm"
     n, c, h, w = check_images(op, "x", x)
-    check_vectors(op, x.device, single_or_double(x), gamma=(gamma, (c,)), beta=(beta, (c,)), vectors=(vectors, (5, c)))
+    check_tensors(op, x.device, single_or_double(x), gamma=(gamma, (c,)), beta=(beta, (c,)), norm=(norm, (5, c)))
     if residual is not None:
         check_images(op, "residual", residual, like=x)
     if not runs_triton(x.device):
-        return reference(x, vectors, residual, relu)
+        return reference(x, norm, residual, relu)
     y = torch.empty_like(x)
     tile = {name: value for name, value in configured(op, x).items() if name != "PROGRAMS"}
     grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
-    launch(kernel, grid, x, vectors, residual, y, n * h * w, c, RELU=relu, **tile)
+    launch(kernel, grid, x, norm, residual, y, n * h * w, c, RELU=relu, **tile)
     return y
 
 
 @operator("batch_norm_backward")
 def batch_norm_backward(
-    dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, relu: bool, batch: bool, with_g: bool
+    dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, relu: bool, batch: bool, with_g: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, d_gamma, d_beta, and, if `with_g`, the gradient g behind the mask (else an empty tensor).
 
@@ -268,18 +268,18 @@ def batch_norm_backward(
     n, _, h, w = check_images(op, "x", x)
     check_images(op, "dy", dy, like=x)
     if not runs_triton(x.device):
-        dx, d_gamma, d_beta, g = backward_reference(dy, x, y, vectors, relu, batch)
+        dx, d_gamma, d_beta, g = backward_reference(dy, x, y, norm, relu, batch)
         return dx, d_gamma, d_beta, g if with_g else x.new_empty(0)
     g = torch.empty_like(x) if with_g else x.new_empty(0)
-    sums = launch_sums(dy, x, y, vectors, g if with_g else None, relu)
-    d_gamma, d_beta = torch.empty_like(vectors[0]), torch.empty_like(vectors[0])
-    rows = torch.empty_like(vectors) if batch else None
-    launch_vectors(sums, vectors, n * h * w, d_gamma, d_beta, rows)
-    of_g = (g, x, None, vectors) if with_g else (dy, x, y, vectors)
+    sums = launch_sums(dy, x, y, norm, g if with_g else None, relu)
+    d_gamma, d_beta = torch.empty_like(norm[0]), torch.empty_like(norm[0])
+    rows = torch.empty_like(norm) if batch else None
+    launch_norm(sums, norm, n * h * w, d_gamma, d_beta, rows)
+    of_g = (g, x, None, norm) if with_g else (dy, x, y, norm)
     return launch_gradient(*of_g, rows, relu and not with_g), d_gamma, d_beta, g
 
 
-def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, g: Tensor | None, relu: bool) -> Tensor:
+def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, g: Tensor | None, relu: bool) -> Tensor:
     """The sums, (2, P, C), of g and of g (x - mean), and g itself if there is room for it."""
     n, c, h, w = x.shape
     config = configured("batch_norm_backward", x)
@@ -287,12 +287,12 @@ def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, g: Ten
     parts, rows_a_part = parts_of_rows(n * h * w, c, config)
     sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
     grid = (parts, cdiv(c, config["BLOCK_C"]))
-    launch(sums_kernel, grid, dy, x, y, vectors, g, sums, n * h * w, c, rows_a_part, RELU=relu, **tile)
+    launch(sums_kernel, grid, dy, x, y, norm, g, sums, n * h * w, c, rows_a_part, RELU=relu, **tile)
     return sums
 
 
 def launch_gradient(
-    g: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, factors: Tensor | None, relu: bool
+    g: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, factors: Tensor | None, relu: bool
 ) -> Tensor:
     """dx; without factors through SCALE alone."""
     n, c, h, w = x.shape
@@ -300,88 +300,88 @@ def launch_gradient(
     tile = {name: value for name, value in configured("batch_norm_backward", x).items() if name != "PROGRAMS"}
     grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
     batch = factors is not None
-    launch(gradient_kernel, grid, g, x, y, vectors, factors, dx, n * h * w, c, RELU=relu, BATCH=batch, **tile)
+    launch(gradient_kernel, grid, g, x, y, norm, factors, dx, n * h * w, c, RELU=relu, BATCH=batch, **tile)
     return dx
 
 
-def launch_vectors(
-    sums: Tensor, vectors: Tensor, count: int, d_gamma: Tensor, d_beta: Tensor, rows: Tensor | None
+def launch_norm(
+    sums: Tensor, norm: Tensor, count: int, d_gamma: Tensor, d_beta: Tensor, rows: Tensor | None
 ) -> None:
-    sums, c = few_parts(sums), vectors.shape[1]
-    grid = (cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
-    launch(vectors_kernel, grid, sums, vectors, d_gamma, d_beta, rows, sums.shape[1], c, float(count), **VECTORS_CONFIG)
+    sums, c = few_parts(sums), norm.shape[1]
+    grid = (cdiv(c, NORM_CONFIG["BLOCK_C"]),)
+    launch(norm_kernel, grid, sums, norm, d_gamma, d_beta, rows, sums.shape[1], c, float(count), **NORM_CONFIG)
 
 
-@operator("batch_norm_gradient_vectors")
-def batch_norm_gradient_vectors(sums: Tensor, vectors: Tensor, count: int) -> Tensor:
+@operator("norm_gradient")
+def norm_gradient(sums: Tensor, norm: Tensor, count: int) -> Tensor:
     """FACTORS, D_GAMMA and D_BETA, (5, C), from the sums that the producer of g has taken: no pass over x.
 
     sums: (2, P, C), fp32: over P parts of the batch, sum(g) and sum(g (x - MEAN)), g being the gradient behind the
-    mask. vectors: (5, C), of `batch_norm_statistics`. count: values a channel, N H W.
-    Whoever reads g and x has dx = SCALE g + FACTORS[0] (x - MEAN) + FACTORS[1]. The shape is that of vectors, so that
+    mask. norm: (5, C), of `batch_norm_statistics`. count: values a channel, N H W.
+    Whoever reads g and x has dx = SCALE g + FACTORS[0] (x - MEAN) + FACTORS[1]. The shape is that of norm, so that
     this may be their gradient in autograd; the last row is 0.
     """
-    op, (_, parts, c) = "batch_norm_gradient_vectors", sums.shape
-    check_vectors(op, sums.device, sums.dtype, sums=(sums, (2, parts, c)), vectors=(vectors, (5, c)))
+    op, (_, parts, c) = "norm_gradient", sums.shape
+    check_tensors(op, sums.device, sums.dtype, sums=(sums, (2, parts, c)), norm=(norm, (5, c)))
     if not runs_triton(sums.device):
-        return gradient_vectors_reference(sums, vectors, count)
-    rows = torch.empty_like(vectors)
-    launch_vectors(sums, vectors, count, rows[D_GAMMA], rows[D_BETA], rows)
+        return norm_gradient_reference(sums, norm, count)
+    rows = torch.empty_like(norm)
+    launch_norm(sums, norm, count, rows[D_GAMMA], rows[D_BETA], rows)
     return rows
 
 
 @operator("batch_norm_gradient_sums")
 def batch_norm_gradient_sums(
-    dy: Tensor, x: Tensor, y: Tensor | None, vectors: Tensor, relu: bool
+    dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """g, the gradient behind relu's mask (empty without `relu`: it is dy); the sums that give `gradient_vectors`.
+    """g, the gradient behind relu's mask (empty without `relu`: it is dy); the sums that give `norm_gradient`.
 
     dy: like x, the gradient of relu((x - mean) scale + shift + residual). y: that value, or None where the mask shall
-    be taken from x, without a residual only. x, vectors: as in `batch_norm`.
+    be taken from x, without a residual only. x, norm: as in `batch_norm`.
     """
     op = "batch_norm_gradient_sums"
     c = check_images(op, "x", x)[1]
     check_images(op, "dy", dy, like=x)
     if y is not None:
         check_images(op, "y", y, like=x)
-    check_vectors(op, x.device, single_or_double(x), vectors=(vectors, (5, c)))
+    check_tensors(op, x.device, single_or_double(x), norm=(norm, (5, c)))
     g = torch.empty_like(x) if relu else x.new_empty(0)
     if runs_triton(x.device):
-        return g, launch_sums(dy, x, y, vectors, g if relu else None, relu)
+        return g, launch_sums(dy, x, y, norm, g if relu else None, relu)
     if relu:
-        g = torch.ops.aten.threshold_backward(dy, reference(x, vectors, None, False) if y is None else y, 0)
-    return g, sums_reference(g if relu else dy, x, vectors)
+        g = torch.ops.aten.threshold_backward(dy, reference(x, norm, None, False) if y is None else y, 0)
+    return g, sums_reference(g if relu else dy, x, norm)
 
 
 @operator("batch_norm_data_gradient")
-def batch_norm_data_gradient(g: Tensor, x: Tensor, vectors: Tensor, factors: Tensor | None) -> Tensor:
+def batch_norm_data_gradient(g: Tensor, x: Tensor, norm: Tensor, factors: Tensor | None) -> Tensor:
     """dx = SCALE g + factors[0] (x - MEAN) + factors[1]; without factors, as in evaluation, SCALE g.
 
-    g: like x, the gradient behind relu's mask. x, vectors: as in `batch_norm`. factors: (2, C), of
-    `batch_norm_gradient_vectors`.
+    g: like x, the gradient behind relu's mask. x, norm: as in `batch_norm`. factors: (2, C), of
+    `norm_gradient`.
     """
     op = "batch_norm_data_gradient"
     c = check_images(op, "x", x)[1]
     check_images(op, "g", g, like=x)
-    given = {"vectors": (vectors, (5, c))} | ({} if factors is None else {"factors": (factors, (2, c))})
-    check_vectors(op, x.device, single_or_double(x), **given)
+    given = {"norm": (norm, (5, c))} | ({} if factors is None else {"factors": (factors, (2, c))})
+    check_tensors(op, x.device, single_or_double(x), **given)
     if runs_triton(x.device):
-        return launch_gradient(g, x, None, vectors, factors, False)
-    return data_gradient_reference(g, x, vectors, factors)
+        return launch_gradient(g, x, None, norm, factors, False)
+    return data_gradient_reference(g, x, norm, factors)
 
 
 def setup_context(ctx, inputs, output):
-    x, _, _, vectors, residual, ctx.relu, ctx.batch = inputs
+    x, _, _, norm, residual, ctx.relu, ctx.batch = inputs
     ctx.joins = residual is not None
     # PyTorch's own operators would have to normalise again for the mask: there y, which is kept anyway, is cheaper.
     keeps_y = ctx.relu and (ctx.joins or not runs_triton(x.device))
-    ctx.save_for_backward(x, vectors, output if keeps_y else None)
+    ctx.save_for_backward(x, norm, output if keeps_y else None)
 
 
 def backward(ctx, dy):
-    x, vectors, y = ctx.saved_tensors
+    x, norm, y = ctx.saved_tensors
     dy = dy.contiguous(memory_format=torch.channels_last)  # as it is where its consumer was one of these ops
-    dx, d_gamma, d_beta, g = batch_norm_backward(dy, x, y, vectors, ctx.relu, ctx.batch, ctx.joins and ctx.relu)
+    dx, d_gamma, d_beta, g = batch_norm_backward(dy, x, y, norm, ctx.relu, ctx.batch, ctx.joins and ctx.relu)
     d_residual = None if not ctx.joins else g if ctx.relu else dy
     return dx, d_gamma, d_beta, None, d_residual, None, None
 

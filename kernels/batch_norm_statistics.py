@@ -1,4 +1,4 @@
-"""BatchNorm's statistics of a batch, and the vectors by which whoever reads x normalises it.
+"""BatchNorm's statistics of a batch, and the norm by which whoever reads x normalises it.
 
     mean = sum(x) / n,   var = sum((x - mean)^2) / n,   rstd = (var + eps)^-1/2     over N, H, W, per channel
     (x - mean) rstd gamma + beta  =  (x - mean) scale + shift
@@ -7,7 +7,7 @@ Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1. The running statistics ge
 Sums are taken of x - center, where center is a value of the channel itself (the first pixel's), so that a mean that is
 large against the deviation costs no digits: with m = sum(x - center) / n, var = sum((x - center)^2) / n - m^2. What the
 fp32 mean rounds off is kept (`mean_low`), and is part of shift. The producer of x may bring the sums with it
-(`batch_norm_vectors`).
+(`norm_from_sums`).
 
 Bytes: reads x once, 2 per fp16 value; the partial sums, 8 a channel and part, stay in the L2 cache.
 """
@@ -18,17 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
-from kernels.images import check_images, check_vectors, parts_of_rows, single_or_double
+from kernels.images import check_images, check_tensors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
 from kernels.launch import launch, state
 from kernels.operators import named, operator
 
-# The rows of `vectors`, (5, C): v = (x - MEAN) SCALE + SHIFT; the mean is MEAN + MEAN_LOW.
+# The rows of `norm`, (5, C): v = (x - MEAN) SCALE + SHIFT; the mean is MEAN + MEAN_LOW.
 MEAN, SCALE, SHIFT, RSTD, MEAN_LOW = range(5)
 
 
 def reference(x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, *, eps: float) -> Tensor:
-    """The vectors in plain PyTorch, in the precision of `gamma`. Arguments as in `batch_norm_statistics`."""
+    """The norm in plain PyTorch, in the precision of `gamma`. Arguments as in `batch_norm_statistics`."""
     # Running statistics of a momentum of 0: they stay, and make PyTorch answer in their dtype.
     mean, var = torch.batch_norm_update_stats(x, torch.zeros_like(gamma), torch.ones_like(gamma), 0.0)
     n = x.numel() // x.shape[1]
@@ -37,7 +37,7 @@ def reference(x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_
     return folded(mean, var, gamma, beta, eps)
 
 
-def vectors_reference(
+def norm_from_sums_reference(
     sums: Tensor,
     center: Tensor,
     count: int,
@@ -48,7 +48,7 @@ def vectors_reference(
     *,
     eps: float,
 ) -> Tensor:
-    """`batch_norm_vectors` in plain PyTorch."""
+    """`norm_from_sums` in plain PyTorch."""
     offset, square = sums.sum(1) / count
     var = (square - offset.square()).clamp_(min=0)
     batch_mean.copy_(center + offset)
@@ -57,7 +57,7 @@ def vectors_reference(
 
 
 def folded(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """The vectors, (5, C), of a mean and a (biased) variance. In evaluation these are the running ones."""
+    """The norm, (5, C), of a mean and a (biased) variance. In evaluation these are the running ones."""
     rstd = (var + eps).rsqrt()
     return torch.stack((mean, gamma * rstd, beta, rstd, torch.zeros_like(mean)))
 
@@ -105,13 +105,13 @@ def fold_kernel(sums, folded, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.c
     tl.store(folded + at, tl.sum(value, 0), mask=c < C)
 
 
-@triton.jit(repr=named("batch_norm_statistics_vectors"))
-def vectors_kernel(
+@triton.jit(repr=named("batch_norm_statistics_norm"))
+def norm_kernel(
     sums,
     center,
     gamma,
     beta,
-    vectors,
+    norm,
     batch_mean,
     batch_var,
     parts,
@@ -135,18 +135,18 @@ def vectors_kernel(
     mean = origin + offset
     kept = mean - origin  # Knuth's two-sum: mean + mean_low is origin + offset without a rounding
     mean_low = (origin - (mean - kept)) + (offset - kept)
-    tl.store(vectors + c, mean, mask=inside)
-    tl.store(vectors + C + c, scale, mask=inside)
-    tl.store(vectors + 2 * C + c, tl.load(beta + c, mask=inside) - mean_low * scale, mask=inside)
-    tl.store(vectors + 3 * C + c, rstd, mask=inside)
-    tl.store(vectors + 4 * C + c, mean_low, mask=inside)
+    tl.store(norm + c, mean, mask=inside)
+    tl.store(norm + C + c, scale, mask=inside)
+    tl.store(norm + 2 * C + c, tl.load(beta + c, mask=inside) - mean_low * scale, mask=inside)
+    tl.store(norm + 3 * C + c, rstd, mask=inside)
+    tl.store(norm + 4 * C + c, mean_low, mask=inside)
     tl.store(batch_mean + c, mean, mask=inside)
     tl.store(batch_var + c, var * (count / (count - 1)), mask=inside)
 
 
-VECTORS_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 16, "num_warps": 4}
+NORM_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 16, "num_warps": 4}
 FOLD_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 64, "num_warps": 4}
-MOST_PARTS = 512  # of sums, that the few programs which make vectors of them pass over
+MOST_PARTS = 512  # of sums, that the few programs which make norm of them pass over
 
 
 def few_parts(sums: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def few_parts(sums: Tensor) -> Tensor:
 def configured(op: str, x: Tensor) -> Configuration:
     """Tiles of 2 048 values, 2 loads of 16 bytes a thread in fp16; as many programs as fill a GPU several times.
 
-    With 64 channels a row of fp16 is 8 threads, and the vectors lie in registers as the tile needs them.
+    With 64 channels a row of fp16 is 8 threads, and the norm lie in registers as the tile needs them.
     """
     c = x.shape[1]
     block_c = min(next_power_of_2(c), 64)
@@ -175,7 +175,7 @@ def configured(op: str, x: Tensor) -> Configuration:
 def batch_norm_statistics(
     x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, eps: float
 ) -> Tensor:
-    """The vectors (MEAN, SCALE, SHIFT, RSTD, MEAN_LOW) of a batch: (5, C), fp32. Not differentiable: `batch_norm` is.
+    """The norm (MEAN, SCALE, SHIFT, RSTD, MEAN_LOW) of a batch: (5, C), fp32. Not differentiable: `batch_norm` is.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last, with at least 2 values a channel. gamma, beta: (C,), fp32.
     batch_mean, batch_var: (C,), fp32, written: mean and unbiased variance, for the running statistics.
@@ -193,11 +193,11 @@ def batch_norm_statistics(
     grid = (parts, cdiv(c, config["BLOCK_C"]))
     center = x  # its first C values are a pixel
     launch(sums_kernel, grid, x, center, sums, n * h * w, c, rows_a_part, **tile)
-    return launch_vectors(sums, x, n * h * w, gamma, beta, batch_mean, batch_var, eps)
+    return launch_norm(sums, x, n * h * w, gamma, beta, batch_mean, batch_var, eps)
 
 
-@operator("batch_norm_vectors", mutates_args=("batch_mean", "batch_var"))
-def batch_norm_vectors(
+@operator("norm_from_sums", mutates_args=("batch_mean", "batch_var"))
+def norm_from_sums(
     sums: Tensor,
     center: Tensor,
     count: int,
@@ -212,25 +212,25 @@ def batch_norm_vectors(
     sums: (2, P, C), fp32: over P parts of the batch, sum(x - center) and sum((x - center)^2). center: (C,), fp32, near
     the mean. count: values a channel, N H W, at least 2. The rest, and what is returned, as in `batch_norm_statistics`.
     """
-    op, (_, parts, c) = "batch_norm_vectors", sums.shape
-    check_vectors(op, sums.device, gamma.dtype, sums=(sums, (2, parts, c)), center=(center, (c,)))
+    op, (_, parts, c) = "norm_from_sums", sums.shape
+    check_tensors(op, sums.device, gamma.dtype, sums=(sums, (2, parts, c)), center=(center, (c,)))
     check_channels(op, sums, count, c, gamma=gamma, beta=beta, batch_mean=batch_mean, batch_var=batch_var)
     if not runs_triton(sums.device):
-        return vectors_reference(sums, center, count, gamma, beta, batch_mean, batch_var, eps=eps)
-    return launch_vectors(sums, center, count, gamma, beta, batch_mean, batch_var, eps)
+        return norm_from_sums_reference(sums, center, count, gamma, beta, batch_mean, batch_var, eps=eps)
+    return launch_norm(sums, center, count, gamma, beta, batch_mean, batch_var, eps)
 
 
-def check_channels(op: str, x: Tensor, count: int, c: int, **vectors: Tensor) -> None:
-    check_vectors(op, x.device, single_or_double(x), **{name: (v, (c,)) for name, v in vectors.items()})
+def check_channels(op: str, x: Tensor, count: int, c: int, **norm: Tensor) -> None:
+    check_tensors(op, x.device, single_or_double(x), **{name: (v, (c,)) for name, v in norm.items()})
     if count < 2:
         raise ValueError(f"{op}: a channel needs at least 2 values to have a variance, got {count}")
 
 
-def launch_vectors(sums, center, count, gamma, beta, batch_mean, batch_var, eps) -> Tensor:
+def launch_norm(sums, center, count, gamma, beta, batch_mean, batch_var, eps) -> Tensor:
     c = len(gamma)
     sums = few_parts(sums)
-    vectors = torch.empty((5, c), dtype=torch.float32, device=sums.device)
-    grid = (cdiv(c, VECTORS_CONFIG["BLOCK_C"]),)
-    tensors = (sums, center, gamma, beta, vectors, batch_mean, batch_var)
-    launch(vectors_kernel, grid, *tensors, sums.shape[1], c, float(count), eps, **VECTORS_CONFIG)
-    return vectors
+    norm = torch.empty((5, c), dtype=torch.float32, device=sums.device)
+    grid = (cdiv(c, NORM_CONFIG["BLOCK_C"]),)
+    tensors = (sums, center, gamma, beta, norm, batch_mean, batch_var)
+    launch(norm_kernel, grid, *tensors, sums.shape[1], c, float(count), eps, **NORM_CONFIG)
+    return norm

@@ -5,10 +5,10 @@
     y may become relu(y scale + shift + add), or bring sum(y - center) and sum((y - center)^2)     (epilogue)
 An implicit matrix product (Chetlur et al. 2014, arXiv:1410.0759): rows are the pixels of y, the sum runs over taps, and
 within a tap over channels, which lie side by side. Products are summed in fp32. Outside of the image a is 0, not the
-normalised 0. A residual may itself be raw: then it comes with its own vectors. With a residual a is written, once, as
+normalised 0. A residual may itself be raw: then it comes with its own norm. With a residual a is written, once, as
 it is what the next join and the weight's gradient need.
 
-The sums are those of y as it is stored, by channel, over parts of the rows: what `batch_norm_vectors` takes, so that
+The sums are those of y as it is stored, by channel, over parts of the rows: what `norm_from_sums` takes, so that
 BatchNorm needs no pass over y. All of it is in one fixed order.
 
 Bytes per fp16 value: 2 for x, 2 for y; a residual adds 2 read and 2 written per value of x. Each tile of channels of y
@@ -58,14 +58,14 @@ from kernels.operators import named, operator
 
 
 def activation(
-    x: Tensor, vectors: Tensor | None, residual: Tensor | None = None, residual_vectors: Tensor | None = None
+    x: Tensor, norm: Tensor | None, residual: Tensor | None = None, residual_norm: Tensor | None = None
 ) -> Tensor:
     """a in plain PyTorch. Arguments as in `convolution`."""
-    if vectors is None:
+    if norm is None:
         return x
-    if residual is not None and residual_vectors is not None:
-        residual = batch_norm_reference(residual, residual_vectors, None, False)
-    return batch_norm_reference(x, vectors, residual, True)
+    if residual is not None and residual_norm is not None:
+        residual = batch_norm_reference(residual, residual_norm, None, False)
+    return batch_norm_reference(x, norm, residual, True)
 
 
 def reference(
@@ -74,9 +74,9 @@ def reference(
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
-    vectors: Tensor | None,
+    norm: Tensor | None,
     residual: Tensor | None,
-    residual_vectors: Tensor | None,
+    residual_norm: Tensor | None,
     center: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
@@ -85,7 +85,7 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain PyTorch; the sums have one part. Arguments and results as in `convolution`."""
     wide = single_or_double(x)  # in halves PyTorch's convolutions sum in halves on some CPUs
-    a = activation(x, vectors, residual, residual_vectors)
+    a = activation(x, norm, residual, residual_norm)
     y = F.conv2d(a.to(wide), weight.to(wide), None, stride, padding, 1, groups)
     y = y if scale is None else y * scale.view(-1, 1, 1)
     y = y if shift is None else y + shift.view(-1, 1, 1)
@@ -99,14 +99,14 @@ def reference(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "parts"], repr=named("convolution", *TILE, "vectors", "residual", "center", "scale")
+    do_not_specialize=["rows", "parts"], repr=named("convolution", *TILE, "norm", "residual", "center", "scale")
 )
 def kernel(
     x,
     weight,
-    vectors,
+    norm,
     residual,
-    residual_vectors,
+    residual_norm,
     joined,
     center,
     scale,
@@ -189,12 +189,12 @@ def kernel(
                 inside &= ((h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W))[:, None]
             at = (x_row + (r * W + s) * channels)[:, None] + run[None, :]
             a = load(x, x_tiles, x_tile + at, inside, box, top + r - PADDING_H, left + s - PADDING_W, start)
-            if vectors is not None:
-                value = normalised(a, vectors, c, channel, C)
+            if norm is not None:
+                value = normalised(a, norm, c, channel, C)
                 if residual is not None:
                     skip = tl.load(residual + x_tile + at, mask=inside, other=0.0)
-                    if residual_vectors is not None:
-                        skip = normalised(skip, residual_vectors, c, channel, C)
+                    if residual_norm is not None:
+                        skip = normalised(skip, residual_norm, c, channel, C)
                     value += skip.to(tl.float32)
                 value = tl.where(inside, tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
                 a = value.to(x.dtype.element_ty)
@@ -230,11 +230,11 @@ def kernel(
 
 @cache
 def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Configuration:
-    """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose vectors take registers.
+    """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose norm take registers.
 
     So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program.
     """
-    deep = 32 if "vectors" in fusion or element_size > 2 else 64
+    deep = 32 if "norm" in fusion or element_size > 2 else 64
     config = {
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.k, 128 if shape.groups == 1 else 32),
@@ -244,7 +244,7 @@ def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Confi
         "num_stages": 3,
     }
     config |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, shape.oh, shape.ow)
-    return config | (two_programs(element_size, gpu) if "vectors" in fusion else {})
+    return config | (two_programs(element_size, gpu) if "norm" in fusion else {})
 
 
 def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
@@ -268,9 +268,9 @@ def convolution(
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int = 1,
-    vectors: Tensor | None = None,
+    norm: Tensor | None = None,
     residual: Tensor | None = None,
-    residual_vectors: Tensor | None = None,
+    residual_norm: Tensor | None = None,
     center: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -281,23 +281,23 @@ def convolution(
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last. weight: (K, C / groups, R, S), like x, channels-last. stride,
     padding: of H and W.
-    Prologue. vectors: (5, C), fp32, of `batch_norm_statistics`: relu((x - mean) scale + shift) is convolved.
-    residual: like x, added before relu, for a weight of 1 x 1 with stride 1 only. residual_vectors: (5, C), if the
+    Prologue. norm: (5, C), fp32, of `batch_norm_statistics`: relu((x - mean) scale + shift) is convolved.
+    residual: like x, added before relu, for a weight of 1 x 1 with stride 1 only. residual_norm: (5, C), if the
     residual is raw, too.
     Epilogue, in this order: y scale + shift + add, relu, and the sums of y - center and of its square. scale, shift,
     center: (K,), fp32. add: like y. sums: (2, P, K), over P parts of the rows.
     Not differentiable: `convolution_data_gradient` and `convolution_weight_gradient` are the gradients.
     Raises ValueError for other layouts, shapes, dtypes or devices.
     """
-    shape = checked(x, weight, stride, padding, groups, vectors, residual, residual_vectors)
+    shape = checked(x, weight, stride, padding, groups, norm, residual, residual_norm)
     check_channels("convolution", x, shape.k, center=(center, 0), scale=(scale, 0), shift=(shift, 0))
     y = empty_images(x, shape.output)
     check_like("convolution", y, add=add)
     if not runs_triton(x.device):
-        prologue = vectors, residual, residual_vectors
+        prologue = norm, residual, residual_norm
         return reference(x, weight, stride, padding, groups, *prologue, center, scale, shift, add, relu)
     config = configured(
-        x, shape, fusion_of(vectors=vectors, residual=residual, raw=residual_vectors, sums=center, add=add)
+        x, shape, fusion_of(norm=norm, residual=residual, raw=residual_norm, sums=center, add=add)
     )
     parts = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
     z = x.new_empty(0) if residual is None else torch.empty_like(x)
@@ -308,7 +308,7 @@ def convolution(
     launch(
         kernel,
         (min(tiles, config.get("PERSISTENT") or tiles),),
-        *(x, weight, vectors, residual, residual_vectors, None if residual is None else z),
+        *(x, weight, norm, residual, residual_norm, None if residual is None else z),
         *(center, scale, shift, add, y, sums, shape.rows, parts),
         *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
@@ -319,15 +319,15 @@ def convolution(
     return y, z, sums
 
 
-def checked(x, weight, stride, padding, groups, vectors, residual, residual_vectors) -> Geometry:
+def checked(x, weight, stride, padding, groups, norm, residual, residual_norm) -> Geometry:
     """The geometry. ValueError for a prologue that does not fit."""
     op, size = "convolution", check_images("convolution", "x", x)
     check_weight(op, "weight", weight, (x.dtype,), x.device)
     shape = geometry(op, size, weight, stride, padding, groups)
-    check_channels(op, x, shape.c, vectors=(vectors, 5), residual_vectors=(residual_vectors, 5))
+    check_channels(op, x, shape.c, norm=(norm, 5), residual_norm=(residual_norm, 5))
     check_like(op, x, residual=residual)
-    if (residual is not None and vectors is None) or (residual_vectors is not None and residual is None):
-        raise ValueError(f"{op}: a residual needs vectors, and residual_vectors need a residual")
+    if (residual is not None and norm is None) or (residual_norm is not None and residual is None):
+        raise ValueError(f"{op}: a residual needs norm, and residual_norm need a residual")
     if residual is not None and not shape.pointwise:
         raise ValueError(
             f"{op}: a residual is joined by a 1 x 1 weight with stride 1, without padding; "

@@ -6,7 +6,7 @@ of pixels, each with taps of its own: four dense problems, and no multiplication
     dy = g,   or scale g + factors[0] (y - mean) + factors[1]                                   (prologue)
     dx + skip, times the mask of relu, and sums of it and of its product with x - mean          (epilogue)
 The prologue is BatchNorm's backward map (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3), from
-`batch_norm_gradient_vectors`; its sums come from the epilogue of the next layer's data gradient: of g, the gradient of
+`norm_gradient`; its sums come from the epilogue of the next layer's data gradient: of g, the gradient of
 the normalised, masked value, and of g (x - mean), over the raw x. The mask is taken again from x, or, where x was
 joined with another, from z, the joined activation. Sums are of dx as it is stored, in one fixed order.
 
@@ -56,9 +56,9 @@ from kernels.launch import launch
 from kernels.operators import named, operator
 
 
-def output_gradient(g: Tensor, y: Tensor | None, vectors: Tensor | None, factors: Tensor | None) -> Tensor:
+def output_gradient(g: Tensor, y: Tensor | None, norm: Tensor | None, factors: Tensor | None) -> Tensor:
     """dy in plain PyTorch. Arguments as in `convolution_data_gradient`."""
-    return g if vectors is None else data_gradient_reference(g, g if y is None else y, vectors, factors)
+    return g if norm is None else data_gradient_reference(g, g if y is None else y, norm, factors)
 
 
 def reference(
@@ -69,39 +69,39 @@ def reference(
     padding: Sequence[int],
     groups: int,
     y: Tensor | None,
-    vectors: Tensor | None,
+    norm: Tensor | None,
     factors: Tensor | None,
     skip: Tensor | None,
     z: Tensor | None,
     x: Tensor | None,
-    x_vectors: Tensor | None,
+    x_norm: Tensor | None,
     branch: Tensor | None,
-    branch_vectors: Tensor | None,
+    branch_norm: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain PyTorch; the sums have one part. Arguments as in `convolution_data_gradient`."""
     wide = single_or_double(g)
-    dy, weight = output_gradient(g, y, vectors, factors).to(wide), weight.to(wide)
+    dy, weight = output_gradient(g, y, norm, factors).to(wide), weight.to(wide)
     like = dy.new_empty(1).expand(g.shape[0], weight.shape[1] * groups, *size)
     how = (stride, padding, [1, 1], False, [0, 0], groups, [True, False, False])
     dx = torch.ops.aten.convolution_backward(dy, like, weight, None, *how)[0]
     dx = (dx if skip is None else dx + skip).to(g.dtype, memory_format=torch.channels_last)
-    if z is None and x is not None and x_vectors is not None:
-        z = batch_norm_reference(x, x_vectors, None, False)
+    if z is None and x is not None and x_norm is not None:
+        z = batch_norm_reference(x, x_norm, None, False)
     if z is not None:
         dx = torch.ops.aten.threshold_backward(dx, z, 0)
     sums, branch_sums = (
         torch.empty(0, dtype=wide, device=g.device)
         if raw is None or of_raw is None
         else sums_reference(dx, raw, of_raw)
-        for raw, of_raw in ((x, x_vectors), (branch, branch_vectors))
+        for raw, of_raw in ((x, x_norm), (branch, branch_norm))
     )
     return dx, sums, branch_sums
 
 
 @triton.jit
-def store_sums(g, x, vectors, sums, at, inside, c, known, C, part, parts):
+def store_sums(g, x, norm, sums, at, inside, c, known, C, part, parts):
     """The sums of g and of g (x - mean) over a tile."""
-    mean = tl.load(vectors + c, mask=known, other=0.0)[None, :]
+    mean = tl.load(norm + c, mask=known, other=0.0)[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     at = part * C + c
     tl.store(sums + at, tl.sum(g, 0), mask=known)
@@ -115,14 +115,14 @@ def kernel(
     g,
     weight,
     y,
-    vectors,
+    norm,
     factors,
     skip,
     z,
     x,
-    x_vectors,
+    x_norm,
     branch,
-    branch_vectors,
+    branch_norm,
     dx,
     sums,
     branch_sums,
@@ -208,9 +208,9 @@ def kernel(
             at = (g_row - (q * OW + p) * K)[:, None] + k[None, :]
             top_q, left_p = top + first_i - q, left + first_j - p
             a = load(g, g_tiles, g_tile + at, inside, box, top_q, left_p, start)
-            if vectors is not None:
+            if norm is not None:
                 value = load(y, y_tiles, g_tile + at, inside, box, top_q, left_p, start) if y is not None else None
-                a = through_batch_norm(a, value, vectors, factors, inside, k, channel, K).to(g.dtype.element_ty)
+                a = through_batch_norm(a, value, norm, factors, inside, k, channel, K).to(g.dtype.element_ty)
             r, s = first_r + q * STRIDE_H, first_s + p * STRIDE_W
             weighted = channel[:, None] & known[None, :]
             if GROUP_IN:
@@ -226,7 +226,7 @@ def kernel(
         if z is not None:
             result = tl.where(tl.load(z + at, mask=inside, other=0.0) <= 0, 0.0, result)  # a NaN lets the gradient pass
         elif x is not None:
-            value = normalised(tl.load(x + at, mask=inside, other=0.0), x_vectors, c, known, C)
+            value = normalised(tl.load(x + at, mask=inside, other=0.0), x_norm, c, known, C)
             result = tl.where(value <= 0, 0.0, result)
         stored = result.to(dx.dtype.element_ty)
         tl.store(dx + at, stored, mask=inside)
@@ -234,9 +234,9 @@ def kernel(
         part = (tl.program_id(1) * tiles + tile).to(tl.int64)
         parts = (tl.num_programs(1) * tiles).to(tl.int64)
         if x is not None:
-            store_sums(of_sums, x, x_vectors, sums, at, inside, c, known, C, part, parts)
+            store_sums(of_sums, x, x_norm, sums, at, inside, c, known, C, part, parts)
         if branch is not None:
-            store_sums(of_sums, branch, branch_vectors, branch_sums, at, inside, c, known, C, part, parts)
+            store_sums(of_sums, branch, branch_norm, branch_sums, at, inside, c, known, C, part, parts)
 
 
 @cache
@@ -280,24 +280,24 @@ def convolution_data_gradient(
     padding: Sequence[int],
     groups: int = 1,
     y: Tensor | None = None,
-    vectors: Tensor | None = None,
+    norm: Tensor | None = None,
     factors: Tensor | None = None,
     skip: Tensor | None = None,
     z: Tensor | None = None,
     x: Tensor | None = None,
-    x_vectors: Tensor | None = None,
+    x_norm: Tensor | None = None,
     branch: Tensor | None = None,
-    branch_vectors: Tensor | None = None,
+    branch_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, sums, branch_sums; the sums are empty where there is nothing that they are taken with.
 
     g: (N, K, OH, OW), fp16, bf16 or fp32, channels-last. weight: (K, C / groups, R, S), like g, channels-last.
     size: H and W of dx. stride, padding: of H and W.
-    Prologue. vectors: (5, K), fp32, of the BatchNorm behind this convolution: dy = scale g. With factors, (2, K), of
-    `batch_norm_gradient_vectors`, and y, the raw output: dy = scale g + factors[0] (y - mean) + factors[1].
-    Epilogue, in this order. skip: like dx, added. z: like dx; the gradient is 0 where z is 0 or below. x, x_vectors:
+    Prologue. norm: (5, K), fp32, of the BatchNorm behind this convolution: dy = scale g. With factors, (2, K), of
+    `norm_gradient`, and y, the raw output: dy = scale g + factors[0] (y - mean) + factors[1].
+    Epilogue, in this order. skip: like dx, added. z: like dx; the gradient is 0 where z is 0 or below. x, x_norm:
     the raw input, like dx, and (5, C): without z the mask is that of its normalised value; sums, (2, P, C), of dx and
-    of dx (x - mean), over P parts. branch, branch_vectors: likewise for branch_sums, where z joined x with another raw
+    of dx (x - mean), over P parts. branch, branch_norm: likewise for branch_sums, where z joined x with another raw
     tensor.
     Raises ValueError for other layouts, shapes, dtypes or devices.
     """
@@ -308,19 +308,19 @@ def convolution_data_gradient(
     if g.shape != shape.output:
         raise ValueError(f"{op}: of that size, g must be {shape.output}, got {tuple(g.shape)}")
     check_like(op, g, y=y)
-    check_channels(op, g, shape.k, vectors=(vectors, 5), factors=(factors, 2))
-    check_channels(op, g, shape.c, x_vectors=(x_vectors, 5), branch_vectors=(branch_vectors, 5))
+    check_channels(op, g, shape.k, norm=(norm, 5), factors=(factors, 2))
+    check_channels(op, g, shape.c, x_norm=(x_norm, 5), branch_norm=(branch_norm, 5))
     check_together(op, y=y, factors=factors)
-    check_together(op, x=x, x_vectors=x_vectors)
-    check_together(op, branch=branch, branch_vectors=branch_vectors)
-    if factors is not None and vectors is None:
-        raise ValueError(f"{op}: factors need vectors")
+    check_together(op, x=x, x_norm=x_norm)
+    check_together(op, branch=branch, branch_norm=branch_norm)
+    if factors is not None and norm is None:
+        raise ValueError(f"{op}: factors need norm")
     dx = empty_images(g, shape.input)
     check_like(op, dx, skip=skip, z=z, x=x, branch=branch)
-    prologue, epilogue = (y, vectors, factors), (skip, z, x, x_vectors, branch, branch_vectors)
+    prologue, epilogue = (y, norm, factors), (skip, z, x, x_norm, branch, branch_norm)
     if not runs_triton(g.device):
         return reference(g, weight, size, stride, padding, groups, *prologue, *epilogue)
-    config = configured(g, shape, fusion_of(vectors=vectors, y=y, skip=skip, z=z, x=x, branch=branch))
+    config = configured(g, shape, fusion_of(norm=norm, y=y, skip=skip, z=z, x=x, branch=branch))
     classes, tiles = classes_and_tiles(shape, config)
     sums, branch_sums = (empty_sums(g, raw, classes * tiles, shape.c) for raw in (x, branch))
     matrices = {

@@ -59,29 +59,29 @@ def reference(
     padding: Sequence[int],
     groups: int,
     y: Tensor | None,
-    vectors: Tensor | None,
+    norm: Tensor | None,
     factors: Tensor | None,
-    x_vectors: Tensor | None,
+    x_norm: Tensor | None,
     accumulate: bool,
 ) -> None:
     """The formula in plain PyTorch. Arguments as in `convolution_weight_gradient`."""
     wide = single_or_double(g)
-    dy, a = output_gradient(g, y, vectors, factors).to(wide), activation(x, x_vectors).to(wide)
+    dy, a = output_gradient(g, y, norm, factors).to(wide), activation(x, x_norm).to(wide)
     how = (stride, padding, [1, 1], False, [0, 0], groups, [False, True, False])
     dw = torch.ops.aten.convolution_backward(dy, a, dy.new_empty(1).expand(out.shape), None, *how)[1]
     out.add_(dw) if accumulate else out.copy_(dw)
 
 
 @triton.jit(
-    do_not_specialize=["rows", "tiles_a_part"], repr=named("convolution_weight_gradient", *TILE, "y", "x_vectors")
+    do_not_specialize=["rows", "tiles_a_part"], repr=named("convolution_weight_gradient", *TILE, "y", "x_norm")
 )
 def kernel(
     g,
     x,
     y,
-    vectors,
+    norm,
     factors,
-    x_vectors,
+    x_norm,
     dw,
     rows,
     tiles_a_part,
@@ -132,7 +132,7 @@ def kernel(
 
     result = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     start = part.to(tl.int64) * tiles_a_part
-    if x_vectors is None:  # an operand that is not formed in registers: said, or ptxas makes wgmma wait for each other
+    if x_norm is None:  # an operand that is not formed in registers: said, or ptxas makes wgmma wait for each other
         tl.assume(tiles_a_part > 0)
     for step in range(tiles_a_part):
         of_rows, first = (start + step).to(tl.int32), (start + step) * BLOCK_ROWS
@@ -150,9 +150,9 @@ def kernel(
         at = g_tile + (g_row[:, None] + k[None, :])
         inside = exists[:, None] & known[None, :]
         dy = load(g, g_tiles, at, inside, box, top, left, k0)
-        if vectors is not None:
+        if norm is not None:
             value = load(y, y_tiles, at, inside, box, top, left, k0) if y is not None else None
-            dy = through_batch_norm(dy, value, vectors, factors, inside, k, known, K).to(g.dtype.element_ty)
+            dy = through_batch_norm(dy, value, norm, factors, inside, k, known, K).to(g.dtype.element_ty)
         inside = exists[:, None] & channel[None, :]
         if NARROW:
             s_of_run = w[:, None] + (run // NARROW)[None, :]
@@ -162,8 +162,8 @@ def kernel(
         at = x_tile + (x_row[:, None] + run[None, :])
         c0 = tile % tiles_of_run * BLOCK_IN
         a = load(x, x_tiles, at, inside, box, top + r - PADDING_H, left + s - PADDING_W, c0)
-        if x_vectors is not None:
-            value = tl.maximum(normalised(a, x_vectors, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if x_norm is not None:
+            value = tl.maximum(normalised(a, x_norm, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
             a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
         result = multiply_add(tl.trans(dy), a, result)
 
@@ -258,16 +258,16 @@ def convolution_weight_gradient(
     padding: Sequence[int],
     groups: int = 1,
     y: Tensor | None = None,
-    vectors: Tensor | None = None,
+    norm: Tensor | None = None,
     factors: Tensor | None = None,
-    x_vectors: Tensor | None = None,
+    x_norm: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
     """Stores dw in `out`, or adds it with `accumulate`.
 
     g: (N, K, OH, OW), fp16, bf16 or fp32, channels-last. x: (N, C, H, W), like g. out: (K, C / groups, R, S), of g's
-    dtype or fp32, channels-last. stride, padding: of H and W. y, vectors, factors: dy of g, as in
-    `convolution_data_gradient`. x_vectors: (5, C), fp32, where x is raw: relu of its normalised value was convolved.
+    dtype or fp32, channels-last. stride, padding: of H and W. y, norm, factors: dy of g, as in
+    `convolution_data_gradient`. x_norm: (5, C), fp32, where x is raw: relu of its normalised value was convolved.
     Raises ValueError for other layouts, shapes, dtypes or devices.
     """
     op = "convolution_weight_gradient"
@@ -279,14 +279,14 @@ def convolution_weight_gradient(
     if g.shape != shape.output:
         raise ValueError(f"{op}: of that x and out, g must be {shape.output}, got {tuple(g.shape)}")
     check_like(op, g, y=y)
-    check_channels(op, g, shape.k, vectors=(vectors, 5), factors=(factors, 2))
-    check_channels(op, g, shape.c, x_vectors=(x_vectors, 5))
+    check_channels(op, g, shape.k, norm=(norm, 5), factors=(factors, 2))
+    check_channels(op, g, shape.c, x_norm=(x_norm, 5))
     check_together(op, y=y, factors=factors)
-    if factors is not None and vectors is None:
-        raise ValueError(f"{op}: factors need vectors")
+    if factors is not None and norm is None:
+        raise ValueError(f"{op}: factors need norm")
     if not runs_triton(g.device):
-        return reference(g, x, out, stride, padding, groups, y, vectors, factors, x_vectors, accumulate)
-    config = configured(g, shape, fusion_of(vectors=vectors, y=y, x_vectors=x_vectors))
+        return reference(g, x, out, stride, padding, groups, y, norm, factors, x_norm, accumulate)
+    config = configured(g, shape, fusion_of(norm=norm, y=y, x_norm=x_norm))
     tiles_of_run, tiles, parts, tiles_a_part = launch_sizes(shape, config)
     matrices = {
         "g": (g, "BLOCK_ROWS", "BLOCK_OUT"),
@@ -301,7 +301,7 @@ def convolution_weight_gradient(
     launch(
         kernel,
         (tiles * parts,),
-        *(g, x, y, vectors, factors, x_vectors, partial, shape.rows, tiles_a_part, tiles_of_run),
+        *(g, x, y, norm, factors, x_norm, partial, shape.rows, tiles_a_part, tiles_of_run),
         *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
         NARROW=shape.narrow,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
-from kernels.images import HALF_AND_SINGLE, check_vectors, single_or_double
+from kernels.images import HALF_AND_SINGLE, check_tensors, single_or_double
 from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.operators import named, operator
@@ -172,10 +172,10 @@ def check(logits: Tensor, targets: Tensor, loss_scale: Tensor, label_smoothing: 
     if classes > MAX_CLASSES:
         raise ValueError(f"{op}: logits must have at most {MAX_CLASSES} classes, got {classes}")
     if targets.is_floating_point():
-        check_vectors(op, device, single_or_double(logits), targets=(targets, (n, classes)))
+        check_tensors(op, device, single_or_double(logits), targets=(targets, (n, classes)))
     else:
-        check_vectors(op, device, torch.int64, targets=(targets, (n,)))
-    check_vectors(op, device, torch.float32, loss_scale=(loss_scale, (1,)))
+        check_tensors(op, device, torch.int64, targets=(targets, (n,)))
+    check_tensors(op, device, torch.float32, loss_scale=(loss_scale, (1,)))
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{op}: label_smoothing must be at least 0 and below 1, got {label_smoothing}")
     return n, classes

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.configurations import Configuration, capability, cdiv, configuration, dtype_name
-from kernels.images import check_images, check_vectors, single_or_double
+from kernels.images import check_images, check_tensors, single_or_double
 from kernels.implementation import INTERPRETED
 from kernels.launch import state
 
@@ -238,12 +238,12 @@ def check_like(op: str, like: Tensor, /, **others: Tensor | None) -> None:
             check_images(op, name, tensor, like=like)
 
 
-def check_channels(op: str, x: Tensor, channels: int, /, **vectors: tuple[Tensor | None, int]) -> None:
+def check_channels(op: str, x: Tensor, channels: int, /, **norm: tuple[Tensor | None, int]) -> None:
     """ValueError for the first that is not (rows, channels), or (channels,) for 0 rows, in the dtype of sums over x."""
-    for name, (tensor, rows) in vectors.items():
+    for name, (tensor, rows) in norm.items():
         if tensor is not None:
             shape = (rows, channels) if rows else (channels,)
-            check_vectors(op, x.device, single_or_double(x), **{name: (tensor, shape)})
+            check_tensors(op, x.device, single_or_double(x), **{name: (tensor, shape)})
 
 
 def check_together(op: str, /, **tensors: Tensor | None) -> None:
@@ -331,21 +331,21 @@ def multiply_add(a, b, total):
 
 
 @triton.jit
-def normalised(x, vectors, c, channel, C):
-    """(x - mean) scale + shift, with the first rows of vectors, (5, C): x is (rows, channels c)."""
-    mean = tl.load(vectors + c, mask=channel, other=0.0)[None, :]
-    scale = tl.load(vectors + C + c, mask=channel, other=0.0)[None, :]
-    shift = tl.load(vectors + 2 * C + c, mask=channel, other=0.0)[None, :]
+def normalised(x, norm, c, channel, C):
+    """(x - mean) scale + shift, with the first rows of norm, (5, C): x is (rows, channels c)."""
+    mean = tl.load(norm + c, mask=channel, other=0.0)[None, :]
+    scale = tl.load(norm + C + c, mask=channel, other=0.0)[None, :]
+    shift = tl.load(norm + 2 * C + c, mask=channel, other=0.0)[None, :]
     return (x.to(tl.float32) - mean) * scale + shift
 
 
 @triton.jit
-def through_batch_norm(g, y, vectors, factors, inside, k, channel, K):
+def through_batch_norm(g, y, norm, factors, inside, k, channel, K):
     """dy, the gradient behind BatchNorm: scale g + factors[0] (y - mean) + factors[1]; g, y: (rows, channels k)."""
-    scale = tl.load(vectors + K + k, mask=channel, other=0.0)[None, :]
+    scale = tl.load(norm + K + k, mask=channel, other=0.0)[None, :]
     dy = scale * g.to(tl.float32)
     if factors is not None:
-        mean = tl.load(vectors + k, mask=channel, other=0.0)[None, :]
+        mean = tl.load(norm + k, mask=channel, other=0.0)[None, :]
         slope = tl.load(factors + k, mask=channel, other=0.0)[None, :]
         offset = tl.load(factors + K + k, mask=channel, other=0.0)[None, :]
         dy += slope * (y.to(tl.float32) - mean) + offset

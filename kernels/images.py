@@ -40,7 +40,7 @@ def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def check_vectors(
+def check_tensors(
     op: str, device: torch.device, dtype: torch.dtype, **expected: tuple[Tensor, tuple[int, ...]]
 ) -> None:
     """ValueError for the first tensor that is not contiguous, of its shape, of `dtype` and on `device`."""

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
-from kernels.images import HALF_AND_SINGLE, check_images, check_vectors
+from kernels.images import HALF_AND_SINGLE, check_images, check_tensors
 from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.operators import named, operator
@@ -99,8 +99,8 @@ def check(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, dtype: tor
             "prepare_input: images must be (N, H, W, 3), none of them 0, torch.uint8, contiguous; "
             f"got {tuple(images.shape)}, {images.dtype}, strides {images.stride()}"
         )
-    check_vectors("prepare_input", images.device, torch.bool, flip=(flip, (images.shape[0],)))
-    check_vectors("prepare_input", images.device, torch.float32, scale=(scale, (3,)), shift=(shift, (3,)))
+    check_tensors("prepare_input", images.device, torch.bool, flip=(flip, (images.shape[0],)))
+    check_tensors("prepare_input", images.device, torch.float32, scale=(scale, (3,)), shift=(shift, (3,)))
     if dtype not in HALF_AND_SINGLE or channels not in (3, 4, 8):
         raise ValueError(
             f"prepare_input: dtype must be one of {', '.join(map(str, HALF_AND_SINGLE))}, channels 3, 4 or 8; "

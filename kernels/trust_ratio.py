@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import check
-from kernels.images import check_vectors
+from kernels.images import check_tensors
 from kernels.implementation import runs_triton
 from kernels.launch import launch, state
 from kernels.operators import named, operator
@@ -193,7 +193,7 @@ def check_arguments(
         latest=(latest, 3, float32),
         average=(average, 4, (torch.float64,)),
     )
-    check_vectors(op, scalars.device, torch.float32, rows=(rows, (len(rows), 3)))
+    check_tensors(op, scalars.device, torch.float32, rows=(rows, (len(rows), 3)))
     if larc_mode not in MODES or min(tensors, steps, ranks) < 1:
         raise ValueError(
             f"{op}: needs at least one tensor, step and rank and a mode of {', '.join(MODES)}, "

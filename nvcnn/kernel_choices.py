@@ -5,7 +5,7 @@ python -m nvcnn.kernel_choices [--log_dir DIR]     what was measured on this mac
 With --conv=auto, rank 0 of a run on GPUs measures, once for each place that a convolution has: forward and backward,
 with the BatchNorm around it, since what is fused on one side is a pass of its own on the other; all three parts of a
 convolution jointly, as they share what is in memory. What neighbours hand to each other is the same for all algorithms
-(a raw tensor and its vectors; a masked gradient and its sums), so the times of places add up. An evaluation measures
+(a raw tensor and its norm; a masked gradient and its sums), so the times of places add up. An evaluation measures
 forward, with what comes behind. An algorithm that fails at a place, or whose results are wrong there, is not used.
 
 Every rank gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The
@@ -108,12 +108,12 @@ class Places(TorchDispatchMode):
         return result
 
     def note(
-        self, x, weight, stride, padding, groups, vectors=None, residual=None, residual_vectors=None,
+        self, x, weight, stride, padding, groups, norm=None, residual=None, residual_norm=None,
         center=None, scale=None, shift=None, add=None, relu=False,
     ):  # fmt: skip
-        reads = "raw" if vectors is not None else "activation"
+        reads = "raw" if norm is not None else "activation"
         if residual is not None:
-            reads = "join" if residual_vectors is None else "join of two"
+            reads = "join" if residual_norm is None else "join of two"
         folded = "" if scale is None else "folded" if add is None else "folded, adding"
         geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
         of = next((original for original, padded in self.padded if padded is weight), weight)
@@ -158,7 +158,7 @@ class Sample:
     place: Place
     conv: Conv2d
     bn: BatchNorm2d
-    tensors: dict[str, Tensor]  # x; of a raw one x_vectors; b, b_vectors likewise; added, in evaluation
+    tensors: dict[str, Tensor]  # x; of a raw one x_norm; b, b_norm likewise; added, in evaluation
     directions: dict[str, Tensor]  # by output
 
     @property
@@ -176,10 +176,10 @@ class Sample:
 
     def read(self, name: str) -> Any:
         """A raw tensor, or an activation, or None."""
-        tensor, vectors = self.tensors.get(name), self.tensors.get(f"{name}_vectors")
-        if tensor is None or vectors is None:
+        tensor, norm = self.tensors.get(name), self.tensors.get(f"{name}_norm")
+        if tensor is None or norm is None:
             return tensor
-        return Raw(tensor, self.bn, vectors)  # the vectors say it all: of the BatchNorm nothing is read
+        return Raw(tensor, self.bn, norm)  # the norm say it all: of the BatchNorm nothing is read
 
     def forward(self, algorithm: str) -> dict[str, Tensor]:
         """What the place returns to others, by name."""
@@ -191,8 +191,8 @@ class Sample:
         x = x if b is None else Join(x, b)
         y = conv_bn(x, self.conv, self.bn)
         assert isinstance(y, Raw)
-        assert y.vectors is not None
-        outputs = {"y": y.y, "vectors": y.vectors}
+        assert y.norm is not None
+        outputs = {"y": y.y, "norm": y.norm}
         return outputs if b is None else outputs | {"z": activation(x)}  # which somebody else reads, too
 
     def backward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ class Sample:
 
 
 def sample(place: Place, device: torch.device) -> Sample:
-    """Activations are normal, and vectors let about half of them pass a ReLU. Gradients are smaller, those of vectors
+    """Activations are normal, and norm let about half of them pass a ReLU. Gradients are smaller, those of norm
     the more so the more values there are, as in training: the weight's is then no infinity in fp16.
     """
     c, (k, _, *kernel_size) = place.x[1], place.weight
@@ -226,22 +226,22 @@ def sample(place: Place, device: torch.device) -> Sample:
     bn = BatchNorm2d(k).to(device).train(not place.folded)
     tensors = {"x": images(*place.x)}
     if place.reads != "activation":
-        tensors["x_vectors"] = torch.rand(5, c, device=device) + 0.5
+        tensors["x_norm"] = torch.rand(5, c, device=device) + 0.5
     if place.reads in ("join", "join of two"):
         tensors["b"] = images(*place.x)
     if place.reads == "join of two":
-        tensors["b_vectors"] = torch.rand(5, c, device=device) + 0.5
+        tensors["b_norm"] = torch.rand(5, c, device=device) + 0.5
     if place.folded == "folded, adding":
         tensors["added"] = images(*place.y)
-    if "x_vectors" in tensors:
+    if "x_norm" in tensors:
         keep_clear_of_zero(tensors)
     for t in tensors.values():
         t.requires_grad_(place.gradient)
     directions = {}
     if not place.folded:
         n, _, oh, ow = place.y
-        of_vectors = torch.randn(5, k, device=device) * 0.1 * (n * oh * ow) ** -0.5
-        directions = {"y": images(*place.y, deviation=0.1), "vectors": of_vectors}
+        of_norm = torch.randn(5, k, device=device) * 0.1 * (n * oh * ow) ** -0.5
+        directions = {"y": images(*place.y, deviation=0.1), "norm": of_norm}
         directions |= {"z": images(*place.x, deviation=0.1)} if "b" in tensors else {}
     return Sample(place, conv, bn, tensors, directions)
 
@@ -253,14 +253,14 @@ def keep_clear_of_zero(tensors: dict[str, Tensor]) -> None:
     """
 
     def value(name: str) -> Tensor:
-        x, vectors = tensors[name].float(), tensors.get(f"{name}_vectors")
-        if vectors is None:
+        x, norm = tensors[name].float(), tensors.get(f"{name}_norm")
+        if norm is None:
             return x
-        mean, scale, shift = (row.view(-1, 1, 1) for row in vectors[:3])
+        mean, scale, shift = (row.view(-1, 1, 1) for row in norm[:3])
         return (x - mean) * scale + shift
 
     v = value("x") + value("b") if "b" in tensors else value("x")
-    away = torch.where(v < 0, -CLEAR, CLEAR) / tensors["x_vectors"][1].view(-1, 1, 1)
+    away = torch.where(v < 0, -CLEAR, CLEAR) / tensors["x_norm"][1].view(-1, 1, 1)
     tensors["x"] += away * (v.abs() < CLEAR)
 
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.probes import IMAGES, Contender, Probe, errors, images, normal
-from benchmarks.probes.halves import normalised, random_vectors
-from benchmarks.probes.present import PADDED, library, present, vectors
+from benchmarks.probes.halves import normalised, random_norm
+from benchmarks.probes.present import PADDED, library, present, norm
 from benchmarks.timing import Step
 
 SHAPES = ((64, 56), (256, 14))  # channels in and out; pixels across
 
 
-def fused(x: Tensor, weight: Tensor, x_vectors: Tensor) -> tuple[Step, Tensor, Tensor]:
+def fused(x: Tensor, weight: Tensor, x_norm: Tensor) -> tuple[Step, Tensor, Tensor]:
     """A step, what it writes to: y, like x, and sums, (2, K). x: images; weight: (K, C, 3, 3), both channels-last.
 
     ImportError, with what to do, without the package.
@@ -33,7 +33,7 @@ def fused(x: Tensor, weight: Tensor, x_vectors: Tensor) -> tuple[Step, Tensor, T
     handle = cudnn.create_handle()
     single, half = cudnn.data_type.FLOAT, cudnn.data_type.HALF
     graph = cudnn.pygraph(io_data_type=half, intermediate_data_type=single, compute_data_type=single, handle=handle)
-    scale, shift = (vector.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last) for vector in x_vectors)
+    scale, shift = (vector.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last) for vector in x_norm)
     inputs: dict[Any, Tensor] = {
         graph.tensor(name=name, dim=list(t.shape), stride=list(t.stride()), data_type=half): t
         for name, t in (("x", x), ("weight", weight), ("scale", scale), ("shift", shift))
@@ -58,18 +58,18 @@ def fused(x: Tensor, weight: Tensor, x_vectors: Tensor) -> tuple[Step, Tensor, T
 
 
 def operands(number: int, c: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and x_vectors of `fused`."""
+    """x, weight and x_norm of `fused`."""
     weight = normal(c, 3, 3, c, device=device, std=(9 * c) ** -0.5).permute(0, 3, 1, 2)
-    return images(normal(number * size * size, c, device=device), size), weight, random_vectors(c, device)
+    return images(normal(number * size * size, c, device=device), size), weight, random_norm(c, device)
 
 
 def check(device: torch.device) -> dict[str, float]:
     found: dict[str, float] = {}
     for c, size in SHAPES:
-        x, weight, x_vectors = operands(16, c, size, device)
-        step, y, sums = fused(x, weight, x_vectors)
+        x, weight, x_norm = operands(16, c, size, device)
+        step, y, sums = fused(x, weight, x_norm)
         step()
-        a = normalised(x.permute(0, 2, 3, 1), x_vectors).relu().permute(0, 3, 1, 2)
+        a = normalised(x.permute(0, 2, 3, 1), x_norm).relu().permute(0, 3, 1, 2)
         true_y = torch.nn.functional.conv2d(a.double(), weight.double(), padding=1)
         total, squares = true_y.sum((0, 2, 3)), true_y.square().sum((0, 2, 3))
         of_shape = errors(y=(y, true_y), sum=(sums[0], total), squares=(sums[1], squares))
@@ -80,14 +80,14 @@ def check(device: torch.device) -> dict[str, float]:
 def contenders(device: torch.device) -> dict[str, Contender]:
     made = {}
     for c, size in SHAPES:
-        x, weight, x_vectors = operands(IMAGES, c, size, device)
+        x, weight, x_norm = operands(IMAGES, c, size, device)
         steps: dict[str, Step] = {}
         if device.type == "cuda":
-            steps["fused"] = fused(x, weight, x_vectors)[0]
+            steps["fused"] = fused(x, weight, x_norm)[0]
         steps["plain"] = library(x, weight, PADDED)
         center = torch.zeros(c, device=device)
         steps["present"] = partial(
-            present("convolution"), x, weight, *PADDED, vectors=vectors(c, device), center=center
+            present("convolution"), x, weight, *PADDED, norm=norm(c, device), center=center
         )
         pixels = IMAGES * size * size
         for name, step in steps.items():

@@ -13,21 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.probes import divides, images, normal
-from benchmarks.probes.halves import fma, fma_relu, normalised, random_vectors, where_positive
-from benchmarks.probes.present import POINTWISE, vectors
+from benchmarks.probes.halves import fma, fma_relu, normalised, random_norm, where_positive
+from benchmarks.probes.present import POINTWISE, norm
 
 
 @dataclass(frozen=True)
 class Operands:
-    """g, y: (rows, K); weight: (K, C); factors: (3, K), fp32, scale, slope, offset; x: (rows, C); vectors: (2, C)."""
+    """g, y: (rows, K); weight: (K, C); factors: (3, K), fp32, scale, slope, offset; x: (rows, C); norm: (2, C)."""
 
     g: Tensor
     y: Tensor
     weight: Tensor
     factors: Tensor
     x: Tensor
-    x_vectors: Tensor
-    d_vectors: Tensor
+    x_norm: Tensor
+    d_norm: Tensor
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -46,10 +46,10 @@ class Operands:
             "stride": POINTWISE[0],
             "padding": POINTWISE[1],
             "y": images(self.y, size),
-            "vectors": vectors(k, device),
+            "norm": norm(k, device),
             "factors": self.factors[1:].contiguous(),
             "x": images(self.x, size),
-            "x_vectors": vectors(c, device),
+            "x_norm": norm(c, device),
         }
 
     def present_weight(self, size: int) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def operands(rows: int, k: int, c: int, device: torch.device) -> Operands:
     return Operands(
         *(normal(rows, k, device=device), normal(rows, k, device=device), normal(k, c, device=device, std=k**-0.5)),
         torch.stack((scale, slope, offset)),
-        *(normal(rows, c, device=device), random_vectors(c, device), random_vectors(c, device)),
+        *(normal(rows, c, device=device), random_norm(c, device), random_norm(c, device)),
     )
 
 
@@ -73,14 +73,14 @@ def reference(of: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dw, sums, (2, C), and dy, in float64 but for what a kernel must round: a, d and dy."""
     scale, slope, offset = of.factors.double()
     dy = (of.g.double() * scale + (of.y.double() * slope + offset)).half().double()
-    a = normalised(of.x, of.x_vectors).relu().double()
+    a = normalised(of.x, of.x_norm).relu().double()
     dx = torch.where(a > 0, dy @ of.weight.double(), 0.0)
-    d = normalised(of.x, of.d_vectors).double()
+    d = normalised(of.x, of.d_norm).double()
     return dx, dy.T @ a, torch.stack((dx.sum(0), (dx * d).sum(0))), dy
 
 
 @triton.jit
-def store_masked(result, x, x_vectors, d_vectors, dx, sums, part, parts, c, C: tl.constexpr):
+def store_masked(result, x, x_norm, d_norm, dx, sums, part, parts, c, C: tl.constexpr):
     """The epilogue for a tile of rows: the mask, dx, and the sums of it as it is stored.
 
     Its values are laid out as x is loaded, a thread's columns side by side, of several rows: sums take few shuffles.
@@ -88,10 +88,10 @@ def store_masked(result, x, x_vectors, d_vectors, dx, sums, part, parts, c, C: t
     row = tl.arange(0, result.shape[0])
     at = part.to(tl.int64) * result.shape[0] * C + (row[:, None] * C + c[None, :])
     raw = tl.load(x + at)
-    a = fma_relu(raw, tl.load(x_vectors + c)[None, :], tl.load(x_vectors + C + c)[None, :])
+    a = fma_relu(raw, tl.load(x_norm + c)[None, :], tl.load(x_norm + C + c)[None, :])
     out = where_positive(result.to(tl.float16), a)
     tl.store(dx + at, out)
-    d = fma(raw, tl.load(d_vectors + c)[None, :], tl.load(d_vectors + C + c)[None, :])
+    d = fma(raw, tl.load(d_norm + c)[None, :], tl.load(d_norm + C + c)[None, :])
     out = out.to(tl.float32)
     tl.store(sums + part * C + c, tl.sum(out, 0))
     # In fp32: of products of halves a third would be subnormal at a loss scale of 128.
@@ -105,8 +105,8 @@ def data_gradient(
     weight,
     factors,
     x,
-    x_vectors,
-    d_vectors,
+    x_norm,
+    d_norm,
     dx,
     dy,
     sums,
@@ -142,7 +142,7 @@ def data_gradient(
             result = tl.dot(tl.trans(w), tl.trans(gradient), result)
     if dy is not None:
         result = tl.trans(result)
-    store_masked(result, x, x_vectors, d_vectors, dx, sums, part, parts, c, C)
+    store_masked(result, x, x_norm, d_norm, dx, sums, part, parts, c, C)
 
 
 def launch(
@@ -155,7 +155,7 @@ def launch(
     dy = torch.empty_like(of.g) if store else None
     constants = {"K": k, "C": c, "BLOCK_ROWS": 128, "BLOCK_OUT": block_out, "BLOCK_IN": block_in}
     data_gradient[(parts * divides(block_out, c),)](
-        *(of.g, of.y, of.weight, of.factors, of.x, of.x_vectors, of.d_vectors, dx, dy, sums, parts),
+        *(of.g, of.y, of.weight, of.factors, of.x, of.x_norm, of.d_norm, dx, dy, sums, parts),
         **constants,
         num_warps=8,
         num_stages=3,

@@ -72,12 +72,12 @@ def one_row(rows):
     return tl.sum(rows, 0) * 0.0625
 
 
-def normalised(x: Tensor, vectors: Tensor) -> Tensor:
-    """What `fma` gives, in PyTorch: x (rows, C); vectors: (2, C), scale and shift; all halves."""
-    return (x.double() * vectors[0].double() + vectors[1].double()).half()
+def normalised(x: Tensor, norm: Tensor) -> Tensor:
+    """What `fma` gives, in PyTorch: x (rows, C); norm: (2, C), scale and shift; all halves."""
+    return (x.double() * norm[0].double() + norm[1].double()).half()
 
 
-def random_vectors(channels: int, device: torch.device) -> Tensor:
+def random_norm(channels: int, device: torch.device) -> Tensor:
     """(2, channels): scale around 1 and shift around 0, halves."""
     scale, shift = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device) * 0.3
     return torch.stack((scale, shift)).half()

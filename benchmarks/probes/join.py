@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.probes import IMAGES, Contender, Probe, divides, errors, images, normal, small_rows
-from benchmarks.probes.halves import column_sums, deviation, fma_relu, normalised, one_row, random_vectors
-from benchmarks.probes.present import POINTWISE, library, present, vectors
+from benchmarks.probes.halves import column_sums, deviation, fma_relu, normalised, one_row, random_norm
+from benchmarks.probes.present import POINTWISE, library, present, norm
 
 C, K, SIZE = 256, 64, 56
 BLOCK_ROWS, BLOCK_IN = 128, 64
@@ -27,8 +27,8 @@ def join(
     x,
     residual,
     weight,
-    x_vectors,
-    y_vectors,
+    x_norm,
+    y_norm,
     z,
     y,
     sums,
@@ -47,7 +47,7 @@ def join(
         # Prologue: the join, written as it is formed.
         c = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
         at = first * C + (row[:, None] * C + c[None, :])
-        scale, shift = tl.load(x_vectors + c)[None, :], tl.load(x_vectors + C + c)[None, :]
+        scale, shift = tl.load(x_norm + c)[None, :], tl.load(x_norm + C + c)[None, :]
         a = fma_relu(tl.load(x + at), scale, tl.load(residual + at) + shift)
         tl.store(z + at, a)
         # Product: a is the right operand, which comes from shared memory, so that it is formed in one layout alone.
@@ -56,23 +56,23 @@ def join(
     # Epilogue.
     out = tl.trans(result).to(tl.float16)
     tl.store(y + first * K + (row[:, None] * K + k[None, :]), out)
-    d = deviation(out, tl.load(y_vectors + k)[None, :], tl.load(y_vectors + K + k)[None, :])
+    d = deviation(out, tl.load(y_norm + k)[None, :], tl.load(y_norm + K + k)[None, :])
     zero = tl.zeros((16, K), tl.float32)
     tl.store(sums + part * K + k, one_row(column_sums(d, zero)))
     tl.store(sums + (parts + part) * K + k, one_row(column_sums(d * d, zero)))
 
 
 def launch(
-    x: Tensor, residual: Tensor, weight: Tensor, x_vectors: Tensor, y_vectors: Tensor
+    x: Tensor, residual: Tensor, weight: Tensor, x_norm: Tensor, y_norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z, (rows, C); y, (rows, K); sums, (2, parts, K). x, residual: (rows, C); weight: (K, C); vectors: halves."""
+    """z, (rows, C); y, (rows, K); sums, (2, parts, K). x, residual: (rows, C); weight: (K, C); norm: halves."""
     rows = x.shape[0]
     parts = divides(BLOCK_ROWS, rows)
     z, y = torch.empty_like(x), x.new_empty(rows, K)
     sums = torch.empty(2, parts, K, device=x.device)
     constants = {"C": C, "K": K, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_IN": BLOCK_IN}
     join[(parts,)](
-        *(x, residual, weight, x_vectors, y_vectors, z, y, sums, parts),
+        *(x, residual, weight, x_norm, y_norm, z, y, sums, parts),
         **constants,
         num_warps=8,
         num_stages=3,
@@ -84,15 +84,15 @@ def operands(rows: int, device: torch.device) -> tuple[Tensor, ...]:
     """Those of `launch`."""
     x, residual = (normal(rows, C, device=device) for _ in range(2))
     weight = normal(K, C, device=device, std=C**-0.5)
-    return x, residual, weight, random_vectors(C, device), random_vectors(K, device)
+    return x, residual, weight, random_norm(C, device), random_norm(K, device)
 
 
 def check(device: torch.device) -> dict[str, float]:
-    x, residual, weight, x_vectors, y_vectors = operands(small_rows(device), device)
-    z, y, sums = launch(x, residual, weight, x_vectors, y_vectors)
-    scale, shift = x_vectors
+    x, residual, weight, x_norm, y_norm = operands(small_rows(device), device)
+    z, y, sums = launch(x, residual, weight, x_norm, y_norm)
+    scale, shift = x_norm
     joined = (x.double() * scale.double() + (residual + shift).double()).relu().half().double()
-    d = normalised(y, y_vectors).double()
+    d = normalised(y, y_norm).double()
     total, squares = sums.sum(1)
     true_y = joined @ weight.double().T
     return errors(z=(z, joined), y=(y, true_y), sum=(total, d.sum(0)), squares=(squares, d.square().sum(0)))
@@ -100,12 +100,12 @@ def check(device: torch.device) -> dict[str, float]:
 
 def contenders(device: torch.device) -> dict[str, Contender]:
     rows = IMAGES * SIZE * SIZE
-    x, residual, weight, x_vectors, y_vectors = operands(rows, device)
+    x, residual, weight, x_norm, y_norm = operands(rows, device)
     as_images = images(x, SIZE), weight[:, :, None, None]
-    fused = {"vectors": vectors(C, device), "residual": images(residual, SIZE), "center": torch.zeros(K, device=device)}
+    fused = {"norm": norm(C, device), "residual": images(residual, SIZE), "center": torch.zeros(K, device=device)}
     needed, flops = 2 * rows * (3 * C + K), 2 * rows * C * K
     return {
-        OURS: Contender(partial(launch, x, residual, weight, x_vectors, y_vectors), needed, flops),
+        OURS: Contender(partial(launch, x, residual, weight, x_norm, y_norm), needed, flops),
         "present": Contender(partial(present("convolution"), *as_images, *POINTWISE, **fused), needed, flops),
         "cuDNN, convolution alone": Contender(library(*as_images, POINTWISE), 2 * rows * (C + K), flops),
     }

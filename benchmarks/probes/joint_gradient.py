@@ -80,7 +80,7 @@ def produce(g, y, x, ring, tiles):
 
 
 @gluon.jit
-def consume(ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles):
+def consume(ring, memory, factors, x_norm, d_norm, dx, dw, sums, tiles):
     """Computes the program's tiles; at the end stores its part of dw and of the sums."""
     g_ring, y_ring, x_ring, full, empty = ring
     activation, result, w = memory
@@ -88,7 +88,7 @@ def consume(ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles):
     BLOCK_ROWS: gl.constexpr = g_ring.shape[1]
     K: gl.constexpr = w.shape[0]
     C: gl.constexpr = w.shape[1]
-    # A thread's columns are the same in all its rows, so that it holds few values of the vectors.
+    # A thread's columns are the same in all its rows, so that it holds few values of the norm.
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     of_dw: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
@@ -98,8 +98,8 @@ def consume(ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles):
     row = gl.arange(0, BLOCK_ROWS, gl.SliceLayout(1, narrow))
     scale, slope = gl.load(factors + k)[None, :], gl.load(factors + K + k)[None, :]
     offset = gl.load(factors + 2 * K + k)[None, :]
-    x_scale, x_shift = gl.load(x_vectors + c)[None, :], gl.load(x_vectors + C + c)[None, :]
-    d_scale, d_shift = gl.load(d_vectors + c)[None, :], gl.load(d_vectors + C + c)[None, :]
+    x_scale, x_shift = gl.load(x_norm + c)[None, :], gl.load(x_norm + C + c)[None, :]
+    d_scale, d_shift = gl.load(d_norm + c)[None, :], gl.load(d_norm + C + c)[None, :]
     total_dw = gl.zeros([K, C], gl.float32, of_dw)
     total = gl.zeros([BLOCK_ROWS, C], gl.float32, narrow)
     products = gl.zeros([BLOCK_ROWS, C], gl.float32, narrow)
@@ -146,8 +146,8 @@ def joint_gradient(
     x,
     weight,
     factors,
-    x_vectors,
-    d_vectors,
+    x_norm,
+    d_norm,
     dx,
     dw,
     sums,
@@ -179,7 +179,7 @@ def joint_gradient(
     ring, memory = (g_ring, y_ring, x_ring, full, empty), (activation, result, w)
     gl.warp_specialize(
         [
-            (consume, (ring, memory, factors, x_vectors, d_vectors, dx, dw, sums, tiles)),
+            (consume, (ring, memory, factors, x_norm, d_norm, dx, dw, sums, tiles)),
             (produce, (g, y, x, ring, tiles)),
         ],
         [1],  # the producer's warps
@@ -199,7 +199,7 @@ def launch(of: Operands) -> tuple[Tensor, Tensor, Tensor]:
         for matrix, block in ((of.g, BLOCK_ROWS), (of.y, BLOCK_ROWS), (of.x, BLOCK_ROWS), (of.weight, k))
     ]
     joint_gradient[(programs,)](
-        *(*tiles_of, of.factors, of.x_vectors, of.d_vectors, dx, partial_dw, sums, tiles),
+        *(*tiles_of, of.factors, of.x_norm, of.d_norm, dx, partial_dw, sums, tiles),
         STAGES=STAGES,
         num_warps=8,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.probes import IMAGES, Contender, Probe, divides, errors, images, normal
-from benchmarks.probes.halves import column_sums, deviation, normalised, one_row, random_vectors
+from benchmarks.probes.halves import column_sums, deviation, normalised, one_row, random_norm
 from benchmarks.probes.present import PADDED, library
 
 SHAPES = ((64, 56), (256, 14))  # channels in and out; pixels across
@@ -26,7 +26,7 @@ BOX_H, BOX_W, BLOCK_IN = 8, 16, 64
 def convolution_3x3(
     a_tiles,
     weight_tiles,
-    y_vectors,
+    y_norm,
     y,
     sums,
     boxes,
@@ -57,7 +57,7 @@ def convolution_3x3(
     inside = ((i < SIZE) & (j < SIZE))[:, None]
     out = result.to(tl.float16)
     tl.store(y + n.to(tl.int64) * (SIZE * SIZE * K) + ((i * SIZE + j) * K)[:, None] + k[None, :], out, mask=inside)
-    d = deviation(out, tl.load(y_vectors + k)[None, :], tl.load(y_vectors + K + k)[None, :])
+    d = deviation(out, tl.load(y_norm + k)[None, :], tl.load(y_norm + K + k)[None, :])
     d = tl.where(inside, d, 0.0).to(tl.float16)
     zero = tl.zeros((16, BLOCK_OUT), tl.float32)
     tl.store(sums + box * K + k, one_row(column_sums(d, zero)))
@@ -69,7 +69,7 @@ def count(rows: int, size: int) -> int:
     return divides(size * size, rows) * triton.cdiv(size, BOX_H) * triton.cdiv(size, BOX_W)
 
 
-def launch(a: Tensor, weight: Tensor, y_vectors: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def launch(a: Tensor, weight: Tensor, y_norm: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """y, (rows, K), and sums, (2, P, K), of a, (rows, C), images of size x size, and weight, (K, 3, 3, C)."""
     rows, c = a.shape
     k, boxes = weight.shape[0], count(rows, size)
@@ -80,7 +80,7 @@ def launch(a: Tensor, weight: Tensor, y_vectors: Tensor, size: int) -> tuple[Ten
     convolution_3x3[(boxes * divides(block_out, k),)](
         TensorDescriptor.from_tensor(a.view(-1, size, size, c), [1, BOX_H, BOX_W, BLOCK_IN]),
         TensorDescriptor.from_tensor(weight.view(k, 9 * c), [block_out, BLOCK_IN]),
-        *(y_vectors, y, sums, boxes),
+        *(y_norm, y, sums, boxes),
         **constants,
         num_warps=8,
         num_stages=4 if block_out < 256 else 3,
@@ -89,18 +89,18 @@ def launch(a: Tensor, weight: Tensor, y_vectors: Tensor, size: int) -> tuple[Ten
 
 
 def operands(number: int, c: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """a, weight and y_vectors of `launch`, for so many images and as many channels out as in."""
+    """a, weight and y_norm of `launch`, for so many images and as many channels out as in."""
     weight = normal(c, 3, 3, c, device=device, std=(9 * c) ** -0.5)
-    return normal(number * size * size, c, device=device).relu(), weight, random_vectors(c, device)
+    return normal(number * size * size, c, device=device).relu(), weight, random_norm(c, device)
 
 
 def check(device: torch.device) -> dict[str, float]:
     found: dict[str, float] = {}
     for c, size in SHAPES:
-        a, weight, y_vectors = operands(1 if device.type == "cpu" else 16, c, size, device)
-        y, sums = launch(a, weight, y_vectors, size)
+        a, weight, y_norm = operands(1 if device.type == "cpu" else 16, c, size, device)
+        y, sums = launch(a, weight, y_norm, size)
         true_y = torch.nn.functional.conv2d(images(a, size).double(), weight.permute(0, 3, 1, 2).double(), padding=1)
-        d = normalised(y, y_vectors).double()
+        d = normalised(y, y_norm).double()
         total, squares = sums.sum(1)
         of_shape = errors(y=(images(y, size), true_y), sum=(total, d.sum(0)), squares=(squares, d.square().sum(0)))
         found |= {f"{name}, {c} channels": value for name, value in of_shape.items()}

@@ -3,7 +3,7 @@
 y = W a is linear, so its statistics follow from those of the narrow a, before y exists, and backward needs no y:
     A = a^T a,  m = sum(a) / n,  cov = A / n - m m^T;   mean = W m,  var = diag(W cov W^T),  s = gamma (var + eps)^-1/2
     dx = g (s W) + a M + const where a > 0;   M = W^T slope W,   const = offset W - m M
-where slope and offset are the factors of `batch_norm_gradient_vectors`, and sum(g (y - mean)) = rowsum(W * g^T a) -
+where slope and offset are the factors of `norm_gradient`, and sum(g (y - mean)) = rowsum(W * g^T a) -
 mean sum(g). Derived by inserting y = W a into Ioffe and Szegedy 2015, arXiv:1502.03167. s W and M are halves, both
 multiplied by one power of two, as M is about 1e-5 of s W. Sums of a come out of the same product as A, whose
 accumulator may truncate. Bytes: a pass over x; then g, x and dx once: y, which today is read beside g, is not.
@@ -30,11 +30,11 @@ OURS = "Gram matrix and data gradient"
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def gram_matrix(x, x_vectors, gram, tiles, C: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def gram_matrix(x, x_norm, gram, tiles, C: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """One program: (C, 2 C) of a part of the rows: a^T a in the even columns, the sums of a in the odd ones."""
     row, c, column = tl.arange(0, BLOCK_ROWS), tl.arange(0, C), tl.arange(0, 2 * C)
     program, programs = tl.program_id(0), tl.num_programs(0)
-    scale, shift = tl.load(x_vectors + c)[None, :], tl.load(x_vectors + C + c)[None, :]
+    scale, shift = tl.load(x_norm + c)[None, :], tl.load(x_norm + C + c)[None, :]
     ones = tl.full((BLOCK_ROWS, C), 1.0, tl.float16)
     result = tl.zeros((C, 2 * C), tl.float32)
     for turn in range(tl.maximum(tl.cdiv(tiles - program, programs), 1)):
@@ -52,8 +52,8 @@ def linear_data_gradient(
     scaled_m,
     constants,
     x,
-    x_vectors,
-    d_vectors,
+    x_norm,
+    d_norm,
     dx,
     sums,
     parts,
@@ -72,12 +72,12 @@ def linear_data_gradient(
         result = tl.dot(g_tiles.load([part * BLOCK_ROWS, step * BLOCK_IN]), w, result)
     for step in range(C // BLOCK_IN):
         k = step * BLOCK_IN + step_in
-        scale, shift = tl.load(x_vectors + k)[None, :], tl.load(x_vectors + C + k)[None, :]
+        scale, shift = tl.load(x_norm + k)[None, :], tl.load(x_norm + C + k)[None, :]
         a = fma_relu(x_tiles.load([part * BLOCK_ROWS, step * BLOCK_IN]), scale, shift)
         result = tl.dot(a, tl.load(scaled_m + (k[:, None] * C + c[None, :])), result)
     # Epilogue: the power of two is taken back, the constant added.
     result = result * tl.load(constants + C + c)[None, :] + tl.load(constants + c)[None, :]
-    store_masked(result, x, x_vectors, d_vectors, dx, sums, part, parts, c, C)
+    store_masked(result, x, x_norm, d_norm, dx, sums, part, parts, c, C)
 
 
 def launch_gram(of: Operands) -> Tensor:
@@ -86,7 +86,7 @@ def launch_gram(of: Operands) -> Tensor:
     tiles = divides(BLOCK_ROWS, rows)
     programs = min(tiles, 2 * processors(of.x.device))
     parts = torch.empty(programs, c, 2 * c, device=of.x.device)
-    gram_matrix[(programs,)](*(of.x, of.x_vectors, parts, tiles), C=c, BLOCK_ROWS=BLOCK_ROWS, num_warps=4, num_stages=3)
+    gram_matrix[(programs,)](*(of.x, of.x_norm, parts, tiles), C=c, BLOCK_ROWS=BLOCK_ROWS, num_warps=4, num_stages=3)
     return summed(parts)
 
 
@@ -98,7 +98,7 @@ def launch_gradient(of: Operands, factors: tuple[Tensor, Tensor, Tensor]) -> tup
     block = [BLOCK_ROWS, BLOCK_IN]
     linear_data_gradient[(parts,)](
         *(TensorDescriptor.from_tensor(of.g, block), TensorDescriptor.from_tensor(of.x, block), *factors),
-        *(of.x, of.x_vectors, of.d_vectors, dx, sums, parts),
+        *(of.x, of.x_norm, of.d_norm, dx, sums, parts),
         K=k,
         C=c,
         BLOCK_ROWS=BLOCK_ROWS,
@@ -135,7 +135,7 @@ def check(device: torch.device) -> dict[str, float]:
     rows = of.sizes[0]
     gram = launch_gram(of)
     # As today, in float64: y, its statistics, the gradient through BatchNorm.
-    g, w, a = of.g.double(), of.weight.double(), normalised(of.x, of.x_vectors).relu().double()
+    g, w, a = of.g.double(), of.weight.double(), normalised(of.x, of.x_norm).relu().double()
     y = a @ w.T
     d = y - y.mean(0)
     var = d.square().mean(0)
@@ -144,7 +144,7 @@ def check(device: torch.device) -> dict[str, float]:
     true_dx = torch.where(a > 0, dy @ w, 0.0)
     # From the Gram matrix.
     dx, sums = launch_gradient(of, gradient_factors(gram, rows, of.weight, g.T @ a, g.sum(0)))
-    of_x = normalised(of.x, of.d_vectors).double()
+    of_x = normalised(of.x, of.d_norm).double()
     stored = dx.double()
     return errors(
         gram=(gram[:, ::2], a.T @ a),

@@ -21,7 +21,7 @@ def present(op: str) -> Callable[..., Any]:
     return operators[f"nvcnn::{op}"].launcher
 
 
-def vectors(channels: int, device: torch.device) -> Tensor:
+def norm(channels: int, device: torch.device) -> Tensor:
     """(5, channels), as `batch_norm_statistics` returns them, of a mean of 0 and a variance of 1."""
     return torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0], device=device)[:, None].repeat(1, channels)
 

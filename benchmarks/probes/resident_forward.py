@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.probes import IMAGES, Contender, Probe, divides, errors, images, normal, processors, small_rows
-from benchmarks.probes.halves import column_sums, deviation, fma_relu, normalised, one_row, random_vectors
-from benchmarks.probes.present import POINTWISE, library, present, vectors
+from benchmarks.probes.halves import column_sums, deviation, fma_relu, normalised, one_row, random_norm
+from benchmarks.probes.present import POINTWISE, library, present, norm
 from benchmarks.timing import Step
 
 C, K, SIZE = 64, 256, 56
@@ -27,8 +27,8 @@ TILES = (128, 64)  # rows: of 8 warps, one program an SM; of 4, two
 def resident_forward(
     x,
     weight,
-    x_vectors,
-    y_vectors,
+    x_norm,
+    y_norm,
     y,
     sums,
     tiles,
@@ -38,13 +38,13 @@ def resident_forward(
     BLOCK_OUT: tl.constexpr,
 ):
     """One program: BLOCK_OUT channels of every n-th tile of rows, where n programs share a column block."""
-    # What stays: the block of the weight, the vectors, the sums.
+    # What stays: the block of the weight, the norm, the sums.
     blocks: tl.constexpr = K // BLOCK_OUT
     block, program, programs = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     row, c, k = tl.arange(0, BLOCK_ROWS), tl.arange(0, C), block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     w = tl.load(weight + (k[:, None] * C + c[None, :]))
-    scale, shift = tl.load(x_vectors + c)[None, :], tl.load(x_vectors + C + c)[None, :]
-    inverse, origin = tl.load(y_vectors + k)[None, :], tl.load(y_vectors + K + k)[None, :]
+    scale, shift = tl.load(x_norm + c)[None, :], tl.load(x_norm + C + c)[None, :]
+    inverse, origin = tl.load(y_norm + k)[None, :], tl.load(y_norm + K + k)[None, :]
     total = tl.zeros((16, BLOCK_OUT), tl.float32)
     squares = tl.zeros((16, BLOCK_OUT), tl.float32)
     for turn in range(tl.cdiv(tiles - program, programs)):
@@ -61,14 +61,14 @@ def resident_forward(
     tl.store(sums + (programs + program) * K + k, one_row(squares))
 
 
-def launch(x: Tensor, weight: Tensor, x_vectors: Tensor, y_vectors: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """y, (rows, K), and sums, (2, P, K), of x, (rows, C), and weight, (K, C); vectors: (2, C) and (2, K), halves."""
+def launch(x: Tensor, weight: Tensor, x_norm: Tensor, y_norm: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """y, (rows, K), and sums, (2, P, K), of x, (rows, C), and weight, (K, C); norm: (2, C) and (2, K), halves."""
     tiles, blocks = divides(rows, x.shape[0]), K // BLOCK_OUT
     programs = min(tiles, processors(x.device) * 128 // rows // blocks)
     y = x.new_empty(x.shape[0], K)
     sums = torch.empty(2, programs, K, device=x.device)
     resident_forward[(programs * blocks,)](
-        *(x, weight, x_vectors, y_vectors, y, sums, tiles),
+        *(x, weight, x_norm, y_norm, y, sums, tiles),
         C=C,
         K=K,
         BLOCK_ROWS=rows,
@@ -81,12 +81,12 @@ def launch(x: Tensor, weight: Tensor, x_vectors: Tensor, y_vectors: Tensor, rows
 
 def check(device: torch.device) -> dict[str, float]:
     x, weight = normal(small_rows(device), C, device=device), normal(K, C, device=device, std=C**-0.5)
-    x_vectors, y_vectors = random_vectors(C, device), random_vectors(K, device)
-    a = normalised(x, x_vectors).relu()
+    x_norm, y_norm = random_norm(C, device), random_norm(K, device)
+    a = normalised(x, x_norm).relu()
     found: dict[str, float] = {}
     for rows in TILES:
-        y, sums = launch(x, weight, x_vectors, y_vectors, rows)
-        d = normalised(y, y_vectors).double()
+        y, sums = launch(x, weight, x_norm, y_norm, rows)
+        d = normalised(y, y_norm).double()
         total, squares = sums.sum(1)
         product = a.double() @ weight.double().T
         of_tile = errors(y=(y, product), sum=(total, d.sum(0)), squares=(squares, d.square().sum(0)))
@@ -97,10 +97,10 @@ def check(device: torch.device) -> dict[str, float]:
 def contenders(device: torch.device) -> dict[str, Contender]:
     rows = IMAGES * SIZE * SIZE
     x, weight = normal(rows, C, device=device), normal(K, C, device=device, std=C**-0.5)
-    halves = random_vectors(C, device), random_vectors(K, device)
+    halves = random_norm(C, device), random_norm(K, device)
     steps: dict[str, Step] = {f"{n} x {BLOCK_OUT}": partial(launch, x, weight, *halves, n) for n in TILES}
     x, weight = images(x, SIZE), weight[:, :, None, None]
-    fused = {"vectors": vectors(C, device), "center": torch.zeros(K, device=device)}
+    fused = {"norm": norm(C, device), "center": torch.zeros(K, device=device)}
     steps["present"] = partial(present("convolution"), x, weight, *POINTWISE, **fused)
     steps["cuDNN, convolution alone"] = library(x, weight, POINTWISE)
     return {name: Contender(step, 2 * rows * (C + K), 2 * rows * C * K) for name, step in steps.items()}

@@ -29,7 +29,7 @@ def weight_gradient(
     y_tiles,
     x_tiles,
     factors,
-    x_vectors,
+    x_norm,
     dw,
     tiles,
     tiles_a_part,
@@ -45,7 +45,7 @@ def weight_gradient(
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     k0, c0 = block // columns * BLOCK_OUT, block % columns * BLOCK_IN
     k, c = k0 + tl.arange(0, BLOCK_OUT), c0 + tl.arange(0, BLOCK_IN)
-    scale, shift = tl.load(x_vectors + c)[None, :], tl.load(x_vectors + C + c)[None, :]
+    scale, shift = tl.load(x_norm + c)[None, :], tl.load(x_norm + C + c)[None, :]
     result = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     first = part * tiles_a_part
     for step in range(tl.maximum(tl.minimum(tiles_a_part, tiles - first), 1)):
@@ -76,7 +76,7 @@ def launch_weight(of: Operands, dy: Tensor | None) -> Tensor:
     weight_gradient[(blocks * parts,)](
         of_rows(of.g if dy is None else dy, BLOCK_OUT),
         of_rows(of.y, BLOCK_OUT) if dy is None else None,
-        *(of_rows(of.x, BLOCK_IN), of.factors, of.x_vectors, partial_dw, tiles, tiles_a_part),
+        *(of_rows(of.x, BLOCK_IN), of.factors, of.x_norm, partial_dw, tiles, tiles_a_part),
         K=k,
         C=c,
         BLOCK_ROWS=BLOCK_ROWS,

@@ -5,7 +5,7 @@
     y = conv_bn(y, self.conv3, self.bn3)
     return Join(y, activation(x))               # relu(normalised y + x), when somebody asks
 
-Who reads a Raw applies its BatchNorm's three vectors and the ReLU while loading; a 1x1 convolution that reads a Join
+Who reads a Raw applies its BatchNorm's three norm and the ReLU while loading; a 1x1 convolution that reads a Join
 adds, too, and writes the sum once, for the skip connection. `activation` makes an ordinary tensor of any of them. How a
 convolution is computed is its `algorithm`:
     torch                 PyTorch's operator, between the BatchNorms of `layers`
@@ -20,7 +20,7 @@ In evaluation without gradients BatchNorm is known before the convolution: it wa
 comes behind it (ReLU, an addition), and the kernel then does all of it as it stores.
 
 Backward has one convention. The gradient on a raw tensor is that of its normalised value, behind the ReLU's mask; the
-gradient of its `vectors`, (5, C), is what turns it into the raw one's: rows FACTORS, D_GAMMA, D_BETA. Both are linear
+gradient of its `norm`, (5, C), is what turns it into the raw one's: rows FACTORS, D_GAMMA, D_BETA. Both are linear
 in the gradient, so autograd may add them up where a raw tensor has several readers. An ordinary operator would get
 wrong gradients from a raw tensor: Raw and Join are no tensors, and refuse to be taken for one.
 """
@@ -56,12 +56,12 @@ class NotNormalised:
 class Raw(NotNormalised):
     """A convolution's output y, (N, C, H, W), and the BatchNorm to come.
 
-    `vectors`: (5, C), as of `kernels.batch_norm_statistics`; None where y is an ordinary tensor, for `bn` to normalise.
+    `norm`: (5, C), as of `kernels.batch_norm_statistics`; None where y is an ordinary tensor, for `bn` to normalise.
     """
 
     y: Tensor
     bn: BatchNorm2d
-    vectors: Tensor | None = None
+    norm: Tensor | None = None
     value: Tensor | None = field(default=None, init=False)  # relu(normalised y), once it is in memory
 
 
@@ -95,8 +95,8 @@ def activation(x: Tensor | Raw | Folded | Join) -> Tensor:
 
 def written(a: Raw | Folded, b: Tensor | Raw | Folded | None, relu: bool) -> Tensor:
     """normalised a + b, with or without the last two, in memory."""
-    if isinstance(a, Raw) and a.vectors is not None:
-        return Written.apply(a.y, a.vectors, *parts(b), relu)
+    if isinstance(a, Raw) and a.norm is not None:
+        return Written.apply(a.y, a.norm, *parts(b), relu)
     added = b if b is None or isinstance(b, Tensor) else written(b, None, False)
     return a.bn(a.y, residual=added, relu=relu) if isinstance(a, Raw) else folded(a, added, relu)
 
@@ -113,10 +113,10 @@ def folded(a: Folded, added: Tensor | None, relu: bool) -> Tensor:
 
 
 def parts(b: Tensor | Raw | Folded | None) -> tuple[Tensor | None, Tensor | None]:
-    """The tensor to add, and its vectors if it is raw."""
+    """The tensor to add, and its norm if it is raw."""
     if b is None or isinstance(b, Tensor):
         return b, None
-    return (b.y, b.vectors) if isinstance(b, Raw) and b.vectors is not None else (written(b, None, False), None)
+    return (b.y, b.norm) if isinstance(b, Raw) and b.norm is not None else (written(b, None, False), None)
 
 
 def conv_bn(x: Tensor | Raw | Folded | Join, conv: Conv2d, bn: BatchNorm2d) -> Raw | Folded:
@@ -136,17 +136,17 @@ def conv_bn(x: Tensor | Raw | Folded | Join, conv: Conv2d, bn: BatchNorm2d) -> R
     if conv.algorithm == "torch":
         return Raw(conv(activation(x)), bn)
     tensors: tuple[Tensor | None, ...]
-    if isinstance(x, Raw) and x.value is None and x.vectors is not None:
-        tensors = x.y, x.vectors, None, None
-    elif isinstance(x, Join) and x.value is None and isinstance(x.a, Raw) and x.a.vectors is not None and joins(conv):
-        tensors = x.a.y, x.a.vectors, *parts(x.b)
+    if isinstance(x, Raw) and x.value is None and x.norm is not None:
+        tensors = x.y, x.norm, None, None
+    elif isinstance(x, Join) and x.value is None and isinstance(x.a, Raw) and x.a.norm is not None and joins(conv):
+        tensors = x.a.y, x.a.norm, *parts(x.b)
     else:
         tensors = activation(x), None, None, None
-    y, vectors, a = RawConv.apply(*tensors, conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn)
+    y, norm, a = RawConv.apply(*tensors, conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn)
     if a is not None:
         assert isinstance(x, Raw | Join)
         x.value = a  # for who else reads x
-    return Raw(y, bn, vectors)
+    return Raw(y, bn, norm)
 
 
 def joins(conv: Conv2d) -> bool:
@@ -154,18 +154,18 @@ def joins(conv: Conv2d) -> bool:
     return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
-def apply_batch_norm(y: Tensor, vectors: Tensor, b: Tensor | None, b_vectors: Tensor | None, relu: bool) -> Tensor:
+def apply_batch_norm(y: Tensor, norm: Tensor, b: Tensor | None, b_norm: Tensor | None, relu: bool) -> Tensor:
     """normalised y + b in memory; outside of autograd."""
-    if b is not None and b_vectors is not None:
-        b = apply_batch_norm(b, b_vectors, None, None, False)
-    return kernels.batch_norm(y, vectors[0], vectors[0], vectors, b, relu, True)  # gamma and beta are in the vectors
+    if b is not None and b_norm is not None:
+        b = apply_batch_norm(b, b_norm, None, None, False)
+    return kernels.batch_norm(y, norm[0], norm[0], norm, b, relu, True)  # gamma and beta are in the norm
 
 
-def gradient_of_vectors(sums: Tensor | None, y: Tensor | None, vectors: Tensor | None) -> Tensor | None:
+def gradient_of_norm(sums: Tensor | None, y: Tensor | None, norm: Tensor | None) -> Tensor | None:
     """(5, C), of the sums that were taken with y; None where y is no raw tensor, or nobody asked."""
-    if sums is None or y is None or vectors is None:
+    if sums is None or y is None or norm is None:
         return None
-    return kernels.batch_norm_gradient_vectors(sums, vectors, y.numel() // y.shape[1])
+    return kernels.norm_gradient(sums, norm, y.numel() // y.shape[1])
 
 
 def empty_gradient(weight: Tensor) -> Tensor:
@@ -182,38 +182,38 @@ class Written(Function):
     """normalised a + b, with or without b and ReLU, as an ordinary tensor."""
 
     @staticmethod
-    def forward(ctx, a, a_vectors, b, b_vectors, relu):
-        z = apply_batch_norm(a, a_vectors, b, b_vectors, relu)
+    def forward(ctx, a, a_norm, b, b_norm, relu):
+        z = apply_batch_norm(a, a_norm, b, b_norm, relu)
         ctx.relu, ctx.adds = relu, b is not None
-        raw_b = b if b_vectors is not None else None
-        ctx.save_for_backward(a, a_vectors, raw_b, b_vectors, z if relu and ctx.adds else None)
+        raw_b = b if b_norm is not None else None
+        ctx.save_for_backward(a, a_norm, raw_b, b_norm, z if relu and ctx.adds else None)
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_z):
-        a, a_vectors, b, b_vectors, z = ctx.saved_tensors
+        a, a_norm, b, b_norm, z = ctx.saved_tensors
         d_z = channels_last(d_z)
-        g, sums = kernels.batch_norm_gradient_sums(d_z, a, z, a_vectors, ctx.relu)
+        g, sums = kernels.batch_norm_gradient_sums(d_z, a, z, a_norm, ctx.relu)
         g = g if ctx.relu else d_z
-        b_sums = None if b is None else kernels.batch_norm_gradient_sums(g, b, None, b_vectors, False)[1]
-        d_vectors = gradient_of_vectors(sums, a, a_vectors), gradient_of_vectors(b_sums, b, b_vectors)
-        return g, d_vectors[0], g if ctx.adds else None, d_vectors[1], None
+        b_sums = None if b is None else kernels.batch_norm_gradient_sums(g, b, None, b_norm, False)[1]
+        d_norm = gradient_of_norm(sums, a, a_norm), gradient_of_norm(b_sums, b, b_norm)
+        return g, d_norm[0], g if ctx.adds else None, d_norm[1], None
 
 
 class RawConv(Function):
-    """y = conv(a), its BatchNorm's vectors, and a if it is written here: a is x, or relu(normalised x (+ b)).
+    """y = conv(a), its BatchNorm's norm, and a if it is written here: a is x, or relu(normalised x (+ b)).
 
-    In evaluation the vectors are those of the running statistics, and dy = SCALE g.
+    In evaluation the norm are those of the running statistics, and dy = SCALE g.
     """
 
     @staticmethod
-    def forward(ctx, x, x_vectors, b, b_vectors, weight, gamma, beta, conv, bn):
+    def forward(ctx, x, x_norm, b, b_norm, weight, gamma, beta, conv, bn):
         ctx.set_materialize_grads(False)
         ctx.conv, ctx.batch, ctx.adds = conv, bn.training, b is not None
         center = bn.running_mean if bn.training else None
-        read, prologue, a = x, (x_vectors, b, b_vectors), None
-        if conv.algorithm in MATERIALIZED and x_vectors is not None:
+        read, prologue, a = x, (x_norm, b, b_norm), None
+        if conv.algorithm in MATERIALIZED and x_norm is not None:
             read = a = apply_batch_norm(x, *prologue, True)
             prologue = None, None, None
         if conv.algorithm in LIBRARY:
@@ -225,31 +225,31 @@ class RawConv(Function):
             a = joined if prologue[1] is not None else a
         written = bn.batch_mean, bn.batch_var, bn.eps
         if not bn.training:
-            vectors = kernels.folded(bn.running_mean, bn.running_var, gamma, beta, bn.eps)
+            norm = kernels.folded(bn.running_mean, bn.running_var, gamma, beta, bn.eps)
         elif conv.algorithm in LIBRARY:
-            vectors = kernels.batch_norm_statistics(y, gamma, beta, *written)
+            norm = kernels.batch_norm_statistics(y, gamma, beta, *written)
         else:
-            vectors = kernels.batch_norm_vectors(sums, center, y.numel() // y.shape[1], gamma, beta, *written)
-        raw_b = None if b_vectors is None else b
-        ctx.save_for_backward(x, x_vectors, raw_b, b_vectors, a, weight, y, vectors)
-        return y, vectors, a
+            norm = kernels.norm_from_sums(sums, center, y.numel() // y.shape[1], gamma, beta, *written)
+        raw_b = None if b_norm is None else b
+        ctx.save_for_backward(x, x_norm, raw_b, b_norm, a, weight, y, norm)
+        return y, norm, a
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, d_vectors, d_a):
-        x, x_vectors, b, b_vectors, a, weight, y, vectors = ctx.saved_tensors
+    def backward(ctx, g, d_norm, d_a):
+        x, x_norm, b, b_norm, a, weight, y, norm = ctx.saved_tensors
         conv = ctx.conv
         needs_x, needs_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[4]
         geometry = conv.stride, conv.padding, conv.groups
-        factors = d_vectors[FACTORS] if ctx.batch else None
-        dy, through = channels_last(g), (y if ctx.batch else None, vectors, factors)
+        factors = d_norm[FACTORS] if ctx.batch else None
+        dy, through = channels_last(g), (y if ctx.batch else None, norm, factors)
         if conv.algorithm in MATERIALIZED:
-            dy, through = kernels.batch_norm_data_gradient(dy, y, vectors, factors), (None, None, None)
+            dy, through = kernels.batch_norm_data_gradient(dy, y, norm, factors), (None, None, None)
         # What was convolved: a where it is in memory, else x, which is normalised as it loads.
-        read, read_vectors = (x, x_vectors) if a is None else (a, None)
+        read, read_norm = (x, x_norm) if a is None else (a, None)
         # The mask of a sum is that of a; any other is taken again from x, which the sums read anyway.
-        raw_x = None if x_vectors is None else x
-        epilogue = None if d_a is None else channels_last(d_a), a if ctx.adds else None, raw_x, x_vectors, b, b_vectors
+        raw_x = None if x_norm is None else x
+        epilogue = None if d_a is None else channels_last(d_a), a if ctx.adds else None, raw_x, x_norm, b, b_norm
         dx = sums = b_sums = dw = None
         if conv.algorithm in LIBRARY:
             how = conv.stride, conv.padding, [1, 1], False, [0, 0], conv.groups, [needs_x, needs_weight, False]
@@ -259,13 +259,13 @@ class RawConv(Function):
         else:
             if needs_weight:
                 dw = empty_gradient(weight)
-                kernels.convolution_weight_gradient(dy, read, dw, *geometry, *through, read_vectors)
+                kernels.convolution_weight_gradient(dy, read, dw, *geometry, *through, read_norm)
             if needs_x:
                 size = x.shape[2:]
                 dx, sums, b_sums = kernels.convolution_data_gradient(dy, weight, size, *geometry, *through, *epilogue)
-        d_vectors_of = gradient_of_vectors(sums, raw_x, x_vectors), gradient_of_vectors(b_sums, b, b_vectors)
+        d_norms = gradient_of_norm(sums, raw_x, x_norm), gradient_of_norm(b_sums, b, b_norm)
         d_b = dx if ctx.adds else None
-        return dx, d_vectors_of[0], d_b, d_vectors_of[1], dw, d_vectors[D_GAMMA], d_vectors[D_BETA], None, None
+        return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], None, None
 
 
 def masked_with_sums(
@@ -273,15 +273,15 @@ def masked_with_sums(
     skip: Tensor | None,
     z: Tensor | None,
     x: Tensor | None,
-    x_vectors: Tensor | None,
+    x_norm: Tensor | None,
     b: Tensor | None,
-    b_vectors: Tensor | None,
+    b_norm: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The epilogue of `kernels.convolution_data_gradient` as passes of their own, on a dx that may be overwritten."""
     sums = b_sums = None
     dx = dx if skip is None else dx.add_(skip)
-    if x is not None and x_vectors is not None:
-        dx, sums = kernels.batch_norm_gradient_sums(dx, x, z, x_vectors, True)
-    if b is not None and b_vectors is not None:
-        b_sums = kernels.batch_norm_gradient_sums(dx, b, None, b_vectors, False)[1]
+    if x is not None and x_norm is not None:
+        dx, sums = kernels.batch_norm_gradient_sums(dx, x, z, x_norm, True)
+    if b is not None and b_norm is not None:
+        b_sums = kernels.batch_norm_gradient_sums(dx, b, None, b_norm, False)[1]
     return dx, sums, b_sums

@@ -90,10 +90,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         gamma, beta = self.weight, self.bias
         with torch.no_grad():  # the gradient through the statistics is `batch_norm`'s
             if self.training:
-                vectors = kernels.batch_norm_statistics(x, gamma, beta, self.batch_mean, self.batch_var, self.eps)
+                norm = kernels.batch_norm_statistics(x, gamma, beta, self.batch_mean, self.batch_var, self.eps)
             else:
-                vectors = kernels.folded(self.running_mean, self.running_var, gamma, beta, self.eps)
-        return kernels.batch_norm(x, gamma, beta, vectors, residual, relu, self.training)
+                norm = kernels.folded(self.running_mean, self.running_var, gamma, beta, self.eps)
+        return kernels.batch_norm(x, gamma, beta, norm, residual, relu, self.training)
 
 
 def flatten(x: Tensor) -> Tensor:

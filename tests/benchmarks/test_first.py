@@ -25,17 +25,17 @@ def some_calls() -> dict[str, Call]:
     """Of each family, with most of what is fused; pooling with windows that reach over the image."""
     nvcnn = torch.ops.nvcnn
     x, y, w = images(N, 16, 4, 3), images(N, 16, 4, 3), images(16, 16, 1, 1)
-    vectors, factors = torch.empty(5, 16), torch.empty(2, 16)
+    norm, factors = torch.empty(5, 16), torch.empty(2, 16)
     center = torch.empty(16)
-    through = {"y": y, "vectors": vectors, "factors": factors}
+    through = {"y": y, "norm": norm, "factors": factors}
     pooled = torch.empty_like(images(N, 16, 2, 2), dtype=torch.uint8)
     return {
-        "forward": call_of(nvcnn.convolution.default, x, w, [1, 1], [0, 0], 1, vectors, x, None, center),
+        "forward": call_of(nvcnn.convolution.default, x, w, [1, 1], [0, 0], 1, norm, x, None, center),
         "data-gradient": call_of(
-            nvcnn.convolution_data_gradient.default, y, w, [4, 3], [1, 1], [0, 0], x=x, x_vectors=vectors, **through
+            nvcnn.convolution_data_gradient.default, y, w, [4, 3], [1, 1], [0, 0], x=x, x_norm=norm, **through
         ),
         "weight-gradient": call_of(
-            nvcnn.convolution_weight_gradient.default, y, x, w, [1, 1], [0, 0], x_vectors=vectors, **through
+            nvcnn.convolution_weight_gradient.default, y, x, w, [1, 1], [0, 0], x_norm=norm, **through
         ),
         "max_pool": call_of(nvcnn.max_pool.default, x, 3, 2, 1, True),
         "max_pool_backward": call_of(
@@ -64,7 +64,7 @@ def test_a_right_kernel_is_right_on_few_images_on_many_and_in_a_graph(name):
 
 @interpreted
 def test_an_op_on_bytes_is_checked_too():
-    """Of four images, as its vectors have three values."""
+    """Of four images, as its norm have three values."""
     call = call_of(
         torch.ops.nvcnn.prepare_input.default,
         *(torch.empty(4, 4, 4, 3, dtype=torch.uint8), torch.empty(4, dtype=torch.bool)),

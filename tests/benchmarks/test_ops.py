@@ -7,11 +7,11 @@ from benchmarks import ops
 
 
 def test_what_a_step_must_move():
-    """26 bytes per parameter with fp16 gradients and weights, of matrices; vectors are fp32 throughout."""
+    """26 bytes per parameter with fp16 gradients and weights, of matrices; norm are fp32 throughout."""
     larc = ops.optimizer("lenet", torch.device("cpu"), torch.float16)
-    vectors = 32 + 64 + 512 + 1000
+    norm = 32 + 64 + 512 + 1000
     matrices = 32 * 3 * 25 + 64 * 32 * 25 + 512 * 64 * 49 + 1000 * 512
-    assert sum(ops.bytes_of(larc.arena).values()) == 26 * matrices + 28 * vectors
+    assert sum(ops.bytes_of(larc.arena).values()) == 26 * matrices + 28 * norm
 
 
 def test_the_launches_apart_are_the_step(device):

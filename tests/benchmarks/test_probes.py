@@ -55,15 +55,15 @@ def integers(*shape, device, std=1.0):
     return (torch.randint(-1, 2, shape, device=device) * torch.randint(0, 4, shape, device=device).eq(0)).half()
 
 
-def integer_vectors(channels, device):
+def integer_norm(channels, device):
     return torch.stack((torch.ones(channels, device=device).half(), integers(channels, device=device)))
 
 
 def integer_operands(rows, k, c, device):
     g, y, weight, x = (integers(*shape, device=device) for shape in ((rows, k), (rows, k), (k, c), (rows, c)))
     factors = torch.cat((torch.ones(1, k, device=device), integers(2, k, device=device).float()))
-    vectors = integer_vectors(c, device), integer_vectors(c, device)
-    return data_gradient.Operands(g, y, weight, factors, x, *vectors)
+    norm = integer_norm(c, device), integer_norm(c, device)
+    return data_gradient.Operands(g, y, weight, factors, x, *norm)
 
 
 @pytest.mark.parametrize("name", TRITON)
@@ -82,7 +82,7 @@ def test_kernels_are_exact_on_small_integers(name, hopper, smaller, monkeypatch)
         monkeypatch.setattr(module(name), "operands", integer_operands)
     else:
         monkeypatch.setattr(module(name), "normal", integers)
-        monkeypatch.setattr(module(name), "random_vectors", integer_vectors)
+        monkeypatch.setattr(module(name), "random_norm", integer_norm)
     found = load(name).check(hopper)
     assert set(found.values()) == {0.0}, found
 
@@ -90,16 +90,16 @@ def test_kernels_are_exact_on_small_integers(name, hopper, smaller, monkeypatch)
 def test_squares_of_deviations_stay_finite_and_a_nan_shows(hopper):
     x, weight = torch.ones(512, 64, device=hopper).half(), torch.ones(256, 64, device=hopper).half()
     weight[1::2] = -1
-    x_vectors, y_vectors = (
+    x_norm, y_norm = (
         torch.stack((torch.full((n,), value, device=hopper), torch.zeros(n, device=hopper))).half()
         for n, value in ((64, 1.0), (256, 1000.0))
     )
-    sums = module("resident_forward").launch(x, weight, x_vectors, y_vectors, 128)[1].sum(1)
+    sums = module("resident_forward").launch(x, weight, x_norm, y_norm, 128)[1].sum(1)
     sign = torch.ones(256, device=hopper)
     sign[1::2] = -1
     assert torch.equal(sums, torch.stack((512 * 240 * sign, torch.full_like(sign, 512 * 240**2))))
     x[100, 0] = nan
-    assert module("resident_forward").launch(x, weight, x_vectors, y_vectors, 128)[1].sum(1).isnan().all()
+    assert module("resident_forward").launch(x, weight, x_norm, y_norm, 128)[1].sum(1).isnan().all()
 
 
 SCRIPT = """

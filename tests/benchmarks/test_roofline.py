@@ -61,12 +61,12 @@ def images(c: int, size: int, dtype=torch.float16) -> Tensor:
     return torch.randn(2, c, size, size).to(dtype, memory_format=torch.channels_last)
 
 
-def vectors() -> Tensor:
+def norm() -> Tensor:
     return torch.rand(5, 24) + 0.5
 
 
 def optimizer_tensors(model_weight: bool) -> dict[str, Tensor | None]:
-    """Of an arena with five blocks of matrices and two of vectors."""
+    """Of an arena with five blocks of matrices and two of norm."""
     matrix, vector = 5 * BLOCK, 2 * BLOCK
     return {
         "matrix_gradient": torch.randn(matrix).to(torch.float16 if model_weight else torch.float32),
@@ -102,7 +102,7 @@ def gradient_statistics_call(decay: float) -> dict:
 
 def backward_call(c: int = 24, residual: bool = False) -> tuple:
     dy, x, y = images(c, 26), images(c, 26), images(c, 26)
-    return dy, x, y if residual else None, vectors(), True, True, residual
+    return dy, x, y if residual else None, norm(), True, True, residual
 
 
 def weight(k: int, c: int, size: int) -> Tensor:
@@ -116,40 +116,40 @@ def convolution_call(joins: bool) -> tuple:
     """3x3 of a raw tensor; 1x1 of a join of two, which it writes; both with sums."""
     center = torch.zeros(24)
     if joins:
-        return images(24, 26), weight(24, 24, 1), *ONE, vectors(), images(24, 26), vectors(), center
-    return images(24, 14), weight(24, 24, 3), [1, 1], [1, 1], 1, vectors(), None, None, center
+        return images(24, 26), weight(24, 24, 1), *ONE, norm(), images(24, 26), norm(), center
+    return images(24, 14), weight(24, 24, 3), [1, 1], [1, 1], 1, norm(), None, None, center
 
 
 def data_gradient_call(joined: bool) -> tuple:
     """Through BatchNorm, with sums: of a raw input; of a join of two with a skip gradient."""
-    prologue = images(24, 26), vectors(), torch.rand(2, 24)
-    epilogue = None, None, images(24, 26), vectors(), None, None
+    prologue = images(24, 26), norm(), torch.rand(2, 24)
+    epilogue = None, None, images(24, 26), norm(), None, None
     if joined:
-        epilogue = images(24, 26), images(24, 26), images(24, 26), vectors(), images(24, 26), vectors()
+        epilogue = images(24, 26), images(24, 26), images(24, 26), norm(), images(24, 26), norm()
     return images(24, 26), weight(24, 24, 1), [26, 26], *ONE, *prologue, *epilogue
 
 
 CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     "statistics": ("batch_norm_statistics", statistics_call),
-    "batch_norm": ("batch_norm", lambda: (images(24, 26), *torch.ones(2, 24), vectors(), None, True, True)),
+    "batch_norm": ("batch_norm", lambda: (images(24, 26), *torch.ones(2, 24), norm(), None, True, True)),
     "batch_norm, join": (
         "batch_norm",
-        lambda: (images(24, 26), *torch.ones(2, 24), vectors(), images(24, 26), True, True),
+        lambda: (images(24, 26), *torch.ones(2, 24), norm(), images(24, 26), True, True),
     ),
     "batch_norm_backward": ("batch_norm_backward", backward_call),
     "batch_norm_backward, join": ("batch_norm_backward", lambda: backward_call(residual=True)),
-    "gradient_sums": ("batch_norm_gradient_sums", lambda: (images(24, 26), images(24, 26), None, vectors(), True)),
+    "gradient_sums": ("batch_norm_gradient_sums", lambda: (images(24, 26), images(24, 26), None, norm(), True)),
     "gradient_sums, join": (
         "batch_norm_gradient_sums",
-        lambda: (images(24, 26), images(24, 26), images(24, 26), vectors(), True),
+        lambda: (images(24, 26), images(24, 26), images(24, 26), norm(), True),
     ),
     "gradient_sums, no relu": (
         "batch_norm_gradient_sums",
-        lambda: (images(24, 26), images(24, 26), None, vectors(), False),
+        lambda: (images(24, 26), images(24, 26), None, norm(), False),
     ),
     "data_gradient": (
         "batch_norm_data_gradient",
-        lambda: (images(24, 26), images(24, 26), vectors(), torch.rand(2, 24)),
+        lambda: (images(24, 26), images(24, 26), norm(), torch.rand(2, 24)),
     ),
     "convolution": ("convolution", lambda: convolution_call(joins=False)),
     "convolution, join": ("convolution", lambda: convolution_call(joins=True)),
@@ -159,7 +159,7 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
         "convolution_weight_gradient",
         lambda: (
             *(images(24, 14), images(24, 14), weight(24, 24, 3), [1, 1], [1, 1], 1),
-            *(images(24, 14), vectors(), torch.rand(2, 24), vectors()),
+            *(images(24, 14), norm(), torch.rand(2, 24), norm()),
         ),
     ),
     "max_pool": ("max_pool", lambda: (images(24, 24), 3, 2, 1, True)),
@@ -209,7 +209,7 @@ def test_the_bytes_of_an_op_are_those_its_kernels_move(case, monkeypatch):
     expected = sum(times * tensor.bytes for tensor, times in roofline.moved(call) if tensor.bytes >= STREAM)
     again = 24 * 2 if case == "statistics" else 0  # the first pixel, the center of the sums, for the second launch
     assert bytes_in(streams, passes) == expected + again
-    everything = sum(size * len(at) for at, size in passes)  # with vectors and partial sums, which the cache holds
+    everything = sum(size * len(at) for at, size in passes)  # with norm and partial sums, which the cache holds
     assert everything - expected <= 0.15 * expected
 
 

@@ -154,7 +154,7 @@ def test_a_weights_gradient_fits_halves_however_many_pixels_there_are(monkeypatc
     halves = [torch.empty(n, c, 40, 40, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(3)]
     dw = torch.empty(k, c, 1, 1, dtype=torch.float16).to(memory_format=torch.channels_last)
     g, x, y = halves
-    more = {"y": y, "vectors": torch.empty(5, k), "factors": torch.empty(2, k), "x_vectors": torch.empty(5, c)}
+    more = {"y": y, "norm": torch.empty(5, k), "factors": torch.empty(2, k), "x_norm": torch.empty(5, c)}
     call = call_of(torch.ops.nvcnn.convolution_weight_gradient.default, g, x, dw, [1, 1], [0, 0], **more)
     (dw,) = outcome(call, arguments(call, CPU))
     assert 1 < dw.abs().max() < 6e3, "ten times more pixels would not overflow"

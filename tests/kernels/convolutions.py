@@ -185,24 +185,24 @@ def of_weight(dy: Tensor, a: Tensor, shape: Shape) -> Tensor:
     return conv2d_weight(a.double(), shape.weight, dy.double(), *how)
 
 
-def integer_vectors(rows, channels, device) -> Tensor:
+def integer_norm(rows, channels, device) -> Tensor:
     return torch.randint(-2, 3, (rows, channels), device=device).float()
 
 
-def random_vectors(channels, device) -> Tensor:
+def random_norm(channels, device) -> Tensor:
     """As of a BatchNorm: mean, scale, shift, rstd, mean_low."""
     mean, shift = torch.randn(2, channels, device=device)
     scale, rstd = torch.rand(2, channels, device=device) + 0.5
     return torch.stack((mean, scale, shift, rstd, mean * U))
 
 
-def normalised(x: Tensor, vectors: Tensor) -> Tensor:
-    return (x.double() - spread(vectors[MEAN])) * spread(vectors[SCALE]) + spread(vectors[SHIFT])
+def normalised(x: Tensor, norm: Tensor) -> Tensor:
+    return (x.double() - spread(norm[MEAN])) * spread(norm[SCALE]) + spread(norm[SHIFT])
 
 
-def normalised_terms(x: Tensor, vectors: Tensor) -> Tensor:
+def normalised_terms(x: Tensor, norm: Tensor) -> Tensor:
     """What (x - mean) scale + shift, or x scale + (shift - mean scale), is a sum of."""
-    return normalised(x.abs(), torch.stack((-vectors[MEAN].abs(), vectors[SCALE].abs(), vectors[SHIFT].abs())))
+    return normalised(x.abs(), torch.stack((-norm[MEAN].abs(), norm[SCALE].abs(), norm[SHIFT].abs())))
 
 
 class Operand(NamedTuple):
@@ -216,28 +216,28 @@ def as_it_is(x: Tensor) -> Operand:
     return Operand(x.double(), torch.zeros_like(x, dtype=torch.float64))
 
 
-def activation(x, vectors, implementation, residual=None, residual_vectors=None) -> Operand:
+def activation(x, norm, implementation, residual=None, residual_norm=None) -> Operand:
     """relu((x - mean) scale + shift + residual). The reference rounds each of its two steps, and each of its sums."""
-    if vectors is None:
+    if norm is None:
         return as_it_is(x)
-    exact, terms = normalised(x, vectors), normalised_terms(x, vectors)
+    exact, terms = normalised(x, norm), normalised_terms(x, norm)
     if residual is not None:
-        raw = residual_vectors is not None
-        exact = exact + (normalised(residual, residual_vectors) if raw else residual.double())
-        terms = terms + (normalised_terms(residual, residual_vectors) if raw else residual.double().abs())
+        raw = residual_norm is not None
+        exact = exact + (normalised(residual, residual_norm) if raw else residual.double())
+        terms = terms + (normalised_terms(residual, residual_norm) if raw else residual.double().abs())
     roundings = 4 if implementation == "reference" and residual is not None else 1
     error = 6 * U * terms
     return Operand(exact.relu(), error + roundings * (unit(x.dtype, implementation) * (terms + error) + least(x)))
 
 
-def output_gradient(g, y, vectors, factors, implementation) -> Operand:
+def output_gradient(g, y, norm, factors, implementation) -> Operand:
     """scale g + factors[0] (y - mean) + factors[1]."""
-    if vectors is None:
+    if norm is None:
         return as_it_is(g)
-    scale = spread(vectors[SCALE])
+    scale = spread(norm[SCALE])
     exact, terms = scale * g.double(), scale.abs() * g.double().abs()
     if factors is not None:
-        slope, offset, mean = spread(factors[0]), spread(factors[1]), spread(vectors[MEAN])
+        slope, offset, mean = spread(factors[0]), spread(factors[1]), spread(norm[MEAN])
         exact = exact + slope * (y.double() - mean) + offset
         terms = terms + slope.abs() * (y.double().abs() + mean.abs()) + offset.abs()
     error = 6 * U * terms

@@ -10,13 +10,13 @@ from kernels import (
     batch_norm,
     batch_norm_data_gradient,
     batch_norm_gradient_sums,
-    batch_norm_gradient_vectors,
+    norm_gradient,
     batch_norm_statistics,
-    batch_norm_vectors,
+    norm_from_sums,
     folded,
 )
 from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS, backward_reference
-from kernels.batch_norm_statistics import MEAN, MEAN_LOW, RSTD, SCALE, SHIFT, VECTORS_CONFIG, configured
+from kernels.batch_norm_statistics import MEAN, MEAN_LOW, RSTD, SCALE, SHIFT, NORM_CONFIG, configured
 from kernels.images import parts_of_rows, single_or_double
 from tests.kernels.images import DTYPES, SHAPES, SMALLEST, channels_last, integers, randn, unit
 
@@ -46,14 +46,14 @@ class Case:
         mean, var = torch.empty(2, len(self.gamma), dtype=double, device=self.x.device)
         with torch.no_grad():
             if running is None:
-                vectors = batch_norm_statistics(self.x, leaves["gamma"], leaves["beta"], mean, var, EPS)
+                norm = batch_norm_statistics(self.x, leaves["gamma"], leaves["beta"], mean, var, EPS)
             else:
-                vectors = folded(*running, leaves["gamma"], leaves["beta"], EPS)
+                norm = folded(*running, leaves["gamma"], leaves["beta"], EPS)
         y = batch_norm(
-            leaves["x"], leaves["gamma"], leaves["beta"], vectors, leaves.get("residual"), self.relu, running is None
+            leaves["x"], leaves["gamma"], leaves["beta"], norm, leaves.get("residual"), self.relu, running is None
         )
         y.backward(self.dy.to(y.dtype))
-        out = {"y": y.detach(), "mean": mean, "var": var, "vectors": vectors}
+        out = {"y": y.detach(), "mean": mean, "var": var, "norm": norm}
         return out | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
 
     def exact(self, running=None):
@@ -91,7 +91,7 @@ def check(case, implementation):
     # No value passes through more additions than tiles in a part, rows in a tile, and as much again for the parts.
     config = configured("batch_norm", case.x)
     parts, rows_a_part = parts_of_rows(n, x.shape[1], config)
-    block = VECTORS_CONFIG["BLOCK_PARTS"]
+    block = NORM_CONFIG["BLOCK_PARTS"]
     additions = rows_a_part / config["BLOCK_ROWS"] + config["BLOCK_ROWS"] + parts / block + block
     if implementation == "reference":
         additions = n
@@ -166,9 +166,9 @@ def test_is_exact_on_integers(implementation, device, dtype, joins, relu):
     """Vectors of small integers: normalising and its gradients are exact."""
     x, residual, dy = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(3))
     rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(3)]
-    vectors = torch.stack([*rows, torch.ones(35, device=device), torch.zeros(35, device=device)])
+    norm = torch.stack([*rows, torch.ones(35, device=device), torch.zeros(35, device=device)])
     leaves = [t.requires_grad_() for t in (x, rows[SCALE].clone(), rows[SHIFT].clone(), residual)]
-    y = batch_norm(*leaves[:3], vectors, residual if joins else None, relu, False)
+    y = batch_norm(*leaves[:3], norm, residual if joins else None, relu, False)
     y.backward(dy)
     mean, scale, shift = (v.view(1, -1, 1, 1).double() for v in rows)
     v = (x.double() - mean) * scale + shift + (residual.double() if joins else 0)
@@ -186,8 +186,8 @@ def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dty
     """Without relu, with its mask from x, and from y, which is another value's where there was a residual."""
     x, dy, y = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(3))
     rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(5)]
-    vectors, (mean, scale, shift) = torch.stack(rows), (v.view(1, -1, 1, 1).double() for v in rows[:3])
-    g, sums = batch_norm_gradient_sums(dy, x, y if of == "y" else None, vectors, of != "dy")
+    norm, (mean, scale, shift) = torch.stack(rows), (v.view(1, -1, 1, 1).double() for v in rows[:3])
+    g, sums = batch_norm_gradient_sums(dy, x, y if of == "y" else None, norm, of != "dy")
     expected = dy.double()
     if of != "dy":
         expected = expected * ((y.double() if of == "y" else (x.double() - mean) * scale + shift) > 0)
@@ -197,8 +197,8 @@ def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dty
 
     factors = torch.randint(-2, 3, (2, 35), device=device).float()
     slope, offset = (v.view(1, -1, 1, 1).double() for v in factors)
-    assert torch.equal(batch_norm_data_gradient(dy, x, vectors, None).double(), dy.double() * scale)
-    dx = batch_norm_data_gradient(dy, x, vectors, factors)
+    assert torch.equal(batch_norm_data_gradient(dy, x, norm, None).double(), dy.double() * scale)
+    dx = batch_norm_data_gradient(dy, x, norm, factors)
     assert torch.equal(dx.double(), dy.double() * scale + slope * (x.double() - mean) + offset)
 
 
@@ -208,11 +208,11 @@ def test_the_sums_and_dx_apart_are_those_of_the_whole_backward(implementation, d
     case = Case((3, 37, 5, 7), dtype, device, joins=joins, relu=True, mean=0.5, deviation=2.0)
     case.leave_the_kink()
     whole = case.ours()
-    g, sums = batch_norm_gradient_sums(case.dy, case.x, whole["y"] if joins else None, whole["vectors"], True)
-    rows = batch_norm_gradient_vectors(sums, whole["vectors"], 3 * 5 * 7)
+    g, sums = batch_norm_gradient_sums(case.dy, case.x, whole["y"] if joins else None, whole["norm"], True)
+    rows = norm_gradient(sums, whole["norm"], 3 * 5 * 7)
     d_gamma, d_beta = rows[D_GAMMA], rows[D_BETA]
     assert not rows[4].any()
-    dx = batch_norm_data_gradient(g, case.x, whole["vectors"], rows[FACTORS])
+    dx = batch_norm_data_gradient(g, case.x, whole["norm"], rows[FACTORS])
     bound = 8 * U + (2 if implementation == "reference" else 0) * unit(dtype, implementation)  # PyTorch's own order
     for got, name in ((dx, "d_x"), (d_gamma, "d_gamma"), (d_beta, "d_beta")):
         if implementation == "triton":
@@ -226,16 +226,16 @@ def test_statistics_are_exact_on_integers(implementation, device):
     x = integers((4, 35, 4, 8), torch.float16, device) * 2 + 64  # 128 values a channel: a mean of few binary digits
     gamma, beta = torch.ones(35, device=device), torch.zeros(35, device=device)
     mean, var = torch.empty(2, 35, device=device)
-    vectors = batch_norm_statistics(x, gamma, beta, mean, var, EPS)
+    norm = batch_norm_statistics(x, gamma, beta, mean, var, EPS)
     assert torch.equal(mean.double(), x.double().mean((0, 2, 3)))
     additions = 1 if implementation == "triton" else 128  # PyTorch's squares are about a mean that may be rounded
     if implementation == "triton":
-        assert torch.equal(vectors[MEAN], mean)
-        assert not vectors[MEAN_LOW].any()
+        assert torch.equal(norm[MEAN], mean)
+        assert not norm[MEAN_LOW].any()
     exact = x.double().var((0, 2, 3))
     assert ((var - exact).abs() <= (additions + 4) * U * exact).all()
     rstd = (exact * 127 / 128 + EPS).rsqrt()
-    assert ((vectors[RSTD] - rstd).abs() <= (additions + 8) * U * rstd).all()
+    assert ((norm[RSTD] - rstd).abs() <= (additions + 8) * U * rstd).all()
 
 
 def test_a_mean_far_above_the_deviation_keeps_three_digits(device, monkeypatch):
@@ -249,18 +249,18 @@ def test_a_mean_far_above_the_deviation_keeps_three_digits(device, monkeypatch):
 
 
 def test_the_producer_s_sums(implementation, device):
-    """Sums over three parts, about a center of their own, give the vectors of the statistics."""
+    """Sums over three parts, about a center of their own, give the norm of the statistics."""
     torch.manual_seed(0)
     case = Case((6, 37, 4, 5), torch.float32, device, mean=3.0)
     center = case.x.mean((0, 2, 3)) + 0.25
     d = (case.x - center.view(1, -1, 1, 1)).unflatten(0, (3, 2))
     sums = torch.stack((d.sum((1, 3, 4)), d.square().sum((1, 3, 4))))
     mean, var = torch.empty(2, 37, device=device)
-    vectors = batch_norm_vectors(sums, center, 6 * 4 * 5, case.gamma, case.beta, mean, var, EPS)
+    norm = norm_from_sums(sums, center, 6 * 4 * 5, case.gamma, case.beta, mean, var, EPS)
     exact = case.ours()
     assert torch.allclose(mean, exact["mean"], rtol=0, atol=1e-5)
     assert torch.allclose(var, exact["var"], rtol=1e-4)
-    assert torch.allclose(vectors[:4], exact["vectors"][:4], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(norm[:4], exact["norm"][:4], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -292,7 +292,7 @@ def test_a_constant_channel(implementation, device):
     case.x[:, 1] = 7.0
     got = case.ours()
     # PyTorch on the CPU has x scale + (shift - mean scale), which is rounded at the size of x scale.
-    bound = 4 * U * 7 * got["vectors"][SCALE, 1] if implementation == "reference" else 0
+    bound = 4 * U * 7 * got["norm"][SCALE, 1] if implementation == "reference" else 0
     assert ((got["y"][:, 1] - case.beta[1]).abs() <= bound).all()
     assert got["var"][1] == 0
     assert all(t.isfinite().all() for t in got.values())
@@ -317,10 +317,10 @@ def test_gradcheck(device, monkeypatch, joins, relu, batch):
     def normalised(x, gamma, beta, residual):
         scratch = torch.empty_like(gamma), torch.empty_like(gamma)
         with torch.no_grad():
-            vectors = (
+            norm = (
                 batch_norm_statistics(x, gamma, beta, *scratch, EPS) if batch else folded(*running, gamma, beta, EPS)
             )
-        return batch_norm(x, gamma, beta, vectors, residual, relu, batch)
+        return batch_norm(x, gamma, beta, norm, residual, relu, batch)
 
     leaves = [case.x, case.gamma.double(), case.beta.double(), case.residual]
     leaves = [t if t is None else t.detach().requires_grad_() for t in leaves]
@@ -332,30 +332,30 @@ def test_the_mask_of_the_reference_may_come_from_x_or_y(device, monkeypatch, rel
     monkeypatch.setenv("NVCNN_KERNELS", "reference")
     case = Case((2, 5, 3, 4), torch.float64, device, relu=relu)
     got = case.ours()
-    vectors = got["vectors"]
+    norm = got["norm"]
     for y in (None, got["y"]):
-        dx, *_ = backward_reference(case.dy, case.x, y, vectors, relu, True)
+        dx, *_ = backward_reference(case.dy, case.x, y, norm, relu, True)
         assert torch.equal(dx, got["d_x"])
 
 
 def test_opcheck(implementation, device):
     case = Case((2, 5, 3, 3), torch.float32, device, joins=True, relu=True)
     mean, var = torch.zeros(2, 5, device=device)
-    vectors = case.ours()["vectors"]
+    norm = case.ours()["norm"]
     leaves = [t.detach().requires_grad_() for t in (case.x, case.gamma, case.beta, case.residual)]
     sums = torch.rand(2, 3, 5, device=device)
     for op, arguments in (
         (batch_norm_statistics.overload, (case.x, case.gamma, case.beta, mean, var, EPS)),
-        (batch_norm_vectors.overload, (sums, mean, 30, case.gamma, case.beta, mean.clone(), var, EPS)),
-        (batch_norm.overload, (*leaves[:3], vectors, leaves[3], True, True)),
-        (batch_norm.overload, (*leaves[:3], vectors, None, False, False)),
-        (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, case.dy, vectors, True, True, True)),
-        (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, None, vectors, True, True, False)),
-        (batch_norm_gradient_sums.overload, (case.dy, case.x, None, vectors, True)),
-        (batch_norm_gradient_sums.overload, (case.dy, case.x, None, vectors, False)),
-        (batch_norm_gradient_vectors.overload, (sums, vectors, 18)),
-        (batch_norm_data_gradient.overload, (case.dy, case.x, vectors, None)),
-        (batch_norm_data_gradient.overload, (case.dy, case.x, vectors, vectors[:2].clone())),
+        (norm_from_sums.overload, (sums, mean, 30, case.gamma, case.beta, mean.clone(), var, EPS)),
+        (batch_norm.overload, (*leaves[:3], norm, leaves[3], True, True)),
+        (batch_norm.overload, (*leaves[:3], norm, None, False, False)),
+        (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, case.dy, norm, True, True, True)),
+        (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, None, norm, True, True, False)),
+        (batch_norm_gradient_sums.overload, (case.dy, case.x, None, norm, True)),
+        (batch_norm_gradient_sums.overload, (case.dy, case.x, None, norm, False)),
+        (norm_gradient.overload, (sums, norm, 18)),
+        (batch_norm_data_gradient.overload, (case.dy, case.x, norm, None)),
+        (batch_norm_data_gradient.overload, (case.dy, case.x, norm, norm[:2].clone())),
     ):
         torch.library.opcheck(op, arguments)
 
@@ -369,12 +369,12 @@ def test_opcheck(implementation, device):
         ({"residual": lambda t: t[:1]}, r"residual must be \(2, 4, 3, 3\).*got \(1, 4, 3, 3\)"),
         ({"gamma": lambda t: t.half()}, r"gamma must be \(4,\), torch.float32"),
         ({"beta": lambda t: t[1:]}, r"beta must be \(4,\).*got \(3,\)"),
-        ({"vectors": lambda t: t[:4]}, r"vectors must be \(5, 4\)"),
+        ({"norm": lambda t: t[:4]}, r"norm must be \(5, 4\)"),
     ],
 )
 def test_refuses(device, change, message):
     case = Case((2, 4, 3, 3), torch.float32, device, joins=True)
-    arguments = {"x": case.x, "gamma": case.gamma, "beta": case.beta, "vectors": torch.rand(5, 4, device=device)}
+    arguments = {"x": case.x, "gamma": case.gamma, "beta": case.beta, "norm": torch.rand(5, 4, device=device)}
     arguments |= {"residual": case.residual}
     ((name, broken),) = change.items()
     arguments[name] = broken(arguments[name])
@@ -383,15 +383,15 @@ def test_refuses(device, change, message):
 
 
 def test_refuses_gradients_that_do_not_belong_together(device):
-    x, vectors = channels_last(torch.randn(2, 4, 3, 3, device=device)), torch.rand(5, 4, device=device)
+    x, norm = channels_last(torch.randn(2, 4, 3, 3, device=device)), torch.rand(5, 4, device=device)
     with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: dy must be \(2, 4, 3, 3\).*got \(1, 4, 3, 3\)"):
-        batch_norm_gradient_sums(x[:1], x, None, vectors, True)
+        batch_norm_gradient_sums(x[:1], x, None, norm, True)
     with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: y must be .*float16"):
-        batch_norm_gradient_sums(x, x, x.half(), vectors, True)
-    with pytest.raises(ValueError, match=r"batch_norm_data_gradient: vectors must be \(5, 4\)"):
-        batch_norm_data_gradient(x, x, vectors[:4], None)
+        batch_norm_gradient_sums(x, x, x.half(), norm, True)
+    with pytest.raises(ValueError, match=r"batch_norm_data_gradient: norm must be \(5, 4\)"):
+        batch_norm_data_gradient(x, x, norm[:4], None)
     with pytest.raises(ValueError, match=r"batch_norm_data_gradient: factors must be \(2, 4\)"):
-        batch_norm_data_gradient(x, x, vectors, vectors)
+        batch_norm_data_gradient(x, x, norm, norm)
 
 
 def test_refuses_statistics_of_one_value(device):

@@ -33,7 +33,7 @@ def compiling(*command: str) -> str:
 def test_nothing_spills_and_streams_move_16_bytes_at_a_time(rows):
     for row in rows:
         assert (row["spills"], row["breach"]) == (0, ""), row
-        streams_values = "vectors_kernel" not in row["name"] and not UNALIGNED.search(row["name"])
+        streams_values = "norm_kernel" not in row["name"] and not UNALIGNED.search(row["name"])
         if streams_values and "images:u8" not in row["name"]:
             assert max(row["load"], row["store"]) >= 16, row
 
@@ -95,7 +95,7 @@ def test_a_profile_tells_kernels_apart(rows):
         functions.setdefault(row["function"], set()).add(python_name)
         assert row["function"].startswith(python_name.split(".")[0]) or row["function"] == "refresh"
     assert all(len(python_names) == 1 for python_names in functions.values())
-    assert "convolution_3_3_1_128_64_32_vectors_center" in functions
+    assert "convolution_3_3_1_128_64_32_norm_center" in functions
 
 
 def test_a_tables_name_says_its_chip():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kernels import batch_norm_statistics, batch_norm_vectors, convolution
+from kernels import batch_norm_statistics, norm_from_sums, convolution
 from tests.kernels.convolutions import (
     BOXES,
     COMMON,
@@ -27,10 +27,10 @@ from tests.kernels.convolutions import (
     check_same,
     configured,
     convolved,
-    integer_vectors,
+    integer_norm,
     product_error,
     random_shapes,
-    random_vectors,
+    random_norm,
     rounded_bound,
     small_integers,
     spread,
@@ -43,12 +43,12 @@ POINTWISE = Shape(2, 21, 5, 4, 19, 1, 1)
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_exact_on_integers(implementation, device, shape):
-    """With the producer's vectors, and the sums for the next; padding is 0 behind them."""
+    """With the producer's norm, and the sums for the next; padding is 0 behind them."""
     torch.manual_seed(0)
     given = tensors(shape, torch.float16, device, small_integers)
-    vectors, center = integer_vectors(5, shape.c, device), integer_vectors(1, shape.k, device)[0]
-    y, z, sums = convolution(given["x"], given["weight"], *shape.how, vectors=vectors, center=center)
-    exact = convolved(activation(given["x"], vectors, implementation).exact, given["weight"], shape)
+    norm, center = integer_norm(5, shape.c, device), integer_norm(1, shape.k, device)[0]
+    y, z, sums = convolution(given["x"], given["weight"], *shape.how, norm=norm, center=center)
+    exact = convolved(activation(given["x"], norm, implementation).exact, given["weight"], shape)
     assert torch.equal(y, exact.half())
     assert y.is_contiguous(memory_format=torch.channels_last)
     d = y.double() - spread(center)
@@ -80,15 +80,15 @@ def check(shape, dtype, device, implementation, prologue, sums):
     x, weight, residual = given["x"], given["weight"], given["residual"]
     arguments = {}
     if prologue != "none":
-        arguments["vectors"] = random_vectors(shape.c, device)
+        arguments["norm"] = random_norm(shape.c, device)
     if prologue in ("join", "raw join"):
         arguments["residual"] = residual
     if prologue == "raw join":
-        arguments["residual_vectors"] = random_vectors(shape.c, device)
+        arguments["residual_norm"] = random_norm(shape.c, device)
     center = torch.randn(shape.k, device=device) if sums else None
     y, z, got = convolution(x, weight, *shape.how, **arguments, center=center)
 
-    a = activation(x, arguments.get("vectors"), implementation, *list(arguments.values())[1:])
+    a = activation(x, arguments.get("norm"), implementation, *list(arguments.values())[1:])
     if "residual" in arguments:
         check_close(z, a.exact, a.error, "z")
         a = as_it_is(z)  # which is what is multiplied
@@ -104,7 +104,7 @@ def check(shape, dtype, device, implementation, prologue, sums):
             check_close(got[i].double().sum(0), value.sum((0, 2, 3)), bound, f"sums[{i}]")
 
 
-@pytest.mark.parametrize("prologue", ["none", "vectors", "join", "raw join"])
+@pytest.mark.parametrize("prologue", ["none", "norm", "join", "raw join"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, prologue):
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, prologue
 @given(
     shape=random_shapes(),
     dtype=st.sampled_from(DTYPES),
-    prologue=st.sampled_from(["none", "vectors"]),
+    prologue=st.sampled_from(["none", "norm"]),
     sums=st.booleans(),
     seed=st.integers(0, 2**32),
 )
@@ -127,11 +127,11 @@ def test_any_shape(implementation, device, shape, dtype, prologue, sums, seed):
 @pytest.mark.parametrize("raw", [False, True])
 def test_the_join_is_exact_on_integers(implementation, device, raw):
     given = tensors(POINTWISE, torch.float16, device, small_integers)
-    vectors, others = integer_vectors(5, POINTWISE.c, device), integer_vectors(5, POINTWISE.c, device)
+    norm, others = integer_norm(5, POINTWISE.c, device), integer_norm(5, POINTWISE.c, device)
     y, z, _ = convolution(
-        *(given["x"], given["weight"], *POINTWISE.how, vectors, given["residual"], others if raw else None)
+        *(given["x"], given["weight"], *POINTWISE.how, norm, given["residual"], others if raw else None)
     )
-    exact = activation(given["x"], vectors, implementation, given["residual"], others if raw else None).exact
+    exact = activation(given["x"], norm, implementation, given["residual"], others if raw else None).exact
     assert torch.equal(z, exact.half())
     assert torch.equal(y, convolved(exact, given["weight"], POINTWISE).half())
 
@@ -143,7 +143,7 @@ def test_scale_shift_add_relu_are_exact_on_integers(implementation, device, scal
     """Bias and ReLU, or an evaluation's folded BatchNorm, join and ReLU."""
     shape = Shape(2, 5, 6, 5, 19, 3, 3, (2, 1), (1, 1))
     given = tensors(shape, torch.float16, device, small_integers)
-    scale, shift = integer_vectors(2, shape.k, device)
+    scale, shift = integer_norm(2, shape.k, device)
     y, *_ = convolution(
         *(given["x"], given["weight"], *shape.how),
         scale=scale if scaled else None,
@@ -162,8 +162,8 @@ def test_the_sums_make_the_vectors_of_the_statistics(implementation, device):
     center, gamma, beta = (torch.randn(POINTWISE.k, device=device) for _ in range(3))
     y, _, sums = convolution(given["x"], given["weight"], *POINTWISE.how, center=center)
     scratch = [torch.empty(POINTWISE.k, device=device) for _ in range(4)]
-    vectors = batch_norm_vectors(sums, center, y.numel() // POINTWISE.k, gamma, beta, *scratch[:2], 1e-4)
-    assert torch.allclose(vectors, batch_norm_statistics(y, gamma, beta, *scratch[2:], 1e-4), rtol=1e-4, atol=1e-5)
+    norm = norm_from_sums(sums, center, y.numel() // POINTWISE.k, gamma, beta, *scratch[:2], 1e-4)
+    assert torch.allclose(norm, batch_norm_statistics(y, gamma, beta, *scratch[2:], 1e-4), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -175,7 +175,7 @@ def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implem
         given["x"],
         given["weight"].abs(),
         *shape.how,
-        vectors=random_vectors(17, device),
+        norm=random_norm(17, device),
         center=torch.zeros(3, device=device),
     )
     assert not y[1, :, 1:4, 1:4].isfinite().any()
@@ -187,10 +187,10 @@ def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implem
 @pytest.mark.parametrize("choices", [{"TMA": 1}, {"PERSISTENT": 4}], ids=str)
 def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, choices):
     given = tensors(TILES, torch.float16, device)
-    vectors, epilogue = random_vectors(TILES.c, device), {"center": torch.zeros(TILES.k, device=device)}
+    norm, epilogue = random_norm(TILES.c, device), {"center": torch.zeros(TILES.k, device=device)}
     scale, shift = torch.randn(2, TILES.k, device=device)
     folded = {"scale": scale, "shift": shift, "add": given["g"], "relu": True}
-    prologues = (), (vectors,), (vectors, given["residual"], vectors)
+    prologues = (), (norm,), (norm, given["residual"], norm)
     for prologue, options in (*((p, epilogue) for p in prologues), ((), folded)):
         check_same(
             lambda: convolution(given["x"], given["weight"], *TILES.how, *prologue, **options),  # noqa: B023
@@ -203,11 +203,11 @@ def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, c
 @pytest.mark.parametrize("shape", BOXES, ids=str)
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = tensors(shape, torch.float16, device, small_integers)
-    vectors, center = integer_vectors(5, shape.c, device), integer_vectors(1, shape.k, device)[0]
-    exact = convolved(activation(given["x"], vectors, "triton").exact, given["weight"], shape)
+    norm, center = integer_norm(5, shape.c, device), integer_norm(1, shape.k, device)[0]
+    exact = convolved(activation(given["x"], norm, "triton").exact, given["weight"], shape)
     with configured(**box, PERSISTENT=5):
         y, _, sums = convolution(
-            given["x"], given["weight"], *shape.how, vectors=vectors, center=center, add=given["g"]
+            given["x"], given["weight"], *shape.how, norm=norm, center=center, add=given["g"]
         )
     assert torch.equal(y, (exact + given["g"].double()).half())
     d = y.double() - spread(center)
@@ -251,7 +251,7 @@ def test_refuses_boxes_that_no_tile_fills(device, width):
 def test_two_runs_give_the_same_bits(implementation, device):
     given = tensors(POINTWISE, torch.float16, device)
     arguments = {
-        "vectors": random_vectors(21, device),
+        "norm": random_norm(21, device),
         "residual": given["residual"],
         "center": torch.zeros(19, device=device),
     }
@@ -262,10 +262,10 @@ def test_two_runs_give_the_same_bits(implementation, device):
 def test_opcheck(implementation, device):
     given = tensors(POINTWISE, torch.float32, device)
     x, weight, how = given["x"], given["weight"], POINTWISE.how
-    vectors, of_y = random_vectors(21, device), torch.rand(19, device=device)
+    norm, of_y = random_norm(21, device), torch.rand(19, device=device)
     for arguments in (
         {},
-        {"vectors": vectors, "residual": given["residual"], "residual_vectors": vectors, "center": of_y},
+        {"norm": norm, "residual": given["residual"], "residual_norm": norm, "center": of_y},
         {"scale": of_y, "shift": of_y, "add": given["g"], "relu": True},
     ):
         torch.library.opcheck(convolution.overload, (x, weight, *how), arguments)
@@ -291,22 +291,22 @@ def test_opcheck(implementation, device):
         ({"stride": lambda _: (0, 1)}, "stride and padding are two each"),
         ({"stride": lambda _: (1,)}, "stride and padding are two each"),
         ({"groups": lambda _: 4}, "4 groups of the weight"),
-        ({"vectors": lambda t: t[:4]}, r"vectors must be \(5, 4\)"),
-        ({"vectors": lambda t: t.half()}, r"vectors must be \(5, 4\), torch.float32.*float16"),
+        ({"norm": lambda t: t[:4]}, r"norm must be \(5, 4\)"),
+        ({"norm": lambda t: t.half()}, r"norm must be \(5, 4\), torch.float32.*float16"),
         ({"center": lambda _: torch.zeros(5)}, r"center must be \(6,\).*got \(5,\)"),
         ({"shift": lambda _: torch.zeros(6, 1)}, r"shift must be \(6,\)"),
         ({"add": lambda _: channels_last(torch.zeros(2, 6, 3, 3))}, r"add must be \(2, 6, 2, 3\)"),
         ({"residual": lambda _: channels_last(torch.zeros(2, 4, 4, 5))}, "a residual is joined by a 1 x 1 weight"),
         (
-            {"vectors": lambda _: None, "residual": lambda _: channels_last(torch.zeros(2, 4, 4, 5))},
-            "a residual needs vectors",
+            {"norm": lambda _: None, "residual": lambda _: channels_last(torch.zeros(2, 4, 4, 5))},
+            "a residual needs norm",
         ),
-        ({"residual_vectors": lambda _: torch.zeros(5, 4)}, "residual_vectors need a residual"),
+        ({"residual_norm": lambda _: torch.zeros(5, 4)}, "residual_norm need a residual"),
     ],
 )
 def test_refuses(change, message):
     arguments = {"x": randn((2, 4, 4, 5), torch.float32, "cpu"), "weight": randn((6, 4, 3, 3), torch.float32, "cpu")}
-    arguments |= {"stride": (1, 1), "padding": (0, 0), "groups": 1, "vectors": torch.rand(5, 4)}
+    arguments |= {"stride": (1, 1), "padding": (0, 0), "groups": 1, "norm": torch.rand(5, 4)}
     for name, broken in change.items():
         arguments[name] = broken(arguments.get(name))
     with pytest.raises(ValueError, match=message):

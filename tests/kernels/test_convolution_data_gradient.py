@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.grad import conv2d_input
 
-from kernels import batch_norm_gradient_vectors, convolution_data_gradient
+from kernels import norm_gradient, convolution_data_gradient
 from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS
 from kernels.batch_norm_statistics import MEAN, SCALE
 from tests.kernels.convolutions import (
@@ -25,14 +25,14 @@ from tests.kernels.convolutions import (
     check_error,
     check_same,
     configured,
-    integer_vectors,
+    integer_norm,
     normalised,
     normalised_terms,
     of_input,
     output_gradient,
     product_error,
     random_shapes,
-    random_vectors,
+    random_norm,
     rounded_bound,
     small_integers,
     spread,
@@ -45,9 +45,9 @@ TINY = Shape(1, 3, 4, 3, 5, 3, 3, (2, 2), (1, 1))
 POINTWISE = Shape(2, 19, 5, 4, 21, 1, 1)
 
 
-def sums_of(g, x, vectors):
+def sums_of(g, x, norm):
     g = g.double()
-    return torch.stack((g.sum((0, 2, 3)), (g * (x.double() - spread(vectors[MEAN]))).sum((0, 2, 3))))
+    return torch.stack((g.sum((0, 2, 3)), (g * (x.double() - spread(norm[MEAN]))).sum((0, 2, 3))))
 
 
 def gradient(given, shape, **options):
@@ -60,14 +60,14 @@ def test_is_exact_on_integers(implementation, device, shape):
     torch.manual_seed(0)
     given = tensors(shape, torch.float16, device, small_integers)
     x, y = given["x"], given["y"]
-    vectors, factors = integer_vectors(5, shape.k, device), integer_vectors(2, shape.k, device)
-    x_vectors = integer_vectors(5, shape.c, device)
-    dx, sums, others = gradient(given, shape, y=y, vectors=vectors, factors=factors, x=x, x_vectors=x_vectors)
-    dy = output_gradient(given["g"], y, vectors, factors, implementation).exact
-    exact = of_input(dy, given["weight"], shape) * (normalised(x, x_vectors) > 0)
+    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
+    x_norm = integer_norm(5, shape.c, device)
+    dx, sums, others = gradient(given, shape, y=y, norm=norm, factors=factors, x=x, x_norm=x_norm)
+    dy = output_gradient(given["g"], y, norm, factors, implementation).exact
+    exact = of_input(dy, given["weight"], shape) * (normalised(x, x_norm) > 0)
     assert torch.equal(dx, exact.half())
     assert dx.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(sums.double().sum(1), sums_of(dx, x, x_vectors))
+    assert torch.equal(sums.double().sum(1), sums_of(dx, x, x_norm))
     assert others.numel() == 0
 
 
@@ -95,10 +95,10 @@ def test_the_join_is_exact_on_integers(implementation, device, shape, branch):
     """The skip's gradient is added before the mask, which is that of z; sums go to both that were joined."""
     given = tensors(shape, torch.float16, device, small_integers)
     skip, z, x = (small_integers(shape.x, torch.float16, device) for _ in range(3))
-    vectors, of_x, of_branch = (integer_vectors(5, c, device) for c in (shape.k, shape.c, shape.c))
-    options = {"branch": given["residual"], "branch_vectors": of_branch} if branch else {}
-    dx, sums, others = gradient(given, shape, vectors=vectors, skip=skip, z=z, x=x, x_vectors=of_x, **options)
-    exact = of_input(spread(vectors[SCALE]) * given["g"], given["weight"], shape) + skip
+    norm, of_x, of_branch = (integer_norm(5, c, device) for c in (shape.k, shape.c, shape.c))
+    options = {"branch": given["residual"], "branch_norm": of_branch} if branch else {}
+    dx, sums, others = gradient(given, shape, norm=norm, skip=skip, z=z, x=x, x_norm=of_x, **options)
+    exact = of_input(spread(norm[SCALE]) * given["g"], given["weight"], shape) + skip
     assert torch.equal(dx, (exact * (z > 0)).half())
     assert torch.equal(sums.double().sum(1), sums_of(dx, x, of_x))
     assert (
@@ -115,16 +115,16 @@ def check(shape, dtype, device, implementation, *, mapped, masked, skipped):
     if mapped:
         options |= {
             "y": y,
-            "vectors": random_vectors(shape.k, device),
+            "norm": random_norm(shape.k, device),
             "factors": torch.randn(2, shape.k, device=device),
         }
     if masked:
-        options |= {"x": x, "x_vectors": random_vectors(shape.c, device)}
+        options |= {"x": x, "x_norm": random_norm(shape.c, device)}
     if skipped:
         options["skip"] = given["residual"]
     dx, sums, _ = gradient(given, shape, **options)
 
-    dy = output_gradient(given["g"], y, options.get("vectors"), options.get("factors"), implementation)
+    dy = output_gradient(given["g"], y, options.get("norm"), options.get("factors"), implementation)
     exact = of_input(dy.exact, given["weight"], shape)
     terms = shape.r * shape.s * shape.k // shape.groups
     error = product_error(lambda g, w: of_input(g, w, shape), dy, as_it_is(given["weight"]), terms)
@@ -133,17 +133,17 @@ def check(shape, dtype, device, implementation, *, mapped, masked, skipped):
         error = error + U * (exact.abs() + error)
     bound = rounded_bound(exact, error, dtype, implementation)
     if masked:
-        value = normalised(x, options["x_vectors"])
+        value = normalised(x, options["x_norm"])
         exact = exact * (value > 0)
         # Where the mask is too near to tell, its argument's rounding decides.
         doubt = value.abs() <= (8 * U if implementation == "triton" or dtype == torch.float32 else 2.0**-10) * (
-            normalised_terms(x, options["x_vectors"]) + 1e-30
+            normalised_terms(x, options["x_norm"]) + 1e-30
         )
         exact, bound = torch.where(doubt, dx.double(), exact), torch.where(doubt, torch.zeros_like(bound), bound)
     check_close(dx, exact, bound, "dx")
     if masked:
-        wanted, size = sums_of(dx, x, options["x_vectors"]), dx.double().abs()
-        sizes = torch.stack((size, size * (x.double() - spread(options["x_vectors"][MEAN])).abs())).sum((1, 3, 4))
+        wanted, size = sums_of(dx, x, options["x_norm"]), dx.double().abs()
+        sizes = torch.stack((size, size * (x.double() - spread(options["x_norm"][MEAN])).abs())).sum((1, 3, 4))
         check_close(sums.double().sum(1), wanted, (dx.numel() // shape.c + 4) * U * sizes, "sums")
 
 
@@ -176,15 +176,15 @@ def test_the_sums_make_batch_norm_s_gradients(implementation, device):
     gamma, beta = (torch.rand(2, c, device=device).double() + 0.5).requires_grad_()
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
     rstd = (var + 1e-4).rsqrt()
-    vectors = torch.stack((mean, gamma * rstd, beta, rstd, torch.zeros_like(mean))).detach().float()
-    vectors[MEAN] += 2.0**-10  # what MEAN_LOW makes up for
-    vectors[4] = (mean - vectors[MEAN].double()).float()
-    dx, sums, _ = gradient(given, POINTWISE, x=given["x"], x_vectors=vectors)
-    rows = batch_norm_gradient_vectors(sums, vectors, x.numel() // c)
+    norm = torch.stack((mean, gamma * rstd, beta, rstd, torch.zeros_like(mean))).detach().float()
+    norm[MEAN] += 2.0**-10  # what MEAN_LOW makes up for
+    norm[4] = (mean - norm[MEAN].double()).float()
+    dx, sums, _ = gradient(given, POINTWISE, x=given["x"], x_norm=norm)
+    rows = norm_gradient(sums, norm, x.numel() // c)
     leaf = x.detach().requires_grad_()
     v = torch.nn.functional.batch_norm(leaf, None, None, gamma, beta, True, eps=1e-4)
     exact = torch.autograd.grad(v, (leaf, gamma, beta), dx.double())
-    through = output_gradient(dx, given["x"], vectors, rows[FACTORS], implementation).exact
+    through = output_gradient(dx, given["x"], norm, rows[FACTORS], implementation).exact
     for got, wanted in zip((through, rows[D_GAMMA], rows[D_BETA]), exact, strict=True):
         assert torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max())
 
@@ -195,8 +195,8 @@ def test_a_value_that_is_not_finite_reaches_every_pixel_it_has_a_part_in(impleme
     given = tensors(shape, torch.float16, device)
     given["g"][1, 16, 2, 2] = value
     x = given["x"].abs() + 1
-    x_vectors = torch.tensor([0.0, 1, 0, 1, 0], device=device).view(5, 1).repeat(1, 3)
-    dx, sums, _ = gradient(given, shape, x=x, x_vectors=x_vectors)
+    x_norm = torch.tensor([0.0, 1, 0, 1, 0], device=device).view(5, 1).repeat(1, 3)
+    dx, sums, _ = gradient(given, shape, x=x, x_norm=x_norm)
     assert not dx[1, :, 1:4, 1:4].isfinite().any()
     assert dx[0].isfinite().all()
     assert not sums.sum(1).isfinite().any()
@@ -205,8 +205,8 @@ def test_a_value_that_is_not_finite_reaches_every_pixel_it_has_a_part_in(impleme
 def test_a_nan_lets_the_gradient_pass(implementation, device):
     given = tensors(POINTWISE, torch.float32, device)
     given["x"][0, 3, 1, 1] = torch.nan
-    vectors = random_vectors(POINTWISE.c, device)
-    dx, sums, _ = gradient(given, POINTWISE, x=given["x"], x_vectors=vectors)
+    norm = random_norm(POINTWISE.c, device)
+    dx, sums, _ = gradient(given, POINTWISE, x=given["x"], x_norm=norm)
     assert dx[0, 3, 1, 1] != 0
     assert sums.sum(1).isfinite().sum() == 2 * POINTWISE.c - 1
 
@@ -214,9 +214,9 @@ def test_a_nan_lets_the_gradient_pass(implementation, device):
 @pytest.mark.parametrize("choices", [{"TMA": 1}, {"PERSISTENT": 4}], ids=str)
 def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, choices):
     given = tensors(TILES, torch.float16, device)
-    vectors, x_vectors = random_vectors(TILES.k, device), random_vectors(TILES.c, device)
-    every = {"y": given["y"], "vectors": vectors, "factors": vectors[:2].clone()}
-    every |= {"skip": given["residual"], "x": given["x"], "x_vectors": x_vectors}
+    norm, x_norm = random_norm(TILES.k, device), random_norm(TILES.c, device)
+    every = {"y": given["y"], "norm": norm, "factors": norm[:2].clone()}
+    every |= {"skip": given["residual"], "x": given["x"], "x_norm": x_norm}
     for options in ({}, every):
         loads = (3 if options else 2) * choices.get("TMA", 0)
         check_same(lambda: gradient(given, TILES, **options), loads, **choices)  # noqa: B023
@@ -228,30 +228,30 @@ def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     """Those of a class of pixels, whatever the stride."""
     given = tensors(shape, torch.float16, device, small_integers)
     x, y = given["x"], given["y"]
-    vectors, factors = integer_vectors(5, shape.k, device), integer_vectors(2, shape.k, device)
-    x_vectors = integer_vectors(5, shape.c, device)
+    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
+    x_norm = integer_norm(5, shape.c, device)
     with configured(**box, PERSISTENT=5):
-        dx, sums, _ = gradient(given, shape, y=y, vectors=vectors, factors=factors, x=x, x_vectors=x_vectors)
-    dy = output_gradient(given["g"], y, vectors, factors, "triton").exact
-    assert torch.equal(dx, (of_input(dy, given["weight"], shape) * (normalised(x, x_vectors) > 0)).half())
-    assert torch.equal(sums.double().sum(1), sums_of(dx, x, x_vectors))
+        dx, sums, _ = gradient(given, shape, y=y, norm=norm, factors=factors, x=x, x_norm=x_norm)
+    dy = output_gradient(given["g"], y, norm, factors, "triton").exact
+    assert torch.equal(dx, (of_input(dy, given["weight"], shape) * (normalised(x, x_norm) > 0)).half())
+    assert torch.equal(sums.double().sum(1), sums_of(dx, x, x_norm))
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
     given = tensors(STRIDED, torch.float16, device)
-    options = {"x": given["x"], "x_vectors": random_vectors(STRIDED.c, device)}
+    options = {"x": given["x"], "x_norm": random_norm(STRIDED.c, device)}
     first, second = (gradient(given, STRIDED, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_opcheck(implementation, device):
     given = tensors(TINY, torch.float32, device)
-    of_y, of_x = random_vectors(TINY.k, device), random_vectors(TINY.c, device)
+    of_y, of_x = random_norm(TINY.k, device), random_norm(TINY.c, device)
     x, arguments = given["x"], (given["g"], given["weight"], (TINY.h, TINY.w), *TINY.how)
-    every = {"y": given["y"], "vectors": of_y, "factors": of_y[:2], "skip": x, "z": x, "x": x, "x_vectors": of_x}
-    for options in ({}, every | {"branch": x, "branch_vectors": of_x}):
+    every = {"y": given["y"], "norm": of_y, "factors": of_y[:2], "skip": x, "z": x, "x": x, "x_norm": of_x}
+    for options in ({}, every | {"branch": x, "branch_norm": of_x}):
         torch.library.opcheck(convolution_data_gradient.overload, arguments, options)
-    torch.library.opcheck(batch_norm_gradient_vectors.overload, (torch.rand(2, 3, TINY.c, device=device), of_x, 60))
+    torch.library.opcheck(norm_gradient.overload, (torch.rand(2, 3, TINY.c, device=device), of_x, 60))
 
 
 @pytest.mark.parametrize(
@@ -262,10 +262,10 @@ def test_opcheck(implementation, device):
         ({"weight": lambda t: t.to("meta")}, "weight must be torch.float32, on cpu; got torch.float32, on meta"),
         ({"weight": lambda t: t.half()}, "weight must be torch.float32"),
         ({"y": lambda _: None}, "y, factors come together or not at all; got no y"),
-        ({"vectors": lambda _: None}, "factors need vectors"),
+        ({"norm": lambda _: None}, "factors need norm"),
         ({"factors": lambda t: t[:1]}, r"factors must be \(2, 6\)"),
-        ({"x": lambda _: channels_last(torch.zeros(2, 4, 4, 5))}, "x, x_vectors come together"),
-        ({"branch_vectors": lambda _: torch.zeros(5, 4)}, "branch, branch_vectors come together"),
+        ({"x": lambda _: channels_last(torch.zeros(2, 4, 4, 5))}, "x, x_norm come together"),
+        ({"branch_norm": lambda _: torch.zeros(5, 4)}, "branch, branch_norm come together"),
         ({"skip": lambda _: channels_last(torch.zeros(2, 4, 4, 4))}, r"skip must be \(2, 4, 4, 5\)"),
         ({"z": lambda _: torch.zeros(2, 4, 4, 5)}, "z must be channels-last"),
         ({"y": lambda t: t[:, :, :, :1].expand(2, 6, 2, 3)}, "y must be channels-last"),
@@ -274,7 +274,7 @@ def test_opcheck(implementation, device):
 def test_refuses(change, message):
     arguments = {"g": randn((2, 6, 2, 3), torch.float32, "cpu"), "weight": randn((6, 4, 3, 3), torch.float32, "cpu")}
     arguments |= {"size": (4, 5), "stride": (1, 1), "padding": (0, 0), "y": arguments["g"]}
-    arguments |= {"vectors": torch.rand(5, 6), "factors": torch.rand(2, 6)}
+    arguments |= {"norm": torch.rand(5, 6), "factors": torch.rand(2, 6)}
     for name, broken in change.items():
         arguments[name] = broken(arguments.get(name))
     with pytest.raises(ValueError, match=message):

@@ -22,12 +22,12 @@ from tests.kernels.convolutions import (
     check_error,
     check_same,
     configured,
-    integer_vectors,
+    integer_norm,
     of_weight,
     output_gradient,
     product_error,
     random_shapes,
-    random_vectors,
+    random_norm,
     rounded_bound,
     small_integers,
     tensors,
@@ -50,12 +50,12 @@ def gradient(given, shape, dtype, before=None, **options):
 def test_is_exact_on_integers(implementation, device, shape):
     torch.manual_seed(0)
     given = tensors(shape, torch.float16, device, small_integers)
-    vectors, factors = integer_vectors(5, shape.k, device), integer_vectors(2, shape.k, device)
-    x_vectors = integer_vectors(5, shape.c, device)
-    maps = {"y": given["y"], "vectors": vectors, "factors": factors, "x_vectors": x_vectors}
+    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
+    x_norm = integer_norm(5, shape.c, device)
+    maps = {"y": given["y"], "norm": norm, "factors": factors, "x_norm": x_norm}
     got = gradient(given, shape, torch.float32, **maps)
-    dy = output_gradient(given["g"], given["y"], vectors, factors, implementation).exact
-    assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_vectors, implementation).exact, shape))
+    dy = output_gradient(given["g"], given["y"], norm, factors, implementation).exact
+    assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_norm, implementation).exact, shape))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -86,13 +86,13 @@ def check(shape, dtype, device, implementation, *, mapped, normal, out):
     given = tensors(shape, dtype, device)
     options = {}
     if mapped:
-        options |= {"y": given["y"], "vectors": random_vectors(shape.k, device)}
+        options |= {"y": given["y"], "norm": random_norm(shape.k, device)}
         options["factors"] = torch.randn(2, shape.k, device=device)
     if normal:
-        options["x_vectors"] = random_vectors(shape.c, device)
+        options["x_norm"] = random_norm(shape.c, device)
     got = gradient(given, shape, out, **options)
-    a = activation(given["x"], options.get("x_vectors"), implementation)
-    dy = output_gradient(given["g"], given["y"], options.get("vectors"), options.get("factors"), implementation)
+    a = activation(given["x"], options.get("x_norm"), implementation)
+    dy = output_gradient(given["g"], given["y"], options.get("norm"), options.get("factors"), implementation)
     exact, rows = of_weight(dy.exact, a.exact, shape), given["g"].numel() // shape.k
     error = product_error(lambda g, x: of_weight(g, x, shape), dy, a, rows)
     check_close(got, exact, rounded_bound(exact, error, out, implementation), "dw")
@@ -132,8 +132,8 @@ def test_a_value_that_is_not_finite_spoils_its_channel_alone(implementation, dev
 
 def test_tiles_by_tma_give_the_same_bits(device):
     given = tensors(TILES, torch.float16, device)
-    vectors, x_vectors = random_vectors(TILES.k, device), random_vectors(TILES.c, device)
-    every = {"y": given["y"], "vectors": vectors, "factors": vectors[:2].clone(), "x_vectors": x_vectors}
+    norm, x_norm = random_norm(TILES.k, device), random_norm(TILES.c, device)
+    every = {"y": given["y"], "norm": norm, "factors": norm[:2].clone(), "x_norm": x_norm}
     for options, loads in ({}, 2), (every, 3):
         check_same(lambda: (gradient(given, TILES, torch.float32, **options),), loads, TMA=1)  # noqa: B023
 
@@ -142,13 +142,13 @@ def test_tiles_by_tma_give_the_same_bits(device):
 @pytest.mark.parametrize("shape", BOXES, ids=str)
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = tensors(shape, torch.float16, device, small_integers)
-    vectors, factors = integer_vectors(5, shape.k, device), integer_vectors(2, shape.k, device)
-    x_vectors = integer_vectors(5, shape.c, device)
-    maps = {"y": given["y"], "vectors": vectors, "factors": factors, "x_vectors": x_vectors}
+    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
+    x_norm = integer_norm(5, shape.c, device)
+    maps = {"y": given["y"], "norm": norm, "factors": factors, "x_norm": x_norm}
     with configured(**box):
         got = gradient(given, shape, torch.float32, **maps)
-    dy = output_gradient(given["g"], given["y"], vectors, factors, "triton").exact
-    assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_vectors, "triton").exact, shape))
+    dy = output_gradient(given["g"], given["y"], norm, factors, "triton").exact
+    assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_norm, "triton").exact, shape))
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
@@ -159,9 +159,9 @@ def test_two_runs_give_the_same_bits(implementation, device):
 
 def test_opcheck(implementation, device):
     given = tensors(PLAIN, torch.float32, device)
-    of_y, of_x = random_vectors(PLAIN.k, device), random_vectors(PLAIN.c, device)
+    of_y, of_x = random_norm(PLAIN.k, device), random_norm(PLAIN.c, device)
     out = channels_last(torch.zeros(PLAIN.weight, device=device))
-    every = {"y": given["y"], "vectors": of_y, "factors": of_y[:2].clone(), "x_vectors": of_x, "accumulate": True}
+    every = {"y": given["y"], "norm": of_y, "factors": of_y[:2].clone(), "x_norm": of_x, "accumulate": True}
     for options in ({}, every):
         torch.library.opcheck(convolution_weight_gradient.overload, (given["g"], given["x"], out, *PLAIN.how), options)
 
@@ -177,14 +177,14 @@ def test_opcheck(implementation, device):
         ({"out": lambda t: t.contiguous()}, "out must be channels-last"),
         ({"out": lambda t: t[:1].expand(6, -1, -1, -1)}, "out must be channels-last"),
         ({"y": lambda _: None}, "y, factors come together or not at all; got no y"),
-        ({"vectors": lambda _: None}, "factors need vectors"),
-        ({"x_vectors": lambda _: torch.rand(5, 5)}, r"x_vectors must be \(5, 4\)"),
+        ({"norm": lambda _: None}, "factors need norm"),
+        ({"x_norm": lambda _: torch.rand(5, 5)}, r"x_norm must be \(5, 4\)"),
     ],
 )
 def test_refuses(change, message):
     arguments = {"g": randn((2, 6, 2, 3), torch.float32, "cpu"), "x": randn((2, 4, 4, 5), torch.float32, "cpu")}
     arguments |= {"out": randn((6, 4, 3, 3), torch.float32, "cpu"), "stride": (1, 1), "padding": (0, 0)}
-    arguments |= {"y": arguments["g"], "vectors": torch.rand(5, 6), "factors": torch.rand(2, 6)}
+    arguments |= {"y": arguments["g"], "norm": torch.rand(5, 6), "factors": torch.rand(2, 6)}
     for name, broken in change.items():
         arguments[name] = broken(arguments.get(name))
     with pytest.raises(ValueError, match=message):

@@ -93,7 +93,7 @@ def meta(*shape, dtype=torch.float16):
     return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def vectors(*shape):
+def norm(*shape):
     return meta(*shape, dtype=torch.float32)
 
 
@@ -103,30 +103,30 @@ PLAIN, PADDED = ((1, 1), (0, 0), 1), ((1, 1), (1, 1), 1)  # strides, padding, gr
 CALLS = {
     "global_average": lambda: [meta(*X)],
     "global_average_backward": lambda: [meta(2**16, 2**12), 3, 3],
-    "batch_norm_statistics": lambda: [meta(*X), *(vectors(C) for _ in range(4)), 1e-4],
-    "batch_norm": lambda: [meta(*X), vectors(C), vectors(C), vectors(5, C), meta(*X), True, True],
-    "batch_norm_backward": lambda: [meta(*X), meta(*X), meta(*X), vectors(5, C), True, True, True],
+    "batch_norm_statistics": lambda: [meta(*X), *(norm(C) for _ in range(4)), 1e-4],
+    "batch_norm": lambda: [meta(*X), norm(C), norm(C), norm(5, C), meta(*X), True, True],
+    "batch_norm_backward": lambda: [meta(*X), meta(*X), meta(*X), norm(5, C), True, True, True],
     "max_pool": lambda: [meta(*X), 3, 1, 1, True],
     "max_pool_backward": lambda: [meta(*X), meta(*X, dtype=torch.uint8), 56, 56, 3, 1, 1],
-    "cross_entropy": lambda: [meta(2**17, 20000), meta(2**17, dtype=torch.int64), vectors(1), 0.1],
-    "convolution": lambda: [meta(*X), meta(C, C, 3, 3), *PADDED, vectors(5, C), None, None, vectors(C)],
-    "convolution join": lambda: [meta(*X), meta(C, C, 1, 1), *PLAIN, vectors(5, C), meta(*X), vectors(5, C)],
+    "cross_entropy": lambda: [meta(2**17, 20000), meta(2**17, dtype=torch.int64), norm(1), 0.1],
+    "convolution": lambda: [meta(*X), meta(C, C, 3, 3), *PADDED, norm(5, C), None, None, norm(C)],
+    "convolution join": lambda: [meta(*X), meta(C, C, 1, 1), *PLAIN, norm(5, C), meta(*X), norm(5, C)],
     "convolution_data_gradient": lambda: [
-        *(meta(*X), meta(C, C, 3, 3), (56, 56), *PADDED, meta(*X), vectors(5, C), vectors(2, C)),
-        *(None, None, meta(*X), vectors(5, C)),
+        *(meta(*X), meta(C, C, 3, 3), (56, 56), *PADDED, meta(*X), norm(5, C), norm(2, C)),
+        *(None, None, meta(*X), norm(5, C)),
     ],
     "convolution_data_gradient join": lambda: [
         *(meta(*X), meta(C, C, 1, 1), (56, 56), *PLAIN, None, None, None),
-        *(meta(*X), meta(*X), meta(*X), vectors(5, C), meta(*X), vectors(5, C)),
+        *(meta(*X), meta(*X), meta(*X), norm(5, C), meta(*X), norm(5, C)),
     ],
     "convolution_weight_gradient": lambda: [
         *(meta(*X), meta(*X), meta(C, C, 3, 3), *PADDED),
-        *(meta(*X), vectors(5, C), vectors(2, C), vectors(5, C)),
+        *(meta(*X), norm(5, C), norm(2, C), norm(5, C)),
     ],
     "prepare_input": lambda: [
         meta(15000, 224, 224, 3, dtype=torch.uint8).contiguous(),
         meta(15000, dtype=torch.bool),
-        *(vectors(3), vectors(3), torch.float16, 3),
+        *(norm(3), norm(3), torch.float16, 3),
     ],
 }
 

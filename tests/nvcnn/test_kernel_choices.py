@@ -108,10 +108,10 @@ def test_the_candidates_of_a_place_compute_the_same(reads, gradient):
     place = Place((2, 8, 5, 5), (6, 8, 1, 1), *ONE, torch.float32, reads, gradient)
     one = sample(place, CPU)
     results = [one.results(algorithm) for algorithm in place.candidates]
-    read = {"activation": "x", "raw": "x x_vectors", "join": "x x_vectors b", "join of two": "x x_vectors b b_vectors"}
+    read = {"activation": "x", "raw": "x x_norm", "join": "x x_norm b", "join of two": "x x_norm b b_norm"}
     gradients = {"weight", "gamma", "beta"} | (set(read[reads].split()) if gradient else set())
     joined = {"z"} if "join" in reads else set()
-    assert results[0].keys() == {"y", "vectors"} | joined | {f"d_{name}" for name in gradients}
+    assert results[0].keys() == {"y", "norm"} | joined | {f"d_{name}" for name in gradients}
     assert not any(t.requires_grad for t in results[0].values())  # of the graph nothing is left
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-4)

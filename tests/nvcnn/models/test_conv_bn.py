@@ -321,8 +321,8 @@ def test_memory_of_a_resnet50():
     stem = 112 * 112 * 64
     pooled, images, features = stem // 4, 3 * 224 * 224, 2048
     values = images + 2 * stem + pooled + read + raw + joined + features
-    vectors = 5 * 4 * 26560 / 256  # of each BatchNorm, in fp32, once a batch
-    assert kept("triton") == pytest.approx(2 * values + vectors, rel=0.01)
+    norm = 5 * 4 * 26560 / 256  # of each BatchNorm, in fp32, once a batch
+    assert kept("triton") == pytest.approx(2 * values + norm, rel=0.01)
     assert kept("triton-materialized") == kept("cudnn") == kept("triton") + 2 * read  # their activations, too
     assert kept("cudnn") < kept("torch")
     assert kept("triton") < 0.82 * kept("torch")

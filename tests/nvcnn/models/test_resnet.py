@@ -101,7 +101,7 @@ def test_computes_what_torchvision_computes(name, training, algorithm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
 def test_rounds_no_more_than_torchvision(block, dtype, algorithm):
-    """Four blocks in `dtype`, with fp32 vectors, against torchvision's all in `dtype`; both against float64."""
+    """Four blocks in `dtype`, with fp32 norm, against torchvision's all in `dtype`; both against float64."""
     norm = partial(nn.BatchNorm2d, eps=1e-4)
     torch.manual_seed(0)
     theirs = torchvision.models.ResNet(getattr(torchvision.models.resnet, block), [1] * 4, norm_layer=norm).to(dtype)
