@@ -37,7 +37,7 @@ import triton
 from benchmarks import report
 from benchmarks.roofline import CONVOLUTIONS
 from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, launches, meta_step, recorded, step_calls
-from kernels import geometry
+from kernels import conv_shape
 from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
 from nvcnn.kernel_choices import CANDIDATES
@@ -108,7 +108,7 @@ def with_choices(calls: Iterable[Call], pattern: str, chips: Iterable[int], **ch
         return {**config, **{name: value for name, value in choices.items() if name in config}}
 
     found: Counter[Launch] = Counter()
-    with mock.patch.object(geometry, "configuration", configured):
+    with mock.patch.object(conv_shape, "configuration", configured):
         for call, count in Counter(call for call in calls if call.name in CONVOLUTIONS).items():
             for chip in chips:
                 with suppress(ValueError):  # what has no descriptor

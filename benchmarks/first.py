@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_map
 from benchmarks import ops, pack, peers, report, step, timing
 from benchmarks.replay import Arguments, arguments, describe, difference, outcome, whole
 from benchmarks.trace import Call, Launch, launches, step_calls
-from kernels import configurations, geometry
+from kernels import configurations, conv_shape
 from kernels.configurations import Configuration
 
 MODEL, BATCH, FEW, DTYPE = "resnet50", 256, 8, torch.float16
@@ -88,7 +88,7 @@ def configured_for(n: int, batch: int) -> Iterator[None]:
     def configuration(op: str, key: str, *rest: Any) -> Configuration:
         return configurations.configuration(op, key.replace(f" N={n} ", f" N={batch} "), *rest)
 
-    with mock.patch.object(geometry, "configuration", configuration):
+    with mock.patch.object(conv_shape, "configuration", configuration):
         yield
 
 

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import configurations, geometry
+from kernels import configurations, conv_shape
 from kernels.operators import hash_callees_first, operators
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch as Launched
@@ -263,7 +263,7 @@ def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[
         mock.patch.dict(os.environ, NVCNN_KERNELS="triton"),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch.object(configurations, "table_name", return_value=table),
-        mock.patch.object(geometry, "capability", return_value=chip // 10),
+        mock.patch.object(conv_shape, "capability", return_value=chip // 10),
         mock.patch.object(configurations, "say_once"),
     ):
         step()

@@ -3,13 +3,8 @@
 Imports torch and triton only, and asks for no GPU. NVCNN_KERNELS=auto|reference|triton decides what runs.
 """
 
-from kernels.batch_norm import (
-    batch_norm,
-    batch_norm_data_gradient,
-    batch_norm_gradient_sums,
-    norm_gradient,
-)
-from kernels.batch_norm_statistics import batch_norm_statistics, norm_from_sums, folded
+from kernels.batch_norm import batch_norm, batch_norm_data_gradient, batch_norm_gradient_sums, norm_gradient
+from kernels.batch_norm_statistics import batch_norm_statistics, norm_from_sums, norm_of
 from kernels.blocks import BLOCK
 from kernels.convolution import convolution
 from kernels.convolution_data_gradient import convolution_data_gradient
@@ -27,18 +22,18 @@ __all__ = [
     "batch_norm",
     "batch_norm_data_gradient",
     "batch_norm_gradient_sums",
-    "norm_gradient",
     "batch_norm_statistics",
-    "norm_from_sums",
     "convolution",
     "convolution_data_gradient",
     "convolution_weight_gradient",
     "cross_entropy",
-    "folded",
     "global_average",
     "gradient_statistics",
     "larc_update",
     "max_pool",
+    "norm_from_sums",
+    "norm_gradient",
+    "norm_of",
     "prepare_input",
     "prepare_input_into",
     "refresh",

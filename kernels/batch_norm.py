@@ -17,30 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch_norm_statistics import (
-    MEAN,
-    MEAN_LOW,
-    RSTD,
-    SCALE,
-    SHIFT,
-    NORM_CONFIG,
-    configured,
-    few_parts,
-    sum_parts,
-)
+from kernels.batch_norm_statistics import NORM_CONFIG, configured, few_parts, sum_parts
+from kernels.checks import check_images, check_tensors, single_or_double
 from kernels.configurations import cdiv
-from kernels.images import check_images, check_tensors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
 from kernels.launch import launch
+from kernels.norm_rows import D_BETA, D_GAMMA, MEAN, MEAN_LOW, RSTD, SCALE, SHIFT, Norm, load_row
 from kernels.operators import named, operator
-
-# The rows of `norm_gradient`, (5, C): dx = SCALE g + FACTORS[0] (x - MEAN) + FACTORS[1]; the last is 0.
-FACTORS, D_GAMMA, D_BETA = slice(0, 2), 2, 3
+from kernels.tiles import parts_of_rows
 
 
 def reference(x: Tensor, norm: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """The formula in plain PyTorch. Arguments as in `batch_norm`."""
-    mean, scale, shift = norm[MEAN], norm[SCALE], norm[SHIFT]
+    mean, scale, shift, *_ = norm
     y = torch.batch_norm(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, False)  # F's refuses eps 0
     if residual is not None:
         y.add_(residual)
@@ -51,11 +40,11 @@ def backward_reference(
     dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, relu: bool, batch: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, d_gamma, d_beta, g in plain PyTorch. Arguments as in `batch_norm_backward`."""
-    mean, rstd = norm[MEAN], norm[RSTD]
+    mean, scale, _, rstd, _ = norm
     g = dy
     if relu:
         g = torch.ops.aten.threshold_backward(dy, reference(x, norm, None, False) if y is None else y, 0)
-    gamma, var = norm[SCALE] / rstd, rstd.square().reciprocal()
+    gamma, var = scale / rstd, rstd.square().reciprocal()
     wide = (g, x)
     if x.is_contiguous():  # one channel, or one pixel: PyTorch takes the path of NCHW, which rounds sums to x's dtype
         wide = (g.to(mean.dtype), x.to(mean.dtype))
@@ -67,15 +56,15 @@ def backward_reference(
 
 def sums_reference(g: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     """(2, 1, C): the sums of g and of g (x - mean) in plain PyTorch."""
-    g, d = g.to(norm.dtype), x - norm[MEAN].view(-1, 1, 1)
+    g, d = g.to(norm.dtype), x - Norm(*norm).mean.view(-1, 1, 1)
     return torch.stack((g.sum((0, 2, 3)), (g * d).sum((0, 2, 3)))).unsqueeze(1)
 
 
 def data_gradient_reference(g: Tensor, x: Tensor, norm: Tensor, factors: Tensor | None) -> Tensor:
     """dx in plain PyTorch. Arguments as in `batch_norm_data_gradient`."""
-    dx = g * norm[SCALE].view(-1, 1, 1)
+    dx = g * Norm(*norm).scale.view(-1, 1, 1)
     if factors is not None:
-        slope, offset, mean = (v.view(-1, 1, 1) for v in (*factors, norm[MEAN]))
+        slope, offset, mean = (v.view(-1, 1, 1) for v in (*factors, Norm(*norm).mean))
         dx += slope * (x - mean) + offset
     return dx.to(g.dtype)
 
@@ -83,9 +72,10 @@ def data_gradient_reference(g: Tensor, x: Tensor, norm: Tensor, factors: Tensor 
 def norm_gradient_reference(sums: Tensor, norm: Tensor, count: int) -> Tensor:
     """The rows in plain PyTorch. Arguments as in `norm_gradient`."""
     d_beta, products = sums.sum(1)
-    d_gamma = norm[RSTD] * (products - norm[MEAN_LOW] * d_beta)
-    slope = -norm[SCALE] * norm[RSTD] * d_gamma / count
-    offset = -norm[SCALE] * d_beta / count - slope * norm[MEAN_LOW]
+    _, scale, _, rstd, mean_low = norm
+    d_gamma = rstd * (products - mean_low * d_beta)
+    slope = -scale * rstd * d_gamma / count
+    offset = -scale * d_beta / count - slope * mean_low
     return torch.stack((slope, offset, d_gamma, d_beta, torch.zeros_like(slope)))
 
 
@@ -110,9 +100,9 @@ def kernel(x, norm, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.con
     value = tl.load(x + at, mask=inside).to(tl.float32)
     if residual is not None:
         skip = tl.load(residual + at, mask=inside).to(tl.float32)
-    mean = tl.load(norm + c, mask=channel)[None, :]
-    scale = tl.load(norm + C + c, mask=channel)[None, :]
-    shift = tl.load(norm + 2 * C + c, mask=channel)[None, :]
+    mean = load_row(norm, MEAN, c, channel, C)[None, :]
+    scale = load_row(norm, SCALE, c, channel, C)[None, :]
+    shift = load_row(norm, SHIFT, c, channel, C)[None, :]
     value = (value - mean) * scale + shift
     if residual is not None:
         value += skip
@@ -140,9 +130,9 @@ def sums_kernel(
     part, parts = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = c < C
-    mean = tl.load(norm + c, mask=channel, other=0.0)[None, :]
-    scale = tl.load(norm + C + c, mask=channel, other=0.0)[None, :]
-    shift = tl.load(norm + 2 * C + c, mask=channel, other=0.0)[None, :]
+    mean = load_row(norm, MEAN, c, channel, C)[None, :]
+    scale = load_row(norm, SCALE, c, channel, C)[None, :]
+    shift = load_row(norm, SHIFT, c, channel, C)[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     products = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     first = part.to(tl.int64) * rows_a_part
@@ -181,9 +171,9 @@ def norm_kernel(
     inside = c < C
     total = sum_parts(sums, parts, c, C, BLOCK_PARTS, BLOCK_C)
     products = sum_parts(sums + parts * C, parts, c, C, BLOCK_PARTS, BLOCK_C)
-    scale = tl.load(norm + C + c, mask=inside)
-    rstd = tl.load(norm + 3 * C + c, mask=inside)
-    mean_low = tl.load(norm + 4 * C + c, mask=inside)
+    scale = load_row(norm, SCALE, c, inside, C)
+    rstd = load_row(norm, RSTD, c, inside, C)
+    mean_low = load_row(norm, MEAN_LOW, c, inside, C)
     gamma_gradient = rstd * (products - mean_low * total)
     tl.store(d_gamma + c, gamma_gradient, mask=inside)
     tl.store(d_beta + c, total, mask=inside)
@@ -216,17 +206,17 @@ def gradient_kernel(
     channel = c < C
     inside = (row < rows)[:, None] & channel[None, :]
     gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(norm + C + c, mask=channel)[None, :]
+    scale = load_row(norm, SCALE, c, channel, C)[None, :]
     if RELU or BATCH:
-        mean = tl.load(norm + c, mask=channel)[None, :]
+        mean = load_row(norm, MEAN, c, channel, C)[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if RELU:
-        shift = tl.load(norm + 2 * C + c, mask=channel)[None, :]
+        shift = load_row(norm, SHIFT, c, channel, C)[None, :]
         gradient = masked(gradient, value, y, at, inside, mean, scale, shift)
     result = scale * gradient
     if BATCH:
-        slope = tl.load(factors + c, mask=channel)[None, :]
-        result += slope * (value - mean) + tl.load(factors + C + c, mask=channel)[None, :]
+        slope = load_row(factors, 0, c, channel, C)[None, :]
+        result += slope * (value - mean) + load_row(factors, 1, c, channel, C)[None, :]
     tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -237,7 +227,7 @@ def batch_norm(
     """Normalises by `norm`, adds `residual` if there is one, and applies ReLU if `relu`. Differentiable.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last. norm: (5, C), fp32, of `batch_norm_statistics` with `batch`
-    (the gradient of x then goes through the statistics), or else any others, as of `folded`. gamma, beta: (C,), fp32,
+    (the gradient of x then goes through the statistics), or else any others, as of `norm_of`. gamma, beta: (C,), fp32,
     those in the norm: they are here for their gradients. residual: like x.
     Returns a new tensor like x. Raises ValueError for other layouts, shapes, dtypes or devices.
     """
@@ -291,9 +281,7 @@ def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, g: Tensor
     return sums
 
 
-def launch_gradient(
-    g: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, factors: Tensor | None, relu: bool
-) -> Tensor:
+def launch_gradient(g: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, factors: Tensor | None, relu: bool) -> Tensor:
     """dx; without factors through SCALE alone."""
     n, c, h, w = x.shape
     dx = torch.empty_like(x)
@@ -304,9 +292,7 @@ def launch_gradient(
     return dx
 
 
-def launch_norm(
-    sums: Tensor, norm: Tensor, count: int, d_gamma: Tensor, d_beta: Tensor, rows: Tensor | None
-) -> None:
+def launch_norm(sums: Tensor, norm: Tensor, count: int, d_gamma: Tensor, d_beta: Tensor, rows: Tensor | None) -> None:
     sums, c = few_parts(sums), norm.shape[1]
     grid = (cdiv(c, NORM_CONFIG["BLOCK_C"]),)
     launch(norm_kernel, grid, sums, norm, d_gamma, d_beta, rows, sums.shape[1], c, float(count), **NORM_CONFIG)

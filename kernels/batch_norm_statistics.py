@@ -17,14 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import check_images, check_tensors, single_or_double
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
-from kernels.images import check_images, check_tensors, parts_of_rows, single_or_double
 from kernels.implementation import runs_triton
 from kernels.launch import launch, state
+from kernels.norm_rows import MEAN, MEAN_LOW, RSTD, SCALE, SHIFT
 from kernels.operators import named, operator
-
-# The rows of `norm`, (5, C): v = (x - MEAN) SCALE + SHIFT; the mean is MEAN + MEAN_LOW.
-MEAN, SCALE, SHIFT, RSTD, MEAN_LOW = range(5)
+from kernels.tiles import parts_of_rows
 
 
 def reference(x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, *, eps: float) -> Tensor:
@@ -34,7 +33,7 @@ def reference(x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_
     n = x.numel() // x.shape[1]
     batch_mean.copy_(mean)
     torch.mul(var, n / (n - 1), out=batch_var)
-    return folded(mean, var, gamma, beta, eps)
+    return norm_of(mean, var, gamma, beta, eps)
 
 
 def norm_from_sums_reference(
@@ -53,10 +52,10 @@ def norm_from_sums_reference(
     var = (square - offset.square()).clamp_(min=0)
     batch_mean.copy_(center + offset)
     torch.mul(var, count / (count - 1), out=batch_var)
-    return folded(batch_mean, var, gamma, beta, eps)
+    return norm_of(batch_mean, var, gamma, beta, eps)
 
 
-def folded(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def norm_of(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """The norm, (5, C), of a mean and a (biased) variance. In evaluation these are the running ones."""
     rstd = (var + eps).rsqrt()
     return torch.stack((mean, gamma * rstd, beta, rstd, torch.zeros_like(mean)))
@@ -94,7 +93,7 @@ def sum_parts(sums, parts, c, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexp
 
 
 @triton.jit(repr=named("batch_norm_statistics_fold"))
-def fold_kernel(sums, folded, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
+def fold_kernel(sums, norm_of, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: one of the sums, of BLOCK_C channels, over BLOCK_PARTS parts."""
     part = tl.program_id(0) * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -102,7 +101,7 @@ def fold_kernel(sums, folded, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.c
     inside = (part < parts)[:, None] & (c < C)[None, :]
     value = tl.load(sums + (which * parts + part)[:, None] * C + c[None, :], mask=inside, other=0.0)
     at = (which * tl.num_programs(0) + tl.program_id(0)) * C + c
-    tl.store(folded + at, tl.sum(value, 0), mask=c < C)
+    tl.store(norm_of + at, tl.sum(value, 0), mask=c < C)
 
 
 @triton.jit(repr=named("batch_norm_statistics_norm"))
@@ -135,11 +134,12 @@ def norm_kernel(
     mean = origin + offset
     kept = mean - origin  # Knuth's two-sum: mean + mean_low is origin + offset without a rounding
     mean_low = (origin - (mean - kept)) + (offset - kept)
-    tl.store(norm + c, mean, mask=inside)
-    tl.store(norm + C + c, scale, mask=inside)
-    tl.store(norm + 2 * C + c, tl.load(beta + c, mask=inside) - mean_low * scale, mask=inside)
-    tl.store(norm + 3 * C + c, rstd, mask=inside)
-    tl.store(norm + 4 * C + c, mean_low, mask=inside)
+    shift = tl.load(beta + c, mask=inside) - mean_low * scale
+    tl.store(norm + MEAN * C + c, mean, mask=inside)
+    tl.store(norm + SCALE * C + c, scale, mask=inside)
+    tl.store(norm + SHIFT * C + c, shift, mask=inside)
+    tl.store(norm + RSTD * C + c, rstd, mask=inside)
+    tl.store(norm + MEAN_LOW * C + c, mean_low, mask=inside)
     tl.store(batch_mean + c, mean, mask=inside)
     tl.store(batch_var + c, var * (count / (count - 1)), mask=inside)
 

@@ -30,31 +30,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.batch_norm import reference as batch_norm_reference
-from kernels.configurations import Configuration, cdiv, next_power_of_2
-from kernels.geometry import (
-    TILE,
-    Geometry,
-    box_sizes,
-    channels_of_groups,
+from kernels.checks import (
     check_channels,
+    check_images,
     check_like,
     check_weight,
-    configured_for,
-    corner,
+    empty_images,
     empty_sums,
-    geometry,
-    launch_options,
-    load,
-    locate,
-    multiply_add,
-    normalised,
-    tiles_of_rows,
-    two_programs,
+    single_or_double,
 )
-from kernels.images import check_images, empty_images, single_or_double
+from kernels.configurations import Configuration, cdiv, next_power_of_2
+from kernels.conv_shape import TILE, ConvShape, box_sizes, configured_for, conv_shape, launch_options, two_programs
 from kernels.implementation import runs_triton
 from kernels.launch import launch
+from kernels.norm_rows import normalised
 from kernels.operators import named, operator
+from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
 
 
 def activation(
@@ -229,7 +220,7 @@ def kernel(
 
 
 @cache
-def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Configuration:
+def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
     """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose norm take registers.
 
     So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program.
@@ -247,7 +238,7 @@ def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Confi
     return config | (two_programs(element_size, gpu) if "norm" in fusion else {})
 
 
-def configured(x: Tensor, shape: Geometry, fusion: str) -> Configuration:
+def configured(x: Tensor, shape: ConvShape, fusion: str) -> Configuration:
     return configured_for("convolution", x, shape, fusion, computed)
 
 
@@ -296,9 +287,7 @@ def convolution(
     if not runs_triton(x.device):
         prologue = norm, residual, residual_norm
         return reference(x, weight, stride, padding, groups, *prologue, center, scale, shift, add, relu)
-    config = configured(
-        x, shape, fusion_of(norm=norm, residual=residual, raw=residual_norm, sums=center, add=add)
-    )
+    config = configured(x, shape, fusion_of(norm=norm, residual=residual, raw=residual_norm, sums=center, add=add))
     parts = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
     z = x.new_empty(0) if residual is None else torch.empty_like(x)
     sums = empty_sums(x, center, parts, shape.k)
@@ -319,11 +308,11 @@ def convolution(
     return y, z, sums
 
 
-def checked(x, weight, stride, padding, groups, norm, residual, residual_norm) -> Geometry:
+def checked(x, weight, stride, padding, groups, norm, residual, residual_norm) -> ConvShape:
     """The geometry. ValueError for a prologue that does not fit."""
     op, size = "convolution", check_images("convolution", "x", x)
     check_weight(op, "weight", weight, (x.dtype,), x.device)
-    shape = geometry(op, size, weight, stride, padding, groups)
+    shape = conv_shape(op, size, weight, stride, padding, groups)
     check_channels(op, x, shape.c, norm=(norm, 5), residual_norm=(residual_norm, 5))
     check_like(op, x, residual=residual)
     if (residual is not None and norm is None) or (residual_norm is not None and residual is None):

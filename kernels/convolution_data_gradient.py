@@ -26,34 +26,24 @@ from torch import Tensor
 
 from kernels.batch_norm import data_gradient_reference, sums_reference
 from kernels.batch_norm import reference as batch_norm_reference
-from kernels.configurations import Configuration, cdiv
-from kernels.convolution import fusion_of, tile_of
-from kernels.geometry import (
-    TILE,
-    Geometry,
-    box_sizes,
-    channels_of_groups,
+from kernels.checks import (
     check_channels,
+    check_images,
     check_like,
     check_together,
     check_weight,
-    configured_for,
-    corner,
+    empty_images,
     empty_sums,
-    geometry,
-    launch_options,
-    load,
-    locate,
-    multiply_add,
-    normalised,
-    through_batch_norm,
-    tiles_of_rows,
-    two_programs,
+    single_or_double,
 )
-from kernels.images import check_images, empty_images, single_or_double
+from kernels.configurations import Configuration, cdiv
+from kernels.conv_shape import TILE, ConvShape, box_sizes, configured_for, conv_shape, launch_options, two_programs
+from kernels.convolution import fusion_of, tile_of
 from kernels.implementation import runs_triton
 from kernels.launch import launch
+from kernels.norm_rows import MEAN, load_row, normalised, through_batch_norm
 from kernels.operators import named, operator
+from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
 
 
 def output_gradient(g: Tensor, y: Tensor | None, norm: Tensor | None, factors: Tensor | None) -> Tensor:
@@ -101,7 +91,7 @@ def reference(
 @triton.jit
 def store_sums(g, x, norm, sums, at, inside, c, known, C, part, parts):
     """The sums of g and of g (x - mean) over a tile."""
-    mean = tl.load(norm + c, mask=known, other=0.0)[None, :]
+    mean = load_row(norm, MEAN, c, known, C)[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     at = part * C + c
     tl.store(sums + at, tl.sum(g, 0), mask=known)
@@ -240,7 +230,7 @@ def kernel(
 
 
 @cache
-def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Configuration:
+def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
     """Tiles of 128 x 128 x 32, whose prologue and epilogue fit the registers of an SM, of 8 warps.
 
     Two programs fit where tiles have 64 columns, and of groups, where tiles are 128 x 32 x 32.
@@ -257,16 +247,16 @@ def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Confi
     return config | (two_programs(element_size, gpu) if shape.groups > 1 else {})
 
 
-def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
+def configured(g: Tensor, shape: ConvShape, fusion: str) -> Configuration:
     return configured_for("convolution_data_gradient", g, shape, fusion, computed)
 
 
-def classes_and_tiles(shape: Geometry, config: Configuration) -> tuple[int, int]:
+def classes_and_tiles(shape: ConvShape, config: Configuration) -> tuple[int, int]:
     """The classes of pixels, and the tiles of rows of the largest."""
     return prod(shape.stride), tiles_of_rows(shape.n, *size_of_class(shape), config)
 
 
-def size_of_class(shape: Geometry) -> tuple[int, int]:
+def size_of_class(shape: ConvShape) -> tuple[int, int]:
     """Height and width of the largest class."""
     return cdiv(shape.h, shape.stride[0]), cdiv(shape.w, shape.stride[1])
 
@@ -304,7 +294,7 @@ def convolution_data_gradient(
     op = "convolution_data_gradient"
     check_images(op, "g", g)
     check_weight(op, "weight", weight, (g.dtype,), g.device)
-    shape = geometry(op, (g.shape[0], weight.shape[1] * groups, size[0], size[1]), weight, stride, padding, groups)
+    shape = conv_shape(op, (g.shape[0], weight.shape[1] * groups, size[0], size[1]), weight, stride, padding, groups)
     if g.shape != shape.output:
         raise ValueError(f"{op}: of that size, g must be {shape.output}, got {tuple(g.shape)}")
     check_like(op, g, y=y)

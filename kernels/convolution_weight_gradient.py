@@ -21,34 +21,24 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_norm_statistics import sum_parts
+from kernels.checks import check_channels, check_images, check_like, check_together, check_weight, single_or_double
 from kernels.configurations import Configuration, cdiv
+from kernels.conv_shape import (
+    TILE,
+    ConvShape,
+    box_sizes,
+    configured_for,
+    conv_shape,
+    launch_options,
+    most_channels_of_groups,
+)
 from kernels.convolution import activation, fusion_of, tile_of
 from kernels.convolution_data_gradient import output_gradient
-from kernels.geometry import (
-    TILE,
-    Geometry,
-    box_sizes,
-    channels_of_groups,
-    check_channels,
-    check_like,
-    check_together,
-    check_weight,
-    configured_for,
-    corner,
-    geometry,
-    launch_options,
-    load,
-    locate,
-    most_channels_of_groups,
-    multiply_add,
-    normalised,
-    through_batch_norm,
-    tiles_of_rows,
-)
-from kernels.images import check_images, single_or_double
 from kernels.implementation import runs_triton
 from kernels.launch import launch
+from kernels.norm_rows import normalised, through_batch_norm
 from kernels.operators import named, operator
+from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
 
 
 def reference(
@@ -72,9 +62,7 @@ def reference(
     out.add_(dw) if accumulate else out.copy_(dw)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "tiles_a_part"], repr=named("convolution_weight_gradient", *TILE, "y", "x_norm")
-)
+@triton.jit(do_not_specialize=["rows", "tiles_a_part"], repr=named("convolution_weight_gradient", *TILE, "y", "x_norm"))
 def kernel(
     g,
     x,
@@ -195,7 +183,7 @@ SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 
 
 @cache
-def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Configuration:
+def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
     """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64. One program fits an SM, or two of 64.
 
     Runs of taps, and groups, take registers for their addresses: 32 rows, too.
@@ -217,7 +205,7 @@ def computed(shape: Geometry, fusion: str, element_size: int, gpu: int) -> Confi
     return config | box_sizes(shape, rows, shape.oh, shape.ow)
 
 
-def configured(g: Tensor, shape: Geometry, fusion: str) -> Configuration:
+def configured(g: Tensor, shape: ConvShape, fusion: str) -> Configuration:
     return configured_for("convolution_weight_gradient", g, shape, fusion, computed)
 
 
@@ -235,14 +223,14 @@ def parts_of(tiles: int, of_rows: int, rows: int, programs: int) -> int:
     return min(range(1, most + 1), key=time)
 
 
-def tiles_of(shape: Geometry, block_out: int, block_in: int) -> tuple[int, int]:
+def tiles_of(shape: ConvShape, block_out: int, block_in: int) -> tuple[int, int]:
     """Returns the tiles of a tap's run, and those of the weight."""
     run = shape.run if shape.groups == 1 else most_channels_of_groups(shape, block_out)
     taps = shape.r if shape.narrow else shape.r * shape.s
     return cdiv(run, block_in), cdiv(shape.k, block_out) * taps * cdiv(run, block_in)
 
 
-def launch_sizes(shape: Geometry, config: Configuration) -> tuple[int, int, int, int]:
+def launch_sizes(shape: ConvShape, config: Configuration) -> tuple[int, int, int, int]:
     """Returns tiles of a tap's run, tiles, parts of the rows, tiles of rows a part."""
     of_rows = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
     tiles_a_part = cdiv(of_rows, min(config["PARTS"], of_rows))
@@ -275,7 +263,7 @@ def convolution_weight_gradient(
     check_weight(op, "out", out, tuple({g.dtype: 0, torch.float32: 0}), g.device)
     if x.dtype != g.dtype or x.device != g.device:
         raise ValueError(f"{op}: x must be {g.dtype}, on {g.device}; got {x.dtype}, on {x.device}")
-    shape = geometry(op, check_images(op, "x", x), out, stride, padding, groups)
+    shape = conv_shape(op, check_images(op, "x", x), out, stride, padding, groups)
     if g.shape != shape.output:
         raise ValueError(f"{op}: of that x and out, g must be {shape.output}, got {tuple(g.shape)}")
     check_like(op, g, y=y)

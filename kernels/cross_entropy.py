@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.checks import HALF_AND_SINGLE, check_tensors, single_or_double
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
-from kernels.images import HALF_AND_SINGLE, check_tensors, single_or_double
 from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.operators import named, operator

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import check_images, empty_images
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
-from kernels.images import check_images, empty_images
 from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.operators import named, operator

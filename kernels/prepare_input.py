@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import HALF_AND_SINGLE, check_images, check_tensors
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
-from kernels.images import HALF_AND_SINGLE, check_images, check_tensors
 from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.operators import named, operator

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import check
-from kernels.images import check_tensors
+from kernels.checks import check_tensors
 from kernels.implementation import runs_triton
 from kernels.launch import launch, state
 from kernels.operators import named, operator

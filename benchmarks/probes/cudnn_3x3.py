@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.probes import IMAGES, Contender, Probe, errors, images, normal
 from benchmarks.probes.halves import normalised, random_norm
-from benchmarks.probes.present import PADDED, library, present, norm
+from benchmarks.probes.present import PADDED, library, norm, present
 from benchmarks.timing import Step
 
 SHAPES = ((64, 56), (256, 14))  # channels in and out; pixels across
@@ -86,9 +86,7 @@ def contenders(device: torch.device) -> dict[str, Contender]:
             steps["fused"] = fused(x, weight, x_norm)[0]
         steps["plain"] = library(x, weight, PADDED)
         center = torch.zeros(c, device=device)
-        steps["present"] = partial(
-            present("convolution"), x, weight, *PADDED, norm=norm(c, device), center=center
-        )
+        steps["present"] = partial(present("convolution"), x, weight, *PADDED, norm=norm(c, device), center=center)
         pixels = IMAGES * size * size
         for name, step in steps.items():
             made[f"{name}, {c} channels"] = Contender(step, 2 * pixels * 2 * c, 2 * pixels * 9 * c * c)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.probes import IMAGES, Contender, Probe, divides, errors, images, normal, small_rows
 from benchmarks.probes.halves import column_sums, deviation, fma_relu, normalised, one_row, random_norm
-from benchmarks.probes.present import POINTWISE, library, present, norm
+from benchmarks.probes.present import POINTWISE, library, norm, present
 
 C, K, SIZE = 256, 64, 56
 BLOCK_ROWS, BLOCK_IN = 128, 64

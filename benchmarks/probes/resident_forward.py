@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.probes import IMAGES, Contender, Probe, divides, errors, images, normal, processors, small_rows
 from benchmarks.probes.halves import column_sums, deviation, fma_relu, normalised, one_row, random_norm
-from benchmarks.probes.present import POINTWISE, library, present, norm
+from benchmarks.probes.present import POINTWISE, library, norm, present
 from benchmarks.timing import Step
 
 C, K, SIZE = 64, 256, 56

@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import kernels
-from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS
+from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
 ALGORITHMS = ("torch", "triton", "triton-materialized", "cudnn")
@@ -225,7 +225,7 @@ class RawConv(Function):
             a = joined if prologue[1] is not None else a
         written = bn.batch_mean, bn.batch_var, bn.eps
         if not bn.training:
-            norm = kernels.folded(bn.running_mean, bn.running_var, gamma, beta, bn.eps)
+            norm = kernels.norm_of(bn.running_mean, bn.running_var, gamma, beta, bn.eps)
         elif conv.algorithm in LIBRARY:
             norm = kernels.batch_norm_statistics(y, gamma, beta, *written)
         else:

@@ -92,7 +92,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             if self.training:
                 norm = kernels.batch_norm_statistics(x, gamma, beta, self.batch_mean, self.batch_var, self.eps)
             else:
-                norm = kernels.folded(self.running_mean, self.running_var, gamma, beta, self.eps)
+                norm = kernels.norm_of(self.running_mean, self.running_var, gamma, beta, self.eps)
         return kernels.batch_norm(x, gamma, beta, norm, residual, relu, self.training)
 
 

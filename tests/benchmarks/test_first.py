@@ -120,9 +120,9 @@ def test_few_images_are_launched_as_many(monkeypatch):
     asked = []
     monkeypatch.setattr(configurations, "configuration", lambda op, key, *rest: asked.append(key) or {"BLOCK_ROWS": 16})
     x = torch.empty(8, 16, 4, 4)
-    shape = first.geometry.geometry("convolution", (8, 16, 4, 4), torch.empty(16, 16, 1, 1), [1, 1], [0, 0], 1)
+    shape = first.conv_shape.conv_shape("convolution", (8, 16, 4, 4), torch.empty(16, 16, 1, 1), [1, 1], [0, 0], 1)
     with first.configured_for(8, 256):
-        first.geometry.configured_for("convolution", x, shape, "alone", lambda *_: {})
+        first.conv_shape.configured_for("convolution", x, shape, "alone", lambda *_: {})
     assert asked == ["fp32 N=256 C=16 H=4 W=4 K=16 R=1 S=1 stride=1,1 padding=0,0 G=1 alone"]
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from kernels import geometry
-from kernels.batch_norm_statistics import MEAN, SCALE, SHIFT
+from kernels import conv_shape
 from kernels.implementation import INTERPRETED
+from kernels.norm_rows import MEAN, SCALE, SHIFT
 from kernels.operators import looked_up_again
 from tests.kernels.images import SMALLEST, integers, randn, unit
 
@@ -134,10 +134,10 @@ def configured(**choices: int):
     """The ops' configuration with these choices."""
     if choices.get("TMA") and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("a GPU without TMA")
-    lookup = geometry.configuration
+    lookup = conv_shape.configuration
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVCNN_KERNELS", "triton")
-        patch.setattr(geometry, "configuration", lambda *arguments: {**lookup(*arguments), **choices})
+        patch.setattr(conv_shape, "configuration", lambda *arguments: {**lookup(*arguments), **choices})
         with looked_up_again():
             yield
 
@@ -148,8 +148,10 @@ def check_same(run: Callable[[], tuple[Tensor, ...]], loads: int = 0, **choices:
     with configured():
         plain = run()
     with configured(**choices), pytest.MonkeyPatch.context() as patch:
-        descriptor = geometry.TensorDescriptor
-        patch.setattr(geometry, "TensorDescriptor", lambda *arguments: made.append(descriptor(*arguments)) or made[-1])
+        descriptor = conv_shape.TensorDescriptor
+        patch.setattr(
+            conv_shape, "TensorDescriptor", lambda *arguments: made.append(descriptor(*arguments)) or made[-1]
+        )
         chosen = run()
     assert len(made) == loads
     assert all(torch.equal(a, b) for a, b in zip(plain, chosen, strict=True))
@@ -197,12 +199,12 @@ def random_norm(channels, device) -> Tensor:
 
 
 def normalised(x: Tensor, norm: Tensor) -> Tensor:
-    return (x.double() - spread(norm[MEAN])) * spread(norm[SCALE]) + spread(norm[SHIFT])
+    return (x.double() - spread(norm[MEAN.value])) * spread(norm[SCALE.value]) + spread(norm[SHIFT.value])
 
 
 def normalised_terms(x: Tensor, norm: Tensor) -> Tensor:
     """What (x - mean) scale + shift, or x scale + (shift - mean scale), is a sum of."""
-    return normalised(x.abs(), torch.stack((-norm[MEAN].abs(), norm[SCALE].abs(), norm[SHIFT].abs())))
+    return normalised(x.abs(), torch.stack((-norm[MEAN.value].abs(), norm[SCALE.value].abs(), norm[SHIFT.value].abs())))
 
 
 class Operand(NamedTuple):
@@ -234,10 +236,10 @@ def output_gradient(g, y, norm, factors, implementation) -> Operand:
     """scale g + factors[0] (y - mean) + factors[1]."""
     if norm is None:
         return as_it_is(g)
-    scale = spread(norm[SCALE])
+    scale = spread(norm[SCALE.value])
     exact, terms = scale * g.double(), scale.abs() * g.double().abs()
     if factors is not None:
-        slope, offset, mean = spread(factors[0]), spread(factors[1]), spread(norm[MEAN])
+        slope, offset, mean = spread(factors[0]), spread(factors[1]), spread(norm[MEAN.value])
         exact = exact + slope * (y.double() - mean) + offset
         terms = terms + slope.abs() * (y.double().abs() + mean.abs()) + offset.abs()
     error = 6 * U * terms

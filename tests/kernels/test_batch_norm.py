@@ -10,14 +10,16 @@ from kernels import (
     batch_norm,
     batch_norm_data_gradient,
     batch_norm_gradient_sums,
-    norm_gradient,
     batch_norm_statistics,
-    norm_from_sums,
     folded,
+    norm_from_sums,
+    norm_gradient,
 )
-from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS, backward_reference
-from kernels.batch_norm_statistics import MEAN, MEAN_LOW, RSTD, SCALE, SHIFT, NORM_CONFIG, configured
-from kernels.images import parts_of_rows, single_or_double
+from kernels.batch_norm import backward_reference
+from kernels.batch_norm_statistics import NORM_CONFIG, configured
+from kernels.checks import single_or_double
+from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, MEAN, MEAN_LOW, RSTD, SCALE, SHIFT
+from kernels.tiles import parts_of_rows
 from tests.kernels.images import DTYPES, SHAPES, SMALLEST, channels_last, integers, randn, unit
 
 EPS = 1e-4
@@ -167,7 +169,7 @@ def test_is_exact_on_integers(implementation, device, dtype, joins, relu):
     x, residual, dy = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(3))
     rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(3)]
     norm = torch.stack([*rows, torch.ones(35, device=device), torch.zeros(35, device=device)])
-    leaves = [t.requires_grad_() for t in (x, rows[SCALE].clone(), rows[SHIFT].clone(), residual)]
+    leaves = [t.requires_grad_() for t in (x, rows[SCALE.value].clone(), rows[SHIFT.value].clone(), residual)]
     y = batch_norm(*leaves[:3], norm, residual if joins else None, relu, False)
     y.backward(dy)
     mean, scale, shift = (v.view(1, -1, 1, 1).double() for v in rows)
@@ -230,12 +232,12 @@ def test_statistics_are_exact_on_integers(implementation, device):
     assert torch.equal(mean.double(), x.double().mean((0, 2, 3)))
     additions = 1 if implementation == "triton" else 128  # PyTorch's squares are about a mean that may be rounded
     if implementation == "triton":
-        assert torch.equal(norm[MEAN], mean)
-        assert not norm[MEAN_LOW].any()
+        assert torch.equal(norm[MEAN.value], mean)
+        assert not norm[MEAN_LOW.value].any()
     exact = x.double().var((0, 2, 3))
     assert ((var - exact).abs() <= (additions + 4) * U * exact).all()
     rstd = (exact * 127 / 128 + EPS).rsqrt()
-    assert ((norm[RSTD] - rstd).abs() <= (additions + 8) * U * rstd).all()
+    assert ((norm[RSTD.value] - rstd).abs() <= (additions + 8) * U * rstd).all()
 
 
 def test_a_mean_far_above_the_deviation_keeps_three_digits(device, monkeypatch):
@@ -292,7 +294,7 @@ def test_a_constant_channel(implementation, device):
     case.x[:, 1] = 7.0
     got = case.ours()
     # PyTorch on the CPU has x scale + (shift - mean scale), which is rounded at the size of x scale.
-    bound = 4 * U * 7 * got["norm"][SCALE, 1] if implementation == "reference" else 0
+    bound = 4 * U * 7 * got["norm"][SCALE.value, 1] if implementation == "reference" else 0
     assert ((got["y"][:, 1] - case.beta[1]).abs() <= bound).all()
     assert got["var"][1] == 0
     assert all(t.isfinite().all() for t in got.values())
@@ -317,9 +319,7 @@ def test_gradcheck(device, monkeypatch, joins, relu, batch):
     def normalised(x, gamma, beta, residual):
         scratch = torch.empty_like(gamma), torch.empty_like(gamma)
         with torch.no_grad():
-            norm = (
-                batch_norm_statistics(x, gamma, beta, *scratch, EPS) if batch else folded(*running, gamma, beta, EPS)
-            )
+            norm = batch_norm_statistics(x, gamma, beta, *scratch, EPS) if batch else folded(*running, gamma, beta, EPS)
         return batch_norm(x, gamma, beta, norm, residual, relu, batch)
 
     leaves = [case.x, case.gamma.double(), case.beta.double(), case.residual]

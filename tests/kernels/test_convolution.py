@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kernels import batch_norm_statistics, norm_from_sums, convolution
+from kernels import batch_norm_statistics, convolution, norm_from_sums
 from tests.kernels.convolutions import (
     BOXES,
     COMMON,
@@ -29,8 +29,8 @@ from tests.kernels.convolutions import (
     convolved,
     integer_norm,
     product_error,
-    random_shapes,
     random_norm,
+    random_shapes,
     rounded_bound,
     small_integers,
     spread,
@@ -156,7 +156,7 @@ def test_scale_shift_add_relu_are_exact_on_integers(implementation, device, scal
     assert torch.equal(y, (exact.relu() if relu else exact).half())
 
 
-def test_the_sums_make_the_vectors_of_the_statistics(implementation, device):
+def test_the_sums_make_the_norm_of_the_statistics(implementation, device):
     torch.manual_seed(0)
     given = tensors(POINTWISE, torch.float16, device)
     center, gamma, beta = (torch.randn(POINTWISE.k, device=device) for _ in range(3))
@@ -206,9 +206,7 @@ def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     norm, center = integer_norm(5, shape.c, device), integer_norm(1, shape.k, device)[0]
     exact = convolved(activation(given["x"], norm, "triton").exact, given["weight"], shape)
     with configured(**box, PERSISTENT=5):
-        y, _, sums = convolution(
-            given["x"], given["weight"], *shape.how, norm=norm, center=center, add=given["g"]
-        )
+        y, _, sums = convolution(given["x"], given["weight"], *shape.how, norm=norm, center=center, add=given["g"])
     assert torch.equal(y, (exact + given["g"].double()).half())
     d = y.double() - spread(center)
     assert torch.equal(sums.double().sum(1), torch.stack((d.sum((0, 2, 3)), d.square().sum((0, 2, 3)))))

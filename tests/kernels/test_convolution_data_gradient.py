@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.grad import conv2d_input
 
-from kernels import norm_gradient, convolution_data_gradient
-from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS
-from kernels.batch_norm_statistics import MEAN, SCALE
+from kernels import convolution_data_gradient, norm_gradient
+from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, MEAN, MEAN_LOW, SCALE
 from tests.kernels.convolutions import (
     BOXES,
     COMMON,
@@ -31,8 +30,8 @@ from tests.kernels.convolutions import (
     of_input,
     output_gradient,
     product_error,
-    random_shapes,
     random_norm,
+    random_shapes,
     rounded_bound,
     small_integers,
     spread,
@@ -47,7 +46,7 @@ POINTWISE = Shape(2, 19, 5, 4, 21, 1, 1)
 
 def sums_of(g, x, norm):
     g = g.double()
-    return torch.stack((g.sum((0, 2, 3)), (g * (x.double() - spread(norm[MEAN]))).sum((0, 2, 3))))
+    return torch.stack((g.sum((0, 2, 3)), (g * (x.double() - spread(norm[MEAN.value]))).sum((0, 2, 3))))
 
 
 def gradient(given, shape, **options):
@@ -98,7 +97,7 @@ def test_the_join_is_exact_on_integers(implementation, device, shape, branch):
     norm, of_x, of_branch = (integer_norm(5, c, device) for c in (shape.k, shape.c, shape.c))
     options = {"branch": given["residual"], "branch_norm": of_branch} if branch else {}
     dx, sums, others = gradient(given, shape, norm=norm, skip=skip, z=z, x=x, x_norm=of_x, **options)
-    exact = of_input(spread(norm[SCALE]) * given["g"], given["weight"], shape) + skip
+    exact = of_input(spread(norm[SCALE.value]) * given["g"], given["weight"], shape) + skip
     assert torch.equal(dx, (exact * (z > 0)).half())
     assert torch.equal(sums.double().sum(1), sums_of(dx, x, of_x))
     assert (
@@ -143,7 +142,7 @@ def check(shape, dtype, device, implementation, *, mapped, masked, skipped):
     check_close(dx, exact, bound, "dx")
     if masked:
         wanted, size = sums_of(dx, x, options["x_norm"]), dx.double().abs()
-        sizes = torch.stack((size, size * (x.double() - spread(options["x_norm"][MEAN])).abs())).sum((1, 3, 4))
+        sizes = torch.stack((size, size * (x.double() - spread(options["x_norm"][MEAN.value])).abs())).sum((1, 3, 4))
         check_close(sums.double().sum(1), wanted, (dx.numel() // shape.c + 4) * U * sizes, "sums")
 
 
@@ -177,8 +176,8 @@ def test_the_sums_make_batch_norm_s_gradients(implementation, device):
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
     rstd = (var + 1e-4).rsqrt()
     norm = torch.stack((mean, gamma * rstd, beta, rstd, torch.zeros_like(mean))).detach().float()
-    norm[MEAN] += 2.0**-10  # what MEAN_LOW makes up for
-    norm[4] = (mean - norm[MEAN].double()).float()
+    norm[MEAN.value] += 2.0**-10  # what MEAN_LOW makes up for
+    norm[MEAN_LOW.value] = (mean - norm[MEAN.value].double()).float()
     dx, sums, _ = gradient(given, POINTWISE, x=given["x"], x_norm=norm)
     rows = norm_gradient(sums, norm, x.numel() // c)
     leaf = x.detach().requires_grad_()

@@ -217,11 +217,11 @@ def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
 
     found = {file.name: file for file in kernel_choices.sources()}
     ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient"
-    parts = "configurations geometry images implementation launch operators"
+    parts = "checks configurations conv_shape implementation launch norm_rows operators tiles"
     assert found.keys() == {f"{name}.py" for name in f"conv_bn layers {ops} {parts}".split()}
 
     read, folder = Path.read_bytes, Path(kernels.__file__).parent
-    for changed in ("geometry", "configurations", "max_pool", "cross_entropy"):
+    for changed in ("conv_shape", "configurations", "max_pool", "cross_entropy"):
         file = folder / f"{changed}.py"
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda path, file=file: read(path) + b"#" * (path == file))

@@ -1,9 +1,8 @@
-"""Channels-last activations, as the ops on (N, C, H, W) take them, and the checks of what they are given."""
+"""The tensors that ops are given and make: what is refused, dtypes of sums, and room for results."""
 
 import torch
 from torch import Tensor
 
-from kernels.configurations import Configuration, cdiv
 from kernels.implementation import runs_triton
 from kernels.launch import state
 
@@ -35,9 +34,20 @@ def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -
     return n, c, h, w
 
 
-def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A new tensor of that shape, channels-last, of the dtype and on the device of x."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def check_weight(op: str, name: str, weight: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    """ValueError unless it is (K, C / groups, R, S), channels-last, of one of the dtypes, on that device."""
+    check_images(op, name, weight)
+    if weight.dtype not in dtypes or weight.device != device:
+        raise ValueError(
+            f"{op}: {name} must be {' or '.join(map(str, dtypes))}, on {device}; got {weight.dtype}, on {weight.device}"
+        )
+
+
+def check_like(op: str, like: Tensor, /, **others: Tensor | None) -> None:
+    """ValueError for the first of the others that has not the shape, dtype, layout and device of `like`."""
+    for name, tensor in others.items():
+        if tensor is not None:
+            check_images(op, name, tensor, like=like)
 
 
 def check_tensors(
@@ -53,17 +63,32 @@ def check_tensors(
             )
 
 
+def check_channels(op: str, x: Tensor, channels: int, /, **norm: tuple[Tensor | None, int]) -> None:
+    """ValueError for the first that is not (rows, channels), or (channels,) for 0 rows, in the dtype of sums over x."""
+    for name, (tensor, rows) in norm.items():
+        if tensor is not None:
+            shape = (rows, channels) if rows else (channels,)
+            check_tensors(op, x.device, single_or_double(x), **{name: (tensor, shape)})
+
+
+def check_together(op: str, /, **tensors: Tensor | None) -> None:
+    """ValueError if some of them are there and others not."""
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    if missing and len(missing) < len(tensors):
+        raise ValueError(f"{op}: {', '.join(tensors)} come together or not at all; got no {' and no '.join(missing)}")
+
+
 def single_or_double(x: Tensor) -> torch.dtype:
     """The dtype of sums over `x` and of parameters of one dimension: fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def parts_of_rows(rows: int, channels: int, config: Configuration) -> tuple[int, int]:
-    """How the rows of (N H W, C) are shared out for a sum over them: the number of parts, and rows a part.
+def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A new tensor of that shape, channels-last, of the dtype and on the device of x."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-    With a tile's channels they make about config["PROGRAMS"] programs; a part is whole tiles.
-    """
-    wanted = cdiv(config["PROGRAMS"], cdiv(channels, config["BLOCK_C"]))
-    tiles = cdiv(rows, config["BLOCK_ROWS"])
-    rows_a_part = cdiv(tiles, min(wanted, tiles)) * config["BLOCK_ROWS"]
-    return cdiv(rows, rows_a_part), rows_a_part
+
+def empty_sums(x: Tensor, read: Tensor | None, parts: int, channels: int) -> Tensor:
+    """Returns room for two sums a channel over `parts` parts of the rows; for none where `read` is not there."""
+    size = 0 if read is None else (2, parts, channels)
+    return torch.empty(size, dtype=single_or_double(x), device=x.device)

@@ -1,4 +1,4 @@
-"""The geometry of a convolution, as its three ops take it: the checks of it, and how kernels find their way.
+"""The shape of a convolution, as its three ops take it: the checks of it, and how it is configured and launched.
 
 A convolution over (N, C, H, W), channels-last, is a matrix product: a row is a pixel of the result, a column a channel,
 and the sum runs over taps (r, s) and channels of one pixel. Only addresses tell it from a matrix product.
@@ -9,25 +9,18 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
 
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.configurations import Configuration, capability, cdiv, configuration, dtype_name
-from kernels.images import check_images, check_tensors, single_or_double
-from kernels.implementation import INTERPRETED
 from kernels.launch import state
 
-# Triton's interpreter multiplies bf16 matrices wrongly (triton-lang/triton issue 11584): there they are widened first.
-WIDE = tl.constexpr(INTERPRETED)
 TILE = ("R", "S", "STRIDE_H", "BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN")  # of a kernel's constants, what a profile shows
 MOST_ROWS = 256  # of a tile: within it offsets have 32 bits, from its first image on
 
 
 @dataclass(frozen=True, eq=False)
-class Geometry:
+class ConvShape:
     """x: (n, c, h, w); weight: (k, c / groups, r, s); y: (n, k, oh, ow). Made once, since every launch asks for it."""
 
     n: int
@@ -90,23 +83,23 @@ class Geometry:
         )
 
 
-def geometry(
+def conv_shape(
     op: str, size: tuple[int, int, int, int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
-) -> Geometry:
+) -> ConvShape:
     """Raises ValueError unless a weight of that shape can be applied to (N, C, H, W) = `size`."""
     sizes = tuple(map(int, size)), tuple(map(int, weight.shape))  # a compiler's may be symbols
-    return geometry_of(op, *sizes, tuple(stride), tuple(padding), groups)
+    return conv_shape_of(op, *sizes, tuple(stride), tuple(padding), groups)
 
 
 @cache
-def geometry_of(
+def conv_shape_of(
     op: str,
     size: tuple[int, ...],
     weight: tuple[int, ...],
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     groups: int,
-) -> Geometry:
+) -> ConvShape:
     n, c, h, w = size
     k, width, r, s = weight
     if len(stride) != 2 or len(padding) != 2 or min(stride) < 1 or min(padding) < 0:
@@ -126,7 +119,7 @@ def geometry_of(
             f"{op}: {MOST_ROWS} rows reach over 2^31 values of images {size[1:]} and {(k, oh, ow)}, "
             f"or the weight {weight} has as many"
         )
-    return Geometry(n, c, h, w, k, oh, ow, r, s, (stride[0], stride[1]), (padding[0], padding[1]), groups)
+    return ConvShape(n, c, h, w, k, oh, ow, r, s, (stride[0], stride[1]), (padding[0], padding[1]), groups)
 
 
 def box_of(rows: int, n: int, height: int, width: int) -> tuple[int, int]:
@@ -140,7 +133,7 @@ def box_of(rows: int, n: int, height: int, width: int) -> tuple[int, int]:
     return min(boxes, key=lambda box: (tiles(box), -box[1], -box[0]))
 
 
-def box_sizes(shape: Geometry, rows: int, height: int, width: int) -> dict[str, int]:
+def box_sizes(shape: ConvShape, rows: int, height: int, width: int) -> dict[str, int]:
     """Returns the choice of a box for tiles of images of that size; rows of pixels need none where they follow."""
     if shape.pointwise:
         return {}
@@ -153,7 +146,7 @@ def two_programs(element_size: int, gpu: int) -> dict[str, int]:
 
 
 def configured_for(
-    op: str, x: Tensor, shape: Geometry, fusion: str, computed: Callable[[Geometry, str, int, int], Configuration]
+    op: str, x: Tensor, shape: ConvShape, fusion: str, computed: Callable[[ConvShape, str, int, int], Configuration]
 ) -> Configuration:
     """Returns the table's configuration of the op, or the computed; BOX_H and BOX_W are 0 where tiles are no boxes.
 
@@ -177,16 +170,8 @@ def configured_for(
     return config
 
 
-def tiles_of_rows(n: int, height: int, width: int, config: Configuration) -> int:
-    """Returns how many tiles the pixels of n images make, as `locate` has them."""
-    rows, box_h, box_w = config["BLOCK_ROWS"], config["BOX_H"], config["BOX_W"]
-    if not box_w:
-        return cdiv(n * height * width, rows)
-    return cdiv(n, rows // (box_h * box_w)) * cdiv(height, box_h) * cdiv(width, box_w)
-
-
 def launch_options(
-    op: str, shape: Geometry, config: Configuration, **tensors: tuple[Tensor | None, str, str]
+    op: str, shape: ConvShape, config: Configuration, **tensors: tuple[Tensor | None, str, str]
 ) -> dict[str, int | TensorDescriptor | None]:
     """The keyword arguments of a launch: the configuration and, by name, NAME_tiles.
 
@@ -222,131 +207,10 @@ def launch_options(
     return options
 
 
-def check_weight(op: str, name: str, weight: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    """ValueError unless it is (K, C / groups, R, S), channels-last, of one of the dtypes, on that device."""
-    check_images(op, name, weight)
-    if weight.dtype not in dtypes or weight.device != device:
-        raise ValueError(
-            f"{op}: {name} must be {' or '.join(map(str, dtypes))}, on {device}; got {weight.dtype}, on {weight.device}"
-        )
-
-
-def check_like(op: str, like: Tensor, /, **others: Tensor | None) -> None:
-    """ValueError for the first of the others that has not the shape, dtype, layout and device of `like`."""
-    for name, tensor in others.items():
-        if tensor is not None:
-            check_images(op, name, tensor, like=like)
-
-
-def check_channels(op: str, x: Tensor, channels: int, /, **norm: tuple[Tensor | None, int]) -> None:
-    """ValueError for the first that is not (rows, channels), or (channels,) for 0 rows, in the dtype of sums over x."""
-    for name, (tensor, rows) in norm.items():
-        if tensor is not None:
-            shape = (rows, channels) if rows else (channels,)
-            check_tensors(op, x.device, single_or_double(x), **{name: (tensor, shape)})
-
-
-def check_together(op: str, /, **tensors: Tensor | None) -> None:
-    """ValueError if some of them are there and others not."""
-    missing = [name for name, tensor in tensors.items() if tensor is None]
-    if missing and len(missing) < len(tensors):
-        raise ValueError(f"{op}: {', '.join(tensors)} come together or not at all; got no {' and no '.join(missing)}")
-
-
-def empty_sums(x: Tensor, read: Tensor | None, parts: int, channels: int) -> Tensor:
-    """Returns room for two sums a channel over `parts` parts of the rows; for none where `read` is not there."""
-    size = 0 if read is None else (2, parts, channels)
-    return torch.empty(size, dtype=single_or_double(x), device=x.device)
-
-
-@triton.jit
-def corner(tile, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
-    """Image, i and j of a box's first pixel; without BOX_W of a tile's, if all pixels were one row of one image."""
-    if BOX_W:
-        along = tl.cdiv(width, BOX_W)
-        boxes = tl.cdiv(height, BOX_H) * along
-        return tile // boxes * (BLOCK // (BOX_H * BOX_W)), tile % boxes // along * BOX_H, tile % along * BOX_W
-    return 0, 0, tile * BLOCK
-
-
-@triton.jit
-def locate(tile, rows, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
-    """Returns first image, image counted from it, i, j and mask of a tile's BLOCK rows, pixels of (N, height, width).
-
-    The pixels follow each other, or with BOX_W are boxes of BOX_H x BOX_W in images side by side; ends may reach over.
-    """
-    row = tl.arange(0, BLOCK)
-    if BOX_W:
-        image, top, left = corner(tile, height, width, BLOCK, BOX_H, BOX_W)
-        n, i, j = row // (BOX_H * BOX_W), top + row % (BOX_H * BOX_W) // BOX_W, left + row % BOX_W
-        exists = (i < height) & (j < width) & ((image + n).to(tl.int64) * (height * width) < rows)
-        return image.to(tl.int64), n, i, j, exists
-    first = tile.to(tl.int64) * BLOCK
-    image = first // (height * width)
-    row_of_image = row + (first - image * (height * width)).to(tl.int32)
-    n = row_of_image // (height * width)
-    pixel = row_of_image - n * (height * width)
-    i = pixel // width
-    return image, n, i, pixel - i * width, row < rows - first
-
-
-@triton.jit
-def load(tensor, tiles, at, inside, n, i, j, c):
-    """A tile, (rows, columns): by its descriptor, from (n, i, j, c) on, or tensor[at] where it is inside."""
-    if tiles is not None:
-        return tiles.load([n, i, j, c]).reshape(at.shape[0], at.shape[1])
-    return tl.load(tensor + at, mask=inside, other=0.0)
-
-
-@triton.jit
-def channels_of_groups(first, BLOCK: tl.constexpr, own, other, OWN: tl.constexpr, OTHER: tl.constexpr):
-    """Of the groups of a tile's channels, first ... first + BLOCK - 1 of `own`: the channels on the other side.
-
-    Where they begin among `other`, and how many there are; a group has OWN and OTHER channels (0: there is one group).
-    A tile may span several groups: its weights are a diagonal of blocks. The first is a multiple of 16, so that loads
-    are wide; what is too many has no weights.
-    """
-    if OWN == 0:
-        return 0, other
-    lowest = first // OWN * OTHER // 16 * 16
-    highest = (tl.minimum(first + BLOCK, own) - 1) // OWN + 1
-    return lowest, highest * OTHER - lowest
-
-
-def most_channels_of_groups(shape: Geometry, block: int) -> int:
+def most_channels_of_groups(shape: ConvShape, block: int) -> int:
     """Of c, over all tiles of `block` channels of k: the most that channels_of_groups finds."""
     own, other = shape.k // shape.groups, shape.c // shape.groups
     return max(
         ((min(first + block, shape.k) - 1) // own + 1) * other - first // own * other // 16 * 16
         for first in range(0, shape.k, block)
     )
-
-
-@triton.jit
-def multiply_add(a, b, total):
-    """total + a b, on tensor cores but for fp32, which is not rounded to TF32."""
-    if WIDE:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def normalised(x, norm, c, channel, C):
-    """(x - mean) scale + shift, with the first rows of norm, (5, C): x is (rows, channels c)."""
-    mean = tl.load(norm + c, mask=channel, other=0.0)[None, :]
-    scale = tl.load(norm + C + c, mask=channel, other=0.0)[None, :]
-    shift = tl.load(norm + 2 * C + c, mask=channel, other=0.0)[None, :]
-    return (x.to(tl.float32) - mean) * scale + shift
-
-
-@triton.jit
-def through_batch_norm(g, y, norm, factors, inside, k, channel, K):
-    """dy, the gradient behind BatchNorm: scale g + factors[0] (y - mean) + factors[1]; g, y: (rows, channels k)."""
-    scale = tl.load(norm + K + k, mask=channel, other=0.0)[None, :]
-    dy = scale * g.to(tl.float32)
-    if factors is not None:
-        mean = tl.load(norm + k, mask=channel, other=0.0)[None, :]
-        slope = tl.load(factors + k, mask=channel, other=0.0)[None, :]
-        offset = tl.load(factors + K + k, mask=channel, other=0.0)[None, :]
-        dy += slope * (y.to(tl.float32) - mean) + offset
-    return tl.where(inside, dy, 0.0)

@@ -1,0 +1,91 @@
+"""How kernels of convolutions and BatchNorm find their way: tiles of pixels and channels, loads, products."""
+
+import triton
+import triton.language as tl
+
+from kernels.configurations import Configuration, cdiv
+from kernels.implementation import INTERPRETED
+
+# Triton's interpreter multiplies bf16 matrices wrongly (triton-lang/triton issue 11584): there they are widened first.
+WIDE = tl.constexpr(INTERPRETED)
+
+
+def parts_of_rows(rows: int, channels: int, config: Configuration) -> tuple[int, int]:
+    """How the rows of (N H W, C) are shared out for a sum over them: the number of parts, and rows a part.
+
+    With a tile's channels they make about config["PROGRAMS"] programs; a part is whole tiles.
+    """
+    wanted = cdiv(config["PROGRAMS"], cdiv(channels, config["BLOCK_C"]))
+    tiles = cdiv(rows, config["BLOCK_ROWS"])
+    rows_a_part = cdiv(tiles, min(wanted, tiles)) * config["BLOCK_ROWS"]
+    return cdiv(rows, rows_a_part), rows_a_part
+
+
+def tiles_of_rows(n: int, height: int, width: int, config: Configuration) -> int:
+    """Returns how many tiles the pixels of n images make, as `locate` has them."""
+    rows, box_h, box_w = config["BLOCK_ROWS"], config["BOX_H"], config["BOX_W"]
+    if not box_w:
+        return cdiv(n * height * width, rows)
+    return cdiv(n, rows // (box_h * box_w)) * cdiv(height, box_h) * cdiv(width, box_w)
+
+
+@triton.jit
+def corner(tile, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+    """Image, i and j of a box's first pixel; without BOX_W of a tile's, if all pixels were one row of one image."""
+    if BOX_W:
+        along = tl.cdiv(width, BOX_W)
+        boxes = tl.cdiv(height, BOX_H) * along
+        return tile // boxes * (BLOCK // (BOX_H * BOX_W)), tile % boxes // along * BOX_H, tile % along * BOX_W
+    return 0, 0, tile * BLOCK
+
+
+@triton.jit
+def locate(tile, rows, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+    """Returns first image, image counted from it, i, j and mask of a tile's BLOCK rows, pixels of (N, height, width).
+
+    The pixels follow each other, or with BOX_W are boxes of BOX_H x BOX_W in images side by side; ends may reach over.
+    """
+    row = tl.arange(0, BLOCK)
+    if BOX_W:
+        image, top, left = corner(tile, height, width, BLOCK, BOX_H, BOX_W)
+        n, i, j = row // (BOX_H * BOX_W), top + row % (BOX_H * BOX_W) // BOX_W, left + row % BOX_W
+        exists = (i < height) & (j < width) & ((image + n).to(tl.int64) * (height * width) < rows)
+        return image.to(tl.int64), n, i, j, exists
+    first = tile.to(tl.int64) * BLOCK
+    image = first // (height * width)
+    row_of_image = row + (first - image * (height * width)).to(tl.int32)
+    n = row_of_image // (height * width)
+    pixel = row_of_image - n * (height * width)
+    i = pixel // width
+    return image, n, i, pixel - i * width, row < rows - first
+
+
+@triton.jit
+def load(tensor, tiles, at, inside, n, i, j, c):
+    """A tile, (rows, columns): by its descriptor, from (n, i, j, c) on, or tensor[at] where it is inside."""
+    if tiles is not None:
+        return tiles.load([n, i, j, c]).reshape(at.shape[0], at.shape[1])
+    return tl.load(tensor + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def channels_of_groups(first, BLOCK: tl.constexpr, own, other, OWN: tl.constexpr, OTHER: tl.constexpr):
+    """Of the groups of a tile's channels, first ... first + BLOCK - 1 of `own`: the channels on the other side.
+
+    Where they begin among `other`, and how many there are; a group has OWN and OTHER channels (0: there is one group).
+    A tile may span several groups: its weights are a diagonal of blocks. The first is a multiple of 16, so that loads
+    are wide; what is too many has no weights.
+    """
+    if OWN == 0:
+        return 0, other
+    lowest = first // OWN * OTHER // 16 * 16
+    highest = (tl.minimum(first + BLOCK, own) - 1) // OWN + 1
+    return lowest, highest * OTHER - lowest
+
+
+@triton.jit
+def multiply_add(a, b, total):
+    """total + a b, on tensor cores but for fp32, which is not rounded to TF32."""
+    if WIDE:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
