@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks.layers import OURS, Layer, comparison, device_and_batch, differentiated, images
-from nvcnn.models.conv_bn import activation
+from nvcnn.models.fused import activation
 from nvcnn.models.layers import Conv2d, cast_matrices
 from nvcnn.models.resnet import Bottleneck
 

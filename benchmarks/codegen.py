@@ -12,7 +12,7 @@ Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of sev
 spill, a program that does not fit an SM, a product of matrices of halves without the chip's own instruction for it,
 wgmma that ptxas serialises (each product then waits for the one before), a tile not loaded by TMA that should be, or a
 stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for every thread of the program, which
-scalars and norm of a value per channel are not. Nor are tensors of bytes (pixels may be mirrored, three of them
+scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels may be mirrored, three of them
 each, and positions in a window are half as wide as the values beside them) and what UNALIGNED names. `programs` is how
 many of them registers and shared memory leave room for on an SM.
 """

@@ -55,7 +55,7 @@ BY_IMAGE = {
     "batch_norm_gradient_sums", "max_pool", "max_pool_backward", "global_average", "global_average_backward",
     "prepare_input",
 }  # fmt: skip
-SINGLE = {"nvcnn::cross_entropy", "nvcnn::prepare_input"}  # whose references take fp32 norm with any images
+SINGLE = {"nvcnn::cross_entropy", "nvcnn::prepare_input"}  # whose references take fp32 vectors with any images
 Row = dict[str, Any]
 Write = Callable[[list[Row]], None]
 

@@ -26,7 +26,7 @@ from benchmarks import report
 from benchmarks.timing import shown, significant
 from benchmarks.trace import Call, Layout, plain_calls, step_calls
 from nvcnn.models import MODELS
-from nvcnn.models.conv_bn import ALGORITHMS
+from nvcnn.models.fused import ALGORITHMS
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """y = relu((x - mean) scale + shift + residual), per channel, with or without the last two; and its gradients.
 
-The norm come from `batch_norm_statistics`. With g = dy where the argument of relu is not below 0 or 0, else 0, and
+`norm` comes from `batch_norm_statistics`. With g = dy where the argument of relu is not below 0 or 0, else 0, and
 n = N H W (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3):
     d_residual = g,   d_beta = sum(g),   d_gamma = rstd sum(g (x - mean))
     dx = scale (g - d_beta / n) - (x - mean) scale rstd d_gamma / n
@@ -228,7 +228,7 @@ def batch_norm(
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last. norm: (5, C), fp32, of `batch_norm_statistics` with `batch`
     (the gradient of x then goes through the statistics), or else any others, as of `norm_of`. gamma, beta: (C,), fp32,
-    those in the norm: they are here for their gradients. residual: like x.
+    those that norm was made with: they are here for their gradients. residual: like x.
     Returns a new tensor like x. Raises ValueError for other layouts, shapes, dtypes or devices.
     """
     op = "batch_norm"
@@ -349,8 +349,7 @@ def batch_norm_data_gradient(g: Tensor, x: Tensor, norm: Tensor, factors: Tensor
     op = "batch_norm_data_gradient"
     c = check_images(op, "x", x)[1]
     check_images(op, "g", g, like=x)
-    given = {"norm": (norm, (5, c))} | ({} if factors is None else {"factors": (factors, (2, c))})
-    check_tensors(op, x.device, single_or_double(x), **given)
+    check_tensors(op, x.device, single_or_double(x), norm=(norm, (5, c)), factors=(factors, (2, c)))
     if runs_triton(x.device):
         return launch_gradient(g, x, None, norm, factors, False)
     return data_gradient_reference(g, x, norm, factors)

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics of a batch, and the norm by which whoever reads x normalises it.
+"""BatchNorm's statistics of a batch, and `norm`, by which whoever reads x normalises it.
 
     mean = sum(x) / n,   var = sum((x - mean)^2) / n,   rstd = (var + eps)^-1/2     over N, H, W, per channel
     (x - mean) rstd gamma + beta  =  (x - mean) scale + shift
@@ -27,7 +27,7 @@ from kernels.tiles import parts_of_rows
 
 
 def reference(x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, *, eps: float) -> Tensor:
-    """The norm in plain PyTorch, in the precision of `gamma`. Arguments as in `batch_norm_statistics`."""
+    """Returns `norm` in plain PyTorch, in the precision of `gamma`. Arguments as in `batch_norm_statistics`."""
     # Running statistics of a momentum of 0: they stay, and make PyTorch answer in their dtype.
     mean, var = torch.batch_norm_update_stats(x, torch.zeros_like(gamma), torch.ones_like(gamma), 0.0)
     n = x.numel() // x.shape[1]
@@ -56,7 +56,7 @@ def norm_from_sums_reference(
 
 
 def norm_of(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """The norm, (5, C), of a mean and a (biased) variance. In evaluation these are the running ones."""
+    """Returns `norm`, (5, C), of a mean and a (biased) variance. In evaluation these are the running ones."""
     rstd = (var + eps).rsqrt()
     return torch.stack((mean, gamma * rstd, beta, rstd, torch.zeros_like(mean)))
 
@@ -146,7 +146,7 @@ def norm_kernel(
 
 NORM_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 16, "num_warps": 4}
 FOLD_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 64, "num_warps": 4}
-MOST_PARTS = 512  # of sums, that the few programs which make norm of them pass over
+MOST_PARTS = 512  # of sums that `norm_kernel`, few programs, reads
 
 
 def few_parts(sums: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def few_parts(sums: Tensor) -> Tensor:
 def configured(op: str, x: Tensor) -> Configuration:
     """Tiles of 2 048 values, 2 loads of 16 bytes a thread in fp16; as many programs as fill a GPU several times.
 
-    With 64 channels a row of fp16 is 8 threads, and the norm lie in registers as the tile needs them.
+    With 64 channels a row of fp16 is 8 threads, and the rows of norm lie in registers as the tile needs them.
     """
     c = x.shape[1]
     block_c = min(next_power_of_2(c), 64)
@@ -175,7 +175,7 @@ def configured(op: str, x: Tensor) -> Configuration:
 def batch_norm_statistics(
     x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, eps: float
 ) -> Tensor:
-    """The norm (MEAN, SCALE, SHIFT, RSTD, MEAN_LOW) of a batch: (5, C), fp32. Not differentiable: `batch_norm` is.
+    """Returns `norm` (MEAN, SCALE, SHIFT, RSTD, MEAN_LOW) of a batch: (5, C), fp32. Not differentiable: `batch_norm` is.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last, with at least 2 values a channel. gamma, beta: (C,), fp32.
     batch_mean, batch_var: (C,), fp32, written: mean and unbiased variance, for the running statistics.
@@ -183,7 +183,7 @@ def batch_norm_statistics(
     """
     op = "batch_norm_statistics"
     n, c, h, w = check_images(op, "x", x)
-    check_channels(op, x, n * h * w, c, gamma=gamma, beta=beta, batch_mean=batch_mean, batch_var=batch_var)
+    check_statistics(op, x, n * h * w, c, gamma=gamma, beta=beta, batch_mean=batch_mean, batch_var=batch_var)
     if not (runs_triton(x.device) or state.silent):  # the reference needs memory
         return reference(x, gamma, beta, batch_mean, batch_var, eps=eps)
     config = configured(op, x)
@@ -214,14 +214,14 @@ def norm_from_sums(
     """
     op, (_, parts, c) = "norm_from_sums", sums.shape
     check_tensors(op, sums.device, gamma.dtype, sums=(sums, (2, parts, c)), center=(center, (c,)))
-    check_channels(op, sums, count, c, gamma=gamma, beta=beta, batch_mean=batch_mean, batch_var=batch_var)
+    check_statistics(op, sums, count, c, gamma=gamma, beta=beta, batch_mean=batch_mean, batch_var=batch_var)
     if not runs_triton(sums.device):
         return norm_from_sums_reference(sums, center, count, gamma, beta, batch_mean, batch_var, eps=eps)
     return launch_norm(sums, center, count, gamma, beta, batch_mean, batch_var, eps)
 
 
-def check_channels(op: str, x: Tensor, count: int, c: int, **norm: Tensor) -> None:
-    check_tensors(op, x.device, single_or_double(x), **{name: (v, (c,)) for name, v in norm.items()})
+def check_statistics(op: str, x: Tensor, count: int, c: int, **tensors: Tensor) -> None:
+    check_tensors(op, x.device, single_or_double(x), **{name: (t, (c,)) for name, t in tensors.items()})
     if count < 2:
         raise ValueError(f"{op}: a channel needs at least 2 values to have a variance, got {count}")
 

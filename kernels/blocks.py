@@ -1,4 +1,4 @@
-"""The blocks of a parameter arena, and the checks of the ops that work on them.
+"""The blocks of a parameter arena, as the ops that work on them see them.
 
 An arena is a flat buffer of M elements of tensors with two or more dimensions, then V elements of the others. Every
 tensor starts on a block, so a block belongs to exactly one tensor. Padding is zero.
@@ -6,7 +6,6 @@ tensor starts on a block, so a block belongs to exactly one tensor. Padding is z
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 BLOCK = 2048  # elements; a program of 128 threads handles one, with 16-byte loads
@@ -27,14 +26,3 @@ def count_blocks(op: str, matrix: Tensor, vector: Tensor) -> tuple[int, int]:
     if any(n % BLOCK for n in sizes) or not sum(sizes):
         raise ValueError(f"{op}: the segments must be multiples of {BLOCK} elements, not both 0, got {sizes}")
     return sizes[0] // BLOCK, sum(sizes) // BLOCK
-
-
-def check(op: str, device: torch.device, **expected: tuple[Tensor, int, tuple[torch.dtype, ...]]) -> None:
-    """ValueError for the first tensor that is not flat, contiguous, on `device`, of its size and one of its dtypes."""
-    for name, (tensor, elements, dtypes) in expected.items():
-        good = tensor.shape == (elements,) and tensor.dtype in dtypes and tensor.device == device
-        if not (good and tensor.is_contiguous()):
-            raise ValueError(
-                f"{op}: {name} must be ({elements},), {' or '.join(map(str, dtypes))}, contiguous, on {device}; "
-                f"got {tuple(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}, on {tensor.device}"
-            )

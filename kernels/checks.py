@@ -51,24 +51,23 @@ def check_like(op: str, like: Tensor, /, **others: Tensor | None) -> None:
 
 
 def check_tensors(
-    op: str, device: torch.device, dtype: torch.dtype, **expected: tuple[Tensor, tuple[int, ...]]
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    /,
+    **expected: tuple[Tensor | None, tuple[int, ...]],
 ) -> None:
-    """ValueError for the first tensor that is not contiguous, of its shape, of `dtype` and on `device`."""
+    """Raises ValueError for the first tensor that is not contiguous, of its shape, of (one of) `dtype`, on `device`."""
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     for name, (tensor, shape) in expected.items():
-        good = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+        if tensor is None:
+            continue
+        good = tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device
         if not (good and tensor.is_contiguous()):
             raise ValueError(
-                f"{op}: {name} must be {shape}, {dtype}, contiguous, on {device}; "
+                f"{op}: {name} must be {shape}, {' or '.join(map(str, dtypes))}, contiguous, on {device}; "
                 f"got {tuple(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}, on {tensor.device}"
             )
-
-
-def check_channels(op: str, x: Tensor, channels: int, /, **norm: tuple[Tensor | None, int]) -> None:
-    """ValueError for the first that is not (rows, channels), or (channels,) for 0 rows, in the dtype of sums over x."""
-    for name, (tensor, rows) in norm.items():
-        if tensor is not None:
-            shape = (rows, channels) if rows else (channels,)
-            check_tensors(op, x.device, single_or_double(x), **{name: (tensor, shape)})
 
 
 def check_together(op: str, /, **tensors: Tensor | None) -> None:

@@ -31,9 +31,9 @@ from torch.nn import functional as F
 
 from kernels.batch_norm import reference as batch_norm_reference
 from kernels.checks import (
-    check_channels,
     check_images,
     check_like,
+    check_tensors,
     check_weight,
     empty_images,
     empty_sums,
@@ -221,7 +221,7 @@ def kernel(
 
 @cache
 def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
-    """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose norm take registers.
+    """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose rows of norm take registers.
 
     So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program.
     """
@@ -281,7 +281,8 @@ def convolution(
     Raises ValueError for other layouts, shapes, dtypes or devices.
     """
     shape = checked(x, weight, stride, padding, groups, norm, residual, residual_norm)
-    check_channels("convolution", x, shape.k, center=(center, 0), scale=(scale, 0), shift=(shift, 0))
+    sums_dtype, k = single_or_double(x), (shape.k,)
+    check_tensors("convolution", x.device, sums_dtype, center=(center, k), scale=(scale, k), shift=(shift, k))
     y = empty_images(x, shape.output)
     check_like("convolution", y, add=add)
     if not runs_triton(x.device):
@@ -313,7 +314,8 @@ def checked(x, weight, stride, padding, groups, norm, residual, residual_norm) -
     op, size = "convolution", check_images("convolution", "x", x)
     check_weight(op, "weight", weight, (x.dtype,), x.device)
     shape = conv_shape(op, size, weight, stride, padding, groups)
-    check_channels(op, x, shape.c, norm=(norm, 5), residual_norm=(residual_norm, 5))
+    rows = (5, shape.c)
+    check_tensors(op, x.device, single_or_double(x), norm=(norm, rows), residual_norm=(residual_norm, rows))
     check_like(op, x, residual=residual)
     if (residual is not None and norm is None) or (residual_norm is not None and residual is None):
         raise ValueError(f"{op}: a residual needs norm, and residual_norm need a residual")

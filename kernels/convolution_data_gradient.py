@@ -27,9 +27,9 @@ from torch import Tensor
 from kernels.batch_norm import data_gradient_reference, sums_reference
 from kernels.batch_norm import reference as batch_norm_reference
 from kernels.checks import (
-    check_channels,
     check_images,
     check_like,
+    check_tensors,
     check_together,
     check_weight,
     empty_images,
@@ -298,8 +298,9 @@ def convolution_data_gradient(
     if g.shape != shape.output:
         raise ValueError(f"{op}: of that size, g must be {shape.output}, got {tuple(g.shape)}")
     check_like(op, g, y=y)
-    check_channels(op, g, shape.k, norm=(norm, 5), factors=(factors, 2))
-    check_channels(op, g, shape.c, x_norm=(x_norm, 5), branch_norm=(branch_norm, 5))
+    rows = {"norm": (norm, (5, shape.k)), "factors": (factors, (2, shape.k))}
+    rows |= {"x_norm": (x_norm, (5, shape.c)), "branch_norm": (branch_norm, (5, shape.c))}
+    check_tensors(op, g.device, single_or_double(g), **rows)
     check_together(op, y=y, factors=factors)
     check_together(op, x=x, x_norm=x_norm)
     check_together(op, branch=branch, branch_norm=branch_norm)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_norm_statistics import sum_parts
-from kernels.checks import check_channels, check_images, check_like, check_together, check_weight, single_or_double
+from kernels.checks import check_images, check_like, check_tensors, check_together, check_weight, single_or_double
 from kernels.configurations import Configuration, cdiv
 from kernels.conv_shape import (
     TILE,
@@ -267,8 +267,8 @@ def convolution_weight_gradient(
     if g.shape != shape.output:
         raise ValueError(f"{op}: of that x and out, g must be {shape.output}, got {tuple(g.shape)}")
     check_like(op, g, y=y)
-    check_channels(op, g, shape.k, norm=(norm, 5), factors=(factors, 2))
-    check_channels(op, g, shape.c, x_norm=(x_norm, 5))
+    rows = {"norm": (norm, (5, shape.k)), "factors": (factors, (2, shape.k)), "x_norm": (x_norm, (5, shape.c))}
+    check_tensors(op, g.device, single_or_double(g), **rows)
     check_together(op, y=y, factors=factors)
     if factors is not None and norm is None:
         raise ValueError(f"{op}: factors need norm")

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
+from kernels.blocks import BLOCK, CHUNK, chunks, count_blocks
+from kernels.checks import HALF_AND_SINGLE, check_tensors
 from kernels.implementation import runs_triton
 from kernels.launch import launch, state
 from kernels.operators import named, operator
@@ -73,31 +74,6 @@ def kernel(
 CONFIG = {"num_warps": 4}
 
 
-def check_arguments(
-    matrix_gradient: Tensor,
-    vector_gradient: Tensor,
-    weight: Tensor,
-    loss_scale: Tensor,
-    square_sums: Tensor,
-    *,
-    ranks: int,
-    weight_decay: float,
-) -> None:
-    op, float32 = "gradient_statistics", (torch.float32,)
-    matrix_blocks, blocks = count_blocks(op, matrix_gradient, vector_gradient)
-    check(
-        op,
-        weight.device,
-        matrix_gradient=(matrix_gradient, matrix_blocks * BLOCK, (torch.float16, torch.bfloat16, torch.float32)),
-        vector_gradient=(vector_gradient, (blocks - matrix_blocks) * BLOCK, float32),
-        weight=(weight, blocks * BLOCK, float32),
-        loss_scale=(loss_scale, 1, float32),
-        square_sums=(square_sums, blocks, float32),
-    )
-    if ranks < 1:
-        raise ValueError(f"{op}: ranks must be at least 1, got {ranks}")
-
-
 @operator("gradient_statistics", mutates_args=("square_sums",))
 def gradient_statistics(
     matrix_gradient: Tensor,
@@ -116,9 +92,22 @@ def gradient_statistics(
     square_sums: ((M + V) / BLOCK,), fp32, written. Raises ValueError for other shapes, dtypes or devices.
     """
     tensors = (matrix_gradient, vector_gradient, weight, loss_scale, square_sums)
-    check_arguments(*tensors, ranks=ranks, weight_decay=weight_decay)
+    op, device = "gradient_statistics", weight.device
+    matrix_blocks, blocks = count_blocks(op, matrix_gradient, vector_gradient)
+    check_tensors(op, device, HALF_AND_SINGLE, matrix_gradient=(matrix_gradient, (matrix_blocks * BLOCK,)))
+    check_tensors(
+        op,
+        device,
+        torch.float32,
+        vector_gradient=(vector_gradient, ((blocks - matrix_blocks) * BLOCK,)),
+        weight=(weight, (blocks * BLOCK,)),
+        loss_scale=(loss_scale, (1,)),
+        square_sums=(square_sums, (blocks,)),
+    )
+    if ranks < 1:
+        raise ValueError(f"{op}: ranks must be at least 1, got {ranks}")
     if runs_triton(weight.device):
-        scalars = (matrix_gradient.numel() // BLOCK, ranks, weight_decay)
+        scalars = (matrix_blocks, ranks, weight_decay)
         launch(kernel, (len(square_sums),), *tensors, *scalars, DECAY=weight_decay != 0, BLOCK=BLOCK, **CONFIG)
     elif not state.silent:  # there may be no values
         reference(*tensors, ranks=ranks, weight_decay=weight_decay)

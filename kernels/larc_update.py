@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BLOCK, CHUNK, check, chunks, count_blocks
+from kernels.blocks import BLOCK, CHUNK, chunks, count_blocks
+from kernels.checks import check_tensors
 from kernels.configurations import cdiv
 from kernels.implementation import runs_triton
 from kernels.launch import launch, state
@@ -198,54 +199,6 @@ def kernel(
 CONFIG = {"num_warps": 8, "enable_fp_fusion": False}
 
 
-def check_arguments(
-    matrix_gradient: Tensor,
-    vector_gradient: Tensor,
-    weight: Tensor,
-    momentum: Tensor,
-    model_weight: Tensor | None,
-    tensor_of_block: Tensor,
-    ratio: Tensor,
-    scalars: Tensor,
-    weight_square_sums: Tensor,
-    running: Tensor,
-    batch: Tensor,
-    counters: Tensor,
-    loss_scale: Tensor,
-    *,
-    momentum_factor: float,
-    weight_decay: float,
-    statistics_momentum: float,
-    growth_interval: int,
-) -> None:
-    op, float32 = "larc_update", (torch.float32,)
-    matrix_blocks, blocks = count_blocks(op, matrix_gradient, vector_gradient)
-    elements, statistics = blocks * BLOCK, running.numel()
-    check_model_weight(op, model_weight, matrix_blocks * BLOCK, weight.device)
-    check(
-        op,
-        weight.device,
-        matrix_gradient=(
-            matrix_gradient,
-            matrix_blocks * BLOCK,
-            float32 if model_weight is None else (model_weight.dtype, torch.float32),
-        ),
-        vector_gradient=(vector_gradient, elements - matrix_blocks * BLOCK, float32),
-        weight=(weight, elements, float32),
-        momentum=(momentum, elements, (torch.float32, torch.bfloat16)),
-        tensor_of_block=(tensor_of_block, blocks, (torch.int32,)),
-        ratio=(ratio, ratio.numel(), float32),
-        scalars=(scalars, 3, float32),
-        weight_square_sums=(weight_square_sums, blocks, float32),
-        running=(running, statistics, float32),
-        batch=(batch, statistics, float32),
-        counters=(counters, 3, (torch.int64,)),
-        loss_scale=(loss_scale, 1, float32),
-    )
-    if growth_interval < 0:
-        raise ValueError(f"{op}: growth_interval must be 0 (a static loss scale) or more, got {growth_interval}")
-
-
 WRITTEN = ("weight", "momentum", "model_weight", "weight_square_sums", "running", "batch", "counters", "loss_scale")
 
 
@@ -281,47 +234,43 @@ def larc_update(
     growth_interval: finite steps after which the loss scale doubles; 0 keeps it as it is. statistics_momentum: the
     weight of `batch` in the new running statistics. Raises ValueError for other shapes, dtypes or devices.
     """
-    tensors = (
-        matrix_gradient,
-        vector_gradient,
-        weight,
-        momentum,
-        model_weight,
-        tensor_of_block,
-        ratio,
-        scalars,
-        weight_square_sums,
-        running,
-        batch,
-        counters,
-        loss_scale,
+    op, device, float32 = "larc_update", weight.device, torch.float32
+    matrix_blocks, blocks = count_blocks(op, matrix_gradient, vector_gradient)
+    matrix, elements, statistics = matrix_blocks * BLOCK, blocks * BLOCK, running.numel()
+    check_model_weight(op, model_weight, matrix, device)
+    gradient_dtypes = (float32,) if model_weight is None else (model_weight.dtype, float32)
+    check_tensors(op, device, gradient_dtypes, matrix_gradient=(matrix_gradient, (matrix,)))
+    check_tensors(op, device, (float32, torch.bfloat16), momentum=(momentum, (elements,)))
+    check_tensors(
+        op,
+        device,
+        float32,
+        vector_gradient=(vector_gradient, (elements - matrix,)),
+        weight=(weight, (elements,)),
+        ratio=(ratio, (ratio.numel(),)),
+        scalars=(scalars, (3,)),
+        weight_square_sums=(weight_square_sums, (blocks,)),
+        running=(running, (statistics,)),
+        batch=(batch, (statistics,)),
+        loss_scale=(loss_scale, (1,)),
     )
+    check_tensors(op, device, torch.int32, tensor_of_block=(tensor_of_block, (blocks,)))
+    check_tensors(op, device, torch.int64, counters=(counters, (3,)))
+    if growth_interval < 0:
+        raise ValueError(f"{op}: growth_interval must be 0 (a static loss scale) or more, got {growth_interval}")
+    inputs = (matrix_gradient, vector_gradient, weight, momentum, model_weight, tensor_of_block, ratio, scalars)
+    arguments = (*inputs, weight_square_sums, running, batch, counters, loss_scale)
     factors: dict[str, Any] = {
         "momentum_factor": momentum_factor,
         "weight_decay": weight_decay,
         "statistics_momentum": statistics_momentum,
         "growth_interval": growth_interval,
     }
-    check_arguments(*tensors, **factors)
-    if runs_triton(weight.device):
-        blocks, statistics = len(weight_square_sums), len(running)
-        sizes = (len(matrix_gradient) // BLOCK, blocks, statistics)
-        grid = (blocks + cdiv(statistics, BLOCK),)
-        launch(kernel, grid, *tensors, *sizes, **factors, BLOCK=BLOCK, **CONFIG)
+    if runs_triton(device):
+        sizes, grid = (matrix_blocks, blocks, statistics), (blocks + cdiv(statistics, BLOCK),)
+        launch(kernel, grid, *arguments, *sizes, **factors, BLOCK=BLOCK, **CONFIG)
     elif not state.silent:  # the reference reads values
-        reference(*tensors, **factors)
-
-
-def check_refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
-    matrix = weight[:0] if model_weight is None else model_weight
-    matrix_blocks, blocks = count_blocks("refresh", matrix, weight[len(matrix) :])
-    check_model_weight("refresh", model_weight, matrix_blocks * BLOCK, weight.device)
-    check(
-        "refresh",
-        weight.device,
-        weight=(weight, blocks * BLOCK, (torch.float32,)),
-        weight_square_sums=(weight_square_sums, blocks, (torch.float32,)),
-    )
+        reference(*arguments, **factors)
 
 
 @operator("refresh", mutates_args=("model_weight", "weight_square_sums"))
@@ -331,16 +280,19 @@ def refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Ten
     weight: (M + V,), fp32. model_weight: (M,), fp16 or bf16, or None; weight_square_sums: (B,), fp32; both written.
     Raises ValueError for other shapes, dtypes or devices.
     """
-    check_refresh(weight, model_weight, weight_square_sums)
-    if runs_triton(weight.device):
-        matrix_blocks = 0 if model_weight is None else len(model_weight) // BLOCK
-        grid = (len(weight_square_sums),)
-        launch(refresh_kernel, grid, weight, model_weight, weight_square_sums, matrix_blocks, BLOCK=BLOCK, **CONFIG)
+    op, device = "refresh", weight.device
+    matrix = 0 if model_weight is None else len(model_weight)
+    matrix_blocks, blocks = count_blocks(op, weight[:matrix], weight[matrix:])
+    check_model_weight(op, model_weight, matrix, device)
+    expected = {"weight": (weight, (blocks * BLOCK,)), "weight_square_sums": (weight_square_sums, (blocks,))}
+    check_tensors(op, device, torch.float32, **expected)
+    if runs_triton(device):
+        arguments = (weight, model_weight, weight_square_sums, matrix_blocks)
+        launch(refresh_kernel, (blocks,), *arguments, BLOCK=BLOCK, **CONFIG)
     elif not state.silent:
         refresh_reference(weight, model_weight, weight_square_sums)
 
 
 def check_model_weight(op: str, model_weight: Tensor | None, elements: int, device: torch.device) -> None:
-    """ValueError unless the copy in the model's dtype fits, where there is one."""
-    if model_weight is not None:
-        check(op, device, model_weight=(model_weight, elements, (torch.float16, torch.bfloat16)))
+    """Raises ValueError unless the copy in the model's dtype fits, where there is one."""
+    check_tensors(op, device, (torch.float16, torch.bfloat16), model_weight=(model_weight, (elements,)))

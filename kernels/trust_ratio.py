@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import check
 from kernels.checks import check_tensors
 from kernels.implementation import runs_triton
 from kernels.launch import launch, state
@@ -155,54 +154,6 @@ def kernel(
 CONFIG = {"CHUNK": 4096, "num_warps": 8}
 
 
-def check_arguments(
-    gradient_square_sums: Tensor,
-    weight_square_sums: Tensor,
-    first_block: Tensor,
-    counters: Tensor,
-    loss_scale: Tensor,
-    schedule: Tensor,
-    rows: Tensor,
-    ratio: Tensor,
-    gradient_norm: Tensor,
-    weight_norm: Tensor,
-    scalars: Tensor,
-    latest: Tensor,
-    average: Tensor,
-    *,
-    ranks: int,
-    larc_mode: str,
-    eta: float,
-    excluded_from: int,
-) -> None:
-    op, float32 = "trust_ratio", (torch.float32,)
-    blocks, tensors, steps = gradient_square_sums.numel(), first_block.numel() - 1, schedule.numel()
-    check(
-        op,
-        scalars.device,
-        gradient_square_sums=(gradient_square_sums, blocks, float32),
-        weight_square_sums=(weight_square_sums, blocks, float32),
-        first_block=(first_block, tensors + 1, (torch.int32,)),
-        counters=(counters, 3, (torch.int64,)),
-        loss_scale=(loss_scale, 1, float32),
-        schedule=(schedule, steps, float32),
-        ratio=(ratio, tensors, float32),
-        gradient_norm=(gradient_norm, tensors, float32),
-        weight_norm=(weight_norm, tensors, float32),
-        scalars=(scalars, 3, float32),
-        latest=(latest, 3, float32),
-        average=(average, 4, (torch.float64,)),
-    )
-    check_tensors(op, scalars.device, torch.float32, rows=(rows, (len(rows), 3)))
-    if larc_mode not in MODES or min(tensors, steps, ranks) < 1:
-        raise ValueError(
-            f"{op}: needs at least one tensor, step and rank and a mode of {', '.join(MODES)}, "
-            f"got {tensors} tensors, {steps} steps, {ranks} ranks, mode {larc_mode}"
-        )
-    if excluded_from < 0:
-        raise ValueError(f"{op}: excluded_from must be the number of a tensor, 0 or more, got {excluded_from}")
-
-
 @operator("trust_ratio", mutates_args=("ratio", "gradient_norm", "weight_norm", "scalars", "latest", "average"))
 def trust_ratio(
     gradient_square_sums: Tensor,
@@ -236,12 +187,38 @@ def trust_ratio(
     exponential averages of latest and of 1, moves on, unless the mean loss is not finite (or N is 0). Raises ValueError
     for anything else.
     """
+    op, device = "trust_ratio", scalars.device
+    blocks, tensors, steps = gradient_square_sums.numel(), first_block.numel() - 1, schedule.numel()
+    check_tensors(
+        op,
+        device,
+        torch.float32,
+        gradient_square_sums=(gradient_square_sums, (blocks,)),
+        weight_square_sums=(weight_square_sums, (blocks,)),
+        loss_scale=(loss_scale, (1,)),
+        schedule=(schedule, (steps,)),
+        rows=(rows, (len(rows), 3)),
+        ratio=(ratio, (tensors,)),
+        gradient_norm=(gradient_norm, (tensors,)),
+        weight_norm=(weight_norm, (tensors,)),
+        scalars=(scalars, (3,)),
+        latest=(latest, (3,)),
+    )
+    check_tensors(op, device, torch.int32, first_block=(first_block, (tensors + 1,)))
+    check_tensors(op, device, torch.int64, counters=(counters, (3,)))
+    check_tensors(op, device, torch.float64, average=(average, (4,)))
+    if larc_mode not in MODES or min(tensors, steps, ranks) < 1:
+        raise ValueError(
+            f"{op}: needs at least one tensor, step and rank and a mode of {', '.join(MODES)}, "
+            f"got {tensors} tensors, {steps} steps, {ranks} ranks, mode {larc_mode}"
+        )
+    if excluded_from < 0:
+        raise ValueError(f"{op}: excluded_from must be the number of a tensor, 0 or more, got {excluded_from}")
     inputs = (gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule, rows)
-    tensors = (*inputs, ratio, gradient_norm, weight_norm, scalars, latest, average)
+    arguments = (*inputs, ratio, gradient_norm, weight_norm, scalars, latest, average)
     factors: dict[str, Any] = {"ranks": ranks, "eta": eta, "excluded_from": excluded_from}
-    check_arguments(*tensors, larc_mode=larc_mode, **factors)
     if runs_triton(scalars.device):
-        sizes = {"tensors": len(ratio), "steps": len(schedule), "N": len(rows)}
-        launch(kernel, (len(ratio) + 2,), *tensors, **sizes, **factors, MODE=larc_mode, **CONFIG)
+        sizes = {"tensors": tensors, "steps": steps, "N": len(rows)}
+        launch(kernel, (tensors + 2,), *arguments, **sizes, **factors, MODE=larc_mode, **CONFIG)
     elif not state.silent:  # the reference reads values
-        reference(*tensors, larc_mode=larc_mode, **factors)
+        reference(*arguments, larc_mode=larc_mode, **factors)

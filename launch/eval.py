@@ -2,7 +2,7 @@
 
 import nvcnn
 from nvcnn.evaluate import Evaluation, evaluate
-from nvcnn.models.conv_bn import ALGORITHMS
+from nvcnn.models.fused import ALGORITHMS
 from nvcnn.program import run
 from nvcnn.settings import Parser
 

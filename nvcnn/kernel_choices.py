@@ -5,7 +5,7 @@ python -m nvcnn.kernel_choices [--log_dir DIR]     what was measured on this mac
 With --conv=auto, rank 0 of a run on GPUs measures, once for each place that a convolution has: forward and backward,
 with the BatchNorm around it, since what is fused on one side is a pass of its own on the other; all three parts of a
 convolution jointly, as they share what is in memory. What neighbours hand to each other is the same for all algorithms
-(a raw tensor and its norm; a masked gradient and its sums), so the times of places add up. An evaluation measures
+(an unnormalised tensor and its norm; a masked gradient and its sums), so the times of places add up. An evaluation measures
 forward, with what comes behind. An algorithm that fails at a place, or whose results are wrong there, is not used.
 
 Every rank gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The
@@ -45,7 +45,7 @@ from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
 from nvcnn.machine import chosen_kernels
 from nvcnn.memory import on_meta
-from nvcnn.models.conv_bn import ALGORITHMS, Folded, Join, Raw, activation, conv_bn, written
+from nvcnn.models.fused import ALGORITHMS, PendingAdd, PendingConv, Unnormalized, activation, conv_bn, materialize
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.program import run
 
@@ -179,18 +179,18 @@ class Sample:
         tensor, norm = self.tensors.get(name), self.tensors.get(f"{name}_norm")
         if tensor is None or norm is None:
             return tensor
-        return Raw(tensor, self.bn, norm)  # the norm say it all: of the BatchNorm nothing is read
+        return Unnormalized(tensor, self.bn, norm)  # norm says it all: nothing of the BatchNorm is read
 
     def forward(self, algorithm: str) -> dict[str, Tensor]:
         """What the place returns to others, by name."""
         self.conv.algorithm = algorithm
         if self.place.folded:
-            folded = Folded(self.tensors["x"], self.conv, self.bn)
-            return {"z": written(folded, self.tensors.get("added"), True)}
+            folded = PendingConv(self.tensors["x"], self.conv, self.bn)
+            return {"z": materialize(folded, self.tensors.get("added"), True)}
         x, b = self.read("x"), self.read("b")
-        x = x if b is None else Join(x, b)
+        x = x if b is None else PendingAdd(x, b)
         y = conv_bn(x, self.conv, self.bn)
-        assert isinstance(y, Raw)
+        assert isinstance(y, Unnormalized)
         assert y.norm is not None
         outputs = {"y": y.y, "norm": y.norm}
         return outputs if b is None else outputs | {"z": activation(x)}  # which somebody else reads, too
@@ -211,7 +211,7 @@ class Sample:
 
 
 def sample(place: Place, device: torch.device) -> Sample:
-    """Activations are normal, and norm let about half of them pass a ReLU. Gradients are smaller, those of norm
+    """Activations are normal, and the norms let about half of them pass a ReLU. Gradients are smaller, those of norms
     the more so the more values there are, as in training: the weight's is then no infinity in fp16.
     """
     c, (k, _, *kernel_size) = place.x[1], place.weight

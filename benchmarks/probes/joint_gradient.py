@@ -88,7 +88,7 @@ def consume(ring, memory, factors, x_norm, d_norm, dx, dw, sums, tiles):
     BLOCK_ROWS: gl.constexpr = g_ring.shape[1]
     K: gl.constexpr = w.shape[0]
     C: gl.constexpr = w.shape[1]
-    # A thread's columns are the same in all its rows, so that it holds few values of the norm.
+    # A thread's columns are the same in all its rows, so that it holds few values of the vectors.
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     of_dw: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])

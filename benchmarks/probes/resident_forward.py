@@ -38,7 +38,7 @@ def resident_forward(
     BLOCK_OUT: tl.constexpr,
 ):
     """One program: BLOCK_OUT channels of every n-th tile of rows, where n programs share a column block."""
-    # What stays: the block of the weight, the norm, the sums.
+    # What stays: the block of the weight, the norms, the sums.
     blocks: tl.constexpr = K // BLOCK_OUT
     block, program, programs = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     row, c, k = tl.arange(0, BLOCK_ROWS), tl.arange(0, C), block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)

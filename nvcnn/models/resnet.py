@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import kernels
-from nvcnn.models.conv_bn import Folded, Join, Raw, activation, conv_bn
+from nvcnn.models.fused import PendingAdd, PendingConv, Unnormalized, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 
 
@@ -34,10 +34,10 @@ class BasicBlock(nn.Module):
         self.bn2 = BatchNorm2d(width)
         self.downsample = downsample(c_in, width, stride)
 
-    def forward(self, x: Tensor | Join) -> Join:
+    def forward(self, x: Tensor | PendingAdd) -> PendingAdd:
         y = conv_bn(x, self.conv1, self.bn1)
         y = conv_bn(y, self.conv2, self.bn2)
-        return Join(y, skip(x, self.downsample))
+        return PendingAdd(y, skip(x, self.downsample))
 
 
 class Bottleneck(nn.Module):
@@ -59,11 +59,11 @@ class Bottleneck(nn.Module):
         self.bn3 = BatchNorm2d(c_out)
         self.downsample = downsample(c_in, c_out, stride)
 
-    def forward(self, x: Tensor | Join) -> Join:
+    def forward(self, x: Tensor | PendingAdd) -> PendingAdd:
         y = conv_bn(x, self.conv1, self.bn1)
         y = conv_bn(y, self.conv2, self.bn2)
         y = conv_bn(y, self.conv3, self.bn3)
-        return Join(y, skip(x, self.downsample))
+        return PendingAdd(y, skip(x, self.downsample))
 
 
 def downsample(c_in: int, c_out: int, stride: int) -> nn.Module:
@@ -73,7 +73,7 @@ def downsample(c_in: int, c_out: int, stride: int) -> nn.Module:
     return nn.Sequential(conv(c_in, c_out, 1, stride), BatchNorm2d(c_out))
 
 
-def skip(x: Tensor | Join, downsample: nn.Module) -> Tensor | Raw | Folded:
+def skip(x: Tensor | PendingAdd, downsample: nn.Module) -> Tensor | Unnormalized | PendingConv:
     """What a skip connection brings to the join."""
     if isinstance(downsample, nn.Identity):
         return activation(x)

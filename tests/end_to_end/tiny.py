@@ -8,7 +8,7 @@ from triton.runtime import interpreter
 
 import kernels
 from nvcnn.models import MODELS, Model
-from nvcnn.models.conv_bn import Join, activation, conv_bn
+from nvcnn.models.fused import PendingAdd, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 from nvcnn.program import run
 from nvcnn.settings import parse
@@ -25,7 +25,7 @@ class Tiny(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = kernels.max_pool(activation(conv_bn(x, self.conv1, self.bn1)), kernel_size=3, stride=2, padding=1)
-        x = Join(conv_bn(x, self.conv2, self.bn2), conv_bn(x, self.skip, self.bn3))
+        x = PendingAdd(conv_bn(x, self.conv2, self.bn2), conv_bn(x, self.skip, self.bn3))
         return self.fc(kernels.global_average(activation(x)))
 
 

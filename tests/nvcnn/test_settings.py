@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from nvcnn.errors import InputError
-from nvcnn.models.conv_bn import ALGORITHMS
+from nvcnn.models.fused import ALGORITHMS
 from nvcnn.settings import Settings, as_json, differences, parse
 
 ORIGINAL = {

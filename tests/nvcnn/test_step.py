@@ -7,7 +7,7 @@ from torch import nn
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch, Transport
 from nvcnn.kernel_choices import places, use
-from nvcnn.models.conv_bn import activation, conv_bn
+from nvcnn.models.fused import activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 from nvcnn.models.resnet import Bottleneck
 from nvcnn.schedule import poly

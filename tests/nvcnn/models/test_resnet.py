@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from nvcnn.models import build_model, resnet
-from nvcnn.models.conv_bn import ALGORITHMS
+from nvcnn.models.fused import ALGORITHMS
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import ResNet
 

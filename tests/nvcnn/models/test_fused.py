@@ -13,7 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.implementation import INTERPRETED
 from nvcnn.memory import activation_bytes
 from nvcnn.models import build_model
-from nvcnn.models.conv_bn import ALGORITHMS, LIBRARY, MATERIALIZED, Folded, Join, Raw, activation, conv_bn
+from nvcnn.models.fused import (
+    ALGORITHMS,
+    LIBRARY,
+    MATERIALIZED,
+    PendingAdd,
+    PendingConv,
+    Unnormalized,
+    activation,
+    conv_bn,
+)
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import Bottleneck
 
@@ -197,9 +206,9 @@ def test_a_folded_convolution_with_two_readers(algorithm):
     conv1, bn1, conv2, bn2 = net.one.conv1, net.one.bn1, net.one.conv2, net.one.bn2
     with torch.no_grad():
         first = conv_bn(x, conv1, bn1)
-        assert isinstance(first, Folded)
+        assert isinstance(first, PendingConv)
         second = activation(conv_bn(first, conv2, bn2))
-        both = activation(Join(first, first))
+        both = activation(PendingAdd(first, first))
 
         def normalised(x: Tensor, conv: nn.Conv2d, bn: BatchNorm2d) -> Tensor:
             y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
@@ -247,7 +256,7 @@ def test_a_raw_tensor_with_two_readers(algorithm):
     first, first_bn, conv1, bn1, conv2, bn2 = net
     x = input_of()
     raw = conv_bn(x, first, first_bn)
-    y = activation(Join(conv_bn(raw, conv1, bn1), raw)) + activation(conv_bn(raw, conv2, bn2))
+    y = activation(PendingAdd(conv_bn(raw, conv1, bn1), raw)) + activation(conv_bn(raw, conv2, bn2))
 
     twin, x_twin = deepcopy(net), x.detach().clone().requires_grad_()
 
@@ -275,12 +284,12 @@ def test_operators_refuse_what_is_not_normalised(algorithm):
     net = made(algorithm)
     raw = conv_bn(input_of(), net.one.conv1, net.one.bn1)
     join = net.one(input_of())
-    assert isinstance(raw, Raw)
-    assert isinstance(join, Join)
+    assert isinstance(raw, Unnormalized)
+    assert isinstance(join, PendingAdd)
     for operator in (F.relu, torch.abs, torch.sum, lambda x: torch.cat([x, x]), lambda x: torch.ones(1).add(x)):
-        with pytest.raises(TypeError, match="Raw is not normalised yet: give it activation"):
+        with pytest.raises(TypeError, match="Unnormalized is not normalised yet: give it activation"):
             operator(raw)
-        with pytest.raises(TypeError, match="Join is not normalised yet: give it activation"):
+        with pytest.raises(TypeError, match="PendingAdd is not normalised yet: give it activation"):
             operator(join)
     with pytest.raises(TypeError):
         raw + 1

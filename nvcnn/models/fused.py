@@ -1,28 +1,29 @@
-"""Convolution and BatchNorm (and addition, and ReLU) as one block that hands on what is not normalised yet.
+"""Convolution, BatchNorm, addition and ReLU as one block, which hands on what is not normalised yet.
 
-    y = conv_bn(x, self.conv1, self.bn1)        # Raw: the convolution's output, and how to normalise it
-    y = conv_bn(y, self.conv2, self.bn2)        # normalises and applies ReLU as it loads
+    y = conv_bn(x, self.conv1, self.bn1)        # Unnormalized: the convolution's output, and how to normalise it
+    y = conv_bn(y, self.conv2, self.bn2)        # normalises y and applies ReLU as it loads
     y = conv_bn(y, self.conv3, self.bn3)
-    return Join(y, activation(x))               # relu(normalised y + x), when somebody asks
+    return PendingAdd(y, activation(x))         # relu(normalised y + x), computed when somebody asks for it
 
-Who reads a Raw applies its BatchNorm's three norm and the ReLU while loading; a 1x1 convolution that reads a Join
-adds, too, and writes the sum once, for the skip connection. `activation` makes an ordinary tensor of any of them. How a
-convolution is computed is its `algorithm`:
+Who reads an Unnormalized applies the rows of its `norm` and the ReLU while loading. A 1x1 convolution that reads a
+PendingAdd adds, too, and writes the sum once, for the skip connection. `activation` makes an ordinary tensor of any of
+them. A convolution's `algorithm` says how it is computed:
     torch                 PyTorch's operator, between the BatchNorms of `layers`
     triton                the project's kernels, which do all of this as they load and store
-    triton-materialized   the same kernels on operands that are in memory: the activation a, which forward and the
-                          weight's gradient read, and the gradient dy behind the BatchNorm, which both gradients read,
-                          are each written once; sums, mask and addition stay in the kernels' epilogues
+    triton-materialized   the same kernels on operands that are in memory. The activation a, which forward and the
+                          weight's gradient read, and dy, which both gradients read, are each written once; sums, mask
+                          and addition stay in the kernels' epilogues
     cudnn                 the library's convolution on the same operands, with passes of their own for the epilogues
-Neighbours may differ: which is faster depends on the shape. For backward, all but `triton` keep a beside the raw x.
+Neighbours may differ: which is faster depends on the shape. All but `triton` keep a beside x for backward.
 
-In evaluation without gradients BatchNorm is known before the convolution: it waits, Folded, until it is known what else
-comes behind it (ReLU, an addition), and the kernel then does all of it as it stores.
+In evaluation without gradients BatchNorm is known before the convolution. So the convolution waits as a PendingConv
+until it is known whether ReLU or an addition follows, and the kernel then does all of it as it stores.
 
-Backward has one convention. The gradient on a raw tensor is that of its normalised value, behind the ReLU's mask; the
-gradient of its `norm`, (5, C), is what turns it into the raw one's: rows FACTORS, D_GAMMA, D_BETA. Both are linear
-in the gradient, so autograd may add them up where a raw tensor has several readers. An ordinary operator would get
-wrong gradients from a raw tensor: Raw and Join are no tensors, and refuse to be taken for one.
+Backward has one convention. The gradient of an unnormalised tensor is that of its normalised value, behind the ReLU's
+mask. The gradient of its `norm`, (5, C), has the rows FACTORS, D_GAMMA, D_BETA (`kernels.norm_rows`), which turn that
+into dy. Both are linear, so autograd may add them up where a tensor has several readers. An ordinary operator would
+compute wrong gradients from an unnormalised tensor; therefore Unnormalized, PendingConv and PendingAdd are no tensors,
+and refuse to be taken for one.
 """
 
 from dataclasses import dataclass, field
@@ -43,8 +44,8 @@ MATERIALIZED = ("triton-materialized", "cudnn")  # a and dy are written before t
 LIBRARY = ("torch", "cudnn")  # PyTorch's operators multiply, not the project's kernels
 
 
-class NotNormalised:
-    """What PyTorch's operators refuse to take, with a word about what to do."""
+class Pending:
+    """A value that is not computed yet. PyTorch's operators refuse it, and say what to do."""
 
     @classmethod
     def __torch_function__(cls, operator: Any, *_: Any) -> NoReturn:
@@ -53,10 +54,10 @@ class NotNormalised:
 
 
 @dataclass
-class Raw(NotNormalised):
+class Unnormalized(Pending):
     """A convolution's output y, (N, C, H, W), and the BatchNorm to come.
 
-    `norm`: (5, C), as of `kernels.batch_norm_statistics`; None where y is an ordinary tensor, for `bn` to normalise.
+    `norm`: (5, C), from `kernels.batch_norm_statistics`; None where `bn` normalises y as an ordinary tensor.
     """
 
     y: Tensor
@@ -66,8 +67,8 @@ class Raw(NotNormalised):
 
 
 @dataclass
-class Folded(NotNormalised):
-    """A convolution of x that is still to come, with the BatchNorm of running statistics folded into it."""
+class PendingConv(Pending):
+    """A convolution of x that is still to come, with the BatchNorm of the running statistics folded into it."""
 
     x: Tensor
     conv: Conv2d
@@ -76,33 +77,36 @@ class Folded(NotNormalised):
 
 
 @dataclass
-class Join(NotNormalised):
-    """relu(normalised a + b), where b is an activation or is normalised as well."""
+class PendingAdd(Pending):
+    """relu(normalised a + b), where b is an activation, or is normalised as well."""
 
-    a: Raw | Folded
-    b: Tensor | Raw | Folded
+    a: Unnormalized | PendingConv
+    b: Tensor | Unnormalized | PendingConv
     value: Tensor | None = field(default=None, init=False)
 
 
-def activation(x: Tensor | Raw | Folded | Join) -> Tensor:
-    """x as an ordinary tensor, (N, C, H, W), channels-last, behind its ReLU."""
+Operand = Tensor | Unnormalized | PendingConv | PendingAdd
+
+
+def activation(x: Operand) -> Tensor:
+    """Returns x as an ordinary tensor, (N, C, H, W), channels-last, after its ReLU."""
     if isinstance(x, Tensor):
         return x
     if x.value is None:
-        x.value = written(x.a, x.b, True) if isinstance(x, Join) else written(x, None, True)
+        x.value = materialize(x.a, x.b, True) if isinstance(x, PendingAdd) else materialize(x, None, True)
     return x.value
 
 
-def written(a: Raw | Folded, b: Tensor | Raw | Folded | None, relu: bool) -> Tensor:
-    """normalised a + b, with or without the last two, in memory."""
-    if isinstance(a, Raw) and a.norm is not None:
-        return Written.apply(a.y, a.norm, *parts(b), relu)
-    added = b if b is None or isinstance(b, Tensor) else written(b, None, False)
-    return a.bn(a.y, residual=added, relu=relu) if isinstance(a, Raw) else folded(a, added, relu)
+def materialize(a: Unnormalized | PendingConv, b: Tensor | Unnormalized | PendingConv | None, relu: bool) -> Tensor:
+    """Returns relu(normalised a + b) as an ordinary tensor; b may be None, and ReLU is optional."""
+    if isinstance(a, Unnormalized) and a.norm is not None:
+        return Materialize.apply(a.y, a.norm, *addend(b), relu)
+    added = b if b is None or isinstance(b, Tensor) else materialize(b, None, False)
+    return a.bn(a.y, residual=added, relu=relu) if isinstance(a, Unnormalized) else compute(a, added, relu)
 
 
-def folded(a: Folded, added: Tensor | None, relu: bool) -> Tensor:
-    """relu(normalised convolution + added), with or without the last two."""
+def compute(a: PendingConv, added: Tensor | None, relu: bool) -> Tensor:
+    """Returns relu(normalised convolution + added); `added` may be None, and ReLU is optional."""
     x, conv, bn = a.x, a.conv, a.bn
     if conv.algorithm in LIBRARY:
         return bn(channels_last(conv(x)), residual=added, relu=relu)
@@ -112,15 +116,15 @@ def folded(a: Folded, added: Tensor | None, relu: bool) -> Tensor:
     return kernels.convolution(x, conv.weight_for(x), conv.stride, conv.padding, conv.groups, **epilogue)[0]
 
 
-def parts(b: Tensor | Raw | Folded | None) -> tuple[Tensor | None, Tensor | None]:
-    """The tensor to add, and its norm if it is raw."""
+def addend(b: Tensor | Unnormalized | PendingConv | None) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the tensor to add, and its norm where it is not normalised yet."""
     if b is None or isinstance(b, Tensor):
         return b, None
-    return (b.y, b.norm) if isinstance(b, Raw) and b.norm is not None else (written(b, None, False), None)
+    return (b.y, b.norm) if isinstance(b, Unnormalized) and b.norm is not None else (materialize(b, None, False), None)
 
 
-def conv_bn(x: Tensor | Raw | Folded | Join, conv: Conv2d, bn: BatchNorm2d) -> Raw | Folded:
-    """The convolution of x's activation, raw, or Folded in evaluation without gradients.
+def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | PendingConv:
+    """Returns the convolution of x's activation, not normalised yet; in evaluation without gradients, a PendingConv.
 
     Raises ValueError for what the kernels do not have: dilation, a bias.
     """
@@ -132,37 +136,36 @@ def conv_bn(x: Tensor | Raw | Folded | Join, conv: Conv2d, bn: BatchNorm2d) -> R
     ):
         raise ValueError(f"conv_bn: {conv}: dilation 1, padding with zeros in numbers and bias=False only")
     if not (bn.training or torch.is_grad_enabled()):
-        return Folded(activation(x), conv, bn)
+        return PendingConv(activation(x), conv, bn)
     if conv.algorithm == "torch":
-        return Raw(conv(activation(x)), bn)
+        return Unnormalized(conv(activation(x)), bn)
+    a = x.a if isinstance(x, PendingAdd) and can_add(conv) else x
     tensors: tuple[Tensor | None, ...]
-    if isinstance(x, Raw) and x.value is None and x.norm is not None:
-        tensors = x.y, x.norm, None, None
-    elif isinstance(x, Join) and x.value is None and isinstance(x.a, Raw) and x.a.norm is not None and joins(conv):
-        tensors = x.a.y, x.a.norm, *parts(x.b)
-    else:
+    if isinstance(x, Tensor) or x.value is not None or not isinstance(a, Unnormalized) or a.norm is None:
         tensors = activation(x), None, None, None
-    y, norm, a = RawConv.apply(*tensors, conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn)
-    if a is not None:
-        assert isinstance(x, Raw | Join)
-        x.value = a  # for who else reads x
-    return Raw(y, bn, norm)
+    else:
+        tensors = a.y, a.norm, *addend(x.b if isinstance(x, PendingAdd) else None)
+    y, norm, materialized = UnnormalizedConv.apply(*tensors, conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn)
+    if materialized is not None:
+        assert isinstance(x, Unnormalized | PendingAdd)
+        x.value = materialized  # for who else reads x
+    return Unnormalized(y, bn, norm)
 
 
-def joins(conv: Conv2d) -> bool:
-    """Whether the kernel can add as it loads: each value of its input is loaded in one place."""
+def can_add(conv: Conv2d) -> bool:
+    """Returns whether the kernel can add as it loads: each value of its input is loaded in one place."""
     return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
 def apply_batch_norm(y: Tensor, norm: Tensor, b: Tensor | None, b_norm: Tensor | None, relu: bool) -> Tensor:
-    """normalised y + b in memory; outside of autograd."""
+    """Returns relu(normalised y + b) as an ordinary tensor, outside of autograd."""
     if b is not None and b_norm is not None:
         b = apply_batch_norm(b, b_norm, None, None, False)
-    return kernels.batch_norm(y, norm[0], norm[0], norm, b, relu, True)  # gamma and beta are in the norm
+    return kernels.batch_norm(y, norm[0], norm[0], norm, b, relu, True)  # norm has gamma and beta in it
 
 
 def gradient_of_norm(sums: Tensor | None, y: Tensor | None, norm: Tensor | None) -> Tensor | None:
-    """(5, C), of the sums that were taken with y; None where y is no raw tensor, or nobody asked."""
+    """Returns the gradient of y's norm, (5, C), from the sums taken with y; None where there are none."""
     if sums is None or y is None or norm is None:
         return None
     return kernels.norm_gradient(sums, norm, y.numel() // y.shape[1])
@@ -178,8 +181,8 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-class Written(Function):
-    """normalised a + b, with or without b and ReLU, as an ordinary tensor."""
+class Materialize(Function):
+    """relu(normalised a + b) as an ordinary tensor; b may be None, and ReLU is optional."""
 
     @staticmethod
     def forward(ctx, a, a_norm, b, b_norm, relu):
@@ -201,10 +204,10 @@ class Written(Function):
         return g, d_norm[0], g if ctx.adds else None, d_norm[1], None
 
 
-class RawConv(Function):
-    """y = conv(a), its BatchNorm's norm, and a if it is written here: a is x, or relu(normalised x (+ b)).
+class UnnormalizedConv(Function):
+    """y = conv(a), its BatchNorm's norm, and a where it is written here: a is x, or relu(normalised x (+ b)).
 
-    In evaluation the norm are those of the running statistics, and dy = SCALE g.
+    In evaluation the norm is that of the running statistics, and dy = SCALE g.
     """
 
     @staticmethod
@@ -223,13 +226,13 @@ class RawConv(Function):
                 read, weight, conv.stride, conv.padding, conv.groups, *prologue, center
             )
             a = joined if prologue[1] is not None else a
-        written = bn.batch_mean, bn.batch_var, bn.eps
+        statistics = bn.batch_mean, bn.batch_var, bn.eps
         if not bn.training:
             norm = kernels.norm_of(bn.running_mean, bn.running_var, gamma, beta, bn.eps)
         elif conv.algorithm in LIBRARY:
-            norm = kernels.batch_norm_statistics(y, gamma, beta, *written)
+            norm = kernels.batch_norm_statistics(y, gamma, beta, *statistics)
         else:
-            norm = kernels.norm_from_sums(sums, center, y.numel() // y.shape[1], gamma, beta, *written)
+            norm = kernels.norm_from_sums(sums, center, y.numel() // y.shape[1], gamma, beta, *statistics)
         raw_b = None if b_norm is None else b
         ctx.save_for_backward(x, x_norm, raw_b, b_norm, a, weight, y, norm)
         return y, norm, a
