@@ -175,7 +175,7 @@ def configured(op: str, x: Tensor) -> Configuration:
 def batch_norm_statistics(
     x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, eps: float
 ) -> Tensor:
-    """Returns `norm` (MEAN, SCALE, SHIFT, RSTD, MEAN_LOW) of a batch: (5, C), fp32. Not differentiable: `batch_norm` is.
+    """Returns `norm`, (5, C), fp32, of a batch (`kernels.norm_rows`). Not differentiable: `batch_norm` is.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last, with at least 2 values a channel. gamma, beta: (C,), fp32.
     batch_mean, batch_var: (C,), fp32, written: mean and unbiased variance, for the running statistics.

@@ -5,8 +5,9 @@ python -m nvcnn.kernel_choices [--log_dir DIR]     what was measured on this mac
 With --conv=auto, rank 0 of a run on GPUs measures, once for each place that a convolution has: forward and backward,
 with the BatchNorm around it, since what is fused on one side is a pass of its own on the other; all three parts of a
 convolution jointly, as they share what is in memory. What neighbours hand to each other is the same for all algorithms
-(an unnormalised tensor and its norm; a masked gradient and its sums), so the times of places add up. An evaluation measures
-forward, with what comes behind. An algorithm that fails at a place, or whose results are wrong there, is not used.
+(an unnormalised tensor and its norm; a masked gradient and its sums), so the times of places add up. An evaluation
+measures forward, with what comes behind. An algorithm that fails at a place, or whose results are wrong there, is not
+used.
 
 Every rank gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The
 measurements are kept in $XDG_CACHE_HOME/nvcnn/kernel_choices.json (by default in ~/.cache), for this GPU, these
