@@ -113,19 +113,13 @@ def kernel(x, norm, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.con
 
 @triton.jit(repr=named("batch_norm_sums"))
 def sums_kernel(
-    dy,
-    x,
-    y,
-    norm,
-    g,
-    sums,
-    rows,
-    C,
-    rows_a_part,
-    RELU: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    # inputs
+    dy, x, y, norm,
+    # outputs
+    g, sums,
+    # sizes, and what is compiled in
+    rows, C, rows_a_part, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """One program: the sums of g and of g (x - mean) over one part of the rows; g itself, if asked for."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -155,17 +149,13 @@ def sums_kernel(
 
 @triton.jit(repr=named("norm_from_sums"))
 def norm_kernel(
-    sums,
-    norm,
-    d_gamma,
-    d_beta,
-    rows,
-    parts,
-    C,
-    count,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    # inputs
+    sums, norm,
+    # outputs
+    d_gamma, d_beta, rows,
+    # sizes, and what is compiled in
+    parts, C, count, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK_C channels. `rows`: where FACTORS go, and the last row, which is 0; None in evaluation."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
@@ -186,19 +176,13 @@ def norm_kernel(
 
 @triton.jit(repr=named("batch_norm_gradient"))
 def gradient_kernel(
-    dy,
-    x,
-    y,
-    norm,
-    factors,
+    # inputs
+    dy, x, y, norm, factors,
+    # output
     dx,
-    rows,
-    C,
-    RELU: tl.constexpr,
-    BATCH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    # sizes, and what is compiled in
+    rows, C, RELU: tl.constexpr, BATCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """One program: dx of BLOCK_ROWS pixels x BLOCK_C channels."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

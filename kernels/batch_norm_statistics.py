@@ -106,20 +106,13 @@ def fold_kernel(sums, norm_of, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.
 
 @triton.jit(repr=named("batch_norm_statistics_norm"))
 def norm_kernel(
-    sums,
-    center,
-    gamma,
-    beta,
-    norm,
-    batch_mean,
-    batch_var,
-    parts,
-    C,
-    count,
-    eps,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    # inputs
+    sums, center, gamma, beta,
+    # outputs
+    norm, batch_mean, batch_var,
+    # sizes, and what is compiled in
+    parts, C, count, eps, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK_C channels."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C

@@ -93,45 +93,27 @@ def reference(
     do_not_specialize=["rows", "parts"], repr=named("convolution", *TILE, "norm", "residual", "center", "scale")
 )
 def kernel(
-    x,
-    weight,
-    norm,
-    residual,
-    residual_norm,
-    joined,
-    center,
-    scale,
-    shift,
-    add,
-    y,
-    sums,
-    rows,
-    parts,
-    C: tl.constexpr,
-    H,
-    W,
-    K: tl.constexpr,
-    OH,
-    OW,
-    x_tiles,
-    weight_tiles,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    GROUP_OUT: tl.constexpr,
-    GROUP_IN: tl.constexpr,
-    NARROW: tl.constexpr,
+    # inputs
+    x, weight,
+    # prologue
+    norm, residual, residual_norm, joined,
+    # epilogue
+    center, scale, shift, add,
+    # outputs
+    y, sums,
+    # sizes
+    rows, parts, C: tl.constexpr, H, W, K: tl.constexpr, OH, OW,
+    # descriptors of tiles
+    x_tiles, weight_tiles,
+    # geometry
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    GROUP_OUT: tl.constexpr, GROUP_IN: tl.constexpr, NARROW: tl.constexpr,
+    # what else is compiled in
     RELU: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BOX_H: tl.constexpr,
-    BOX_W: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     PERSISTENT: tl.constexpr = 0,
-):
+):  # fmt: skip
     """One program: tiles of BLOCK_ROWS rows x BLOCK_OUT channels of y. Tiles of the same rows are neighbours."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
     TAPS_W: tl.constexpr = 1 if NARROW else S
@@ -142,6 +124,8 @@ def kernel(
     turns = tl.cdiv(parts * blocks - tl.program_id(0), PERSISTENT) if PERSISTENT else 1
     for turn in tl.range(turns, flatten=True):
         tile = tl.program_id(0) + turn * PERSISTENT
+
+        # Which channels and pixels of y, and where they and their pixels of x begin.
         block, part = tile % blocks, tile // blocks
         k = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         known = k < K
@@ -163,6 +147,8 @@ def kernel(
             if BOX_W:
                 y_tile, y_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
         box, top, left = corner(part, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
+
+        # Products over taps and channels; the prologue forms the activation as x is loaded.
         result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         for step in range(tl.maximum(R * TAPS_W * steps, 1)):  # said, or ptxas makes wgmma wait for each other
             tap = step // steps if R * TAPS_W > 1 else 0
@@ -198,7 +184,7 @@ def kernel(
             b = load(weight, weight_tiles, at, weighted, block * BLOCK_OUT, r, s, start)
             result = multiply_add(a, tl.trans(b), result)
 
-        # In registers of its own, the epilogue does not make ptxas serialise wgmma; -0 becomes 0.
+        # The epilogue. In registers of its own, it does not make ptxas serialise wgmma; -0 becomes 0.
         result += 0.0
         at = y_row[:, None] + k[None, :]
         inside = exists[:, None] & known[None, :]

@@ -102,46 +102,26 @@ def store_sums(g, x, norm, sums, at, inside, c, known, C, part, parts):
     do_not_specialize=["N", "tiles"], repr=named("convolution_data_gradient", *TILE, "y", "skip", "z", "branch")
 )
 def kernel(
-    g,
-    weight,
-    y,
-    norm,
-    factors,
-    skip,
-    z,
-    x,
-    x_norm,
-    branch,
-    branch_norm,
-    dx,
-    sums,
-    branch_sums,
-    tiles,
-    N,
-    C,
-    H,
-    W,
-    K,
-    OH,
-    OW,
-    g_tiles,
-    y_tiles,
-    weight_tiles,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    GROUP_OUT: tl.constexpr,
-    GROUP_IN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BOX_H: tl.constexpr,
-    BOX_W: tl.constexpr,
+    # inputs
+    g, weight,
+    # prologue
+    y, norm, factors,
+    # epilogue
+    skip, z, x, x_norm, branch, branch_norm,
+    # outputs
+    dx, sums, branch_sums,
+    # sizes
+    tiles, N, C, H, W, K, OH, OW,
+    # descriptors of tiles
+    g_tiles, y_tiles, weight_tiles,
+    # geometry
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    GROUP_OUT: tl.constexpr, GROUP_IN: tl.constexpr,
+    # tiles
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     PERSISTENT: tl.constexpr = 0,
-):
+):  # fmt: skip
     """One program: tiles of BLOCK_ROWS pixels of a class x BLOCK_OUT channels of dx, side by side for the same rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of dx is one of g
     blocks = tl.cdiv(C, BLOCK_OUT)
@@ -160,6 +140,8 @@ def kernel(
     turns = tl.cdiv(tiles * blocks - tl.program_id(0), PERSISTENT) if PERSISTENT else 1
     for turn in tl.range(turns, flatten=True):
         program = tl.program_id(0) + turn * PERSISTENT
+
+        # Which channels and pixels of dx, and where they and their pixels of g begin.
         tile, c0 = program // blocks, program % blocks * BLOCK_OUT
         c = c0 + tl.arange(0, BLOCK_OUT)
         known = c < C
@@ -182,6 +164,7 @@ def kernel(
             g_tile, g_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
         box, top, left = corner(tile, height, width, BLOCK_ROWS, BOX_H, BOX_W)
 
+        # Products over taps and channels; the prologue forms dy as g is loaded.
         result = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         for step in range(tl.maximum(taps * steps, 1)):  # never none, or ptxas makes wgmma wait for each other
             tap = step // steps
@@ -209,6 +192,7 @@ def kernel(
             b = load(weight, weight_tiles, at, weighted, start, r, s, c0)
             result = multiply_add(a, b, result)
 
+        # The epilogue.
         at = dx_tile + dx_row[:, None] + c[None, :]
         inside = exists[:, None] & known[None, :]
         if skip is not None:

@@ -64,46 +64,28 @@ def reference(
 
 @triton.jit(do_not_specialize=["rows", "tiles_a_part"], repr=named("convolution_weight_gradient", *TILE, "y", "x_norm"))
 def kernel(
-    g,
-    x,
-    y,
-    norm,
-    factors,
-    x_norm,
+    # inputs, and what dy and the activation are formed with
+    g, x, y, norm, factors, x_norm,
+    # output
     dw,
-    rows,
-    tiles_a_part,
-    tiles_of_run,
-    C,
-    H,
-    W,
-    K,
-    OH,
-    OW,
-    g_tiles,
-    y_tiles,
-    x_tiles,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    GROUP_OUT: tl.constexpr,
-    GROUP_IN: tl.constexpr,
-    NARROW: tl.constexpr,
+    # sizes
+    rows, tiles_a_part, tiles_of_run, C, H, W, K, OH, OW,
+    # descriptors of tiles
+    g_tiles, y_tiles, x_tiles,
+    # geometry
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    GROUP_OUT: tl.constexpr, GROUP_IN: tl.constexpr, NARROW: tl.constexpr,
+    # what else is compiled in
     ACCUMULATE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BOX_H: tl.constexpr,
-    BOX_W: tl.constexpr,
-):
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
     channels = NARROW if NARROW else C
+    # Which values of dw.
     tiles = tl.cdiv(K, BLOCK_OUT) * R * TAPS_W * tiles_of_run
     tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     k0 = tile // (R * TAPS_W * tiles_of_run) * BLOCK_OUT
@@ -118,6 +100,7 @@ def kernel(
     if NARROW:
         c = run % NARROW
 
+    # Products over this part's rows; dy and the activation are formed as g and x are loaded.
     result = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     start = part.to(tl.int64) * tiles_a_part
     if x_norm is None:  # an operand that is not formed in registers: said, or ptxas makes wgmma wait for each other
@@ -155,6 +138,7 @@ def kernel(
             a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
         result = multiply_add(tl.trans(dy), a, result)
 
+    # Store.
     of_group = GROUP_IN if GROUP_IN else RUN * channels
     row = k * (R * TAPS_W * of_group) + tap * of_group
     inside = known[:, None] & channel[None, :]

@@ -53,18 +53,13 @@ def reference(logits: Tensor, targets: Tensor, loss_scale: Tensor, label_smoothi
 
 @triton.jit(repr=named("cross_entropy"))
 def kernel(
-    logits,
-    targets,
-    loss_scale,
-    rows,
-    gradient,
-    N,
-    K: tl.constexpr,
-    label_smoothing: tl.constexpr,
-    SOFT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    # inputs
+    logits, targets, loss_scale,
+    # outputs
+    rows, gradient,
+    # sizes, and what is compiled in
+    N, K: tl.constexpr, label_smoothing: tl.constexpr, SOFT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One program: ROWS whole rows. K is a constant, so that the compiler knows how rows are aligned."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)[None, :]

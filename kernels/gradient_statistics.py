@@ -46,17 +46,15 @@ def reference(
 
 @triton.jit(repr=named("gradient_statistics"))
 def kernel(
-    matrix_gradient,
-    vector_gradient,
-    weight,
-    loss_scale,
+    # read
+    matrix_gradient, vector_gradient, weight, loss_scale,
+    # written
     square_sums,
-    matrix_blocks,
-    ranks,
-    weight_decay,
-    DECAY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    # sizes and factors
+    matrix_blocks, ranks, weight_decay,
+    # what is compiled in
+    DECAY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program: one block."""
     block = tl.program_id(0)
     element = tl.arange(0, BLOCK)

@@ -137,28 +137,24 @@ def advance(counters, loss_scale, finite, growth_interval):
 
 @triton.jit(repr=named("larc_update"))
 def kernel(
-    matrix_gradient,
-    vector_gradient,
-    weight,
-    momentum,
+    # read
+    matrix_gradient, vector_gradient,
+    # read and written
+    weight, momentum,
+    # written from weight
     model_weight,
-    tensor_of_block,
-    ratio,
-    scalars,
+    # read
+    tensor_of_block, ratio, scalars,
+    # written from weight
     weight_square_sums,
-    running,
-    batch,
-    counters,
-    loss_scale,
-    matrix_blocks,
-    blocks,
-    statistics,
-    momentum_factor,
-    weight_decay,
-    statistics_momentum,
-    growth_interval,
+    # read and written
+    running, batch, counters, loss_scale,
+    # sizes
+    matrix_blocks, blocks, statistics,
+    # factors
+    momentum_factor, weight_decay, statistics_momentum, growth_interval,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One program: one block of the arena, or of the running statistics, which come last. Program 0 also counts."""
     block = tl.program_id(0)
     element = tl.arange(0, BLOCK)

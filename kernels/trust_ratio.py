@@ -102,28 +102,17 @@ def average_rows(rows, latest, average, N, CHUNK: tl.constexpr):
 
 @triton.jit(repr=named("trust_ratio"))
 def kernel(
-    gradient_square_sums,
-    weight_square_sums,
-    first_block,
-    counters,
-    loss_scale,
-    schedule,
-    rows,
-    ratio,
-    gradient_norm,
-    weight_norm,
-    scalars,
-    latest,
-    average,
-    tensors,
-    steps,
-    N,
-    ranks,
-    eta,
-    excluded_from,
-    MODE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    # read
+    gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule, rows,
+    # written
+    ratio, gradient_norm, weight_norm, scalars, latest, average,
+    # sizes
+    tensors, steps, N,
+    # factors
+    ranks, eta, excluded_from,
+    # what is compiled in
+    MODE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """One program: one tensor; then one for the scalars, one for the loss. None reads what another writes."""
     t = tl.program_id(0)
     learning_rate = tl.load(schedule + tl.minimum(tl.load(counters), steps - 1))
