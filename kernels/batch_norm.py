@@ -17,23 +17,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch_norm_statistics import NORM_CONFIG, configured, few_parts, sum_parts
 from kernels.checks import check_images, check_tensors, single_or_double
 from kernels.configurations import cdiv
 from kernels.implementation import runs_triton
 from kernels.launch import launch
-from kernels.norm_rows import D_BETA, D_GAMMA, MEAN, MEAN_LOW, RSTD, SCALE, SHIFT, Norm, load_row
+from kernels.norm_rows import (
+    D_BETA,
+    D_GAMMA,
+    MEAN,
+    MEAN_LOW,
+    RSTD,
+    SCALE,
+    SHIFT,
+    data_gradient_reference,
+    load_row,
+    normalise,
+    sums_reference,
+)
 from kernels.operators import named, operator
-from kernels.tiles import parts_of_rows
+from kernels.partial_sums import NORM_CONFIG, few_parts, parts_of_rows, sum_parts
+from kernels.tiles import configured_for_rows
 
 
 def reference(x: Tensor, norm: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """The formula in plain PyTorch. Arguments as in `batch_norm`."""
-    mean, scale, shift, *_ = norm
-    y = torch.batch_norm(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, False)  # F's refuses eps 0
-    if residual is not None:
-        y.add_(residual)
-    return y.relu_() if relu else y
+    return normalise(x, norm, residual, relu)
 
 
 def backward_reference(
@@ -43,7 +51,7 @@ def backward_reference(
     mean, scale, _, rstd, _ = norm
     g = dy
     if relu:
-        g = torch.ops.aten.threshold_backward(dy, reference(x, norm, None, False) if y is None else y, 0)
+        g = torch.ops.aten.threshold_backward(dy, normalise(x, norm, None, False) if y is None else y, 0)
     gamma, var = scale / rstd, rstd.square().reciprocal()
     wide = (g, x)
     if x.is_contiguous():  # one channel, or one pixel: PyTorch takes the path of NCHW, which rounds sums to x's dtype
@@ -52,21 +60,6 @@ def backward_reference(
         *wide, gamma, mean, var, mean, rstd, batch, 0.0, [True, True, True]
     )
     return dx.to(x.dtype), d_gamma, d_beta, g
-
-
-def sums_reference(g: Tensor, x: Tensor, norm: Tensor) -> Tensor:
-    """(2, 1, C): the sums of g and of g (x - mean) in plain PyTorch."""
-    g, d = g.to(norm.dtype), x - Norm(*norm).mean.view(-1, 1, 1)
-    return torch.stack((g.sum((0, 2, 3)), (g * d).sum((0, 2, 3)))).unsqueeze(1)
-
-
-def data_gradient_reference(g: Tensor, x: Tensor, norm: Tensor, factors: Tensor | None) -> Tensor:
-    """dx in plain PyTorch. Arguments as in `batch_norm_data_gradient`."""
-    dx = g * Norm(*norm).scale.view(-1, 1, 1)
-    if factors is not None:
-        slope, offset, mean = (v.view(-1, 1, 1) for v in (*factors, Norm(*norm).mean))
-        dx += slope * (x - mean) + offset
-    return dx.to(g.dtype)
 
 
 def norm_gradient_reference(sums: Tensor, norm: Tensor, count: int) -> Tensor:
@@ -223,7 +216,7 @@ def batch_norm(
     if not runs_triton(x.device):
         return reference(x, norm, residual, relu)
     y = torch.empty_like(x)
-    tile = {name: value for name, value in configured(op, x).items() if name != "PROGRAMS"}
+    tile = {name: value for name, value in configured_for_rows(op, x).items() if name != "PROGRAMS"}
     grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
     launch(kernel, grid, x, norm, residual, y, n * h * w, c, RELU=relu, **tile)
     return y
@@ -256,7 +249,7 @@ def batch_norm_backward(
 def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, g: Tensor | None, relu: bool) -> Tensor:
     """The sums, (2, P, C), of g and of g (x - mean), and g itself if there is room for it."""
     n, c, h, w = x.shape
-    config = configured("batch_norm_backward", x)
+    config = configured_for_rows("batch_norm_backward", x)
     tile = {name: value for name, value in config.items() if name != "PROGRAMS"}
     parts, rows_a_part = parts_of_rows(n * h * w, c, config)
     sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
@@ -269,7 +262,7 @@ def launch_gradient(g: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, factor
     """dx; without factors through SCALE alone."""
     n, c, h, w = x.shape
     dx = torch.empty_like(x)
-    tile = {name: value for name, value in configured("batch_norm_backward", x).items() if name != "PROGRAMS"}
+    tile = {name: value for name, value in configured_for_rows("batch_norm_backward", x).items() if name != "PROGRAMS"}
     grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
     batch = factors is not None
     launch(gradient_kernel, grid, g, x, y, norm, factors, dx, n * h * w, c, RELU=relu, BATCH=batch, **tile)
@@ -319,7 +312,7 @@ def batch_norm_gradient_sums(
     if runs_triton(x.device):
         return g, launch_sums(dy, x, y, norm, g if relu else None, relu)
     if relu:
-        g = torch.ops.aten.threshold_backward(dy, reference(x, norm, None, False) if y is None else y, 0)
+        g = torch.ops.aten.threshold_backward(dy, normalise(x, norm, None, False) if y is None else y, 0)
     return g, sums_reference(g if relu else dy, x, norm)
 
 

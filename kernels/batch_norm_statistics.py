@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_images, check_tensors, single_or_double
-from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
+from kernels.configurations import cdiv
 from kernels.implementation import runs_triton
 from kernels.launch import launch, state
 from kernels.norm_rows import MEAN, MEAN_LOW, RSTD, SCALE, SHIFT
 from kernels.operators import named, operator
-from kernels.tiles import parts_of_rows
+from kernels.partial_sums import NORM_CONFIG, few_parts, parts_of_rows, sum_parts
+from kernels.tiles import configured_for_rows
 
 
 def reference(x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, *, eps: float) -> Tensor:
@@ -82,28 +83,6 @@ def sums_kernel(x, center, sums, rows, C, rows_a_part, BLOCK_ROWS: tl.constexpr,
     tl.store(sums + parts * C + at, tl.sum(squares, 0), mask=c < C)
 
 
-@triton.jit
-def sum_parts(sums, parts, c, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sum of sums, (parts, C), over the parts, for channels c: always in the same order."""
-    total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    for first in range(0, parts, BLOCK_PARTS):
-        part = (first + tl.arange(0, BLOCK_PARTS))[:, None]
-        total += tl.load(sums + part.to(tl.int64) * C + c[None, :], mask=(part < parts) & (c < C)[None, :], other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit(repr=named("batch_norm_statistics_fold"))
-def fold_kernel(sums, norm_of, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program: one of the sums, of BLOCK_C channels, over BLOCK_PARTS parts."""
-    part = tl.program_id(0) * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    which = tl.program_id(2).to(tl.int64)
-    inside = (part < parts)[:, None] & (c < C)[None, :]
-    value = tl.load(sums + (which * parts + part)[:, None] * C + c[None, :], mask=inside, other=0.0)
-    at = (which * tl.num_programs(0) + tl.program_id(0)) * C + c
-    tl.store(norm_of + at, tl.sum(value, 0), mask=c < C)
-
-
 @triton.jit(repr=named("batch_norm_statistics_norm"))
 def norm_kernel(
     # inputs
@@ -137,33 +116,6 @@ def norm_kernel(
     tl.store(batch_var + c, var * (count / (count - 1)), mask=inside)
 
 
-NORM_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 16, "num_warps": 4}
-FOLD_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 64, "num_warps": 4}
-MOST_PARTS = 512  # of sums that `norm_kernel`, few programs, reads
-
-
-def few_parts(sums: Tensor) -> Tensor:
-    """The sums, (2, P, C), over fewer parts, if there are so many (a convolution's tiles) that it pays."""
-    _, parts, c = sums.shape
-    if parts <= MOST_PARTS:
-        return sums
-    grid = (cdiv(parts, FOLD_CONFIG["BLOCK_PARTS"]), cdiv(c, FOLD_CONFIG["BLOCK_C"]), 2)
-    fewer = torch.empty((2, grid[0], c), dtype=sums.dtype, device=sums.device)
-    launch(fold_kernel, grid, sums, fewer, parts, c, **FOLD_CONFIG)
-    return fewer
-
-
-def configured(op: str, x: Tensor) -> Configuration:
-    """Tiles of 2 048 values, 2 loads of 16 bytes a thread in fp16; as many programs as fill a GPU several times.
-
-    With 64 channels a row of fp16 is 8 threads, and the rows of norm lie in registers as the tile needs them.
-    """
-    c = x.shape[1]
-    block_c = min(next_power_of_2(c), 64)
-    computed = {"BLOCK_ROWS": 2048 // block_c, "BLOCK_C": block_c, "PROGRAMS": 1024, "num_warps": 4}
-    return configuration(op, f"{dtype_name(x.dtype)} C={c} NHW={x.numel() // c}", x.device, computed)
-
-
 @operator("batch_norm_statistics", mutates_args=("batch_mean", "batch_var"))
 def batch_norm_statistics(
     x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, eps: float
@@ -179,7 +131,7 @@ def batch_norm_statistics(
     check_statistics(op, x, n * h * w, c, gamma=gamma, beta=beta, batch_mean=batch_mean, batch_var=batch_var)
     if not (runs_triton(x.device) or state.silent):  # the reference needs memory
         return reference(x, gamma, beta, batch_mean, batch_var, eps=eps)
-    config = configured(op, x)
+    config = configured_for_rows(op, x)
     parts, rows_a_part = parts_of_rows(n * h * w, c, config)
     sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
     tile = {name: value for name, value in config.items() if name != "PROGRAMS"}

@@ -85,9 +85,3 @@ def single_or_double(x: Tensor) -> torch.dtype:
 def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A new tensor of that shape, channels-last, of the dtype and on the device of x."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def empty_sums(x: Tensor, read: Tensor | None, parts: int, channels: int) -> Tensor:
-    """Returns room for two sums a channel over `parts` parts of the rows; for none where `read` is not there."""
-    size = 0 if read is None else (2, parts, channels)
-    return torch.empty(size, dtype=single_or_double(x), device=x.device)

@@ -12,7 +12,7 @@ from math import prod
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.configurations import Configuration, capability, cdiv, configuration, dtype_name
+from kernels.configurations import Configuration, capability, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.launch import state
 
 TILE = ("R", "S", "STRIDE_H", "BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN")  # of a kernel's constants, what a profile shows
@@ -214,3 +214,13 @@ def most_channels_of_groups(shape: ConvShape, block: int) -> int:
         ((min(first + block, shape.k) - 1) // own + 1) * other - first // own * other // 16 * 16
         for first in range(0, shape.k, block)
     )
+
+
+def fusion_of(**tensors: Tensor | None) -> str:
+    """The names of those that are there: a configuration depends on them."""
+    return "+".join(name for name, tensor in tensors.items() if tensor is not None) or "alone"
+
+
+def tile_of(channels: int, most: int) -> int:
+    """A power of two, no more than enough; from 16 on, the least that tensor cores take."""
+    return min(most, max(16, next_power_of_2(channels)))

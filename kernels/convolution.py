@@ -29,34 +29,32 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.batch_norm import reference as batch_norm_reference
 from kernels.checks import (
     check_images,
     check_like,
     check_tensors,
     check_weight,
     empty_images,
-    empty_sums,
     single_or_double,
 )
-from kernels.configurations import Configuration, cdiv, next_power_of_2
-from kernels.conv_shape import TILE, ConvShape, box_sizes, configured_for, conv_shape, launch_options, two_programs
+from kernels.configurations import Configuration, cdiv
+from kernels.conv_shape import (
+    TILE,
+    ConvShape,
+    box_sizes,
+    configured_for,
+    conv_shape,
+    fusion_of,
+    launch_options,
+    tile_of,
+    two_programs,
+)
 from kernels.implementation import runs_triton
 from kernels.launch import launch
-from kernels.norm_rows import normalised
+from kernels.norm_rows import activation, normalised
 from kernels.operators import named, operator
+from kernels.partial_sums import empty_sums
 from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
-
-
-def activation(
-    x: Tensor, norm: Tensor | None, residual: Tensor | None = None, residual_norm: Tensor | None = None
-) -> Tensor:
-    """a in plain PyTorch. Arguments as in `convolution`."""
-    if norm is None:
-        return x
-    if residual is not None and residual_norm is not None:
-        residual = batch_norm_reference(residual, residual_norm, None, False)
-    return batch_norm_reference(x, norm, residual, True)
 
 
 def reference(
@@ -226,16 +224,6 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
 
 def configured(x: Tensor, shape: ConvShape, fusion: str) -> Configuration:
     return configured_for("convolution", x, shape, fusion, computed)
-
-
-def tile_of(channels: int, most: int) -> int:
-    """A power of two, no more than enough; from 16 on, the least that tensor cores take."""
-    return min(most, max(16, next_power_of_2(channels)))
-
-
-def fusion_of(**tensors: Tensor | None) -> str:
-    """The names of those that are there: a configuration depends on them."""
-    return "+".join(name for name, tensor in tensors.items() if tensor is not None) or "alone"
 
 
 @operator("convolution")

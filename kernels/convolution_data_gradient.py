@@ -24,8 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch_norm import data_gradient_reference, sums_reference
-from kernels.batch_norm import reference as batch_norm_reference
 from kernels.checks import (
     check_images,
     check_like,
@@ -33,22 +31,34 @@ from kernels.checks import (
     check_together,
     check_weight,
     empty_images,
-    empty_sums,
     single_or_double,
 )
 from kernels.configurations import Configuration, cdiv
-from kernels.conv_shape import TILE, ConvShape, box_sizes, configured_for, conv_shape, launch_options, two_programs
-from kernels.convolution import fusion_of, tile_of
+from kernels.conv_shape import (
+    TILE,
+    ConvShape,
+    box_sizes,
+    configured_for,
+    conv_shape,
+    fusion_of,
+    launch_options,
+    tile_of,
+    two_programs,
+)
 from kernels.implementation import runs_triton
 from kernels.launch import launch
-from kernels.norm_rows import MEAN, load_row, normalised, through_batch_norm
+from kernels.norm_rows import (
+    MEAN,
+    load_row,
+    normalise,
+    normalised,
+    output_gradient,
+    sums_reference,
+    through_batch_norm,
+)
 from kernels.operators import named, operator
+from kernels.partial_sums import empty_sums
 from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
-
-
-def output_gradient(g: Tensor, y: Tensor | None, norm: Tensor | None, factors: Tensor | None) -> Tensor:
-    """dy in plain PyTorch. Arguments as in `convolution_data_gradient`."""
-    return g if norm is None else data_gradient_reference(g, g if y is None else y, norm, factors)
 
 
 def reference(
@@ -76,7 +86,7 @@ def reference(
     dx = torch.ops.aten.convolution_backward(dy, like, weight, None, *how)[0]
     dx = (dx if skip is None else dx + skip).to(g.dtype, memory_format=torch.channels_last)
     if z is None and x is not None and x_norm is not None:
-        z = batch_norm_reference(x, x_norm, None, False)
+        z = normalise(x, x_norm, None, False)
     if z is not None:
         dx = torch.ops.aten.threshold_backward(dx, z, 0)
     sums, branch_sums = (

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch_norm_statistics import sum_parts
 from kernels.checks import check_images, check_like, check_tensors, check_together, check_weight, single_or_double
 from kernels.configurations import Configuration, cdiv
 from kernels.conv_shape import (
@@ -29,15 +28,16 @@ from kernels.conv_shape import (
     box_sizes,
     configured_for,
     conv_shape,
+    fusion_of,
     launch_options,
     most_channels_of_groups,
+    tile_of,
 )
-from kernels.convolution import activation, fusion_of, tile_of
-from kernels.convolution_data_gradient import output_gradient
 from kernels.implementation import runs_triton
 from kernels.launch import launch
-from kernels.norm_rows import normalised, through_batch_norm
+from kernels.norm_rows import activation, normalised, output_gradient, through_batch_norm
 from kernels.operators import named, operator
+from kernels.partial_sums import sum_parts
 from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
 
 

@@ -2,23 +2,13 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kernels.configurations import Configuration, cdiv
+from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.implementation import INTERPRETED
 
 # Triton's interpreter multiplies bf16 matrices wrongly (triton-lang/triton issue 11584): there they are widened first.
 WIDE = tl.constexpr(INTERPRETED)
-
-
-def parts_of_rows(rows: int, channels: int, config: Configuration) -> tuple[int, int]:
-    """How the rows of (N H W, C) are shared out for a sum over them: the number of parts, and rows a part.
-
-    With a tile's channels they make about config["PROGRAMS"] programs; a part is whole tiles.
-    """
-    wanted = cdiv(config["PROGRAMS"], cdiv(channels, config["BLOCK_C"]))
-    tiles = cdiv(rows, config["BLOCK_ROWS"])
-    rows_a_part = cdiv(tiles, min(wanted, tiles)) * config["BLOCK_ROWS"]
-    return cdiv(rows, rows_a_part), rows_a_part
 
 
 def tiles_of_rows(n: int, height: int, width: int, config: Configuration) -> int:
@@ -89,3 +79,14 @@ def multiply_add(a, b, total):
     if WIDE:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+def configured_for_rows(op: str, x: Tensor) -> Configuration:
+    """Tiles of 2 048 values, 2 loads of 16 bytes a thread in fp16; as many programs as fill a GPU several times.
+
+    With 64 channels a row of fp16 is 8 threads, and the rows of norm lie in registers as the tile needs them.
+    """
+    c = x.shape[1]
+    block_c = min(next_power_of_2(c), 64)
+    computed = {"BLOCK_ROWS": 2048 // block_c, "BLOCK_C": block_c, "PROGRAMS": 1024, "num_warps": 4}
+    return configuration(op, f"{dtype_name(x.dtype)} C={c} NHW={x.numel() // c}", x.device, computed)

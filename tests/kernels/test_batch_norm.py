@@ -16,10 +16,10 @@ from kernels import (
     norm_gradient,
 )
 from kernels.batch_norm import backward_reference
-from kernels.batch_norm_statistics import NORM_CONFIG, configured
 from kernels.checks import single_or_double
 from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, MEAN, MEAN_LOW, RSTD, SCALE, SHIFT
-from kernels.tiles import parts_of_rows
+from kernels.partial_sums import NORM_CONFIG, parts_of_rows
+from kernels.tiles import configured_for_rows
 from tests.kernels.images import DTYPES, SHAPES, SMALLEST, channels_last, integers, randn, unit
 
 EPS = 1e-4
@@ -91,7 +91,7 @@ def check(case, implementation):
         return vector.view(1, -1, 1, 1)
 
     # No value passes through more additions than tiles in a part, rows in a tile, and as much again for the parts.
-    config = configured("batch_norm", case.x)
+    config = configured_for_rows("batch_norm", case.x)
     parts, rows_a_part = parts_of_rows(n, x.shape[1], config)
     block = NORM_CONFIG["BLOCK_PARTS"]
     additions = rows_a_part / config["BLOCK_ROWS"] + config["BLOCK_ROWS"] + parts / block + block

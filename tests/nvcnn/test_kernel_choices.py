@@ -217,7 +217,7 @@ def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
 
     found = {file.name: file for file in kernel_choices.sources()}
     ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient"
-    parts = "checks configurations conv_shape implementation launch norm_rows operators tiles"
+    parts = "checks configurations conv_shape implementation launch norm_rows operators partial_sums tiles"
     assert found.keys() == {f"{name}.py" for name in f"fused layers {ops} {parts}".split()}
 
     read, folder = Path.read_bytes, Path(kernels.__file__).parent
