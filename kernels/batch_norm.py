@@ -40,14 +40,14 @@ from kernels.tiles import configured_for_rows
 
 
 def reference(x: Tensor, norm: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """The formula in plain PyTorch. Arguments as in `batch_norm`."""
+    """Returns y in plain PyTorch. Arguments as in `batch_norm`."""
     return normalise(x, norm, residual, relu)
 
 
 def backward_reference(
     dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, relu: bool, batch: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, d_gamma, d_beta, g in plain PyTorch. Arguments as in `batch_norm_backward`."""
+    """Returns dx, d_gamma, d_beta, g in plain PyTorch. Arguments as in `batch_norm_backward`."""
     mean, scale, _, rstd, _ = norm
     g = dy
     if relu:
@@ -63,7 +63,7 @@ def backward_reference(
 
 
 def norm_gradient_reference(sums: Tensor, norm: Tensor, count: int) -> Tensor:
-    """The rows in plain PyTorch. Arguments as in `norm_gradient`."""
+    """Returns the rows in plain PyTorch. Arguments as in `norm_gradient`."""
     d_beta, products = sums.sum(1)
     _, scale, _, rstd, mean_low = norm
     d_gamma = rstd * (products - mean_low * d_beta)
@@ -74,7 +74,7 @@ def norm_gradient_reference(sums: Tensor, norm: Tensor, count: int) -> Tensor:
 
 @triton.jit
 def masked(dy, x, y, at, inside, mean, scale, shift):
-    """dy where relu let its argument pass, which is taken from x, or from y where there is one."""
+    """Returns dy where relu's argument was above 0, by the sign of x's normalised value, or of y where it is given."""
     if y is None:
         v = (x - mean) * scale + shift
     else:
@@ -84,7 +84,7 @@ def masked(dy, x, y, at, inside, mean, scale, shift):
 
 @triton.jit(repr=named("batch_norm"))
 def kernel(x, norm, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program: BLOCK_ROWS pixels x BLOCK_C channels of (N H W, C)."""
+    """One program computes BLOCK_ROWS pixels x BLOCK_C channels of (N H W, C)."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at = row[:, None] * C + c[None, :]
@@ -113,7 +113,7 @@ def sums_kernel(
     # sizes, and what is compiled in
     rows, C, rows_a_part, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: the sums of g and of g (x - mean) over one part of the rows; g itself, if asked for."""
+    """One program sums g and g (x - mean) over one part of the rows, and stores g where it is asked for."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = c < C
@@ -149,7 +149,7 @@ def norm_kernel(
     # sizes, and what is compiled in
     parts, C, count, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels. `rows`: where FACTORS go, and the last row, which is 0; None in evaluation."""
+    """One program computes BLOCK_C channels. `rows` gets FACTORS and the last row, which is 0; None in evaluation."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     total = sum_parts(sums, parts, c, C, BLOCK_PARTS, BLOCK_C)
@@ -176,7 +176,7 @@ def gradient_kernel(
     # sizes, and what is compiled in
     rows, C, RELU: tl.constexpr, BATCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: dx of BLOCK_ROWS pixels x BLOCK_C channels."""
+    """One program computes dx of BLOCK_ROWS pixels x BLOCK_C channels."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at = row[:, None] * C + c[None, :]
@@ -226,7 +226,7 @@ def batch_norm(
 def batch_norm_backward(
     dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, relu: bool, batch: bool, with_g: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, d_gamma, d_beta, and, if `with_g`, the gradient g behind the mask (else an empty tensor).
+    """Returns dx, d_gamma, d_beta, and with `with_g` the gradient g behind the mask (else an empty tensor).
 
     dy: like x. y: what `batch_norm` returned; None where relu's mask shall be taken from x, without a residual only.
     The rest as in `batch_norm`.
@@ -247,7 +247,7 @@ def batch_norm_backward(
 
 
 def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, g: Tensor | None, relu: bool) -> Tensor:
-    """The sums, (2, P, C), of g and of g (x - mean), and g itself if there is room for it."""
+    """Returns the sums, (2, P, C), of g and of g (x - mean); stores g itself where there is room for it."""
     n, c, h, w = x.shape
     config = configured_for_rows("batch_norm_backward", x)
     tile = {name: value for name, value in config.items() if name != "PROGRAMS"}
@@ -259,7 +259,7 @@ def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, g: Tensor
 
 
 def launch_gradient(g: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, factors: Tensor | None, relu: bool) -> Tensor:
-    """dx; without factors through SCALE alone."""
+    """Returns dx; without factors it is SCALE g."""
     n, c, h, w = x.shape
     dx = torch.empty_like(x)
     tile = {name: value for name, value in configured_for_rows("batch_norm_backward", x).items() if name != "PROGRAMS"}
@@ -277,7 +277,7 @@ def launch_norm(sums: Tensor, norm: Tensor, count: int, d_gamma: Tensor, d_beta:
 
 @operator("norm_gradient")
 def norm_gradient(sums: Tensor, norm: Tensor, count: int) -> Tensor:
-    """FACTORS, D_GAMMA and D_BETA, (5, C), from the sums that the producer of g has taken: no pass over x.
+    """Returns FACTORS, D_GAMMA and D_BETA, (5, C), from the sums that the producer of g has taken: no pass over x.
 
     sums: (2, P, C), fp32: over P parts of the batch, sum(g) and sum(g (x - MEAN)), g being the gradient behind the
     mask. norm: (5, C), of `batch_norm_statistics`. count: values a channel, N H W.
@@ -297,7 +297,7 @@ def norm_gradient(sums: Tensor, norm: Tensor, count: int) -> Tensor:
 def batch_norm_gradient_sums(
     dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """g, the gradient behind relu's mask (empty without `relu`: it is dy); the sums that give `norm_gradient`.
+    """Returns g, the gradient behind relu's mask (empty without `relu`: it is dy), and the sums for `norm_gradient`.
 
     dy: like x, the gradient of relu((x - mean) scale + shift + residual). y: that value, or None where the mask shall
     be taken from x, without a residual only. x, norm: as in `batch_norm`.
@@ -318,7 +318,7 @@ def batch_norm_gradient_sums(
 
 @operator("batch_norm_data_gradient")
 def batch_norm_data_gradient(g: Tensor, x: Tensor, norm: Tensor, factors: Tensor | None) -> Tensor:
-    """dx = SCALE g + factors[0] (x - MEAN) + factors[1]; without factors, as in evaluation, SCALE g.
+    """Returns dx = SCALE g + factors[0] (x - MEAN) + factors[1]; without factors, as in evaluation, SCALE g.
 
     g: like x, the gradient behind relu's mask. x, norm: as in `batch_norm`. factors: (2, C), of
     `norm_gradient`.

@@ -48,7 +48,7 @@ def norm_from_sums_reference(
     *,
     eps: float,
 ) -> Tensor:
-    """`norm_from_sums` in plain PyTorch."""
+    """Returns `norm` in plain PyTorch. Arguments as in `norm_from_sums`."""
     offset, square = sums.sum(1) / count
     var = (square - offset.square()).clamp_(min=0)
     batch_mean.copy_(center + offset)
@@ -64,7 +64,7 @@ def norm_of(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) 
 
 @triton.jit(repr=named("batch_norm_statistics_sums"))
 def sums_kernel(x, center, sums, rows, C, rows_a_part, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program: the sums of x - center and of its square over one part of the rows of (N H W, C)."""
+    """One program sums x - center and its square over one part of the rows of (N H W, C)."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = (c < C)[None, :]
@@ -92,7 +92,7 @@ def norm_kernel(
     # sizes, and what is compiled in
     parts, C, count, eps, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels."""
+    """One program computes BLOCK_C channels."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     offset = sum_parts(sums, parts, c, C, BLOCK_PARTS, BLOCK_C) / count
@@ -152,7 +152,7 @@ def norm_from_sums(
     batch_var: Tensor,
     eps: float,
 ) -> Tensor:
-    """`batch_norm_statistics` from the sums that the producer of x has taken: no pass over x.
+    """Returns `norm`, (5, C), fp32, from the sums that the producer of x has taken: no pass over x.
 
     sums: (2, P, C), fp32: over P parts of the batch, sum(x - center) and sum((x - center)^2). center: (C,), fp32, near
     the mean. count: values a channel, N H W, at least 2. The rest, and what is returned, as in `batch_norm_statistics`.

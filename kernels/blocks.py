@@ -13,7 +13,7 @@ CHUNK = 256  # blocks a reference works on at a time: 2 MiB of fp32, so that the
 
 
 def chunks(matrix_gradient: Tensor, vector_gradient: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The gradient, as (blocks, BLOCK), and what has as many blocks in its first dimension, in pieces of CHUNK."""
+    """Yields the gradient, as (blocks, BLOCK), and the others, which have as many blocks, in pieces of CHUNK blocks."""
     segments = (matrix_gradient.view(-1, BLOCK), vector_gradient.view(-1, BLOCK))
     gradients = [rows for segment in segments for rows in segment.split(CHUNK) if len(rows)]
     sizes = [len(rows) for rows in gradients]
@@ -21,7 +21,7 @@ def chunks(matrix_gradient: Tensor, vector_gradient: Tensor, *others: Tensor) ->
 
 
 def count_blocks(op: str, matrix: Tensor, vector: Tensor) -> tuple[int, int]:
-    """Blocks of the first segment and of both. ValueError unless both are whole blocks, and not both empty."""
+    """Returns the blocks of the first segment and of both. Raises ValueError for parts of a block or none."""
     sizes = matrix.numel(), vector.numel()
     if any(n % BLOCK for n in sizes) or not sum(sizes):
         raise ValueError(f"{op}: the segments must be multiples of {BLOCK} elements, not both 0, got {sizes}")

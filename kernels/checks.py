@@ -10,7 +10,7 @@ HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -> tuple[int, int, int, int]:
-    """N, C, H, W. ValueError unless `x` is a channels-last tensor of four dimensions without an empty one.
+    """Returns N, C, H, W. Raises ValueError unless `x` is channels-last, with four dimensions, none of them 0.
 
     fp16, bf16 or fp32; fp64 too where the reference runs. `like`: it must have the shape, dtype and device of that one.
     """
@@ -35,7 +35,7 @@ def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -
 
 
 def check_weight(op: str, name: str, weight: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    """ValueError unless it is (K, C / groups, R, S), channels-last, of one of the dtypes, on that device."""
+    """Raises ValueError unless it is (K, C / groups, R, S), channels-last, of one of the dtypes, on that device."""
     check_images(op, name, weight)
     if weight.dtype not in dtypes or weight.device != device:
         raise ValueError(
@@ -44,7 +44,7 @@ def check_weight(op: str, name: str, weight: Tensor, dtypes: tuple[torch.dtype, 
 
 
 def check_like(op: str, like: Tensor, /, **others: Tensor | None) -> None:
-    """ValueError for the first of the others that has not the shape, dtype, layout and device of `like`."""
+    """Raises ValueError for the first of the others that has not the shape, dtype, layout and device of `like`."""
     for name, tensor in others.items():
         if tensor is not None:
             check_images(op, name, tensor, like=like)
@@ -71,17 +71,17 @@ def check_tensors(
 
 
 def check_together(op: str, /, **tensors: Tensor | None) -> None:
-    """ValueError if some of them are there and others not."""
+    """Raises ValueError if some of them are given and others not."""
     missing = [name for name, tensor in tensors.items() if tensor is None]
     if missing and len(missing) < len(tensors):
         raise ValueError(f"{op}: {', '.join(tensors)} come together or not at all; got no {' and no '.join(missing)}")
 
 
 def single_or_double(x: Tensor) -> torch.dtype:
-    """The dtype of sums over `x` and of parameters of one dimension: fp64 for fp64, else fp32."""
+    """Returns the dtype of sums over `x` and of parameters of one dimension: fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A new tensor of that shape, channels-last, of the dtype and on the device of x."""
+    """Returns a new tensor of that shape, channels-last, of the dtype and on the device of x."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -55,7 +55,7 @@ def capability(device: torch.device) -> int:
 
 @cache
 def read_table(name: str) -> dict[str, dict[str, Configuration]]:
-    """The table of that name; empty if there is none."""
+    """Returns the table of that name; an empty one if there is none."""
     file = TABLES / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -66,7 +66,7 @@ def say_once(line: str) -> None:
 
 
 def configuration(op: str, key: str, device: torch.device, computed: Configuration) -> Configuration:
-    """The configuration of `op` for tensors on `device`: the table's for `key`, or for "*", or else `computed`."""
+    """Returns the configuration of `op` on `device`: the table's for `key`, or for "*", or else `computed`."""
     name = table_name(device)
     table = read_table(name)
     found = table.get(op, {})
@@ -81,5 +81,5 @@ def configuration(op: str, key: str, device: torch.device, computed: Configurati
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """fp16, bf16, fp32: as keys and tables have it."""
+    """Returns fp16, bf16, fp32 or fp64, the names in keys and tables."""
     return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[dtype]

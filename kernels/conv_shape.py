@@ -46,12 +46,12 @@ class ConvShape:
 
     @cached_property
     def rows(self) -> int:
-        """Pixels of y."""
+        """Returns the number of pixels of y."""
         return self.n * self.oh * self.ow
 
     @cached_property
     def narrow(self) -> int:
-        """The number of channels, if they are so few that the taps of one row are taken together; else 0.
+        """Returns the number of channels if they are so few that the taps of one row are taken together, else 0.
 
         Those taps' values lie side by side in x and in the weight: a run of S C, as good as that many channels.
         """
@@ -59,24 +59,24 @@ class ConvShape:
 
     @cached_property
     def run(self) -> int:
-        """Values of x side by side that a tap takes."""
+        """Returns how many values of x side by side a tap takes."""
         return self.narrow * self.s or self.c
 
     @cached_property
     def pointwise(self) -> bool:
-        """Whether a row of y is one of x."""
+        """Returns whether a row of y is one of x."""
         return self.r * self.s * self.stride[0] * self.stride[1] == 1 and not any(self.padding)
 
     @cached_property
     def constants(self) -> dict[str, int]:
-        """What kernels are compiled for."""
+        """Returns what kernels are compiled for."""
         of_axes = dict(zip(("STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W"), self.stride + self.padding, strict=True))
         of_groups = {"GROUP_OUT": self.k // self.groups, "GROUP_IN": self.c // self.groups}
         return {"R": self.r, "S": self.s} | (of_groups if self.groups > 1 else dict.fromkeys(of_groups, 0)) | of_axes
 
     @cached_property
     def key(self) -> str:
-        """All of it, for the table of configurations."""
+        """Returns all of it as the key of the table of configurations."""
         return (
             f"N={self.n} C={self.c} H={self.h} W={self.w} K={self.k} R={self.r} S={self.s} "
             f"stride={self.stride[0]},{self.stride[1]} padding={self.padding[0]},{self.padding[1]} G={self.groups}"
@@ -86,7 +86,7 @@ class ConvShape:
 def conv_shape(
     op: str, size: tuple[int, int, int, int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> ConvShape:
-    """Raises ValueError unless a weight of that shape can be applied to (N, C, H, W) = `size`."""
+    """Returns the shape. Raises ValueError unless a weight of that shape can be applied to (N, C, H, W) = `size`."""
     sizes = tuple(map(int, size)), tuple(map(int, weight.shape))  # a compiler's may be symbols
     return conv_shape_of(op, *sizes, tuple(stride), tuple(padding), groups)
 
@@ -173,7 +173,7 @@ def configured_for(
 def launch_options(
     op: str, shape: ConvShape, config: Configuration, **tensors: tuple[Tensor | None, str, str]
 ) -> dict[str, int | TensorDescriptor | None]:
-    """The keyword arguments of a launch: the configuration and, by name, NAME_tiles.
+    """Returns the keyword arguments of a launch: the configuration and, by name, NAME_tiles.
 
     These are None, or for {"TMA": 1} descriptors, by which Hopper's and later GPUs load whole tiles of a channels-last
     tensor, config[rows] x config[columns] of (N, H, W, C): BLOCK_ROWS are pixels as in `locate`, other rows are N. What
@@ -208,7 +208,7 @@ def launch_options(
 
 
 def most_channels_of_groups(shape: ConvShape, block: int) -> int:
-    """Of c, over all tiles of `block` channels of k: the most that channels_of_groups finds."""
+    """Returns the most channels of c that `channels_of_groups` finds for a tile of `block` channels of k."""
     own, other = shape.k // shape.groups, shape.c // shape.groups
     return max(
         ((min(first + block, shape.k) - 1) // own + 1) * other - first // own * other // 16 * 16
@@ -217,10 +217,10 @@ def most_channels_of_groups(shape: ConvShape, block: int) -> int:
 
 
 def fusion_of(**tensors: Tensor | None) -> str:
-    """The names of those that are there: a configuration depends on them."""
+    """Returns the names of the tensors that are given: a configuration depends on them."""
     return "+".join(name for name, tensor in tensors.items() if tensor is not None) or "alone"
 
 
 def tile_of(channels: int, most: int) -> int:
-    """A power of two, no more than enough; from 16 on, the least that tensor cores take."""
+    """Returns the least power of two that holds the channels, from 16 on (the least for tensor cores), up to `most`."""
     return min(most, max(16, next_power_of_2(channels)))

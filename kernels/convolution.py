@@ -72,7 +72,7 @@ def reference(
     add: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula in plain PyTorch; the sums have one part. Arguments and results as in `convolution`."""
+    """Returns y, z, sums in plain PyTorch; the sums have one part. Arguments as in `convolution`."""
     wide = single_or_double(x)  # in halves PyTorch's convolutions sum in halves on some CPUs
     a = activation(x, norm, residual, residual_norm)
     y = F.conv2d(a.to(wide), weight.to(wide), None, stride, padding, 1, groups)
@@ -112,7 +112,7 @@ def kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     PERSISTENT: tl.constexpr = 0,
 ):  # fmt: skip
-    """One program: tiles of BLOCK_ROWS rows x BLOCK_OUT channels of y. Tiles of the same rows are neighbours."""
+    """One program computes tiles of BLOCK_ROWS rows x BLOCK_OUT channels of y; neighbours have the same rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
@@ -205,7 +205,7 @@ def kernel(
 
 @cache
 def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
-    """Tiles of 128 x 128 x 64, or x 32 with a prologue, whose rows of norm take registers.
+    """Returns tiles of 128 x 128 x 64, or x 32 with a prologue, whose rows of norm take registers.
 
     So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program.
     """
@@ -220,10 +220,6 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     }
     config |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, shape.oh, shape.ow)
     return config | (two_programs(element_size, gpu) if "norm" in fusion else {})
-
-
-def configured(x: Tensor, shape: ConvShape, fusion: str) -> Configuration:
-    return configured_for("convolution", x, shape, fusion, computed)
 
 
 @operator("convolution")
@@ -242,7 +238,7 @@ def convolution(
     add: Tensor | None = None,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, z, sums. z is the joined activation if there is a residual, sums those about `center`; else they are empty.
+    """Returns y, z, sums: z is x + residual behind its relu, sums those about `center`; without these they are empty.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last. weight: (K, C / groups, R, S), like x, channels-last. stride,
     padding: of H and W.
@@ -262,7 +258,13 @@ def convolution(
     if not runs_triton(x.device):
         prologue = norm, residual, residual_norm
         return reference(x, weight, stride, padding, groups, *prologue, center, scale, shift, add, relu)
-    config = configured(x, shape, fusion_of(norm=norm, residual=residual, raw=residual_norm, sums=center, add=add))
+    config = configured_for(
+        "convolution",
+        x,
+        shape,
+        fusion_of(norm=norm, residual=residual, raw=residual_norm, sums=center, add=add),
+        computed,
+    )
     parts = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
     z = x.new_empty(0) if residual is None else torch.empty_like(x)
     sums = empty_sums(x, center, parts, shape.k)
@@ -284,7 +286,7 @@ def convolution(
 
 
 def checked(x, weight, stride, padding, groups, norm, residual, residual_norm) -> ConvShape:
-    """The geometry. ValueError for a prologue that does not fit."""
+    """Returns the shape. Raises ValueError for a prologue that does not fit."""
     op, size = "convolution", check_images("convolution", "x", x)
     check_weight(op, "weight", weight, (x.dtype,), x.device)
     shape = conv_shape(op, size, weight, stride, padding, groups)

@@ -78,7 +78,7 @@ def reference(
     branch: Tensor | None,
     branch_norm: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula in plain PyTorch; the sums have one part. Arguments as in `convolution_data_gradient`."""
+    """Returns dx and sums in plain PyTorch; the sums have one part. Arguments as in `convolution_data_gradient`."""
     wide = single_or_double(g)
     dy, weight = output_gradient(g, y, norm, factors).to(wide), weight.to(wide)
     like = dy.new_empty(1).expand(g.shape[0], weight.shape[1] * groups, *size)
@@ -100,7 +100,7 @@ def reference(
 
 @triton.jit
 def store_sums(g, x, norm, sums, at, inside, c, known, C, part, parts):
-    """The sums of g and of g (x - mean) over a tile."""
+    """Stores the sums of g and of g (x - mean) over a tile."""
     mean = load_row(norm, MEAN, c, known, C)[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     at = part * C + c
@@ -132,7 +132,7 @@ def kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     PERSISTENT: tl.constexpr = 0,
 ):  # fmt: skip
-    """One program: tiles of BLOCK_ROWS pixels of a class x BLOCK_OUT channels of dx, side by side for the same rows."""
+    """One program computes tiles of BLOCK_ROWS pixels of a class x BLOCK_OUT channels of dx; neighbours share rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of dx is one of g
     blocks = tl.cdiv(C, BLOCK_OUT)
     # The class has pixels (first_h + STRIDE_H i, first_w + STRIDE_W j), and taps r = first_r + STRIDE_H q, s likewise.
@@ -225,7 +225,7 @@ def kernel(
 
 @cache
 def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
-    """Tiles of 128 x 128 x 32, whose prologue and epilogue fit the registers of an SM, of 8 warps.
+    """Returns tiles of 128 x 128 x 32 for 8 warps: prologue and epilogue fit the registers of an SM.
 
     Two programs fit where tiles have 64 columns, and of groups, where tiles are 128 x 32 x 32.
     """
@@ -241,17 +241,13 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     return config | (two_programs(element_size, gpu) if shape.groups > 1 else {})
 
 
-def configured(g: Tensor, shape: ConvShape, fusion: str) -> Configuration:
-    return configured_for("convolution_data_gradient", g, shape, fusion, computed)
-
-
 def classes_and_tiles(shape: ConvShape, config: Configuration) -> tuple[int, int]:
-    """The classes of pixels, and the tiles of rows of the largest."""
+    """Returns the classes of pixels, and the tiles of rows of the largest."""
     return prod(shape.stride), tiles_of_rows(shape.n, *size_of_class(shape), config)
 
 
 def size_of_class(shape: ConvShape) -> tuple[int, int]:
-    """Height and width of the largest class."""
+    """Returns height and width of the largest class."""
     return cdiv(shape.h, shape.stride[0]), cdiv(shape.w, shape.stride[1])
 
 
@@ -273,7 +269,7 @@ def convolution_data_gradient(
     branch: Tensor | None = None,
     branch_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, sums, branch_sums; the sums are empty where there is nothing that they are taken with.
+    """Returns dx, sums, branch_sums; sums without x, and branch_sums without branch, are empty.
 
     g: (N, K, OH, OW), fp16, bf16 or fp32, channels-last. weight: (K, C / groups, R, S), like g, channels-last.
     size: H and W of dx. stride, padding: of H and W.
@@ -305,7 +301,7 @@ def convolution_data_gradient(
     prologue, epilogue = (y, norm, factors), (skip, z, x, x_norm, branch, branch_norm)
     if not runs_triton(g.device):
         return reference(g, weight, size, stride, padding, groups, *prologue, *epilogue)
-    config = configured(g, shape, fusion_of(norm=norm, y=y, skip=skip, z=z, x=x, branch=branch))
+    config = configured_for(op, g, shape, fusion_of(norm=norm, y=y, skip=skip, z=z, x=x, branch=branch), computed)
     classes, tiles = classes_and_tiles(shape, config)
     sums, branch_sums = (empty_sums(g, raw, classes * tiles, shape.c) for raw in (x, branch))
     matrices = {

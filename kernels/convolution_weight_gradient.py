@@ -54,7 +54,7 @@ def reference(
     x_norm: Tensor | None,
     accumulate: bool,
 ) -> None:
-    """The formula in plain PyTorch. Arguments as in `convolution_weight_gradient`."""
+    """Computes dw in plain PyTorch. Arguments as in `convolution_weight_gradient`."""
     wide = single_or_double(g)
     dy, a = output_gradient(g, y, norm, factors).to(wide), activation(x, x_norm).to(wide)
     how = (stride, padding, [1, 1], False, [0, 0], groups, [False, True, False])
@@ -80,7 +80,7 @@ def kernel(
     ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
+    """One program sums BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
@@ -153,7 +153,7 @@ def kernel(
 
 @triton.jit(repr=named("convolution_weight_gradient_sum"))
 def sum_kernel(partial, dw, parts, size, ACCUMULATE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: BLOCK values of dw, summed over the parts."""
+    """One program sums BLOCK values of dw over the parts."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = sum_parts(partial, parts, at, size, BLOCK_PARTS, BLOCK)
     if ACCUMULATE:
@@ -168,7 +168,7 @@ SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 
 @cache
 def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
-    """Tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64. One program fits an SM, or two of 64.
+    """Returns tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64. One fits an SM, or two of 64.
 
     Runs of taps, and groups, take registers for their addresses: 32 rows, too.
     """
@@ -187,10 +187,6 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     }
     config |= {"maxnreg": 255} if gpu >= 10 else {}  # unasked, ptxas may stop at 64 or 128 and spill a few bytes
     return config | box_sizes(shape, rows, shape.oh, shape.ow)
-
-
-def configured(g: Tensor, shape: ConvShape, fusion: str) -> Configuration:
-    return configured_for("convolution_weight_gradient", g, shape, fusion, computed)
 
 
 def parts_of(tiles: int, of_rows: int, rows: int, programs: int) -> int:
@@ -258,7 +254,7 @@ def convolution_weight_gradient(
         raise ValueError(f"{op}: factors need norm")
     if not runs_triton(g.device):
         return reference(g, x, out, stride, padding, groups, y, norm, factors, x_norm, accumulate)
-    config = configured(g, shape, fusion_of(norm=norm, y=y, x_norm=x_norm))
+    config = configured_for(op, g, shape, fusion_of(norm=norm, y=y, x_norm=x_norm), computed)
     tiles_of_run, tiles, parts, tiles_a_part = launch_sizes(shape, config)
     matrices = {
         "g": (g, "BLOCK_ROWS", "BLOCK_OUT"),

@@ -26,7 +26,7 @@ MAX_CLASSES = 2**15  # a program holds its whole row in registers
 
 
 def reference(logits: Tensor, targets: Tensor, loss_scale: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch, in fp32 or fp64. Arguments and results as in `cross_entropy`."""
+    """Returns rows and gradient in plain PyTorch, in fp32 or fp64. Arguments as in `cross_entropy`."""
     x = logits.to(single_or_double(logits))
     n, classes = x.shape
     soft, cold = targets.dim() == 2, label_smoothing / classes
@@ -60,7 +60,7 @@ def kernel(
     # sizes, and what is compiled in
     N, K: tl.constexpr, label_smoothing: tl.constexpr, SOFT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS whole rows. K is a constant, so that the compiler knows how rows are aligned."""
+    """One program computes ROWS whole rows. K is a constant, so that the compiler knows how rows are aligned."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)[None, :]
     at = n[:, None] * K + k
@@ -103,7 +103,7 @@ def kernel(
 
 
 def configured(logits: Tensor, soft: bool) -> Configuration:
-    """For logits, (N, K): a warp for 1024 values of a row, so that few warps, or none, must wait for others to sum."""
+    """Returns a warp for 1024 values of a row of logits, (N, K), so that few warps wait for others to sum."""
     classes = logits.shape[1]
     block = next_power_of_2(classes)
     computed = {"ROWS": min(max(1, 512 // block), 32), "num_warps": max(1, block // 1024)}
@@ -115,7 +115,7 @@ def configured(logits: Tensor, soft: bool) -> Configuration:
 def cross_entropy(
     logits: Tensor, targets: Tensor, loss_scale: Tensor, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Softmax cross-entropy per row, its hits, and the gradient of loss_scale times the mean loss.
+    """Returns softmax cross-entropy and hits per row, and the gradient of loss_scale times the mean loss.
 
     logits: (N, K), fp16, bf16 or fp32, contiguous, K at most 32 768. targets: int64 (N,), classes from 0 to K - 1, or
     fp32 (N, K), soft targets. loss_scale: (1,), fp32. label_smoothing: in [0, 1). The loss is that of
@@ -153,7 +153,7 @@ def cross_entropy(
 
 
 def check(logits: Tensor, targets: Tensor, loss_scale: Tensor, label_smoothing: float) -> tuple[int, int]:
-    """N and K. ValueError unless all is as `cross_entropy` says; fp64 is good too where the reference runs."""
+    """Returns N and K. Raises ValueError unless all is as `cross_entropy` says; the reference takes fp64, too."""
     op, device = "cross_entropy", logits.device
     dtypes = HALF_AND_SINGLE if runs_triton(device) else (*HALF_AND_SINGLE, torch.float64)
     if logits.dtype not in dtypes:

@@ -18,19 +18,19 @@ from kernels.operators import named, operator
 
 
 def reference(x: Tensor) -> Tensor:
-    """The formula in plain PyTorch. (N, C, H, W), channels-last -> (N, C)."""
+    """Returns (N, C) for (N, C, H, W), channels-last, in plain PyTorch."""
     return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 def backward_reference(dy: Tensor, height: int, width: int) -> Tensor:
-    """dx, (N, C, H, W), channels-last."""
+    """Returns dx, (N, C, H, W), channels-last, in plain PyTorch."""
     n, c = dy.shape
     return (dy / (height * width)).view(n, 1, 1, c).repeat(1, height, width, 1).permute(0, 3, 1, 2)
 
 
 @triton.jit(repr=named("global_average"))
 def kernel(x, y, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
-    """One program: BLOCK_C channels of one image."""
+    """One program computes BLOCK_C channels of one image."""
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = tl.arange(0, BLOCK_PIXELS)
@@ -45,7 +45,7 @@ def kernel(x, y, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.con
 
 @triton.jit(repr=named("global_average_backward"))
 def backward_kernel(dy, dx, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
-    """One program: BLOCK_C channels of one image."""
+    """One program computes BLOCK_C channels of one image."""
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = tl.arange(0, BLOCK_PIXELS)
@@ -57,7 +57,7 @@ def backward_kernel(dy, dx, C, PIXELS, inverse, BLOCK_C: tl.constexpr, BLOCK_PIX
 
 
 def configured(x: Tensor) -> Configuration:
-    """For x, (N, C, H, W): 8 values, 16 bytes of fp16, a thread, and as many pixels as fill the program's 4 warps."""
+    """Returns 8 values of x, 16 bytes of fp16, a thread, and as many pixels as fill the program's 4 warps."""
     c, pixels = x.shape[1], x.shape[2] * x.shape[3]
     block_c = min(next_power_of_2(c), 128)
     computed = {"BLOCK_C": block_c, "BLOCK_PIXELS": max(1, 1024 // block_c), "num_warps": 4}
@@ -66,7 +66,7 @@ def configured(x: Tensor) -> Configuration:
 
 @operator("global_average")
 def global_average(x: Tensor) -> Tensor:
-    """The mean over H and W, differentiable.
+    """Returns the mean over H and W, differentiable.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last. Returns (N, C) in x's dtype. Raises ValueError for another
     layout, shape or dtype.
@@ -82,7 +82,7 @@ def global_average(x: Tensor) -> Tensor:
 
 @operator("global_average_backward")
 def global_average_backward(dy: Tensor, height: int, width: int) -> Tensor:
-    """dx, (N, C, height, width), channels-last, of dy, (N, C)."""
+    """Returns dx, (N, C, height, width), channels-last, for dy, (N, C)."""
     n, c = dy.shape
     if not runs_triton(dy.device):
         return backward_reference(dy, height, width)

@@ -30,7 +30,7 @@ def reference(
     ranks: int,
     weight_decay: float,
 ) -> None:
-    """The formula in plain PyTorch, in the precision of `weight`. Arguments as in `gradient_statistics`."""
+    """Computes the sums in plain PyTorch, in the precision of `weight`. Arguments as in `gradient_statistics`."""
     scale = loss_scale.item() * ranks
     weights = weight.view(-1, BLOCK)
     scratch = torch.empty_like(weights[:CHUNK])
@@ -55,7 +55,7 @@ def kernel(
     # what is compiled in
     DECAY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one block."""
+    """One program sums one block."""
     block = tl.program_id(0)
     element = tl.arange(0, BLOCK)
     if block < matrix_blocks:
@@ -83,7 +83,7 @@ def gradient_statistics(
     ranks: int,
     weight_decay: float,
 ) -> None:
-    """Per block, the sum of squares of the averaged, unscaled, decayed gradient.
+    """Stores the sum of squares of the averaged, unscaled, decayed gradient of each block.
 
     matrix_gradient: (M,), fp16, bf16 or fp32. vector_gradient: (V,), fp32. M and V are multiples of BLOCK, either may
     be 0. weight: (M + V,), fp32, read only if weight_decay is not 0. loss_scale: (1,), fp32.

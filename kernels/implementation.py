@@ -16,7 +16,7 @@ INTERPRETED = bool(knobs.runtime.interpret)  # as it was when the kernels were d
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether the Triton kernel (else the reference) is for tensors on `device`. ValueError if it cannot run there."""
+    """Returns whether tensors on `device` are for the Triton kernel. Raises ValueError if it cannot run there."""
     choice = os.environ.get("NVCNN_KERNELS", "auto")
     if choice not in ("auto", "reference", "triton"):
         raise ValueError(f"NVCNN_KERNELS={choice}: it must be auto, reference or triton")
@@ -26,7 +26,7 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def keep_masks_boolean() -> None:
-    """Mends Triton 3.9's interpreter, which makes int32 of a scalar's comparison spread over a block: no mask to it."""
+    """Mends Triton 3.9's interpreter: a scalar's comparison spread over a block becomes int32, and no mask."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     splat = InterpreterBuilder.create_splat

@@ -54,7 +54,7 @@ def reference(
     statistics_momentum: float,
     growth_interval: int,
 ) -> None:
-    """The formulas in plain PyTorch, in the precision of `weight`. Arguments as in `larc_update`.
+    """Computes the step in plain PyTorch, in the precision of `weight`. Arguments as in `larc_update`.
 
     Waits for the finite flag, which costs nothing on the CPU.
     """
@@ -84,7 +84,7 @@ def reference(
 
 
 def refresh_reference(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
-    """`refresh` in plain PyTorch, with the sums of `reference`."""
+    """Computes `refresh` in plain PyTorch, with the sums of `reference`."""
     weights = weight.view(-1, BLOCK)
     scratch = torch.empty_like(weights[:CHUNK])
     for w, sums in zip(weights.split(CHUNK), weight_square_sums.split(CHUNK), strict=True):
@@ -95,7 +95,7 @@ def refresh_reference(weight: Tensor, model_weight: Tensor | None, weight_square
 
 @triton.jit
 def sum_by_pairs(values, BLOCK: tl.constexpr):
-    """The same bits in every kernel: a sum of two has one order, that of `tl.sum` follows the layout in the threads."""
+    """Returns the sum, in one order in every kernel; `tl.sum` follows the layout in threads."""
     for level in tl.static_range(1, PAIRINGS + 1):
         values = tl.sum(tl.reshape(values, (BLOCK >> level, 2)), 1)
     return tl.sum(values)
@@ -103,7 +103,7 @@ def sum_by_pairs(values, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLOCK: tl.constexpr):
-    """What follows from a block of new weights."""
+    """Stores what follows from a block of new weights."""
     tl.store(weight_square_sums + block, sum_by_pairs(w * w, BLOCK))
     if model_weight is not None:  # noqa: SIM102 (decided by the compiler; the next at run time)
         if block < matrix_blocks:
@@ -113,7 +113,7 @@ def store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLO
 
 @triton.jit(repr=named("refresh"))
 def refresh_kernel(weight, model_weight, weight_square_sums, matrix_blocks, BLOCK: tl.constexpr):
-    """One program: one block."""
+    """One program reads one block."""
     block = tl.program_id(0)
     w = tl.load(weight + block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
     store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLOCK)
@@ -121,7 +121,7 @@ def refresh_kernel(weight, model_weight, weight_square_sums, matrix_blocks, BLOC
 
 @triton.jit
 def advance(counters, loss_scale, finite, growth_interval):
-    """Counters and loss scale, one step on."""
+    """Moves counters and loss scale one step on."""
     good = tl.where(finite, tl.load(counters + 2) + 1, 0)
     if growth_interval > 0:
         scale = tl.load(loss_scale)
@@ -155,7 +155,7 @@ def kernel(
     momentum_factor, weight_decay, statistics_momentum, growth_interval,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one block of the arena, or of the running statistics, which come last. Program 0 also counts."""
+    """One program updates a block of the arena, or of the running statistics, which come last. Program 0 also counts."""
     block = tl.program_id(0)
     element = tl.arange(0, BLOCK)
     finite = tl.load(scalars + 2) != 0
@@ -219,7 +219,7 @@ def larc_update(
     statistics_momentum: float,
     growth_interval: int,
 ) -> None:
-    """One step of SGD with LARC, Nesterov momentum and weight decay, in place, and all that goes with it.
+    """Does one step of SGD with LARC, Nesterov momentum and weight decay, in place, and all that goes with it.
 
     matrix_gradient: (M,), fp16, bf16 or fp32. vector_gradient: (V,), fp32. M and V are multiples of BLOCK, either may
     be 0; B = (M + V) / BLOCK. weight: (M + V,), fp32. momentum: (M + V,), fp32 or bf16. model_weight: (M,), fp16 or
@@ -271,7 +271,7 @@ def larc_update(
 
 @operator("refresh", mutates_args=("model_weight", "weight_square_sums"))
 def refresh(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
-    """Rebuilds what `larc_update` derives from the weights, to the same bits. For every write that is not the update.
+    """Rebuilds what `larc_update` derives from the weights, to the same bits. Call it after any other write to them.
 
     weight: (M + V,), fp32. model_weight: (M,), fp16 or bf16, or None; weight_square_sums: (B,), fp32; both written.
     Raises ValueError for other shapes, dtypes or devices.

@@ -22,12 +22,12 @@ LARGEST = 15  # kernel size: 15 x 15 positions fit into the byte
 
 
 def reference(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
-    """PyTorch's own, and the int64 index into H x W that its backward takes. (N, C, H, W) -> (N, C, OH, OW), twice."""
+    """Returns PyTorch's y and the int64 indices into H x W that its backward takes, both (N, C, OH, OW)."""
     return torch.ops.aten.max_pool2d_with_indices(x, [kernel_size] * 2, [stride] * 2, [padding] * 2)
 
 
 def backward_reference(dy: Tensor, argmax: Tensor, dx: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """dx, of whose argument the shape alone counts."""
+    """Returns dx; the dx argument is used only for its shape."""
     window = [kernel_size] * 2, [stride] * 2, [padding] * 2
     return torch.ops.aten.max_pool2d_with_indices_backward(dy, dx, *window, [1, 1], False, argmax)
 
@@ -38,7 +38,7 @@ def kernel(
     C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels of BLOCK_PIXELS of the N x OH x OW = PIXELS pixels of y. argmax: None for none."""
+    """One program computes BLOCK_C channels of BLOCK_PIXELS of the PIXELS = N x OH x OW pixels; argmax may be None."""
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = (pixel < PIXELS)[:, None] & (c < C)
@@ -69,7 +69,7 @@ def backward_kernel(
     C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels of BLOCK_PIXELS of the N x ROWS x COLUMNS = CELLS cells of dx.
+    """One program computes BLOCK_C channels of BLOCK_PIXELS of the N x ROWS x COLUMNS = CELLS cells of dx.
 
     A cell is STRIDE x STRIDE pixels: the windows over it are read once, and where in them its pixels are is constant.
     """
@@ -103,7 +103,7 @@ def backward_kernel(
 
 
 def configured(op: str, images: Tensor, kernel_size: int, stride: int) -> Configuration:
-    """For the images that are written, (N, C, H, W): 8 values, 16 bytes of fp16, a thread, and few channels idle."""
+    """Returns 8 values of the images that are written, 16 bytes of fp16, a thread, with few channels idle."""
     c = images.shape[1]
     block_c = min(next_power_of_2(c), min((128, 64, 32), key=lambda block: cdiv(c, block) * block))
     computed = {"BLOCK_C": block_c, "BLOCK_PIXELS": 1024 // block_c, "num_warps": 4}
@@ -116,7 +116,7 @@ def grid(pixels: int, c: int, config: Configuration) -> tuple[int, int]:
 
 
 def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
-    """The maximum of each window, kernel_size x kernel_size every stride pixels, differentiable.
+    """Returns the maximum of each window, kernel_size x kernel_size every stride pixels, differentiable.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last, surrounded by `padding` of -inf. Returns (N, C, OH, OW) in x's
     dtype, channels-last, OH = floor((H + 2 padding - kernel_size) / stride) + 1. Raises ValueError for another layout,
@@ -129,7 +129,7 @@ def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tens
 def max_pool_with_argmax(
     x: Tensor, kernel_size: int, stride: int, padding: int, with_argmax: bool
 ) -> tuple[Tensor, Tensor]:
-    """y, and for the backward alone what `argmax_like` says, or an empty tensor without `with_argmax`."""
+    """Returns y and, with `with_argmax`, what `argmax_like` says, for the backward alone; else an empty tensor."""
     n, c, h, w = check_images("max_pool", "x", x)
     if not (1 <= kernel_size <= LARGEST and 1 <= stride <= LARGEST and 0 <= padding <= kernel_size // 2):
         raise ValueError(
@@ -160,7 +160,7 @@ def max_pool_with_argmax(
 
 
 def argmax_like(y: Tensor, with_argmax: bool) -> Tensor:
-    """Room for where y's maxima are: the position in the window, uint8, or the reference's int64 index. Or for none."""
+    """Returns room for the places of y's maxima, uint8 in the window, or the reference's int64 indices; or for none."""
     dtype = torch.uint8 if runs_triton(y.device) else torch.int64
     return torch.empty_like(y, dtype=dtype) if with_argmax else y.new_empty(0, dtype=dtype)
 
@@ -169,7 +169,7 @@ def argmax_like(y: Tensor, with_argmax: bool) -> Tensor:
 def max_pool_backward(
     dy: Tensor, argmax: Tensor, height: int, width: int, kernel_size: int, stride: int, padding: int
 ) -> Tensor:
-    """dx, (N, C, height, width), channels-last, of dy and argmax, (N, C, OH, OW)."""
+    """Returns dx, (N, C, height, width), channels-last, for dy and argmax, (N, C, OH, OW)."""
     if argmax.shape != dy.shape:
         raise ValueError(f"max_pool: the backward needs argmax, {tuple(dy.shape)}, got {tuple(argmax.shape)}")
     dy = dy.contiguous(memory_format=torch.channels_last)  # what was flattened for a linear layer is not

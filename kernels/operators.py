@@ -75,7 +75,7 @@ class Operator:
         return self.launcher(*args, **kwargs) if repetition is None else repetition(arguments)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """The gradients: `setup_context(ctx, inputs, output)` keeps what `backward(ctx, *gradients)` needs."""
+        """Registers gradients: `setup_context(ctx, inputs, output)` keeps what `backward(ctx, *gradients)` needs."""
 
         def forward(ctx, *inputs):
             output = self(*inputs)
@@ -95,7 +95,7 @@ class Operator:
 
 @contextmanager
 def looked_up_again() -> Iterator[None]:
-    """Launchers look their configurations up inside, and again behind it: for who changes them in between."""
+    """Launchers look their configurations up anew, inside and behind it: for callers that change them meanwhile."""
     kept = {each: each.repetitions for each in operators.values()}
     try:
         for each in kept:

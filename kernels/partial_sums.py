@@ -16,7 +16,7 @@ MOST_PARTS = 512  # of sums that `norm_kernel`, few programs, reads
 
 
 def parts_of_rows(rows: int, channels: int, config: Configuration) -> tuple[int, int]:
-    """How the rows of (N H W, C) are shared out for a sum over them: the number of parts, and rows a part.
+    """Returns the number of parts in which the rows of (N H W, C) are shared out for a sum, and the rows of a part.
 
     With a tile's channels they make about config["PROGRAMS"] programs; a part is whole tiles.
     """
@@ -34,7 +34,7 @@ def empty_sums(x: Tensor, read: Tensor | None, parts: int, channels: int) -> Ten
 
 @triton.jit
 def sum_parts(sums, parts, c, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sum of sums, (parts, C), over the parts, for channels c: always in the same order."""
+    """Returns sums, (parts, C), added over the parts for the channels c, always in the same order."""
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
     for first in range(0, parts, BLOCK_PARTS):
         part = (first + tl.arange(0, BLOCK_PARTS))[:, None]
@@ -44,7 +44,7 @@ def sum_parts(sums, parts, c, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexp
 
 @triton.jit(repr=named("partial_sums_fold"))
 def fold_kernel(sums, fewer, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program: one of the sums, of BLOCK_C channels, over BLOCK_PARTS parts."""
+    """One program adds one of the sums, of BLOCK_C channels, over BLOCK_PARTS parts."""
     part = tl.program_id(0) * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     which = tl.program_id(2).to(tl.int64)
@@ -55,7 +55,7 @@ def fold_kernel(sums, fewer, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.co
 
 
 def few_parts(sums: Tensor) -> Tensor:
-    """The sums, (2, P, C), over fewer parts, if there are so many (a convolution's tiles) that it pays."""
+    """Returns the sums, (2, P, C), over fewer parts where there are so many (a convolution's tiles) that it pays."""
     _, parts, c = sums.shape
     if parts <= MOST_PARTS:
         return sums

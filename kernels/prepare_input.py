@@ -21,7 +21,7 @@ from kernels.operators import named, operator
 def reference(
     images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, channels: int = 3
 ) -> Tensor:
-    """The formula in plain PyTorch, a row of pixels at a time: long inner loops."""
+    """Returns the formula in plain PyTorch, a row of pixels at a time: long inner loops."""
     n, h, w, c = images.shape
     either = torch.arange(n, device=images.device) + n * flip  # whole images: torch.where would choose byte by byte
     x = torch.cat([images, images.flip(2)]).index_select(0, either).view(n, h, w * c).to(torch.float32)
@@ -35,7 +35,7 @@ def kernel(
     images, flip, scale, shift, x, H,
     W: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK of the W x CHANNELS values in ROWS rows of one image."""
+    """One program computes BLOCK of the W x CHANNELS values in ROWS rows of one image."""
     n = tl.program_id(0).to(tl.int64)
     row = (n * H + tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def kernel(
 
 
 def configured(x: Tensor) -> Configuration:
-    """For x, (N, channels, H, W): 8 values, 16 bytes of fp16, a thread and row; four rows, few columns idle."""
+    """Returns 8 values of x, 16 bytes of fp16, a thread and row; four rows, few columns idle."""
     columns = x.shape[1] * x.shape[3]
     block = min(next_power_of_2(columns), min((256, 128), key=lambda block: cdiv(columns, block) * block))
     computed = {"ROWS": 4096 // block, "BLOCK": block, "num_warps": 4}
@@ -68,7 +68,7 @@ def write(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, x: Tensor)
 def prepare_input(
     images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, channels: int = 3
 ) -> Tensor:
-    """The network's input: mirrored where `flip`, scaled and shifted in fp32, cast to `dtype`.
+    """Returns the network's input: mirrored where `flip`, scaled and shifted in fp32, cast to `dtype`.
 
     images: (N, H, W, 3) uint8, contiguous. flip: (N,) bool. scale, shift: (3,) fp32. dtype: fp16, bf16 or fp32.
     channels: 3, 4 or 8. Returns (N, channels, H, W), channels-last. Raises ValueError for anything else.
@@ -84,7 +84,7 @@ def prepare_input(
 
 @operator("prepare_input_into", mutates_args=("x",))
 def prepare_input_into(images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, x: Tensor) -> None:
-    """`prepare_input`, written to x: (N, channels, H, W), channels-last, where who reads it expects it."""
+    """Writes what `prepare_input` returns to x, (N, channels, H, W), channels-last."""
     check_into(images, flip, scale, shift, x)
     if runs_triton(images.device):
         write(images, flip, scale, shift, x)

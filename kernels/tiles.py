@@ -21,7 +21,7 @@ def tiles_of_rows(n: int, height: int, width: int, config: Configuration) -> int
 
 @triton.jit
 def corner(tile, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
-    """Image, i and j of a box's first pixel; without BOX_W of a tile's, if all pixels were one row of one image."""
+    """Returns image, i and j of a box's first pixel; without BOX_W a tile's, as if all pixels were one image's row."""
     if BOX_W:
         along = tl.cdiv(width, BOX_W)
         boxes = tl.cdiv(height, BOX_H) * along
@@ -52,7 +52,7 @@ def locate(tile, rows, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, 
 
 @triton.jit
 def load(tensor, tiles, at, inside, n, i, j, c):
-    """A tile, (rows, columns): by its descriptor, from (n, i, j, c) on, or tensor[at] where it is inside."""
+    """Returns a tile, (rows, columns): by its descriptor, from (n, i, j, c) on, or tensor[at] where it is inside."""
     if tiles is not None:
         return tiles.load([n, i, j, c]).reshape(at.shape[0], at.shape[1])
     return tl.load(tensor + at, mask=inside, other=0.0)
@@ -60,7 +60,7 @@ def load(tensor, tiles, at, inside, n, i, j, c):
 
 @triton.jit
 def channels_of_groups(first, BLOCK: tl.constexpr, own, other, OWN: tl.constexpr, OTHER: tl.constexpr):
-    """Of the groups of a tile's channels, first ... first + BLOCK - 1 of `own`: the channels on the other side.
+    """Returns the channels on the other side of the groups of a tile's channels, first ... first + BLOCK - 1.
 
     Where they begin among `other`, and how many there are; a group has OWN and OTHER channels (0: there is one group).
     A tile may span several groups: its weights are a diagonal of blocks. The first is a multiple of 16, so that loads
@@ -75,14 +75,14 @@ def channels_of_groups(first, BLOCK: tl.constexpr, own, other, OWN: tl.constexpr
 
 @triton.jit
 def multiply_add(a, b, total):
-    """total + a b, on tensor cores but for fp32, which is not rounded to TF32."""
+    """Returns total + a b, on tensor cores except for fp32, which is not rounded to TF32."""
     if WIDE:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
 def configured_for_rows(op: str, x: Tensor) -> Configuration:
-    """Tiles of 2 048 values, 2 loads of 16 bytes a thread in fp16; as many programs as fill a GPU several times.
+    """Returns tiles of 2 048 values, 2 loads of 16 bytes a thread in fp16; programs that fill a GPU several times.
 
     With 64 channels a row of fp16 is 8 threads, and the rows of norm lie in registers as the tile needs them.
     """

@@ -50,7 +50,7 @@ def reference(
     eta: float,
     excluded_from: int,
 ) -> None:
-    """The formulas in plain PyTorch, in the precision of `scalars`. Arguments as in `trust_ratio`."""
+    """Computes the results in plain PyTorch, in the precision of `scalars`. Arguments as in `trust_ratio`."""
     learning_rate = schedule[counters[:1].clamp(max=len(schedule) - 1)]
     finite = gradient_square_sums.sum(0, keepdim=True).isfinite()
     scalars.copy_(torch.cat((learning_rate, 1 / (loss_scale * ranks), finite)))
@@ -74,7 +74,7 @@ def reference(
 
 @triton.jit
 def sum_range(values, first, last, CHUNK: tl.constexpr):
-    """The sum of values[first:last], always in the same order."""
+    """Returns the sum of values[first:last], always in the same order."""
     at = tl.arange(0, CHUNK)
     total = tl.zeros((CHUNK,), tl.float32)
     at += first
@@ -87,7 +87,7 @@ def sum_range(values, first, last, CHUNK: tl.constexpr):
 
 @triton.jit
 def average_rows(rows, latest, average, N, CHUNK: tl.constexpr):
-    """The mean of N rows of 3. If its first value, the loss, is finite, the averages and their weight follow it."""
+    """Stores the mean of N rows of 3. If its first value, the loss, is finite, the averages and their weight follow it."""
     column = tl.arange(0, 4)
     total = tl.zeros((CHUNK // 4, 4), tl.float32)
     for first in range(0, N, CHUNK // 4):
@@ -113,7 +113,7 @@ def kernel(
     # what is compiled in
     MODE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tensor; then one for the scalars, one for the loss. None reads what another writes."""
+    """One program computes one tensor; then one the scalars, one the loss. None reads what another writes."""
     t = tl.program_id(0)
     learning_rate = tl.load(schedule + tl.minimum(tl.load(counters), steps - 1))
     if t == tensors:
@@ -164,7 +164,7 @@ def trust_ratio(
     eta: float,
     excluded_from: int,
 ) -> None:
-    """LARC multiplier and norms per tensor; [learning rate, 1 / (loss scale x ranks), finite (1 or 0)]; loss averages.
+    """Stores each tensor's LARC ratio and norms; learning rate, 1 / (loss scale x ranks), finite (1 or 0); loss averages.
 
     gradient_square_sums, weight_square_sums: (B,), fp32, sums of squares per block. first_block: (T + 1,), int32, the
     blocks of tensor t are first_block[t] to first_block[t + 1] - 1. counters: (3,), int64, the first is the step.
