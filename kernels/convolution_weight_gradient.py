@@ -52,14 +52,13 @@ def reference(
     norm: Tensor | None,
     factors: Tensor | None,
     x_norm: Tensor | None,
-    accumulate: bool,
 ) -> None:
     """Computes dw in plain PyTorch. Arguments as in `convolution_weight_gradient`."""
     wide = single_or_double(g)
     dy, a = output_gradient(g, y, norm, factors).to(wide), activation(x, x_norm).to(wide)
     how = (stride, padding, [1, 1], False, [0, 0], groups, [False, True, False])
     dw = torch.ops.aten.convolution_backward(dy, a, dy.new_empty(1).expand(out.shape), None, *how)[1]
-    out.add_(dw) if accumulate else out.copy_(dw)
+    out.copy_(dw)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles_a_part"], repr=named("convolution_weight_gradient", *TILE, "y", "x_norm"))
@@ -76,8 +75,7 @@ def kernel(
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     GROUP_OUT: tl.constexpr, GROUP_IN: tl.constexpr, NARROW: tl.constexpr,
-    # what else is compiled in
-    ACCUMULATE: tl.constexpr,
+    # tiles
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
 ):  # fmt: skip
     """One program sums BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
@@ -146,18 +144,14 @@ def kernel(
         row -= k // GROUP_OUT * GROUP_IN
         inside &= (k // GROUP_OUT)[:, None] == (run // GROUP_IN)[None, :]
     at = part.to(tl.int64) * (K * R * TAPS_W * of_group) + (row[:, None] + run[None, :])
-    if ACCUMULATE:
-        result += tl.load(dw + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(dw + at, result.to(dw.dtype.element_ty), mask=inside)
 
 
 @triton.jit(repr=named("convolution_weight_gradient_sum"))
-def sum_kernel(partial, dw, parts, size, ACCUMULATE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_kernel(partial, dw, parts, size, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """One program sums BLOCK values of dw over the parts."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = sum_parts(partial, parts, at, size, BLOCK_PARTS, BLOCK)
-    if ACCUMULATE:
-        total += tl.load(dw + at, mask=at < size, other=0.0).to(tl.float32)
     tl.store(dw + at, total.to(dw.dtype.element_ty), mask=at < size)
 
 
@@ -229,9 +223,8 @@ def convolution_weight_gradient(
     norm: Tensor | None = None,
     factors: Tensor | None = None,
     x_norm: Tensor | None = None,
-    accumulate: bool = False,
 ) -> None:
-    """Stores dw in `out`, or adds it with `accumulate`.
+    """Stores dw in `out`.
 
     g: (N, K, OH, OW), fp16, bf16 or fp32, channels-last. x: (N, C, H, W), like g. out: (K, C / groups, R, S), of g's
     dtype or fp32, channels-last. stride, padding: of H and W. y, norm, factors: dy of g, as in
@@ -253,7 +246,7 @@ def convolution_weight_gradient(
     if factors is not None and norm is None:
         raise ValueError(f"{op}: factors need norm")
     if not runs_triton(g.device):
-        return reference(g, x, out, stride, padding, groups, y, norm, factors, x_norm, accumulate)
+        return reference(g, x, out, stride, padding, groups, y, norm, factors, x_norm)
     config = configured_for(op, g, shape, fusion_of(norm=norm, y=y, x_norm=x_norm), computed)
     tiles_of_run, tiles, parts, tiles_a_part = launch_sizes(shape, config)
     matrices = {
@@ -273,10 +266,9 @@ def convolution_weight_gradient(
         *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
         NARROW=shape.narrow,
-        ACCUMULATE=accumulate and parts == 1,
         **options,
     )
     if parts > 1:
         grid = (cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
-        launch(sum_kernel, grid, partial, out, parts, out.numel(), ACCUMULATE=accumulate, **SUM_CONFIG)
+        launch(sum_kernel, grid, partial, out, parts, out.numel(), **SUM_CONFIG)
     return None

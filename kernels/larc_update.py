@@ -155,7 +155,7 @@ def kernel(
     momentum_factor, weight_decay, statistics_momentum, growth_interval,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program updates a block of the arena, or of the running statistics, which come last. Program 0 also counts."""
+    """One program updates a block of the arena, or of the running statistics, which come last. Program 0 counts."""
     block = tl.program_id(0)
     element = tl.arange(0, BLOCK)
     finite = tl.load(scalars + 2) != 0

@@ -87,7 +87,7 @@ def sum_range(values, first, last, CHUNK: tl.constexpr):
 
 @triton.jit
 def average_rows(rows, latest, average, N, CHUNK: tl.constexpr):
-    """Stores the mean of N rows of 3. If its first value, the loss, is finite, the averages and their weight follow it."""
+    """Stores the mean of N rows of 3. If its first value, the loss, is finite, the averages follow it."""
     column = tl.arange(0, 4)
     total = tl.zeros((CHUNK // 4, 4), tl.float32)
     for first in range(0, N, CHUNK // 4):
@@ -164,7 +164,9 @@ def trust_ratio(
     eta: float,
     excluded_from: int,
 ) -> None:
-    """Stores each tensor's LARC ratio and norms; learning rate, 1 / (loss scale x ranks), finite (1 or 0); loss averages.
+    """Stores each tensor's LARC ratio and norms, the scalars, and the averages of the loss.
+
+    scalars: learning rate, 1 / (loss scale x ranks), finite (1 or 0).
 
     gradient_square_sums, weight_square_sums: (B,), fp32, sums of squares per block. first_block: (T + 1,), int32, the
     blocks of tensor t are first_block[t] to first_block[t + 1] - 1. counters: (3,), int64, the first is the step.

@@ -53,5 +53,5 @@ def summed(parts: Tensor) -> Tensor:
         return parts.sum(0)
     out = parts.new_empty(parts.shape[1:])
     grid = (cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
-    sum_kernel[grid](parts, out, parts.shape[0], out.numel(), ACCUMULATE=False, **SUM_CONFIG)
+    sum_kernel[grid](parts, out, parts.shape[0], out.numel(), **SUM_CONFIG)
     return out

@@ -37,11 +37,8 @@ from tests.kernels.images import channels_last, randn
 PLAIN = Shape(3, 19, 5, 4, 18, 1, 1)  # in tests its rows are shared out to three parts
 
 
-def gradient(given, shape, dtype, before=None, **options):
-    """What is in `out`, where `before` was."""
+def gradient(given, shape, dtype, **options):
     out = channels_last(torch.empty(shape.weight, dtype=dtype, device=given["g"].device))
-    if before is not None:
-        out.copy_(before)
     convolution_weight_gradient(given["g"], given["x"], out, *shape.how, **options)
     return out
 
@@ -58,19 +55,13 @@ def test_is_exact_on_integers(implementation, device, shape):
     assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_norm, implementation).exact, shape))
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("shape", FEW, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_stores_or_adds(implementation, device, dtype, shape, accumulate):
+def test_exact_integers(implementation, device, dtype, shape):
     given = tensors(shape, dtype, device, small_integers)
-    before = small_integers(shape.weight, dtype, device)
     exact = of_weight(given["g"], given["x"], shape)
     for out in {dtype, torch.float32}:
-        if accumulate:
-            got = gradient(given, shape, out, before, accumulate=True)
-            assert torch.equal(got, (exact + before).to(out))
-        else:
-            assert torch.equal(gradient(given, shape, out), exact.to(out))
+        assert torch.equal(gradient(given, shape, out), exact.to(out))
 
 
 @pytest.mark.parametrize("shape", COMMON, ids=str)
@@ -161,7 +152,7 @@ def test_opcheck(implementation, device):
     given = tensors(PLAIN, torch.float32, device)
     of_y, of_x = random_norm(PLAIN.k, device), random_norm(PLAIN.c, device)
     out = channels_last(torch.zeros(PLAIN.weight, device=device))
-    every = {"y": given["y"], "norm": of_y, "factors": of_y[:2].clone(), "x_norm": of_x, "accumulate": True}
+    every = {"y": given["y"], "norm": of_y, "factors": of_y[:2].clone(), "x_norm": of_x}
     for options in ({}, every):
         torch.library.opcheck(convolution_weight_gradient.overload, (given["g"], given["x"], out, *PLAIN.how), options)
 
