@@ -60,7 +60,8 @@ class Gradients:
     def reduce(self, bucket: int) -> None:
         """Copies what is elsewhere into the slices, by one launch, and starts the bucket's allreduce."""
         if self.elsewhere[bucket]:
-            torch._foreach_copy_(*zip(*self.elsewhere[bucket], strict=True))
+            slices, gradients = zip(*self.elsewhere[bucket], strict=True)
+            torch._foreach_copy_(slices, gradients)
             self.elsewhere[bucket] = []
         self.waits.append(self.transport.all_reduce(self.slices[bucket], f"gradient.{bucket}"))
 

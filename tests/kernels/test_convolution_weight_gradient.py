@@ -57,7 +57,7 @@ def test_is_exact_on_integers(implementation, device, shape):
 
 @pytest.mark.parametrize("shape", FEW, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_integers(implementation, device, dtype, shape):
+def test_stores_in_either_dtype(implementation, device, dtype, shape):
     given = tensors(shape, dtype, device, small_integers)
     exact = of_weight(given["g"], given["x"], shape)
     for out in {dtype, torch.float32}:
