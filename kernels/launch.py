@@ -66,8 +66,8 @@ def form(arguments: Sequence[Any]) -> tuple[Any, ...]:
 class Repetition:
     """What a launcher did, to be done again for other tensors of the same form.
 
-    All that launches take is found in one list: the arguments; what is `made`, new tensors or something of an element
-    of the list; the `constants`.
+    All that launches take is found in one list: the arguments; what is `made`, new tensors, or views and descriptors of
+    an element of the list; the `constants`.
     """
 
     def __init__(self) -> None:
@@ -89,20 +89,24 @@ class Repetition:
 class Recording(TorchDispatchMode):
     """Runs a launcher and notes what it does, unless that is more than allocations, views and launches."""
 
-    def __init__(self, arguments: Sequence[Any]):
+    def __init__(self) -> None:
         super().__init__()
-        self.arguments = arguments
-        self.numbers = list(enumerate(arguments))  # of what a launch may take
+        self.arguments: list[Any] = []
+        self.numbers: list[tuple[int, Any]] = []  # places of what a launch may take
         self.made: list[tuple[int | None, Callable[..., Any]]] = []
         self.launches: list[tuple[Callable[..., Any], list[Any]]] = []
         self.complete = True
 
     def run(self, launcher: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Repetition | None]:
         """Returns what the launcher returns, and how to repeat it; None where it computes with PyTorch's operators."""
+        # A tensor that is given twice need not be the next time: each argument is an object of its own.
+        self.arguments = [x.detach() if type(x) in PLAIN else x for x in (*args, *kwargs.values())]
+        self.numbers = list(enumerate(self.arguments))
+        named = dict(zip(kwargs, self.arguments[len(args) :], strict=True))
         before, state.recording = state.recording, self
         try:
             with self:
-                output = launcher(*args, **kwargs)
+                output = launcher(*self.arguments[: len(args)], **named)
         finally:
             state.recording = before
         repetition = self.repetition(output)

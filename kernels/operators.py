@@ -70,7 +70,7 @@ class Operator:
         except TypeError:  # a list has no hash
             repetition = None
         if repetition is new:
-            output, self.repetitions[key] = Recording(arguments).run(self.launcher, *args, **kwargs)
+            output, self.repetitions[key] = Recording().run(self.launcher, *args, **kwargs)
             return output
         return self.launcher(*args, **kwargs) if repetition is None else repetition(arguments)
 

@@ -83,6 +83,13 @@ def test_another_form_has_the_launcher_run_again(device):
     assert len(calls) == len(forms) + 2
 
 
+def test_a_tensor_given_twice_need_not_be_the_next_time(device):
+    one, other = torch.randn(1, device=device), torch.randn(1, device=device)
+    for bias in (one, other):
+        torch.testing.assert_close(rows(one, 3.0, bias)[0][1], 3 * one + bias)
+    assert calls == ["rows"]
+
+
 def test_results_are_new_each_time(device):
     x = torch.randn(40, device=device)
     first, second, third = (rows(x, 3.0) for _ in range(3))
