@@ -19,7 +19,7 @@ TORCH ?= $(patsubst tests/range/torch%.txt,%,$(wildcard tests/range/torch*.txt))
 
 activate := export VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/.venv/bin:$$PATH";
 
-.PHONY: help env horovod doctor train test test-full range lint bench codegen gpu tune clean
+.PHONY: help env horovod doctor train test test-full range lint count bench codegen gpu tune clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -101,6 +101,9 @@ range: $(TORCH:%=.range/torch%/.packages)  ## the tests with torch and triton of
 	@grep -viE '^(torch|torchvision|triton|numpy|setuptools|(cuda|nvidia)[-_].*)==' constraints.txt >$(@D)/constraints.txt
 	@$(@D)/bin/pip install -qq -c $(@D)/constraints.txt -r $<
 	@touch $@
+
+count:  ## lines of code of product, benchmarks and tests
+	python3 -m benchmarks.count
 
 bench: env  ## the kernels and their peers, timed on this machine
 	@$(activate) pytest benchmarks/ --benchmark-only; python -m benchmarks.step --device=cpu
