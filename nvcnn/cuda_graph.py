@@ -21,7 +21,7 @@ AHEAD = 2  # steps that the host may be ahead of the device: enough to keep it b
 
 
 def why_not(asked: str, *, gpu: bool, kernels: str, ranks: int, transport: str) -> str:
-    """Why the step is launched kernel by kernel, in words; "" if it is a graph.
+    """Returns why the step is launched kernel by kernel, in words; "" if it is a graph.
 
     asked: --cuda_graph. kernels: "triton" or "reference". Raises InputError for "on" where it cannot be.
     """
@@ -51,7 +51,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Writes them back, in place."""
+        """Writes the bits back, in place."""
         for tensor, kept in self.kept:
             tensor.copy_(kept)
         torch.set_rng_state(self.host_generator)
@@ -61,7 +61,7 @@ class Snapshot:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """It could free what belongs to CUDA in the middle of a capture, and end that."""
+    """Collects no garbage inside: freeing what belongs to CUDA in the middle of a capture would end it."""
     gc.collect()  # now, with all that keeps an old step's autograd graph alive
     enabled = gc.isenabled()
     gc.disable()

@@ -29,7 +29,7 @@ LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher said."""
+    """What the program that started the ranks says of this one."""
 
     size: int = 1
     rank: int = 0
@@ -53,7 +53,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 class Transport:
-    """A single rank."""
+    """How ranks talk; this one is alone."""
 
     name = "none"
     bfloat16 = True  # sums bfloat16
@@ -62,14 +62,14 @@ class Transport:
         self.size, self.rank, self.local_rank = launch.size, launch.rank, launch.local_rank
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Rank 0's values into everybody's `tensor`, in place."""
+        """Copies rank 0's values into everybody's `tensor`, in place."""
 
     def all_reduce(self, tensor: Tensor, name: str) -> Callable[[], None]:
         """Starts the sum over ranks, in place, unscaled. Returns what waits for it. `name`: the same on all ranks."""
         return lambda: None
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's `value`, in order of rank; to be used on rank 0 only."""
+        """Returns everybody's `value`, in order of rank; to be used on rank 0 only."""
         return [value]
 
     def barrier(self) -> None:
@@ -77,7 +77,7 @@ class Transport:
         self.gather(None)
 
     def close(self) -> None:
-        """After the last collective."""
+        """Call after the last collective."""
 
 
 class Horovod(Transport):
@@ -137,7 +137,7 @@ class Torch(Transport):
             dist.init_process_group(backend, init_method=method, rank=self.rank, world_size=self.size)
 
     def rendezvous(self, launch: Launch) -> tuple[str, int]:
-        """Rank 0's address and a free port of it, told to all by MPI."""
+        """Returns rank 0's address and a free port there, which MPI tells to all ranks."""
         try:
             from mpi4py import MPI
         except ImportError as error:
@@ -175,7 +175,7 @@ class Torch(Transport):
 
 
 def connect(transport: str) -> Transport:
-    """The transport of this process: none for one rank, else "horovod" or "torch".
+    """Returns the transport of this process: for one rank a `Transport`, else "horovod" or "torch".
 
     Raises InputError if it is missing, or if another MPI's launcher started us: then each process would be alone.
     """
@@ -213,13 +213,13 @@ def abort(code: int) -> NoReturn:
 
 
 def wait_for_rank_0(seconds: float = 3.0) -> None:
-    """A rank whose error is everybody's lets rank 0 say it: if it is, rank 0 ends the job before this returns."""
+    """Gives rank 0 time to report an error that all ranks have; rank 0 then ends the job before this returns."""
     if launched().rank != 0:
         time.sleep(seconds)
 
 
 class Vote:
-    """What any rank asked for at one step, known to all ranks at the next, without waiting for a device.
+    """Tells all ranks at the next step what any rank asked for at this one, without waiting for a device.
 
     Clocks and signals differ by a step between ranks; acting on the answer, all of them act at the same step.
     """
@@ -230,7 +230,7 @@ class Vote:
         self.wait: Callable[[], None] = lambda: None
 
     def __call__(self, *asks: bool) -> list[bool]:
-        """Asks now; returns which of the questions any rank asked the last time."""
+        """Asks now, and returns which of the questions any rank asked the last time."""
         self.wait()
         answer = [bool(n) for n in self.asked]
         self.asked = torch.tensor(asks, dtype=torch.int32)

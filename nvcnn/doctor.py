@@ -42,7 +42,7 @@ class Missing(Exception):
 
 
 def search_path() -> str:
-    """PATH, then this environment's own programs: a cluster's MPI wins, and an environment need not be activated."""
+    """Returns PATH, then this environment's own programs: a cluster's MPI wins, and nothing need be activated."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.join(sys.prefix, "bin")])
 
 
@@ -51,7 +51,7 @@ def find_program(name: str) -> str | None:
 
 
 def mpi_flags(mpiexec: str, ranks: int) -> list[str]:
-    """What this mpiexec needs to start `ranks` processes here.
+    """Returns the flags that this mpiexec needs to start `ranks` processes here.
 
     Open MPI alone refuses root, refuses more ranks than cores, and binds each of two ranks to a single core.
     """
@@ -67,7 +67,7 @@ def mpi_flags(mpiexec: str, ranks: int) -> list[str]:
 
 
 def physical_cores() -> int:
-    """Cores as Open MPI counts its slots: the threads of one core are one."""
+    """Returns the number of cores as Open MPI counts slots: the threads of one core are one."""
     cores = set()
     for cpu in os.sched_getaffinity(0):
         try:
@@ -79,7 +79,7 @@ def physical_cores() -> int:
 
 
 def two_ranks(code: str, timeout: float = 60) -> list[dict]:
-    """Runs Python code in two MPI ranks; what each printed as one line of JSON.
+    """Runs Python code in two MPI ranks. Returns what each printed as one line of JSON.
 
     Raises Missing without an mpiexec, RuntimeError with the last line of stderr when a rank fails or all hang.
     """
@@ -120,7 +120,7 @@ def stop(run: subprocess.Popen) -> None:
 
 
 def last_words(text: str) -> str:
-    """The last line that names an error, else the last line of all."""
+    """Returns the last line that names an error, else the last line of all."""
     lines = [line.strip() for line in text.splitlines() if line.strip(" -*")] or ["(no output)"]
     return next((line for line in reversed(lines) if "Error" in line), lines[-1])
 
@@ -224,7 +224,7 @@ def check_mpi() -> str:
 
 
 def check_horovod(cpu: bool = False) -> str:
-    """With a GPU and without `cpu`, Horovod must have NCCL."""
+    """Returns what Horovod can do. With a GPU and without `cpu` it must have NCCL."""
     try:
         installed = version("horovod")
     except ModuleNotFoundError:
@@ -268,7 +268,7 @@ CHECKS: dict[str, Callable[[], str]] = {
 
 
 def report() -> Iterator[tuple[str, str, str]]:
-    """(part, 'ok' | 'missing' | 'broken', one line of text) for every part. Nothing a part does ends the report."""
+    """Yields (part, 'ok' | 'missing' | 'broken', one line of text) for every part, whatever a part raises."""
     for part, check in CHECKS.items():
         try:
             yield part, "ok", check()

@@ -26,7 +26,7 @@ OTHERWISE = "or do without Horovod: --transport=torch trains over NCCL or gloo"
 
 
 def pinned_version(name: str = "horovod") -> str:
-    """The version in constraints.txt, of the checkout or of an installed nvcnn. Raises InputError without one."""
+    """Returns the version in constraints.txt, the checkout's or the installed one. Raises InputError without one."""
     places = [Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "nvcnn"]
     for place in places:
         file = place / "constraints.txt"
@@ -38,7 +38,7 @@ def pinned_version(name: str = "horovod") -> str:
 
 
 def patched(text: str, name: str) -> str:
-    """The CMake file with C++20 for C++14. Raises InputError unless the line is there exactly once."""
+    """Returns the CMake file with C++20 for C++14. Raises InputError unless the line is there exactly once."""
     if text.count(CXX14) != 1:
         raise InputError(
             f"Horovod's {name} says {CXX14!r} {text.count(CXX14)} times, not once: not the source that is known"
@@ -47,12 +47,12 @@ def patched(text: str, name: str) -> str:
 
 
 def local_version(torch_version: str) -> str:
-    """What Horovod's own version says after '+': the torch it was compiled against. 2.13.0+cpu -> torch.2.13.0.cpu"""
+    """Returns the part of Horovod's version after '+', the torch it was built for: torch.2.13.0.cpu for 2.13.0+cpu."""
     return "torch." + re.sub(r"[^a-zA-Z0-9]+", ".", torch_version).strip(".").lower()
 
 
 def what_is_wrong(torch_version: str, cpu: bool) -> str:
-    """Why the Horovod in this environment will not do, or '' if two ranks can sum with it."""
+    """Returns why the Horovod in this environment will not do, or '' if two ranks can sum with it."""
     try:
         check_horovod(cpu)
     except Missing:
@@ -85,7 +85,7 @@ def require_tools(gpu: bool) -> None:
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit's folder: as named in the environment, or as nvcc tells, which on PATH may be a mere script."""
+    """Returns the CUDA toolkit's folder, from the environment or from nvcc, which on PATH may be a mere script."""
     if named := os.environ.get("HOROVOD_CUDA_HOME") or os.environ.get("CUDA_HOME"):
         home = Path(named)
     elif nvcc := find_program("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
@@ -98,7 +98,7 @@ def cuda_home() -> Path | None:
 
 
 def nccl_wheel() -> Path | None:
-    """The NCCL that torch's CUDA build loads: a folder with include/ and lib/, without the linker's name libnccl.so."""
+    """Returns the folder of the NCCL that torch loads: include/ and lib/, without the linker's name libnccl.so."""
     torch = importlib.util.find_spec("torch")
     folder = Path(torch.origin).parent.parent / "nvidia" / "nccl" if torch and torch.origin else None
     return folder if folder and (folder / "include" / "nccl.h").is_file() else None

@@ -74,14 +74,14 @@ class Place(NamedTuple):
 
     @property
     def y(self) -> tuple[int, int, int, int]:
-        """N, K, OH, OW."""
+        """Returns the shape of y: N, K, OH, OW."""
         sizes = zip(self.x[2:], self.padding, self.weight[2:], self.stride, strict=True)
         oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, padding, taps, stride in sizes)
         return self.x[0], self.weight[0], oh, ow
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """In evaluation nothing is materialized."""
+        """Returns the algorithms to measure; in evaluation nothing is materialized."""
         return ("triton", "cudnn") if self.folded else CANDIDATES
 
     def __str__(self) -> str:
@@ -143,7 +143,7 @@ def places(
 
 
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
-    """Sets the algorithm of each convolution that is named."""
+    """Sets the algorithm of each named convolution."""
     for name, algorithm in algorithms.items():
         if algorithm not in ALGORITHMS:
             raise InputError(f"{name}: there is no algorithm {algorithm!r} here, but {', '.join(ALGORITHMS)}")
@@ -167,7 +167,7 @@ class Sample:
         return sum(t.nbytes for t in (*self.tensors.values(), *self.directions.values()))
 
     def in_fp32(self) -> "Sample":
-        """The same values."""
+        """Returns the same values in fp32."""
         wide = {name: t.detach().float().requires_grad_(t.requires_grad) for name, t in self.tensors.items()}
         conv = deepcopy(self.conv)
         cast_matrices(conv, torch.float32)
@@ -176,14 +176,14 @@ class Sample:
         )
 
     def read(self, name: str) -> Any:
-        """A raw tensor, or an activation, or None."""
+        """Returns what the place reads by that name: an Unnormalized, an activation, or None."""
         tensor, norm = self.tensors.get(name), self.tensors.get(f"{name}_norm")
         if tensor is None or norm is None:
             return tensor
         return Unnormalized(tensor, self.bn, norm)  # norm says it all: nothing of the BatchNorm is read
 
     def forward(self, algorithm: str) -> dict[str, Tensor]:
-        """What the place returns to others, by name."""
+        """Returns what the place hands to others, by name."""
         self.conv.algorithm = algorithm
         if self.place.folded:
             folded = PendingConv(self.tensors["x"], self.conv, self.bn)
@@ -197,7 +197,7 @@ class Sample:
         return outputs if b is None else outputs | {"z": activation(x)}  # which somebody else reads, too
 
     def backward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The gradients of what the place reads, by name."""
+        """Returns the gradients of what the place reads, by name."""
         leaves = {"weight": self.conv.weight, "gamma": self.bn.weight, "beta": self.bn.bias} | self.tensors
         leaves = {f"d_{name}": t for name, t in leaves.items() if t.requires_grad}
         directions = [self.directions[name] for name in outputs]
@@ -205,7 +205,7 @@ class Sample:
         return dict(zip(leaves, gradients, strict=True))
 
     def results(self, algorithm: str) -> dict[str, Tensor]:
-        """Outputs and gradients, and nothing of the graph: a capture wants one that was made on its own stream."""
+        """Returns outputs and gradients without their graph: a capture wants one that was made on its own stream."""
         outputs = self.forward(algorithm)
         gradients = {} if self.place.folded else self.backward(outputs)
         return {name: t.detach() for name, t in (outputs | gradients).items()}
@@ -248,7 +248,7 @@ def sample(place: Place, device: torch.device) -> Sample:
 
 
 def keep_clear_of_zero(tensors: dict[str, Tensor]) -> None:
-    """Changes x where ReLU's argument is so near to 0 that roundings decide on its mask.
+    """Changes x, in place, where ReLU's argument is so near to 0 that roundings would decide on its mask.
 
     A mask that differs in one element of 3 000 is right, and its gradient is 1e-2 of the norm away.
     """
@@ -266,7 +266,7 @@ def keep_clear_of_zero(tensors: dict[str, Tensor]) -> None:
 
 
 def step(samples: list[Sample], algorithm: str) -> None:
-    """Forward of all, then backward of all: what backward reads has left the cache by then, as in training."""
+    """Runs forward of all, then backward of all: by then what backward reads has left the cache, as in training."""
     with torch.set_grad_enabled(not samples[0].place.folded):
         passed = [one.forward(algorithm) for one in samples]
         if not samples[0].place.folded:
@@ -276,7 +276,7 @@ def step(samples: list[Sample], algorithm: str) -> None:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Ops are their references, and products in fp32 are in fp32."""
+    """Inside, ops are their references, and products of fp32 are not rounded to TF32."""
     before = os.environ.get("NVCNN_KERNELS")
     os.environ["NVCNN_KERNELS"] = "reference"
     try:
@@ -290,7 +290,7 @@ def exact() -> Iterator[None]:
 
 
 def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
-    """What is further from `expected` than roundings to `dtype` explain, or None."""
+    """Returns what is further from `expected` than roundings to `dtype` explain, or None."""
     allowed = TOLERANCE * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float16).eps)
     for name, right in expected.items():
         off = (results[name].float() - right).norm() / right.norm().clamp(min=torch.finfo(torch.float32).tiny)
@@ -300,7 +300,7 @@ def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
 
 
 def reason(error: Exception) -> str:
-    """One line: PyTorch has advice in others, and Triton's compiler says where before it says why."""
+    """Returns the error in one line: PyTorch adds advice in others, and Triton's compiler says where before why."""
     text = str(error)
     if isinstance(error, CompilationError):
         text = error.error_message or str(error.__cause__ or text)
@@ -308,7 +308,7 @@ def reason(error: Exception) -> str:
 
 
 def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> Times:
-    """Microseconds of each candidate; without those that fail or are wrong, which is said.
+    """Returns microseconds of each candidate. One that fails or is wrong is left out, and a line says why.
 
     Raises RuntimeError if that is all of them, or if one has broken the device for this process.
     """
@@ -339,7 +339,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
 
 
 def lost(device: torch.device) -> bool:
-    """Whether nothing runs any more, as after an illegal access: that is known once the device is waited for."""
+    """Returns whether nothing runs any more, as after an illegal access, which shows once the device is waited for."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
@@ -349,7 +349,7 @@ def lost(device: torch.device) -> bool:
 
 
 def machine() -> str:
-    """What measurements are valid for."""
+    """Returns what measurements are valid for: GPU, versions, sources."""
     source = sha256()
     for file in sources():
         source.update(file.read_bytes())
@@ -359,8 +359,10 @@ def machine() -> str:
 
 
 def sources() -> list[Path]:
-    """The files that measurements depend on: the blocks and layers, the modules of the ops that they use, what those
-    import of `kernels`, and the GPU's table of launch configurations.
+    """Returns the files that measurements depend on.
+
+    These are the blocks and layers, the modules of the ops that they use, what those import of `kernels`, and the GPU's
+    table of launch configurations.
     """
     folder, found = Path(kernels.__file__).parent, set()
     waiting = [Path(getfile(conv_bn)), Path(getfile(Conv2d))]
@@ -389,7 +391,7 @@ def cache_file() -> Path:
 
 
 def read_cache(say: Callable[[str], None]) -> Measurements:
-    """Empty if there is none; a file that is not one is said to be discarded."""
+    """Returns the cache, empty if there is none. A file that is no cache is discarded, and a line says so."""
     file = cache_file()
     try:
         found = json.loads(file.read_text())
@@ -405,7 +407,7 @@ def read_cache(say: Callable[[str], None]) -> Measurements:
 
 
 def write_cache(measurements: Measurements, say: Callable[[str], None]) -> None:
-    """Whole or not at all; a directory that cannot be written to is said, and the run goes on."""
+    """Writes the cache whole or not at all. Where it cannot be written a line says so, and the run goes on."""
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -436,7 +438,7 @@ def choose(
     stored: dict[str, str] | None,
     say: Callable[[str], None] = print,
 ) -> Choices:
-    """The algorithm of each convolution, the same on every rank. `stored`: rank 0's, of the checkpoint it goes on from.
+    """Returns each convolution's algorithm, the same on every rank. `stored`: rank 0's, from the resumed checkpoint.
 
     Raises InputError for an algorithm that cannot run on the device.
     """
@@ -456,7 +458,7 @@ def choose(
 
 
 def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[[str], None]) -> Choices:
-    """By measurement, of what the cache does not know."""
+    """Returns the fastest algorithms, measuring the places that the cache does not know."""
     measurements, here, start = read_cache(say), machine(), time.monotonic()
     known = measurements.setdefault(here, {})
     missing = [place for place in dict.fromkeys(convolutions.values()) if str(place) not in known]

@@ -21,7 +21,7 @@ def compute_dtype(fp16: bool, bf16: bool) -> torch.dtype:
 
 
 def use_device(transport: Transport) -> tuple[torch.device, int]:
-    """This rank's device, made current, and how many threads its input may use; sets PyTorch's own threads.
+    """Returns this rank's device, made current, and how many threads its input may use. Sets PyTorch's own threads.
 
     Raises InputError when two ranks would share a GPU.
     """
@@ -45,7 +45,7 @@ def use_device(transport: Transport) -> tuple[torch.device, int]:
 
 
 def chosen_kernels() -> str:
-    """Which implementation computes here, "triton" or "reference". Raises InputError if that cannot run."""
+    """Returns which implementation computes here, "triton" or "reference". Raises InputError if it cannot run."""
     try:
         return "triton" if runs_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "reference"
     except ValueError as error:

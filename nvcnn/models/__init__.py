@@ -28,7 +28,7 @@ class Model:
     pads_images: bool = True
 
     def channels(self, device: torch.device) -> int:
-        """Of the images on that device."""
+        """Returns how many channels images have on that device."""
         return 4 if self.pads_images and device.type != "cpu" else 3
 
 
@@ -57,7 +57,7 @@ MODELS: dict[str, Model] = {
 
 
 def find_model(name: str, resnet_v1: bool = False) -> Model:
-    """Raises InputError for an unknown name, and for `resnet_v1` on a model without bottlenecks."""
+    """Returns the model of that name. Raises InputError for an unknown one, and for `resnet_v1` without bottlenecks."""
     if name not in MODELS:
         raise InputError(f"--model={name}: unknown, choose one of {', '.join(MODELS)}")
     if resnet_v1 and not MODELS[name].has_v1:
@@ -67,7 +67,7 @@ def find_model(name: str, resnet_v1: bool = False) -> Model:
 
 
 def build_model(name: str, *, num_classes: int, resnet_v1: bool = False, seed: int) -> nn.Module:
-    """The model in fp32, on the CPU, in training mode: (N, 3, H, W) -> (N, num_classes).
+    """Returns the model in fp32, on the CPU, in training mode: (N, 3, H, W) -> (N, num_classes).
 
     One seed, one set of weights, whatever was drawn before. Raises InputError as `find_model`.
     """

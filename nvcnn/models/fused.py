@@ -280,7 +280,7 @@ def masked_with_sums(
     b: Tensor | None,
     b_norm: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The epilogue of `kernels.convolution_data_gradient` as passes of their own, on a dx that may be overwritten."""
+    """Returns what the epilogue of `kernels.convolution_data_gradient` would; overwrites dx."""
     sums = b_sums = None
     dx = dx if skip is None else dx.add_(skip)
     if x is not None and x_norm is not None:

@@ -45,7 +45,7 @@ class Conv2d(nn.Conv2d):
         return AddBias.apply(self._conv_forward(x, weight, None), self.bias)
 
     def weight_for(self, x: Tensor) -> Tensor:
-        """The weight, with zeros for the channels that pad images of three."""
+        """Returns the weight, with zeros for the channels that pad images of three."""
         if self.in_channels != 3 or x.shape[1] not in (4, 8):
             return self.weight
         return F.pad(self.weight, (0, 0, 0, 0, 0, x.shape[1] - 3))
@@ -97,12 +97,12 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def flatten(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H * W * C), a view where x is channels-last."""
+    """Returns x, (N, C, H, W), as (N, H * W * C): a view where it is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1)
 
 
 def check_size(model: str, x: Tensor, size: int) -> None:
-    """InputError unless x is (N, 3, size, size): for models whose first Linear fixes the size of the image."""
+    """Raises InputError unless x is (N, 3, size, size), for models whose first Linear fixes the size of images."""
     if x.shape[1:] != (3, size, size):
         raise InputError(f"--model={model} takes images of 3 x {size} x {size} (C x H x W), got {tuple(x.shape[1:])}")
 

@@ -67,14 +67,14 @@ class Bottleneck(nn.Module):
 
 
 def downsample(c_in: int, c_out: int, stride: int) -> nn.Module:
-    """What a skip connection passes through: nothing where the shape stays, else a 1x1 convolution and BatchNorm."""
+    """Returns what a skip connection passes through: nothing, or where the shape changes a 1x1 convolution and BatchNorm."""
     if stride == 1 and c_in == c_out:
         return nn.Identity()
     return nn.Sequential(conv(c_in, c_out, 1, stride), BatchNorm2d(c_out))
 
 
 def skip(x: Tensor | PendingAdd, downsample: nn.Module) -> Tensor | Unnormalized | PendingConv:
-    """What a skip connection brings to the join."""
+    """Returns what the skip connection adds."""
     if isinstance(downsample, nn.Identity):
         return activation(x)
     convolution, bn = downsample.children()
