@@ -67,7 +67,7 @@ class Bottleneck(nn.Module):
 
 
 def downsample(c_in: int, c_out: int, stride: int) -> nn.Module:
-    """Returns what a skip connection passes through: nothing, or where the shape changes a 1x1 convolution and BatchNorm."""
+    """Returns what a skip connection passes through: nothing, or where the shape changes a 1x1 with BatchNorm."""
     if stride == 1 and c_in == c_out:
         return nn.Identity()
     return nn.Sequential(conv(c_in, c_out, 1, stride), BatchNorm2d(c_out))

@@ -11,9 +11,9 @@ from kernels import (
     batch_norm_data_gradient,
     batch_norm_gradient_sums,
     batch_norm_statistics,
-    folded,
     norm_from_sums,
     norm_gradient,
+    norm_of,
 )
 from kernels.batch_norm import backward_reference
 from kernels.checks import single_or_double
@@ -50,7 +50,7 @@ class Case:
             if running is None:
                 norm = batch_norm_statistics(self.x, leaves["gamma"], leaves["beta"], mean, var, EPS)
             else:
-                norm = folded(*running, leaves["gamma"], leaves["beta"], EPS)
+                norm = norm_of(*running, leaves["gamma"], leaves["beta"], EPS)
         y = batch_norm(
             leaves["x"], leaves["gamma"], leaves["beta"], norm, leaves.get("residual"), self.relu, running is None
         )
@@ -319,7 +319,9 @@ def test_gradcheck(device, monkeypatch, joins, relu, batch):
     def normalised(x, gamma, beta, residual):
         scratch = torch.empty_like(gamma), torch.empty_like(gamma)
         with torch.no_grad():
-            norm = batch_norm_statistics(x, gamma, beta, *scratch, EPS) if batch else folded(*running, gamma, beta, EPS)
+            norm = (
+                batch_norm_statistics(x, gamma, beta, *scratch, EPS) if batch else norm_of(*running, gamma, beta, EPS)
+            )
         return batch_norm(x, gamma, beta, norm, residual, relu, batch)
 
     leaves = [case.x, case.gamma.double(), case.beta.double(), case.residual]
