@@ -2,10 +2,10 @@
 
 from nvcnn.data.backend import choose_backend, open_evaluation, open_training
 from nvcnn.data.batch import Batch, prepare_input
+from nvcnn.data.dali import EvaluationData, TrainingData
 from nvcnn.data.dataset import Dataset, find_dataset
-from nvcnn.data.pipeline import EvaluationData, TrainingData
+from nvcnn.data.pillow_workers import WorkerEvaluationData, WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
-from nvcnn.data.workers import WorkerEvaluationData, WorkerTrainingData
 
 __all__ = [
     "Batch",

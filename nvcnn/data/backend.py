@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from nvcnn.data.dali import EvaluationData, TrainingData
 from nvcnn.data.dataset import Dataset
-from nvcnn.data.pipeline import EvaluationData, TrainingData
-from nvcnn.data.workers import WorkerEvaluationData, WorkerTrainingData
+from nvcnn.data.pillow_workers import WorkerEvaluationData, WorkerTrainingData
 from nvcnn.errors import InputError
 
 

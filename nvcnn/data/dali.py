@@ -16,8 +16,8 @@ import torch
 
 from nvcnn.data.batch import Batch
 from nvcnn.data.dataset import Dataset
+from nvcnn.data.epochs import check_position, derived_seed, share
 from nvcnn.data.pillow import MAX_PIXELS, REPLACE, undecodable
-from nvcnn.data.position import check_position, derived_seed, share
 from nvcnn.data.resize import BatchResizer
 from nvcnn.data.scan import first_undecodable
 from nvcnn.data.source import Source

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from nvcnn.data import pillow
 from nvcnn.data.batch import Batch
 from nvcnn.data.dataset import Dataset
+from nvcnn.data.epochs import check_position, derived_seed, share
 from nvcnn.data.pillow import REPLACE, undecodable
-from nvcnn.data.position import check_position, derived_seed, share
 from nvcnn.data.resize import resize
 from nvcnn.errors import InputError
 
