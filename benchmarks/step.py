@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks import peers, report, timing
 from nvcnn.cuda_graph import why_not
-from nvcnn.data import SyntheticData
+from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import connect
 from nvcnn.kernel_choices import choose, places, use
 from nvcnn.larc import MOMENTUM, WEIGHT_DECAY

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import configurations, geometry
 from kernels.operators import hash_callees_first, operators
-from nvcnn.data import Batch
+from nvcnn.data.batch import Batch
 from nvcnn.distributed import Launch as Launched
 from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import choose, places, use

@@ -30,7 +30,7 @@ def check_data(
     if what == "none" and not skip_bad_images:
         return dataset, []
     require_pillow()
-    images = dataset.images(split)
+    images = dataset.count(split)
     mine = range(images)[transport.rank :: transport.size]
     start = time.monotonic()
     found = search(dataset, split, mine, what == "images" or skip_bad_images, processes, quiet=transport.rank != 0)

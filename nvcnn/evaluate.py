@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from nvcnn import checkpoint
 from nvcnn.arena import misfit
 from nvcnn.check_data import check_data
-from nvcnn.data import Batch, choose_backend, find_dataset, open_evaluation, prepare_input
+from nvcnn.data.backend import choose_backend, open_evaluation
+from nvcnn.data.batch import Batch, prepare_input
+from nvcnn.data.dataset import find_dataset
 from nvcnn.distributed import Transport, connect
 from nvcnn.errors import InputError
 from nvcnn.kernel_choices import choose, places, use

@@ -35,7 +35,7 @@ class Plan:
 def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
     """Raises InputError when the data set is smaller than a total batch, and for --cuda_graph=on where it cannot be."""
     total_batch = settings.batch_size * ranks
-    images = dataset.images("train") if dataset else settings.num_batches * total_batch
+    images = dataset.count("train") if dataset else settings.num_batches * total_batch
     if images < total_batch:
         raise InputError(
             f"--data_dir={settings.data_dir}: {images} training images are fewer than one total batch of {total_batch} "

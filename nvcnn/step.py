@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import kernels
 from nvcnn.arena import Arena, gradient_order
 from nvcnn.cuda_graph import Snapshot, capture
-from nvcnn.data import Batch, prepare_input
+from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.distributed import Transport
 from nvcnn.gradients import Gradients
 from nvcnn.larc import Larc

@@ -12,15 +12,11 @@ import torch
 
 from nvcnn import checkpoint
 from nvcnn.check_data import check_data
-from nvcnn.data import (
-    SyntheticData,
-    TrainingData,
-    WorkerTrainingData,
-    choose_backend,
-    find_dataset,
-    open_training,
-)
-from nvcnn.data.dataset import Dataset
+from nvcnn.data.backend import choose_backend, open_training
+from nvcnn.data.dali import TrainingData
+from nvcnn.data.dataset import Dataset, find_dataset
+from nvcnn.data.pillow_workers import WorkerTrainingData
+from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect, launched
 from nvcnn.evaluate import Evaluation, evaluate
 from nvcnn.kernel_choices import choose, places, use

@@ -17,6 +17,7 @@ import torch
 from nvcnn.data.batch import Batch
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.epochs import check_position, derived_seed, share
+from nvcnn.data.options import EvaluationOptions, ReaderOptions, TrainingOptions
 from nvcnn.data.pillow import MAX_PIXELS, REPLACE, undecodable
 from nvcnn.data.resize import BatchResizer
 from nvcnn.data.scan import first_undecodable
@@ -25,43 +26,41 @@ from nvcnn.errors import InputError
 
 
 class Pipeline:
-    """The reader of a split's source -> `pixels(dali, encoded image)`, label, a bit that is 1 with probability `flips`.
+    """Reads a split's samples. Outputs `pixels(dali, encoded image)`, a bit that is 1 with probability `flips`, label.
 
-    order: which sample comes when, of `Source.reader`. resize_to: of images that `pixels` leaves as large as they are.
+    order: which sample comes when, as in `Source.reader`. resize_here: PyTorch resizes what `pixels` returns.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         split: str,
+        options: ReaderOptions,
         pixels: Callable[[Any, Any], Any],
         *,
-        batch_size: int,
-        device: torch.device,
-        threads: int,
         flips: float,
         seed: tuple[int | str, ...],
         order: dict[str, Any],
         checkpoint: bytes | None = None,
-        resize_to: int | None = None,
+        resize_here: bool = False,
         **reader: Any,
     ) -> None:
         try:
             import nvidia.dali as dali
         except ImportError as error:
             raise InputError(
-                f"--data_dir needs NVIDIA DALI ({error}): pip install nvcnn[dali]; or --data_backend=torch, slower, "
-                "which needs Pillow alone"
+                f"--data_dir needs NVIDIA DALI ({error}): pip install nvcnn[dali]; or --data_backend=torch, which is "
+                "slower and needs only Pillow"
             ) from None
         self.dataset = dataset
         self.split = split
         self.source = dataset.source(split)
-        self.device = device
-        self.resize = BatchResizer(resize_to, threads) if resize_to else None
+        self.device = device = options.device
+        self.resize = BatchResizer(options.image_size, options.threads) if resize_here else None
         on_gpu = device.type == "cuda"
         self.pipeline = dali.Pipeline(
-            batch_size=batch_size,
-            num_threads=threads,
+            batch_size=options.batch_size,
+            num_threads=options.threads,
             device_id=(torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None,
             seed=derived_seed(*seed, "pipeline"),
             enable_checkpointing=True,
@@ -71,7 +70,7 @@ class Pipeline:
             encoded, labels = self.source.reader(
                 dali,
                 order,
-                tensor_init_bytes=4096,  # of each image in the shuffle buffer; it grows where it has to
+                tensor_init_bytes=4096,  # for each image in the shuffle buffer; it grows where it has to
                 **reader,
             )
             info = dali.fn.get_property(encoded, key="source_info", device="cpu")
@@ -84,7 +83,7 @@ class Pipeline:
             self.pipeline.build()
 
     def run(self) -> Batch:
-        """The next batch. Raises InputError for a label outside the classes or an image that cannot be decoded."""
+        """Returns the next batch. Raises InputError for a label outside the classes or an undecodable image."""
         # Bound to this stream, outputs need no synchronisation; DALI reuses a buffer only when its tensor is freed.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         with self.naming_the_input():
@@ -125,7 +124,7 @@ class Pipeline:
 
 
 def unreadable(what: str, source: Source, directory: Path) -> str:
-    """What DALI's reader says, with the file and the record it says it of in front."""
+    """Returns what DALI's reader says, with the file and the record that it means in front."""
     reason, again = re.sub(r"^Assert on .*? failed: ", "", what), "copy or make the data set again"
     if record := re.search(r"[^:]*: (.* at index \d+)", reason):
         return f"{source.place(record[1])} cannot be read ({reason}): {again}"
@@ -137,7 +136,7 @@ def unreadable(what: str, source: Source, directory: Path) -> str:
 
 
 def without_bombs(dali: Any, encoded: Any) -> Any:
-    """Of an image with too many pixels no bytes, which cannot be decoded: the run ends before the memory does."""
+    """Returns the images, but those with too many pixels without bytes: decoding fails before memory runs out."""
     types = dali.types
     shape = dali.fn.peek_image_shape(encoded, dtype=types.INT64)
     fits = shape[0] * shape[1] <= MAX_PIXELS
@@ -146,67 +145,55 @@ def without_bombs(dali: Any, encoded: Any) -> Any:
 
 
 class TrainingData:
-    """Batches of the split "train", for ever: shuffled, randomly cropped, resized; the mirroring is left to the caller.
+    """Endless batches of the split "train": shuffled, randomly cropped, resized. Mirroring is left to the caller.
 
     An epoch is `steps_per_epoch` = images // (batch_size * ranks) full batches on every rank, in which no image comes
-    twice; the few left over differ from epoch to epoch.
+    twice. The few images left over are others in each epoch.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        *,
-        batch_size: int,
-        image_size: int,
-        crop_area: tuple[float, float],
-        crop_aspect: tuple[float, float],
-        seed: int,
-        rank: int,
-        ranks: int,
-        device: torch.device,
-        threads: int,
-        decode_on_gpu: bool = False,
+        options: TrainingOptions,
         state: dict[str, Any] | None = None,
+        *,
+        decode_on_gpu: bool = False,
     ) -> None:
-        """`state`: of `state_dict()`, to go on with the very next batch.
-
-        crop_area, crop_aspect: ranges of the crop's share of the image's area and of its width / height.
-        """
-        self.images = dataset.images("train")
-        self.steps_per_epoch = check_position(dataset, batch_size, ranks, state, "dali")
+        """state: what `state_dict()` returned, to go on with the very next batch."""
+        self.images = dataset.count("train")
+        self.steps_per_epoch = check_position(dataset, options, state, "dali")
         # The reader pads each rank's share to the largest and then to full batches; what is padded is dropped here.
-        largest = math.ceil(self.images / ranks)
-        self.padded_steps = math.ceil(largest / batch_size)
+        self.padded_steps = math.ceil(math.ceil(self.images / options.ranks) / options.batch_size)
         self.epoch: int = state["epoch"] if state else 0
         self.batch: int = state["batch"] if state else 0
+        on_gpu = options.device.type == "cuda"
+        size = (options.image_size, options.image_size)
 
         def pixels(dali: Any, encoded: Any) -> Any:
             cropped = dali.fn.decoders.image_random_crop(
                 encoded,
-                random_area=list(crop_area),
-                random_aspect_ratio=list(crop_aspect),
-                seed=derived_seed(seed, rank, "crop"),
+                random_area=list(options.crop_area),
+                random_aspect_ratio=list(options.crop_aspect),
+                seed=derived_seed(options.seed, options.rank, "crop"),
                 device="mixed" if decode_on_gpu else "cpu",
             )
-            # For a GPU, the GPU resizes, whoever decodes: DALI's resize on a CPU takes nearly as long as decoding.
-            return dali.fn.resize(cropped.gpu(), size=(image_size, image_size)) if device.type == "cuda" else cropped
+            # A GPU resizes, whoever decodes: DALI's resize on a CPU takes nearly as long as decoding.
+            return dali.fn.resize(cropped.gpu(), size=size) if on_gpu else cropped
 
         self.pipeline = Pipeline(
             dataset,
             "train",
+            options,
             pixels,
-            batch_size=batch_size,
-            device=device,
-            threads=threads,
             flips=0.5,
-            seed=(seed, rank),
+            seed=(options.seed, options.rank),
             checkpoint=bytes(state["reader"].tolist()) if state else None,
-            resize_to=image_size if device.type == "cpu" else None,
-            shard_id=rank,
-            num_shards=ranks,
+            resize_here=not on_gpu,
+            shard_id=options.rank,
+            num_shards=options.ranks,
             pad_last_batch=True,
             # The same seed on all ranks: they share one order.
-            order={"shuffle_after_epoch": True, "shuffle_after_epoch_seed": derived_seed(seed, "order")},
+            order={"shuffle_after_epoch": True, "shuffle_after_epoch_seed": derived_seed(options.seed, "order")},
         )
 
     def __iter__(self) -> "TrainingData":
@@ -222,7 +209,7 @@ class TrainingData:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out, the `batch`-th of epoch `epoch`, and the reader's own state."""
+        """Returns the position after the last batch handed out, and the reader's own state."""
         reader = torch.frombuffer(bytearray(self.pipeline.pipeline.checkpoint()), dtype=torch.uint8)
         return {"backend": "dali", "images": self.images, "epoch": self.epoch, "batch": self.batch, "reader": reader}
 
@@ -232,35 +219,23 @@ class TrainingData:
 
 
 class EvaluationData:
-    """Each image of this rank's share of the split "validation" once, in order; the last batch may be short.
+    """Each image of this rank's share of the split "validation" once, in order. The last batch may be short.
 
     Over all ranks each image comes exactly once. Images are cropped to the middle `crop` of height and width.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        image_size: int,
-        crop: float,
-        rank: int,
-        ranks: int,
-        device: torch.device,
-        threads: int,
-        decode_on_gpu: bool = False,
-    ) -> None:
-        images = dataset.images("validation")
-        self.images = len(share(images, rank, ranks))
-        self.batch_size = batch_size
-        shards = min(ranks, images)  # DALI refuses more shards than images
-        margin = (1 - crop) / 2
+    def __init__(self, dataset: Dataset, options: EvaluationOptions, *, decode_on_gpu: bool = False) -> None:
+        images, rank = dataset.count("validation"), options.rank
+        self.images = len(share(images, rank, options.ranks))
+        self.batch_size = options.batch_size
+        shards = min(options.ranks, images)  # DALI refuses more shards than images
+        margin = (1 - options.crop) / 2
 
         def pixels(dali: Any, encoded: Any) -> Any:
             decoded = dali.fn.decoders.image(encoded, device="mixed" if decode_on_gpu else "cpu")
             return dali.fn.resize(
-                decoded.gpu() if device.type == "cuda" else decoded,
-                size=(image_size, image_size),
+                decoded.gpu() if options.device.type == "cuda" else decoded,
+                size=(options.image_size, options.image_size),
                 roi_start=(margin, margin),
                 roi_end=(1 - margin, 1 - margin),
                 roi_relative=True,
@@ -269,13 +244,11 @@ class EvaluationData:
         self.open = lambda: Pipeline(
             dataset,
             "validation",
+            options,
             pixels,
-            batch_size=batch_size,
-            device=device,
-            threads=threads,
             flips=0.0,
             seed=(0,),
-            shard_id=shards * rank // ranks,
+            shard_id=shards * rank // options.ranks,
             num_shards=shards,
             order={"stick_to_shard": True},
         )
@@ -286,5 +259,5 @@ class EvaluationData:
         pipeline = self.open()
         for start in range(0, self.images, self.batch_size):
             images, labels, flip = pipeline.run()
-            rest = self.images - start  # what follows the last image is the first ones again
+            rest = self.images - start  # after the last image the reader begins again
             yield Batch(images[:rest], labels[:rest], flip[:rest])

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from nvcnn.data.class_folders import find_classes, open_class_folders, split_folder
-from nvcnn.data.manifest import UNFINISHED
-from nvcnn.data.records import Records, open_records
+from nvcnn.data.records import Records
 from nvcnn.data.source import Source
-from nvcnn.data.tars import Tars, open_tars
+from nvcnn.data.tars import Tars
 from nvcnn.errors import InputError
+
+UNFINISHED = ".unfinished"  # a directory that is there while prepare.py has not finished
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,8 @@ class Dataset:
             self.opened[split] = self.open(split)
         return self.opened[split]
 
-    def shards(self, split: str) -> list[Path]:
-        """The files that hold many samples each; none in class folders."""
-        source = self.source(split)
-        return source.shards if isinstance(source, Records | Tars) else []
-
-    def images(self, split: str) -> int:
-        """Samples of a split."""
+    def count(self, split: str) -> int:
+        """Returns the number of images of a split."""
         return len(self.source(split))
 
     def without(self, split: str, left_out: Collection[int]) -> "Dataset":
@@ -88,7 +84,7 @@ def find_dataset(
             declared |= own
             open_split = partial(open_class_folders, directory, classes=classes)
         else:
-            open_split = partial(open_tars if kind == "tars" else open_records, directory, lenient=lenient)
+            open_split = partial((Tars if kind == "tars" else Records).open, directory, lenient=lenient)
         for name, value in (("num_classes", num_classes), ("label_base", label_base)):
             if value is not None and value != declared.get(name, value):
                 where = " has" if kind == "class folders" else "/dataset.json says"
@@ -102,8 +98,8 @@ def find_dataset(
             open_split,
         )
         source = dataset.source(split)
-        if not lenient and kind != "class folders":
-            check_first_labels(dataset, split)
+        for i in () if lenient else source.firsts():  # a wrong range of labels is found before training starts
+            dataset.zero_based(source.read(i)[1], source.name(i))
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
     images, promised = len(source), declared.get("images", {}).get(split)
@@ -146,15 +142,6 @@ def find_kind(directory: Path) -> str:
             f"prepare the data set, or correct the path{hint}"
         )
     return next(iter(found))
-
-
-def check_first_labels(dataset: Dataset, split: str) -> None:
-    """Finds wrong label ranges before training starts: of each file, the first label."""
-    source = dataset.source(split)
-    assert isinstance(source, Records | Tars)
-    for i in source.firsts():
-        _, label = source.read(i)
-        dataset.zero_based(label, source.name(i))
 
 
 def read_dataset_json(path: Path) -> dict:

@@ -1,14 +1,14 @@
-"""Records to uint8 batches by Pillow, in worker processes of torch.utils.data.DataLoader.
+"""Samples to uint8 batches on the training device, by Pillow in worker processes of torch.utils.data.DataLoader.
 
-For machines without a build of DALI. Same samples, crops of the same distribution, epochs of the same rule. What a
-sample looks like in an epoch depends on the seed, the epoch and its number alone, so batches are the same for any
-number of workers, and a resumed run's are those of an undisturbed one.
+This is for machines without a build of DALI: the same samples, crops of the same distribution, epochs by the same rule.
+What a sample looks like in an epoch depends only on the seed, the epoch and its number. So batches are the same for any
+number of workers, and those of a resumed run are those of an undisturbed one.
 """
 
 import atexit
 import random
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 
 from nvcnn.data import pillow
 from nvcnn.data.batch import Batch
+from nvcnn.data.crops import middle, pixels, random_crop
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.epochs import check_position, derived_seed, share
+from nvcnn.data.options import EvaluationOptions, ReaderOptions, TrainingOptions
 from nvcnn.data.pillow import REPLACE, undecodable
 from nvcnn.data.resize import resize
 from nvcnn.errors import InputError
@@ -28,38 +30,40 @@ QUEUED = 2  # batches a worker has ready
 
 
 def ignore_signals(_: int) -> None:
-    """A signal to stop reaches the whole group; the workers go on until the rank has saved and ends them."""
+    """Lets a worker go on after a signal to stop, which reaches the whole group: the rank saves and then ends it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Samples:
-    """What a worker does: the batch of a list of keys, or the message of the InputError that a sample of it raises."""
+    """What a worker does: it makes the batch of a list of keys, or the message why a sample of it cannot be used."""
 
-    def __init__(self, dataset: Dataset, split: str, image_size: int, **how: Any):
-        self.dataset, self.source, self.image_size = dataset, dataset.source(split), image_size
-        self.how = how  # seed, crop_area, crop_aspect of training, or crop of evaluation
+    def __init__(self, dataset: Dataset, split: str, options: ReaderOptions):
+        pillow.require_pillow()
+        self.dataset, self.source, self.options = dataset, dataset.source(split), options
 
     def __len__(self) -> int:
         return len(self.source)
 
     def sample(self, epoch: int, i: int) -> tuple[Tensor, int, bool]:
+        """Returns image, label and whether to mirror the image."""
         data, label = self.source.read(i)
-        number = self.dataset.zero_based(label, self.source.name(i))
+        number, options = self.dataset.zero_based(label, self.source.name(i)), self.options
         try:
             image = pillow.decode(data)
         except ValueError as error:
             raise InputError(undecodable(self.source.name(i), str(error)) + REPLACE) from None
-        if "crop" in self.how:
-            return pillow.middle(image, self.image_size, self.how["crop"]), number, False
-        generator = random.Random(derived_seed(self.how["seed"], "crop", epoch, i))
-        box = pillow.random_crop(*image.size, self.how["crop_area"], self.how["crop_aspect"], generator)
-        out = torch.empty(self.image_size, self.image_size, 3, dtype=torch.uint8)
-        resize(pillow.pixels(image.crop(box)), out)
+        if isinstance(options, EvaluationOptions):
+            return middle(image, options.image_size, options.crop), number, False
+        assert isinstance(options, TrainingOptions)
+        generator = random.Random(derived_seed(options.seed, "crop", epoch, i))
+        box = random_crop(*image.size, options.crop_area, options.crop_aspect, generator)
+        out = torch.empty(options.image_size, options.image_size, 3, dtype=torch.uint8)
+        resize(pixels(image.crop(box)), out)
         return out, number, generator.random() < 0.5
 
     def __getitems__(self, keys: list[Key]) -> Batch | str:
-        pillow.require_pillow()
+        pillow.require_pillow()  # a worker of its own
         try:
             images, labels, flips = zip(*(self.sample(*key) for key in keys), strict=True)
         except InputError as error:
@@ -67,12 +71,13 @@ class Samples:
         return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(flips))
 
 
-def loaded(samples: Samples, keys: Any, workers: int, device: torch.device) -> Generator[Batch]:
-    """The batches of lists of keys, in that order, on `device`. Raises InputError for the first that has none."""
+def loaded(samples: Samples, keys: Iterable[list[Key]]) -> Generator[Batch]:
+    """Yields the batches of lists of keys, in that order. Raises InputError for the first that cannot be made."""
+    device = samples.options.device
     loader: DataLoader = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=keys,
-        num_workers=workers,
+        num_workers=samples.options.threads,
         multiprocessing_context="fork",  # to share the table of samples; from Python 3.14 on not the default
         collate_fn=lambda batch: batch,
         persistent_workers=True,
@@ -87,13 +92,13 @@ def loaded(samples: Samples, keys: Any, workers: int, device: torch.device) -> G
 
 
 class Loader:
-    """`loaded`, whose workers end when this is closed, dropped, or the program ends.
+    """Iterates over `loaded`, whose workers end when this is closed or dropped, or when the program ends.
 
-    At its end a program would ask them to end by a signal that they ignore, and wait for them.
+    Otherwise the program would end them by a signal that they ignore, and wait for them.
     """
 
-    def __init__(self, *what: Any):
-        self.batches = loaded(*what)
+    def __init__(self, samples: Samples, keys: Iterable[list[Key]]):
+        self.batches = loaded(samples, keys)
         atexit.register(self.batches.close)
 
     def __iter__(self) -> "Loader":
@@ -110,52 +115,36 @@ class Loader:
 
 
 class Order:
-    """For ever the lists of keys of this rank's batches, from a position on.
+    """Yields without end the lists of keys of this rank's batches, from a position on.
 
     Batch b of all ranks together is the same piece of the epoch's permutation for any number of ranks.
     """
 
-    def __init__(self, images: int, steps: int, batch_size: int, rank: int, ranks: int, seed: int, start: Key):
-        self.images, self.steps, self.batch_size, self.rank, self.ranks = images, steps, batch_size, rank, ranks
-        self.seed, self.start = seed, start
+    def __init__(self, images: int, steps: int, options: TrainingOptions, start: Key):
+        self.images, self.steps, self.options, self.start = images, steps, options, start
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, batch = self.start
+        (epoch, batch), options = self.start, self.options
         while True:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
+            generator = torch.Generator().manual_seed(derived_seed(options.seed, "order", epoch))
             order = torch.randperm(self.images, generator=generator)
             for b in range(batch, self.steps):
-                first = (b * self.ranks + self.rank) * self.batch_size
-                yield [(epoch, i) for i in order[first : first + self.batch_size].tolist()]
+                first = (b * options.ranks + options.rank) * options.batch_size
+                yield [(epoch, i) for i in order[first : first + options.batch_size].tolist()]
             epoch, batch = epoch + 1, 0
 
 
 class WorkerTrainingData:
-    """TrainingData's interface and contract."""
+    """Has the interface and keeps the contract of `dali.TrainingData`."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        image_size: int,
-        crop_area: tuple[float, float],
-        crop_aspect: tuple[float, float],
-        seed: int,
-        rank: int,
-        ranks: int,
-        device: torch.device,
-        threads: int,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        pillow.require_pillow()
-        self.images = dataset.images("train")
-        self.steps_per_epoch = check_position(dataset, batch_size, ranks, state, "torch")
+    def __init__(self, dataset: Dataset, options: TrainingOptions, state: dict[str, Any] | None = None) -> None:
+        samples = Samples(dataset, "train", options)
+        self.images = len(samples)
+        self.steps_per_epoch = check_position(dataset, options, state, "torch")
         self.epoch: int = state["epoch"] if state else 0
         self.batch: int = state["batch"] if state else 0
-        order = Order(self.images, self.steps_per_epoch, batch_size, rank, ranks, seed, (self.epoch, self.batch))
-        samples = Samples(dataset, "train", image_size, seed=seed, crop_area=crop_area, crop_aspect=crop_aspect)
-        self.loader = Loader(samples, order, threads, device)
+        order = Order(self.images, self.steps_per_epoch, options, (self.epoch, self.batch))
+        self.loader = Loader(samples, order)
 
     def __iter__(self) -> "WorkerTrainingData":
         return self
@@ -176,26 +165,14 @@ class WorkerTrainingData:
 
 
 class WorkerEvaluationData:
-    """EvaluationData's interface and contract."""
+    """Has the interface and keeps the contract of `dali.EvaluationData`."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        image_size: int,
-        crop: float,
-        rank: int,
-        ranks: int,
-        device: torch.device,
-        threads: int,
-    ) -> None:
-        pillow.require_pillow()
-        mine = share(dataset.images("validation"), rank, ranks)
+    def __init__(self, dataset: Dataset, options: EvaluationOptions) -> None:
+        samples, size = Samples(dataset, "validation", options), options.batch_size
+        mine = share(len(samples), options.rank, options.ranks)
         self.images = len(mine)
-        samples = Samples(dataset, "validation", image_size, crop=crop)
-        batches = [[(0, i) for i in mine[at : at + batch_size]] for at in range(0, len(mine), batch_size)]
-        self.open = lambda: Loader(samples, batches, threads, device)
+        batches = [[(0, i) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
+        self.open = lambda: Loader(samples, batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.open() if self.images else iter(())

@@ -1,4 +1,4 @@
-"""Processes that share the work of this one, and how far they are."""
+"""Processes that share the work of this one."""
 
 import gc
 import os
@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from ctypes import CDLL
 from multiprocessing import get_context
 from typing import Any
-
-import torch
 
 from nvcnn.errors import InputError
 
@@ -53,29 +51,7 @@ def begin_worker(parent: int, function: Callable[..., Any] | None) -> None:
     CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    torch.set_num_threads(1)  # OpenMP's threads are not forked: a region of many would wait for them for ever
+    if "torch" in sys.modules:  # OpenMP's threads are not forked: a region of many would wait for them for ever
+        sys.modules["torch"].set_num_threads(1)
     gc.freeze()  # a collection would write to every name and place of the data set, and end the sharing of their memory
     warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error here
-
-
-@contextmanager
-def progress(images: int) -> Iterator[Callable[[int, str, list[str]], None]]:
-    """A bar with the time left on a terminal with tqdm, else a line per shard; what is wrong is printed either way.
-
-    Yields what is to be called after each shard with its number of images, its line, and what is wrong with it.
-    """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None  # type: ignore[assignment, misc]
-    if tqdm is not None and sys.stderr.isatty():
-        with tqdm(total=images, unit="image", dynamic_ncols=True) as bar:
-
-            def update(n: int, line: str, wrong: list[str]) -> None:
-                for text in wrong:
-                    bar.write(text)
-                bar.update(n)
-
-            yield update
-    else:
-        yield lambda n, line, wrong: print(*wrong, line, sep="\n", flush=True)

@@ -1,19 +1,14 @@
-"""TFRecord files of tf.train.Example, and the index files that DALI's reader wants, without TensorFlow.
+"""TFRecord files of tf.train.Example, without TensorFlow.
 
 A record is: uint64 length, uint32 masked CRC-32C of those 8 bytes, the data, uint32 masked CRC-32C of the data, all
 little-endian (tensorflow/core/lib/io/record_writer.h). The data is a protocol buffer (tensorflow/core/example):
 
     Example { Features features = 1; }     Features { map<string, Feature> feature = 1; }
     Feature { oneof: BytesList = 1, FloatList = 2, Int64List = 3 }, each a list { repeated value = 1; }
-
-An index file has one line "offset size" per record, size including the 16 bytes of framing.
 """
 
-import os
 import struct
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -172,30 +167,3 @@ def read_records(path: Path, digest: Any = None) -> Iterator[bytes]:
                 for part in (header, data, crc):
                     digest.update(part)
             yield data
-
-
-def index_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".idx")
-
-
-def index_text(records: Iterable[tuple[int, int]]) -> str:
-    return "".join(f"{offset} {size}\n" for offset, size in records)
-
-
-@contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name complete or not at all; any number of processes may write it at once."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_index(shard: Path, records: Iterable[tuple[int, int]]) -> None:
-    with atomic_writer(index_path(shard)) as file:
-        file.write(index_text(records).encode())

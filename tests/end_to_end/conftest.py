@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvcnn.data.fashion_mnist import png
 from nvcnn.data.tfrecord import encode_example
+from nvcnn.prepare.fashion_mnist import png
 from tests.records import write_shard
 
 ROOT = Path(__file__).parents[2]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nvcnn.data.fashion_mnist import png
 from nvcnn.data.tfrecord import encode_example
+from nvcnn.prepare.fashion_mnist import png
 from tests.records import write_shard
 
 

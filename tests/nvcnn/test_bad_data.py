@@ -23,8 +23,10 @@ import torch
 from PIL import Image
 
 from nvcnn.check_data import check_data, search
-from nvcnn.data import Dataset, choose_backend, find_dataset, open_training
-from nvcnn.data.tfrecord import encode_example, index_path
+from nvcnn.data.backend import choose_backend, open_training
+from nvcnn.data.dataset import Dataset, find_dataset
+from nvcnn.data.shard_source import index_path
+from nvcnn.data.tfrecord import encode_example
 from nvcnn.distributed import Launch, Transport
 from nvcnn.errors import InputError
 from tests.records import write_shard
@@ -299,7 +301,7 @@ def test_what_is_left_out_is_the_bad_alone(tmp_path, kind, backend):
     write(kind, tmp_path / "data", good | {0: b"", BAD: jpeg(BAD)[:300]}, {})
     dataset, left_out = check_data(find(kind, tmp_path / "data", lenient=True), "train", "none", True, ALONE, 1)
     assert len(left_out) == 2
-    assert dataset.images("train") == 10
+    assert dataset.count("train") == 10
     data = open_training(
         dataset,
         backend,
@@ -385,7 +387,7 @@ def test_ranks_share_the_search_and_agree(tmp_path):
             return [[(6, "of rank 0")], value, []]
 
     found, left_out = check_data(dataset, "train", "none", True, Three(Launch()), 1)
-    assert found.images("train") == 8
+    assert found.count("train") == 8
     assert left_out[1] == "of rank 0"
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.trace import META, call_of, meta_step
 from nvcnn import checkpoint, metrics
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
-from nvcnn.data import Batch, prepare_input
+from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.distributed import Launch, Torch, Transport, connect
 from nvcnn.errors import InputError
 from nvcnn.models import MODELS

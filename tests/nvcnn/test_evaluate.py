@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nvcnn.data import Batch
+from nvcnn.data.batch import Batch
 from nvcnn.distributed import Launch, Transport
 from nvcnn.errors import InputError
 from nvcnn.evaluate import Evaluation, accuracy, count_hits, lines, summed

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from nvcnn.data import find_dataset
+from nvcnn.data.dataset import find_dataset
 from nvcnn.errors import InputError
 from nvcnn.plan import dry_run, plan
 from nvcnn.settings import Settings

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nvcnn.data import Batch
+from nvcnn.data.batch import Batch
 from nvcnn.distributed import Launch, Transport
 from nvcnn.kernel_choices import places, use
 from nvcnn.models.conv_bn import activation, conv_bn

@@ -11,8 +11,6 @@ from PIL import Image
 
 from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.data.tfrecord import encode_example
-from tests.nvcnn.data.preparing import contents, run
-from tests.raw_imagenet import Raw, make, unpack
 from tests.records import write_shard
 
 IMAGES = 61  # a prime: no number of ranks or batch size divides it
@@ -122,39 +120,3 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         write_split(directory, split)
     find_dataset(directory, num_classes=IMAGES, label_base=None, split="validation")
     return find_dataset(directory, num_classes=IMAGES, label_base=None, split="train")
-
-
-# What prepare.py makes of class folders
-
-
-@pytest.fixture(scope="session")
-def raw(tmp_path_factory) -> Raw:
-    return make(tmp_path_factory.mktemp("raw"), per_class=30)
-
-
-@pytest.fixture(scope="session")
-def folders(raw, tmp_path_factory) -> tuple[Path, Path]:
-    return unpack(raw, tmp_path_factory.mktemp("folders"))
-
-
-@pytest.fixture(scope="session")
-def prepared(folders, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "out"
-    run(folders, out)
-    return out
-
-
-@pytest.fixture
-def copy(prepared, tmp_path) -> Path:
-    out = tmp_path / "copy"
-    out.mkdir()
-    for name, data in contents(prepared).items():
-        (out / name).write_bytes(data)
-    return out
-
-
-@pytest.fixture(scope="session")
-def tars(folders, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("tars") / "out"
-    run(folders, out, 2, file_format="webdataset")
-    return out

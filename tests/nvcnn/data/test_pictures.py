@@ -11,9 +11,10 @@ from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from nvcnn.data import find_dataset, open_evaluation, open_training
+from nvcnn.data.backend import open_evaluation, open_training
 from nvcnn.data.class_folders import SUFFIXES
-from nvcnn.data.pillow import random_crop
+from nvcnn.data.crops import random_crop
+from nvcnn.data.dataset import find_dataset
 
 CPU = torch.device("cpu")
 backends = pytest.mark.parametrize("backend", ["dali_cpu", "torch"])

@@ -6,12 +6,12 @@ import os
 import pytest
 from PIL import Image
 
-from nvcnn.data import folder
 from nvcnn.data.class_folders import class_names, open_class_folders
-from nvcnn.data.images import Encoding
-from nvcnn.data.prepare import prepare
 from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.errors import InputError
+from nvcnn.prepare import folder
+from nvcnn.prepare.encode import Encoding
+from nvcnn.prepare.write import write_dataset
 from tests.raw_imagenet import jpeg, photograph
 
 
@@ -32,8 +32,8 @@ def train(tmp_path):
     return tmp_path / "train"
 
 
-def plan(train, **changes):
-    return folder.plan(train, **{"encoding": Encoding()} | changes)
+def blueprint(train, **changes):
+    return folder.blueprint(train, **{"encoding": Encoding()} | changes)
 
 
 def labels_and_formats(out, split):
@@ -46,57 +46,57 @@ def labels_and_formats(out, split):
 
 
 def test_classes_in_order_of_name(train, tmp_path, capfd):
-    made = plan(train)
+    made = blueprint(train)
     assert made.class_names == ("ant", "cat")
     assert len(made.splits["train"]) == 20
     assert made.shards == {"train": 1}
     assert "1 files are left out, whose names are not those of images" in capfd.readouterr().err
-    prepare(made, tmp_path / "out")
+    write_dataset(made, tmp_path / "out")
     expected = [(name, label, form) for label, name in ((1, "ant"), (2, "cat")) for form in ["JPEG"] * 7 + ["PNG"] * 3]
     assert labels_and_formats(tmp_path / "out", "train") == expected  # BMP becomes JPEG
 
 
 def test_a_share_of_each_class(train, tmp_path):
-    made = plan(train, val_share=0.3)
+    made = blueprint(train, val_share=0.3)
     for split, n in (("train", 7), ("validation", 3)):
         assert [sum(s.label == label for s in made.splits[split]) for label in (0, 1)] == [n, n]
     names = {split: {s.name for s in samples} for split, samples in made.splits.items()}
     assert not names["train"] & names["validation"]
     assert len(names["train"] | names["validation"]) == 20
-    assert plan(train, val_share=0.3).splits == made.splits
-    assert plan(train, val_share=0.3, seed=2).splits != made.splits
+    assert blueprint(train, val_share=0.3).splits == made.splits
+    assert blueprint(train, val_share=0.3, seed=2).splits != made.splits
 
 
 def test_validation_folders_have_the_classes_of_training(train, tmp_path):
     (tmp_path / "val" / "cat").mkdir(parents=True)
     (tmp_path / "val" / "cat" / "1.jpg").write_bytes(jpeg(photograph(1, 1)))
-    assert [s.label for s in plan(train, val=tmp_path / "val").splits["validation"]] == [1]
+    assert [s.label for s in blueprint(train, val=tmp_path / "val").splits["validation"]] == [1]
     (tmp_path / "val" / "cat").rename(tmp_path / "val" / "dog")
     with pytest.raises(InputError, match=r"--val=.*class dog is not in --train="):
-        plan(train, val=tmp_path / "val")
+        blueprint(train, val=tmp_path / "val")
 
 
 def test_a_shard_for_each_128_mb(train, monkeypatch):
     monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
-    made = plan(train, val_share=0.3)
+    made = blueprint(train, val_share=0.3)
     total = sum(sample.size for sample in made.splits["train"])
     assert made.shards["train"] == -(-total // 20_000) > 1
 
 
 def test_what_is_no_data_set(train, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"--train=.*absent: No such file or directory: give a directory of class"):
-        plan(tmp_path / "absent")
+        blueprint(tmp_path / "absent")
     with pytest.raises(InputError, match=r"--train=.*more: holds no class folders"):
-        plan(train / "cat" / "more")
+        blueprint(train / "cat" / "more")
     (tmp_path / "above").mkdir()
     (tmp_path / "above" / "train").symlink_to(train)
     with pytest.raises(InputError, match=r"holds train, whose folders are the classes: give them as --train=.*/\.\.\."):
-        plan(tmp_path / "above")
+        blueprint(tmp_path / "above")
     with pytest.raises(InputError, match=r"--val_share=0\.01: leaves no image"):
-        plan(train, val_share=0.01)
+        blueprint(train, val_share=0.01)
     (train / "empty").mkdir()
     with pytest.raises(InputError, match=r"--train=.*train: empty holds no images"):
-        plan(train)
+        blueprint(train)
     (train / "empty").rmdir()
 
     def refuse(path):
@@ -105,22 +105,22 @@ def test_what_is_no_data_set(train, tmp_path, monkeypatch):
     scandir = os.scandir  # root may read everywhere
     monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if str(path).endswith("more") else scandir(path))
     with pytest.raises(InputError, match=r"more: cannot be listed \(Permission denied\)"):
-        plan(train)
+        blueprint(train)
 
 
 def test_a_link_to_nowhere_is_an_unreadable_image(train, tmp_path):
     (train / "cat" / "gone.jpg").symlink_to(tmp_path / "gone")
     with pytest.raises(InputError, match=r"1 unreadable images.*cat/gone\.jpg: cannot be read \(No such file"):
-        prepare(plan(train), tmp_path / "out")
+        write_dataset(blueprint(train), tmp_path / "out")
 
 
 def test_a_link_to_itself_is_an_unreadable_image(train, tmp_path):
     (train / "cat" / "loop.jpg").symlink_to("loop.jpg")
     with pytest.raises(InputError, match=r"1 unreadable images.*cat/loop\.jpg: cannot be read \(Too many levels"):
-        prepare(plan(train), tmp_path / "out")
+        write_dataset(blueprint(train), tmp_path / "out")
     (train / "dog").symlink_to("dog")  # in the place of a class it is none that may be passed over
     with pytest.raises(InputError, match=r"--train=.*train/dog: Too many levels of symbolic links: give a directory"):
-        plan(train)
+        blueprint(train)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_link_to_itself_is_an_unreadable_image(train, tmp_path):
 def test_a_link_to_a_folder_above(train, tmp_path, links, named):
     for link, to in links.items():
         (train / link).symlink_to(to)
-    for list_images in (lambda: plan(train), lambda: open_class_folders(tmp_path, "train", class_names(train))):
+    for list_images in (lambda: blueprint(train), lambda: open_class_folders(tmp_path, "train", class_names(train))):
         with pytest.raises(InputError, match=rf"train/{named}: links to a folder above it: remove it$"):
             list_images()
 
@@ -144,4 +144,4 @@ def test_a_link_to_a_folder_above(train, tmp_path, links, named):
 def test_two_links_to_a_folder_beside_them(train):
     for name in ("one", "two"):
         (train / "cat" / name).symlink_to("more")
-    assert len(plan(train).splits["train"]) == 20 + 2 * 5
+    assert len(blueprint(train).splits["train"]) == 20 + 2 * 5

@@ -7,10 +7,11 @@ import tarfile
 import pytest
 from PIL import Image
 
-from nvcnn.data.images import UnreadableImage
-from nvcnn.data.plan import Sample, read_sample
-from nvcnn.data.tfrecord import decode_example, index_path, read_records
-from tests.nvcnn.data.preparing import run
+from nvcnn.data.shard_source import index_path
+from nvcnn.data.tfrecord import decode_example, read_records
+from nvcnn.prepare.blueprint import Sample, read_sample
+from nvcnn.prepare.encode import UnreadableImage
+from tests.nvcnn.prepare.preparing import run
 
 
 def test_webdataset_holds_the_same_images(prepared, tars):

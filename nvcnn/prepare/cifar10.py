@@ -11,13 +11,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.images import png
-from nvcnn.data.plan import Plan, Sample
 from nvcnn.errors import InputError
+from nvcnn.prepare.blueprint import Blueprint, Sample
+from nvcnn.prepare.encode import png
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
 DIRECTORIES = ("", "cifar-10-batches-py", "cifar-10-batches-bin")
+SHARDS = (8, 2)
 SIDE = 32  # pixels
 PIXELS = 3 * SIDE * SIDE  # bytes of an image
 ARRAYS = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
@@ -84,7 +85,9 @@ def encode(sample: Sample) -> tuple[bytes, bool]:
     return png(bytes(interleaved), SIDE, SIDE, channels=3), False
 
 
-def plan(source: Path, *, shards: tuple[int, int] = (8, 2), seed: int = 1, file_format: str = "tfrecord") -> Plan:
+def blueprint(
+    source: Path, *, shards: tuple[int, int] = (8, 2), seed: int = 1, file_format: str = "tfrecord"
+) -> Blueprint:
     """Raises InputError for a `source` that is not CIFAR-10."""
     batches = read_batches(source)
     splits = {}
@@ -95,11 +98,11 @@ def plan(source: Path, *, shards: tuple[int, int] = (8, 2), seed: int = 1, file_
             if name.removesuffix(".bin") in stems
             for i, (pixels, label) in enumerate(checked_batch(source, name, batches[name]))
         ]
-    return Plan(
+    return Blueprint(
         "CIFAR-10",
         CLASS_NAMES,
         splits,
-        dict(zip(splits, shards, strict=True)),
+        dict(zip(splits, shards or SHARDS, strict=True)),
         encode,
         order=str(seed),
         file_format=file_format,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nvcnn.data.images import Encoding, UnreadableImage, png, standard
+from nvcnn.prepare.encode import Encoding, UnreadableImage, png, standard
 from tests.raw_imagenet import jpeg, photograph
 
 PHOTOGRAPH = photograph(3, 2).resize((97, 61))

@@ -7,11 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.plan import SUFFIX
-from nvcnn.data.tfrecord import atomic_writer, index_path
+from nvcnn.data.shard_source import atomic_writer, index_path
 from nvcnn.errors import InputError
+from nvcnn.prepare.blueprint import SUFFIX
 
-UNFINISHED = ".unfinished"  # directory in --out: the flags of a run, and a part of the manifest for each finished shard
 SUMMARIES = ("dataset.json", "manifest.json")
 PART = {"images", "bytes", "sha256", "encoded_anew", "bad", "source"}  # of a shard, in the manifest
 

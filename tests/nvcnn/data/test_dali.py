@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nvcnn.data import EvaluationData, TrainingData, find_dataset
+from nvcnn.data.backend import open_evaluation, open_training
+from nvcnn.data.dali import EvaluationData, TrainingData
+from nvcnn.data.dataset import find_dataset
 from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.errors import InputError
 
@@ -19,17 +21,18 @@ CPU = torch.device("cpu")
 
 def training(dataset, device, **changes) -> TrainingData:
     values = {"batch_size": 4, "image_size": 16, "crop_area": (0.3, 1.0), "crop_aspect": (0.8, 1.25), "seed": 1}
-    return TrainingData(dataset, **values | {"rank": 0, "ranks": 1, "device": device, "threads": 1} | changes)
+    values |= {"rank": 0, "ranks": 1, "device": device, "threads": 1} | changes
+    return open_training(dataset, "dali_cpu", **values)
 
 
 def evaluation(dataset, device, **changes) -> EvaluationData:
     values = {"batch_size": 7, "image_size": 28, "crop": 1.0, "rank": 0, "ranks": 1, "device": device, "threads": 1}
-    return EvaluationData(dataset, **values | changes)
+    return open_evaluation(dataset, "dali_cpu", **values | changes)
 
 
 def pictures(dataset, split) -> list[Image.Image]:
     """The images of a split, decoded by Pillow, in order of label."""
-    records = (decode_example(r) for shard in dataset.shards(split) for r in read_records(shard))
+    records = (decode_example(r) for shard in dataset.source(split).shards for r in read_records(shard))
     by_label = {r["image/class/label"][0]: r["image/encoded"][0] for r in records}
     return [Image.open(io.BytesIO(by_label[label])).convert("RGB") for label in sorted(by_label)]
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from nvcnn.data import EvaluationData, fashion_mnist, find_dataset, shards
+from nvcnn.data.backend import open_evaluation
+from nvcnn.data.dataset import find_dataset
 from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.errors import InputError
+from nvcnn.prepare import fashion_mnist, shards
 
 ROOT = Path(__file__).parents[3]
 IMAGES = {"train": 203, "t10k": 41}
@@ -58,7 +59,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_writes_every_image_once_with_its_features(tmp_path, source, device):
     out = tmp_path / "deep" / "out"
-    fashion_mnist.prepare(out, source, workers=2)
+    fashion_mnist.fetch_and_write(out, source, workers=2)
     assert len(list(out.iterdir())) == 2 * (8 + 2) + 2
     assert json.loads((out / "dataset.json").read_text()) == {
         "num_classes": 10,
@@ -69,7 +70,7 @@ def test_writes_every_image_once_with_its_features(tmp_path, source, device):
     for split, prefix in (("train", "train"), ("validation", "t10k")):
         found = find_dataset(out, num_classes=None, label_base=None, split=split)
         seen = []
-        for shard in found.shards(split):
+        for shard in found.source(split).shards:
             for record in read_records(shard):
                 example = decode_example(record)
                 (encoded,), (label,) = example.pop("image/encoded"), example.pop("image/class/label")
@@ -83,8 +84,16 @@ def test_writes_every_image_once_with_its_features(tmp_path, source, device):
         expected = [(image.tobytes(), label) for image, label in zip(pixels(prefix), labels(prefix), strict=True)]
         assert sorted(seen) == sorted(expected)
         assert seen != expected  # shuffled
-    data = EvaluationData(
-        found, batch_size=50, image_size=28, crop=1.0, rank=0, ranks=1, device=torch.device(device), threads=1
+    data = open_evaluation(
+        found,
+        "dali_cpu",
+        batch_size=50,
+        image_size=28,
+        crop=1.0,
+        rank=0,
+        ranks=1,
+        device=device,
+        threads=1,
     )
     (batch,) = data
     assert sorted(image[..., c].tobytes() for image in batch.images.cpu().numpy() for c in (2,)) == sorted(
@@ -93,7 +102,7 @@ def test_writes_every_image_once_with_its_features(tmp_path, source, device):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypatch, capfd):
-    fashion_mnist.prepare(tmp_path / "straight", source)
+    fashion_mnist.fetch_and_write(tmp_path / "straight", source)
     out = tmp_path / "out"
 
     class KilledInTheMiddle(shards.Summed):
@@ -105,7 +114,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(shards, "Summed", KilledInTheMiddle)
         with pytest.raises(InputError, match="a worker process was killed, perhaps for want of memory: give"):
-            fashion_mnist.prepare(out, source, workers=1)
+            fashion_mnist.fetch_and_write(out, source, workers=1)
     names = {path.name for path in out.iterdir()}
     assert "train-00004-of-00008" in names
     assert not {"train-00005-of-00008", "train-00005-of-00008.idx", "dataset.json"} & names
@@ -116,7 +125,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypa
     kept = (out / "train-00004-of-00008").stat().st_ino
 
     capfd.readouterr()
-    fashion_mnist.prepare(out, source, workers=2)
+    fashion_mnist.fetch_and_write(out, source, workers=2)
     printed = capfd.readouterr().out
     assert "train-00004" not in printed
     assert "train-00005-of-00008: 26 images" in printed
@@ -125,19 +134,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypa
 
 
 def test_up_to_date_costs_nothing(tmp_path, source, capfd):
-    fashion_mnist.prepare(tmp_path / "out", source)
+    fashion_mnist.fetch_and_write(tmp_path / "out", source)
     before = contents(tmp_path / "out")
     capfd.readouterr()
-    fashion_mnist.prepare(tmp_path / "out", tmp_path / "no source is needed")
+    fashion_mnist.fetch_and_write(tmp_path / "out", tmp_path / "no source is needed")
     assert capfd.readouterr().out == f"Fashion-MNIST in {tmp_path / 'out'} is complete\n"
     (tmp_path / "out" / "train-00003-of-00008.idx").unlink()
-    fashion_mnist.prepare(tmp_path / "out", source)
+    fashion_mnist.fetch_and_write(tmp_path / "out", source)
     assert contents(tmp_path / "out") == before
 
 
 def test_a_terminal_gets_a_bar(tmp_path, source, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    fashion_mnist.prepare(tmp_path / "out", source)
+    fashion_mnist.fetch_and_write(tmp_path / "out", source)
     out, err = capsys.readouterr()
     assert "244/244" in err
     assert "train-00000" not in out
@@ -152,13 +161,13 @@ def test_a_source_that_is_not_fashion_mnist(tmp_path, source, damage):
         path.write_bytes(path.read_bytes()[:-9] if damage == "cut" else gzip.compress(b"MNIST"))
     what = "SHA-256 differs" if damage == "other" else "cannot be read"
     with pytest.raises(InputError, match=rf"t10k-labels-idx1-ubyte\.gz: .*{what}"):
-        fashion_mnist.prepare(tmp_path / "out", source)
+        fashion_mnist.fetch_and_write(tmp_path / "out", source)
     assert not contents(tmp_path / "out")
 
 
 def test_the_installed_package_is_used(tmp_path, source, monkeypatch, capfd):
     monkeypatch.setattr(fashion_mnist, "INSTALLED", source)
-    fashion_mnist.prepare(tmp_path / "out")
+    fashion_mnist.fetch_and_write(tmp_path / "out")
     assert f"from {source}" in capfd.readouterr().out
 
 
@@ -187,37 +196,37 @@ esac
 @pytest.mark.parametrize("lists", [True, False])
 def test_debians_package_is_downloaded(tmp_path, source, monkeypatch, lists):
     fake_debian(tmp_path, monkeypatch, source, lists)
-    fashion_mnist.prepare(tmp_path / "out")
+    fashion_mnist.fetch_and_write(tmp_path / "out")
     assert (tmp_path / "out" / "dataset.json").exists()
 
 
 def test_the_public_download_comes_last(tmp_path, source, monkeypatch, capfd):
     monkeypatch.setattr(fashion_mnist, "ADDRESS", source.as_uri())
-    fashion_mnist.prepare(tmp_path / "out")
+    fashion_mnist.fetch_and_write(tmp_path / "out")
     assert (tmp_path / "out" / "dataset.json").exists()
     assert f"downloading {source.as_uri()}" in capfd.readouterr().out
 
 
 def test_no_source_at_all(tmp_path, source):
     with pytest.raises(InputError, match=r"no apt-get here; file:.*not there.*--source"):
-        fashion_mnist.prepare(tmp_path / "out")
+        fashion_mnist.fetch_and_write(tmp_path / "out")
 
 
 def test_an_out_with_other_files(tmp_path, source):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"--out=.*holds thesis\.tex"):
-        fashion_mnist.prepare(tmp_path / "out", source)
+        fashion_mnist.fetch_and_write(tmp_path / "out", source)
     assert list(contents(tmp_path / "out")) == ["thesis.tex"]
 
 
 def test_an_out_that_cannot_be_written(tmp_path, source, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"--out=.*file: cannot be made \(File exists\)"):
-        fashion_mnist.prepare(tmp_path / "file", source)
+        fashion_mnist.fetch_and_write(tmp_path / "file", source)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(InputError, match=r"--out=.*out: is not readable and writable"):
-        fashion_mnist.prepare(tmp_path / "out", source)
+        fashion_mnist.fetch_and_write(tmp_path / "out", source)
 
 
 def test_a_full_disk(tmp_path, source, monkeypatch):
@@ -226,7 +235,7 @@ def test_a_full_disk(tmp_path, source, monkeypatch):
 
     monkeypatch.setattr(shards, "write_record", full)
     with pytest.raises(InputError, match=r"--out=.*No space left on device.*run again"):
-        fashion_mnist.prepare(tmp_path / "out", source)
+        fashion_mnist.fetch_and_write(tmp_path / "out", source)
 
 
 @pytest.fixture
@@ -248,7 +257,7 @@ def test_exit_codes(tmp_path, source, main, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fashion_mnist, "prepare", interrupted)
+    monkeypatch.setattr(fashion_mnist, "fetch_and_write", interrupted)
     assert main(arguments) == 3
 
 

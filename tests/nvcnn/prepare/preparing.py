@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from nvcnn.data import folder, prepare
-from nvcnn.data.images import Encoding
-from nvcnn.data.plan import Plan
+from nvcnn.prepare import folder, write
+from nvcnn.prepare.blueprint import Blueprint
+from nvcnn.prepare.encode import Encoding
 
 
-def plan(folders: tuple[Path, Path], **changes) -> Plan:
+def blueprint(folders: tuple[Path, Path], **changes) -> Blueprint:
     train, val = folders
     encoding = Encoding(("JPEG",), **{k: changes.pop(k) for k in ("max_side", "check") if k in changes})
-    return folder.plan(train, **{"val": val, "encoding": encoding, "shards": (12, 4)} | changes)
+    return folder.blueprint(train, **{"val": val, "encoding": encoding, "shards": (12, 4)} | changes)
 
 
 def run(folders, out: Path, workers: int = 1, skip_bad: bool = False, **changes) -> None:
-    prepare.prepare(plan(folders, **changes), out, workers=workers, skip_bad=skip_bad)
+    write.write_dataset(blueprint(folders, **changes), out, workers=workers, skip_bad=skip_bad)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """Makes a data directory: shuffled shards, their indexes, dataset.json, and manifest.json last.
 
-A data set is a `Plan`: where its images are, and what becomes of each. Shards are written by a pool of processes, each
-complete or not at all, so a run that was killed goes on where it stopped; what a shard holds depends on the plan alone.
+A `Blueprint` says where the images are and what becomes of each. A pool of processes writes the shards, each whole or
+not at all, so a run that was killed goes on where it stopped. What a shard holds depends only on the blueprint.
 """
 
 import fcntl
@@ -16,9 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.manifest import (
+from nvcnn.data.dataset import UNFINISHED
+from nvcnn.data.processes import worker_pool
+from nvcnn.data.shard_source import atomic_writer, index_path
+from nvcnn.errors import InputError
+from nvcnn.prepare.blueprint import LABEL_BASE, Blueprint, Shard, digest, shard_paths
+from nvcnn.prepare.manifest import (
     SUMMARIES,
-    UNFINISHED,
     as_json,
     is_temporary,
     is_there,
@@ -27,30 +31,29 @@ from nvcnn.data.manifest import (
     read_part,
     write_json,
 )
-from nvcnn.data.plan import LABEL_BASE, Plan, Shard, digest, shard_paths
-from nvcnn.data.processes import progress, worker_pool
-from nvcnn.data.shards import write_shard
-from nvcnn.data.tfrecord import atomic_writer, index_path
-from nvcnn.errors import InputError
+from nvcnn.prepare.progress import progress
+from nvcnn.prepare.shards import write_shard
 
 LOCK_WAIT = 10.0  # seconds for the workers of a killed run to end
 
 
-def prepare(plan: Plan, out: Path, *, workers: int = 1, skip_bad: bool = False) -> None:
+def write_dataset(blueprint: Blueprint, out: Path, *, workers: int = 1, skip_bad: bool = False) -> None:
     """Makes the data directory `out`, or what is missing of it; the same bytes each time, for any `workers`.
 
     Raises InputError for an unusable `out`, one that was begun otherwise, and, once everything has been read, for
     unreadable images. With `skip_bad` those are left out instead, and listed in the manifest.
     """
-    for split, n in plan.shards.items():
-        if n > len(plan.splits[split]):
-            raise InputError(f"--shards: {n} {split} shards, but {len(plan.splits[split])} {split} images: give fewer")
-    check_out(out, plan.shards, plan.file_format, plan.files)
+    for split, n in blueprint.shards.items():
+        if n > len(blueprint.splits[split]):
+            raise InputError(
+                f"--shards: {n} {split} shards, but {len(blueprint.splits[split])} {split} images: give fewer"
+            )
+    check_out(out, blueprint.shards, blueprint.file_format, blueprint.files)
     with locked(out):
-        finished = begun(plan, out)
+        finished = begun(blueprint, out)
         parts: dict[str, dict[str, Any]] = {}  # by shard, in their order
         missing: list[Shard] = []
-        for shard in plan.shards_in(out):
+        for shard in blueprint.shards_in(out):
             part = parts[shard.path.name] = finished.get(shard.path.name, {})
             if part and part["source"] != digest(shard.samples):
                 raise InputError(
@@ -59,13 +62,13 @@ def prepare(plan: Plan, out: Path, *, workers: int = 1, skip_bad: bool = False) 
                 )
             if not (part and is_there(shard.path, part)):
                 missing.append(shard)
-        if not missing and is_as_written(out, beside(plan, parts)):
+        if not missing and is_as_written(out, beside(blueprint, parts)):
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-            print(f"{plan.title} in {out} is complete")
+            print(f"{blueprint.title} in {out} is complete")
             return
         try:
-            parts |= write_shards(plan, out, missing, workers, skip_bad)
-            for name, content in beside(plan, parts).items():
+            parts |= write_shards(blueprint, out, missing, workers, skip_bad)
+            for name, content in beside(blueprint, parts).items():
                 with atomic_writer(out / name) as file:
                     file.write(content)
         except OSError as error:
@@ -75,9 +78,9 @@ def prepare(plan: Plan, out: Path, *, workers: int = 1, skip_bad: bool = False) 
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     encoded = sum(part["encoded_anew"] for part in parts.values())
     bad = sum(len(part["bad"]) for part in parts.values())
-    counts = [f"{n} {split} images" for split, n in images(plan, parts).items()]
+    counts = [f"{n} {split} images" for split, n in images(blueprint, parts).items()]
     counts += [f"{encoded} encoded anew"] * (encoded > 0) + [f"{bad} unreadable left out"] * (bad > 0)
-    print(f"{plan.title} in {out}: {', '.join(counts)}")
+    print(f"{blueprint.title} in {out}: {', '.join(counts)}")
 
 
 def check_out(out: Path, shards: Mapping[str, int], file_format: str, files: Iterable[str] = ()) -> None:
@@ -125,9 +128,9 @@ def locked(out: Path) -> Iterator[None]:
         os.close(directory)
 
 
-def begun(plan: Plan, out: Path) -> dict[str, dict[str, Any]]:
+def begun(blueprint: Blueprint, out: Path) -> dict[str, dict[str, Any]]:
     """Of each finished shard its part of the manifest. Raises InputError when the run was begun with other flags."""
-    settings = plan.settings()
+    settings = blueprint.settings()
     manifest, unfinished = out / "manifest.json", out / UNFINISHED
     if manifest.exists():
         text = read_manifest(manifest)
@@ -159,11 +162,17 @@ def check_settings(out: Path, there: Mapping[str, Any], here: Mapping[str, Any])
         raise InputError(f"--out={out}: was begun {begun}, now {now}: give the same flags, or another directory")
 
 
-def write_shards(plan: Plan, out: Path, shards: list[Shard], workers: int, skip_bad: bool) -> dict[str, dict[str, Any]]:
+def write_shards(
+    blueprint: Blueprint, out: Path, shards: list[Shard], workers: int, skip_bad: bool
+) -> dict[str, dict[str, Any]]:
     """Writes them; returns their parts of the manifest."""
     (out / UNFINISHED).mkdir(exist_ok=True)
     write = partial(
-        write_shard, class_names=plan.class_names, encode=plan.encode, file_format=plan.file_format, skip_bad=skip_bad
+        write_shard,
+        class_names=blueprint.class_names,
+        encode=blueprint.encode,
+        file_format=blueprint.file_format,
+        skip_bad=skip_bad,
     )
     parts, bad = {}, []
     with worker_pool(workers) as pool, progress(sum(len(shard.samples) for shard in shards)) as update:
@@ -188,23 +197,23 @@ def is_as_written(out: Path, files: Mapping[str, bytes]) -> bool:
     return all((out / name).is_file() and (out / name).read_bytes() == content for name, content in files.items())
 
 
-def images(plan: Plan, parts: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+def images(blueprint: Blueprint, parts: Mapping[str, dict[str, Any]]) -> dict[str, int]:
     """Those that each split has."""
-    shards = shard_paths(Path(), plan.shards, plan.file_format)
+    shards = shard_paths(Path(), blueprint.shards, blueprint.file_format)
     return {split: sum(parts[path.name]["images"] for path in paths) for split, paths in shards.items()}
 
 
-def beside(plan: Plan, parts: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
+def beside(blueprint: Blueprint, parts: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
     """Name and content of what stands beside the shards; manifest.json last, so that a directory with it is whole."""
     declared = {
-        "num_classes": len(plan.class_names),
-        "label_base": LABEL_BASE[plan.file_format],
-        "class_names": plan.class_names,
-        "images": images(plan, parts),
+        "num_classes": len(blueprint.class_names),
+        "label_base": LABEL_BASE[blueprint.file_format],
+        "class_names": blueprint.class_names,
+        "images": images(blueprint, parts),
     }
-    files = {name: text.encode() for name, text in plan.files.items()} | {"dataset.json": as_json(declared)}
+    files = {name: text.encode() for name, text in blueprint.files.items()} | {"dataset.json": as_json(declared)}
     manifest = {
-        "made_from": plan.settings(),
+        "made_from": blueprint.settings(),
         "images": declared["images"],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "shards": parts,

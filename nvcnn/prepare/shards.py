@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
 
-from nvcnn.data import tars
-from nvcnn.data.images import UnreadableImage
-from nvcnn.data.manifest import UNFINISHED, write_json
-from nvcnn.data.plan import LABEL_BASE, Sample, Shard, digest
-from nvcnn.data.tfrecord import atomic_writer, encode_example, index_path, index_text, write_record
+from nvcnn.data.dataset import UNFINISHED
+from nvcnn.data.records import Records
+from nvcnn.data.shard_source import ShardSource, atomic_writer, index_path
+from nvcnn.data.tars import Tars
+from nvcnn.data.tfrecord import encode_example, write_record
+from nvcnn.prepare.blueprint import LABEL_BASE, Sample, Shard, digest
+from nvcnn.prepare.encode import UnreadableImage
+from nvcnn.prepare.manifest import write_json
 
 
 class Unwritten(Exception):
@@ -50,11 +53,12 @@ def write_shard(
     part: dict[str, Any] = {"images": 0, "bad": bad}
     with suppress(Unwritten), atomic_writer(shard.path) as file:
         summed = Summed(file)
-        records, index = WRITERS[file_format](summed, images())
+        write, source = FORMATS[file_format]
+        lines = write(summed, images())
         if bad and not skip_bad:
             raise Unwritten
         part = {
-            "images": records,
+            "images": len(lines),
             "bytes": summed.size,
             "sha256": summed.sha256.hexdigest(),
             "encoded_anew": encoded_anew,
@@ -62,7 +66,7 @@ def write_shard(
             "source": digest(shard.samples),
         }
         with atomic_writer(index_path(shard.path)) as index_file:
-            index_file.write(index.encode())
+            index_file.write(source.index_text(lines).encode())
         write_json(shard.path.parent / UNFINISHED / f"{shard.path.name}.json", part)
     return part
 
@@ -103,30 +107,33 @@ def features(image: Image) -> dict[str, list]:
     }
 
 
-def write_tfrecords(file: Any, images: Iterator[Image]) -> tuple[int, str]:
-    """Returns the number of records and the index."""
-    records, at = [], 0
+def write_tfrecords(file: Any, images: Iterator[Image]) -> list[str]:
+    """Returns the lines of the index."""
+    lines, at = [], 0
     for image in images:
         size = write_record(file, encode_example(features(image)))
-        records.append((at, size))
+        lines.append(f"{at} {size}")
         at += size
-    return len(records), index_text(records)
+    return lines
 
 
-def write_webdataset(file: Any, images: Iterator[Image]) -> tuple[int, str]:
-    """A tar of key.jpg (or .png) and key.cls, the zero-based label in digits; the index is that of DALI's wds2idx."""
+def write_webdataset(file: Any, images: Iterator[Image]) -> list[str]:
+    """Writes a tar of key.jpg (or .png) and key.cls, the zero-based label in digits. Returns the lines of the index."""
     lines = []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for image in images:
             suffix = "png" if image.encoded.startswith(b"\x89PNG") else "jpg"
-            components = []
+            words = []
             for extension, data in ((suffix, image.encoded), ("cls", str(image.label).encode())):
                 member = tarfile.TarInfo(f"{image.key}.{extension}")
                 member.size = len(data)
-                components.append(f"{extension} {tar.offset + tarfile.BLOCKSIZE} {len(data)} {member.name}")
+                words.append(f"{extension} {tar.offset + tarfile.BLOCKSIZE} {len(data)} {member.name}")
                 tar.addfile(member, io.BytesIO(data))
-            lines.append(" ".join(components))
-    return len(lines), tars.index_text(lines)
+            lines.append(" ".join(words))
+    return lines
 
 
-WRITERS = {"tfrecord": write_tfrecords, "webdataset": write_webdataset}
+FORMATS: dict[str, tuple[Callable[[Any, Iterator[Image]], list[str]], type[ShardSource]]] = {
+    "tfrecord": (write_tfrecords, Records),
+    "webdataset": (write_webdataset, Tars),
+}

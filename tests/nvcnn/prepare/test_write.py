@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from nvcnn.data import folder, prepare, shards
-from nvcnn.data.plan import Plan
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.data.verify import verify
 from nvcnn.errors import InputError
-from tests.nvcnn.data.preparing import contents, flip, run
+from nvcnn.prepare import folder, shards, write
+from nvcnn.prepare.blueprint import Blueprint
+from nvcnn.prepare.verify import verify
+from tests.nvcnn.prepare.preparing import contents, flip, run
 from tests.raw_imagenet import jpeg, photograph, unpack
 
 ROOT = Path(__file__).parents[3]
@@ -101,7 +101,7 @@ def test_killed_at_random_it_ends_with_the_same_bytes(folders, tmp_path, kills):
 def test_killed_at_a_certain_point_it_ends_with_the_same_bytes(folders, prepared, tmp_path, monkeypatch, point):
     """Between any two of the steps by which a file appears."""
     out = tmp_path / "out"
-    replace, remove, written = os.replace, prepare.shutil.rmtree, shards.Summed.write
+    replace, remove, written = os.replace, write.shutil.rmtree, shards.Summed.write
 
     def replace_or_die(source, target):
         name = Path(target).name
@@ -126,7 +126,7 @@ def test_killed_at_a_certain_point_it_ends_with_the_same_bytes(folders, prepared
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", replace_or_die)
-        patched.setattr(prepare.shutil, "rmtree", remove_or_die)
+        patched.setattr(write.shutil, "rmtree", remove_or_die)
         patched.setattr(shards.Summed, "write", write_or_die)
         process = multiprocessing.get_context("fork").Process(target=run, args=(folders, out))
         process.start()
@@ -193,7 +193,7 @@ def test_other_flags_are_refused(folders, copy, tmp_path, monkeypatch, finished,
     if not finished:
         out = tmp_path / "begun"
         with monkeypatch.context() as patched:
-            patched.setattr(prepare, "beside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patched.setattr(write, "beside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 run(folders, out)
     before = contents_or_none(out)
@@ -256,13 +256,13 @@ def test_a_part_that_is_not_ours(folders, copy):
 
 def test_a_directory_of_another_data_set_is_refused(prepared):
     with pytest.raises(InputError, match="holds Class folders, not other"):
-        prepare.begun(Plan("other", (), {}, {}, folder.encode_file, ""), prepared)
+        write.begun(Blueprint("other", (), {}, {}, folder.encode_file, ""), prepared)
 
 
 def test_two_runs_at_once(folders, prepared, copy, monkeypatch):
     (copy / "manifest.json").unlink()
-    monkeypatch.setattr(prepare, "LOCK_WAIT", 0.2)
-    with prepare.locked(copy), pytest.raises(InputError, match=r"--out=.*another prepare\.py is writing"):
+    monkeypatch.setattr(write, "LOCK_WAIT", 0.2)
+    with write.locked(copy), pytest.raises(InputError, match=r"--out=.*another prepare\.py is writing"):
         run(folders, copy)
     run(folders, copy)
     assert contents(copy) == contents(prepared)
@@ -278,7 +278,7 @@ def full_disk(*_):
 
 
 @pytest.mark.parametrize(
-    ("module", "function"), [(prepare, "write_json"), (shards, "write_record"), (shards, "write_json")]
+    ("module", "function"), [(write, "write_json"), (shards, "write_record"), (shards, "write_json")]
 )
 def test_a_full_disk(folders, prepared, tmp_path, monkeypatch, module, function):
     with monkeypatch.context() as patched:
@@ -398,8 +398,8 @@ def test_ctrl_c(main, monkeypatch, capsys, given, said):
     def interrupted(flags):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(main.__globals__, "make", interrupted)
-    assert main(["folder", "--out=x", *given]) == 3
+    monkeypatch.setitem(main.__globals__, "prepare", interrupted)
+    assert main(["folder", "--train=y", "--out=x", *given]) == 3
     assert said in capsys.readouterr().err
 
 
@@ -410,11 +410,14 @@ def test_ctrl_c(main, monkeypatch, capsys, given, said):
         (["imagenet", "--out=x"], ["imagenet needs --train"]),
         (["folder", "--train=absent", "--out=x"], ["--train=absent", "No such file"]),
         (["folder", "--train=x", "--val=y", "--val_share=0.1", "--out=x"], ["--val_share", "--val"]),
-        (["folder", "--train=x", "--out=x", "--shards=8"], ["--shards", "'8' is not two numbers, TRAIN,VAL"]),
-        (["folder", "--train=x", "--out=x", "--shards=0,1"], ["--shards", "'0' is no number from 1"]),
-        (["folder", "--train=x", "--out=x", "--workers=-1"], ["--workers", "'-1' is no number from 1"]),
-        (["folder", "--train=x", "--out=x", "--quality=101"], ["--quality", "'101' is no number from 1 to 100"]),
-        (["folder", "--train=x", "--out=x", "--val_share=1"], ["--val_share", "'1' is no number between 0 and 1"]),
+        (
+            ["folder", "--train=x", "--out=x", "--shards=8"],
+            ["--shards=8: must be two integers TRAIN,VAL of at least 1"],
+        ),
+        (["folder", "--train=x", "--out=x", "--shards=0,1"], ["--shards=0,1: must be two integers"]),
+        (["folder", "--train=x", "--out=x", "--workers=-1"], ["--workers=-1: must be at least 1"]),
+        (["folder", "--train=x", "--out=x", "--quality=101"], ["--quality=101: must be from 1 to 100"]),
+        (["folder", "--train=x", "--out=x", "--val_share=1"], ["--val_share=1.0: must be above 0 and below 1"]),
         (["folder", "--train=x", "--out=x/out"], ["--out=x/out", "is inside --train=x", "outside"]),
         (["imagenet", "--train=x", "--val=x/val", "--out=x/val"], ["--out=x/val", "is inside --train=x"]),
         (["cifar10", "--out=x"], ["cifar10 needs --source"]),

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nvcnn.data import choose_backend, find_dataset, open_evaluation, open_training
-from nvcnn.data.tfrecord import index_path
+from nvcnn.data.backend import choose_backend, open_evaluation, open_training
+from nvcnn.data.dataset import find_dataset
+from nvcnn.data.shard_source import index_path
 from nvcnn.errors import InputError
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ KINDS = ("records", "tars", "folders")
 BACKENDS = ("dali_cpu", "torch")
 everywhere = pytest.mark.parametrize(
     ("kind", "backend"), [pair for pair in itertools.product(KINDS, BACKENDS) if pair != ("records", "dali_cpu")]
-)  # what is left out is test_pipeline.py
+)  # what is left out is test_dali.py
 
 
 def training(dataset, backend, **changes):
@@ -160,7 +161,7 @@ def test_classes_are_the_folders_in_order_of_name(tmp_path, write_kind):
     (tmp_path / "train/n00006/notes.txt").touch()  # no image, no class
     (tmp_path / "train/.hidden").mkdir()
     found = find(tmp_path)
-    assert (found.num_classes, found.label_base, found.images("train")) == (4, 0, 4)
+    assert (found.num_classes, found.label_base, found.count("train")) == (4, 0, 4)
     assert found.class_names == ("n00006", "n00007", "n00008", "n00009")
     source = found.source("train")
     assert [(source.name(i).rpartition("/")[2], source.read(i)[1]) for i in range(4)] == [
@@ -232,7 +233,7 @@ def test_tars_by_dataset_json_and_flags(tmp_path, write_kind):
     write_kind("tars", tmp_path, "train", images=9, label=lambda i: i)
     with pytest.raises(InputError, match=r"train-00000\.tar: folder\.x/000000\.png at byte 512: label 0 is outside 1"):
         find(tmp_path, num_classes=9)
-    assert find(tmp_path, num_classes=9, label_base=0).images("train") == 9
+    assert find(tmp_path, num_classes=9, label_base=0).count("train") == 9
     (tmp_path / "dataset.json").write_text(json.dumps({"num_classes": 9, "label_base": 0, "images": {"train": 9}}))
     assert (find(tmp_path).num_classes, find(tmp_path).label_base) == (9, 0)
     (tmp_path / "train-00001.tar").unlink()
@@ -284,7 +285,7 @@ def test_indexes_of_tars(tmp_path, write_kind, capfd):
             find(tmp_path)
     index_path(second).write_text(good)
     second.write_bytes(data[: int(good.split()[-7])])
-    with pytest.raises(InputError, match=r"train-00001\.tar\.idx: ends at byte .* the tar is truncated"):
+    with pytest.raises(InputError, match=r"train-00001\.tar\.idx: ends at byte .* the shard is truncated"):
         find(tmp_path)
     index_path(second).unlink()
     with pytest.raises(InputError, match=r"train-00001\.tar: .*(cut short|damaged)"):
@@ -333,7 +334,8 @@ def test_a_program_that_does_not_close_its_data_ends(sources):
     """Its workers ignore the signal by which Python ends them at exit."""
     program = f"""
 import multiprocessing
-from nvcnn.data import find_dataset, open_training
+from nvcnn.data.dataset import find_dataset
+from nvcnn.data.backend import open_training
 import torch
 
 multiprocessing.set_start_method("forkserver")  # the default of Python 3.14

@@ -14,12 +14,11 @@ import zlib
 from http.client import HTTPException
 from pathlib import Path
 
-from nvcnn.data.images import png
-from nvcnn.data.manifest import is_complete
-from nvcnn.data.plan import Plan, Sample
-from nvcnn.data.prepare import check_out
-from nvcnn.data.prepare import prepare as prepare_plan
 from nvcnn.errors import InputError
+from nvcnn.prepare.blueprint import Blueprint, Sample
+from nvcnn.prepare.encode import png
+from nvcnn.prepare.manifest import is_complete
+from nvcnn.prepare.write import check_out, write_dataset
 
 CLASS_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -115,7 +114,7 @@ def read_source(source: Path | None) -> dict[str, bytes]:
     raise InputError(f"Fashion-MNIST cannot be had ({'; '.join(failures)}): give its four .gz files with --source")
 
 
-def prepare(out: Path, source: Path | None = None, workers: int = 1, file_format: str = "tfrecord") -> None:
+def fetch_and_write(out: Path, source: Path | None = None, workers: int = 1, file_format: str = "tfrecord") -> None:
     """Writes the data set to `out`; nothing to do if complete. Raises InputError for an unusable `out` or `source`."""
     shards = {split: n for split, (_, n) in SPLITS.items()}
     check_out(out, shards, file_format)  # before anything is downloaded
@@ -129,5 +128,5 @@ def prepare(out: Path, source: Path | None = None, workers: int = 1, file_format
             Sample(f"{prefix} image {i}", label, image)
             for i, (image, label) in enumerate(zip(images, labels, strict=True))
         ]
-    plan = Plan(TITLE, CLASS_NAMES, splits, shards, encode, order=TITLE, file_format=file_format)
-    prepare_plan(plan, out, workers=workers)
+    blueprint = Blueprint(TITLE, CLASS_NAMES, splits, shards, encode, order=TITLE, file_format=file_format)
+    write_dataset(blueprint, out, workers=workers)

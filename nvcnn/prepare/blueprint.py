@@ -1,4 +1,4 @@
-"""What a data set is made from: a `Plan` says where its images are, which go into which file, what becomes of each."""
+"""A `Blueprint` says where the images of a data set are, which of them go into which file, what becomes of each."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from nvcnn.data.images import UnreadableImage
+from nvcnn.prepare.encode import UnreadableImage
 
 LABEL_BASE = {"tfrecord": 1, "webdataset": 0}  # as ImageNet has them; in TFRecords 0 is the background
 SUFFIX = {"tfrecord": "", "webdataset": ".tar"}
@@ -39,7 +39,7 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Blueprint:
     """A data set to make.
 
     splits: the images, in an order that the sources alone decide. shards: files of each split.

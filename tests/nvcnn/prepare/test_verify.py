@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nvcnn.data.tfrecord import index_path, read_records, write_record
-from nvcnn.data.verify import verify
+from nvcnn.data.shard_source import index_path
+from nvcnn.data.tfrecord import read_records, write_record
 from nvcnn.errors import InputError
-from tests.nvcnn.data.preparing import contents, flip
+from nvcnn.prepare.verify import verify
+from tests.nvcnn.prepare.preparing import contents, flip
 
 
 def second_record(shard: Path) -> int:

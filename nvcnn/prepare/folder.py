@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from nvcnn.data.class_folders import class_names, image_files
-from nvcnn.data.images import SUFFIXES, Encoding, standard
-from nvcnn.data.plan import Plan, Sample, read_sample
 from nvcnn.data.processes import worker_pool
 from nvcnn.errors import InputError
+from nvcnn.prepare.blueprint import Blueprint, Sample, read_sample
+from nvcnn.prepare.encode import SUFFIXES, Encoding, standard
 
 SPLITS = {"train", "val", "validation", "test"}  # names of folders above those of classes
 SHARD_BYTES = 1 << 27  # of source files, per shard where --shards does not say
@@ -85,7 +85,7 @@ def default_shards(splits: Mapping[str, list[Sample]]) -> list[int]:
     return [min(len(s), math.ceil(sum(image.size for image in s) / SHARD_BYTES) or 1) for s in splits.values()]
 
 
-def plan(
+def blueprint(
     train: Path,
     *,
     val: Path | None = None,
@@ -95,7 +95,7 @@ def plan(
     seed: int = 1,
     file_format: str = "tfrecord",
     workers: int = 1,
-) -> Plan:
+) -> Blueprint:
     """The images of `train`, and for validation those of `val`, or of each class that share. Raises InputError."""
     folders = scan_folders(train, "--train", workers)
     classes = list(folders)
@@ -110,7 +110,7 @@ def plan(
         if not (splits["train"] and splits["validation"]):
             raise InputError(f"--val_share={val_share}: leaves no image for training or none for validation")
     counts = shards or default_shards(splits)
-    return Plan(
+    return Blueprint(
         "Class folders",
         tuple(classes),
         splits,

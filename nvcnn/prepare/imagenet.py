@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from nvcnn.data.folder import encode_file, encoding_flags, file_size, scan_folders, to_samples
-from nvcnn.data.images import SUFFIXES, Encoding
-from nvcnn.data.plan import Plan, Sample
 from nvcnn.data.processes import worker_pool
 from nvcnn.errors import InputError
+from nvcnn.prepare.blueprint import Blueprint, Sample
+from nvcnn.prepare.encode import SUFFIXES, Encoding
+from nvcnn.prepare.folder import encode_file, encoding_flags, file_size, scan_folders, to_samples
 
 SYNSET = re.compile(r"n\d{8}")
 SHARDS = (1024, 128)
@@ -38,7 +38,7 @@ class Devkit(NamedTuple):
     words: dict[str, str]
 
 
-def plan(
+def blueprint(
     train: Path,
     val: Path | None,
     *,
@@ -46,11 +46,11 @@ def plan(
     synsets: Path | None = None,
     val_labels: Path | None = None,
     encoding: Encoding,
-    shards: tuple[int, ...] = SHARDS,
+    shards: tuple[int, ...] | None = None,
     seed: int = 1,
     file_format: str = "tfrecord",
     workers: int = 1,
-) -> Plan:
+) -> Blueprint:
     """The images of `train` and `val`, each a tar or a directory; class folders need no labels beside them.
 
     synsets: a file of one class per line in order of label, with or without words behind it; none: those of `train`,
@@ -84,11 +84,11 @@ def plan(
                 f"of {CLASSES}",
                 file=sys.stderr,
             )
-    return Plan(
+    return Blueprint(
         "ImageNet",
         tuple(words.get(synset, synset) for synset in classes),
         splits,
-        dict(zip(splits, shards, strict=False)),
+        dict(zip(splits, shards or SHARDS, strict=False)),
         partial(encode_file, encoding=encoding),
         order=str(seed),
         file_format=file_format,

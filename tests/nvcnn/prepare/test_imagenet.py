@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from nvcnn.data import EvaluationData, find_dataset, imagenet
-from nvcnn.data.images import Encoding
-from nvcnn.data.prepare import prepare
+from nvcnn.data.backend import open_evaluation
+from nvcnn.data.dataset import find_dataset
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.data.verify import verify
 from nvcnn.errors import InputError
+from nvcnn.prepare import imagenet
+from nvcnn.prepare.encode import Encoding
+from nvcnn.prepare.verify import verify
+from nvcnn.prepare.write import write_dataset
 from tests.raw_imagenet import CLASSES, CMYK, DISGUISED, GREY, ROTATED, SYNSETS, Raw, make, unpack
 
 LABELS = {synset: i + 1 for i, synset in enumerate(sorted(list(SYNSETS)[:CLASSES]))}
@@ -28,7 +30,7 @@ def raw(tmp_path_factory) -> Raw:
     return make(tmp_path_factory.mktemp("raw"))
 
 
-def plan(raw: Raw, **changes):
+def blueprint(raw: Raw, **changes):
     given = {
         "train": raw.train,
         "val": raw.val,
@@ -37,7 +39,7 @@ def plan(raw: Raw, **changes):
         "shards": (4, 2),
         "workers": 2,
     }
-    return imagenet.plan(**given | changes)
+    return imagenet.blueprint(**given | changes)
 
 
 def shards(directory: Path) -> dict[str, bytes]:
@@ -47,7 +49,7 @@ def shards(directory: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def prepared(raw, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "imagenet"
-    prepare(plan(raw), out, workers=2)
+    write_dataset(blueprint(raw), out, workers=2)
     return out
 
 
@@ -112,14 +114,22 @@ def test_synsets_are_verified(raw, prepared, tmp_path):
     (out / "synsets.txt").write_text("n01440764\n")
     with pytest.raises(InputError, match=r"synsets\.txt: is missing, or not as it was written: prepare again"):
         verify(out, workers=1)
-    prepare(plan(raw), out)
+    write_dataset(blueprint(raw), out)
     verify(out, workers=1)
 
 
 def test_dali_reads_it(raw, prepared, device):
     found = find_dataset(prepared, num_classes=None, label_base=None, split="validation")
-    data = EvaluationData(
-        found, batch_size=8, image_size=32, crop=1.0, rank=0, ranks=1, device=torch.device(device), threads=1
+    data = open_evaluation(
+        found,
+        "dali_cpu",
+        batch_size=8,
+        image_size=32,
+        crop=1.0,
+        rank=0,
+        ranks=1,
+        device=device,
+        threads=1,
     )
     seen = torch.cat([batch.labels.cpu() for batch in data])
     assert sorted(seen.tolist()) == sorted(LABELS[synset] - 1 for _, synset in raw.images["validation"].values())
@@ -150,25 +160,25 @@ def test_other_forms_of_the_same_data_give_the_same_shards(raw, prepared, tmp_pa
         changes = {"train": train, "val": val, "devkit": None, "synsets": words}
     else:
         changes = {"synsets": words}
-    prepare(plan(raw, **changes), tmp_path / "out")
+    write_dataset(blueprint(raw, **changes), tmp_path / "out")
     assert shards(tmp_path / "out") == shards(prepared)
 
 
 def test_synsets_decide_labels_and_their_own_names(raw, tmp_path):
     order = [*LABELS][::-1]
     (tmp_path / "synsets.txt").write_text("\n".join(order))
-    prepare(plan(raw, devkit=raw.devkit, synsets=tmp_path / "synsets.txt"), tmp_path / "out")
+    write_dataset(blueprint(raw, devkit=raw.devkit, synsets=tmp_path / "synsets.txt"), tmp_path / "out")
     by_text = {
         e["image/class/text"][0].decode(): e["image/class/label"][0] for e in examples(tmp_path / "out", "train")
     }
     assert by_text["tench, Tinca tinca"] == order.index("n01440764") + 1
     (tmp_path / "labels.txt").write_text("n01440764\n" * len(raw.images["validation"]))
-    nameless = plan(raw, devkit=None, val_labels=tmp_path / "labels.txt")
+    nameless = blueprint(raw, devkit=None, val_labels=tmp_path / "labels.txt")
     assert nameless.class_names == tuple(LABELS)
 
 
 def test_a_part_of_imagenet_is_said_to_be_one(raw, capfd):
-    plan(raw)
+    blueprint(raw)
     assert "100 train images of 5 classes; the whole of ILSVRC2012 has 1281167 of 1000" in capfd.readouterr().err
 
 
@@ -234,7 +244,7 @@ def test_damaged_archives(tmp_path, damage):
     spoil, what = DAMAGE[damage]
     spoil(raw)
     with pytest.raises(InputError, match=what) as error:
-        plan(raw)
+        blueprint(raw)
     assert "\n" not in str(error.value)
 
 
@@ -251,7 +261,7 @@ def test_damaged_archives(tmp_path, damage):
 def test_wrong_validation_labels(raw, tmp_path, lines, what):
     (tmp_path / "labels.txt").write_text("\n".join(lines))
     with pytest.raises(InputError, match=what):
-        plan(raw, devkit=None, val_labels=tmp_path / "labels.txt")
+        blueprint(raw, devkit=None, val_labels=tmp_path / "labels.txt")
 
 
 @pytest.mark.parametrize(
@@ -266,12 +276,12 @@ def test_wrong_validation_labels(raw, tmp_path, lines, what):
 def test_wrong_synsets(raw, tmp_path, text, what):
     (tmp_path / "synsets.txt").write_text(text)
     with pytest.raises(InputError, match=what):
-        plan(raw, synsets=tmp_path / "synsets.txt")
+        blueprint(raw, synsets=tmp_path / "synsets.txt")
 
 
 def test_a_flat_val_needs_labels(raw):
     with pytest.raises(InputError, match=r"--val=.*no class folders: give --devkit, or --val_labels"):
-        plan(raw, devkit=None)
+        blueprint(raw, devkit=None)
 
 
 def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypatch):
@@ -282,43 +292,43 @@ def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypa
     (val / "ILSVRC2012_val_00000003.JPEG").unlink()
     (val / "ILSVRC2012_val_00000003.JPEG").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"1 unreadable images.*val_00000003\.JPEG: cannot be read \(No such file"):
-        prepare(plan(raw, val=val), tmp_path / "out")
+        write_dataset(blueprint(raw, val=val), tmp_path / "out")
 
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everywhere
     with pytest.raises(InputError, match=r"--val=.*val: cannot be listed \(Permission denied\)"):
-        plan(raw, val=val)
+        blueprint(raw, val=val)
 
 
 def test_lists_that_cannot_be_read(raw, tmp_path):
     for flag in ("val_labels", "synsets"):
         with pytest.raises(InputError, match=rf"--{flag}=.*: cannot be read \(Is a directory\): give a text file"):
-            plan(raw, **{flag: tmp_path})
+            blueprint(raw, **{flag: tmp_path})
 
 
 def test_the_ground_truth_is_no_list_of_labels(raw, tmp_path):
     path = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
     path.write_text("1\n" * 23)
     with pytest.raises(InputError, match="give --devkit"):
-        plan(raw, devkit=None, val_labels=path)
+        blueprint(raw, devkit=None, val_labels=path)
 
 
 def test_folders_that_are_not_imagenets(raw, tmp_path):
     train, val = unpack(raw, tmp_path)
     (val / "n02119789").rename(val / "n99999999")
     with pytest.raises(InputError, match=r"--val=.*class n99999999 is not in --train"):
-        plan(raw, train=train, val=val)
+        blueprint(raw, train=train, val=val)
     (train / "n02119789").rename(train / "fox")
     with pytest.raises(InputError, match=r"--train=.*fox is no synset.*prepare\.py folder"):
-        plan(raw, train=train, val=val)
+        blueprint(raw, train=train, val=val)
 
 
 def test_without_scipy(raw, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
     with pytest.raises(InputError, match=r"meta\.mat needs scipy: pip install scipy, or give --val_labels"):
-        plan(raw)
+        blueprint(raw)
 
 
 def test_grey_and_rotated_are_copied(raw, prepared):

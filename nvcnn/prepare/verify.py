@@ -2,18 +2,21 @@
 
 import hashlib
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data import tars
 from nvcnn.data.dataset import read_dataset_json
-from nvcnn.data.manifest import is_temporary, read_manifest, sha256_of
-from nvcnn.data.processes import progress, worker_pool
-from nvcnn.data.tfrecord import index_path, index_text, read_records
+from nvcnn.data.processes import worker_pool
+from nvcnn.data.records import Records
+from nvcnn.data.shard_source import ShardSource, index_path
+from nvcnn.data.tars import Tars
+from nvcnn.data.tfrecord import FRAMING, read_records
 from nvcnn.errors import InputError
+from nvcnn.prepare.manifest import is_temporary, read_manifest, sha256_of
+from nvcnn.prepare.progress import progress
 
 AGAIN = "copy the file again, or delete it and prepare again"
 
@@ -57,33 +60,33 @@ def check_shard(path: Path, part: Mapping[str, Any], file_format: str) -> None:
     """One shard and its index, in a worker."""
     try:
         size, sha256 = path.stat().st_size, hashlib.sha256()
-        records = READERS[file_format](path, sha256)
+        read, source = FORMATS[file_format]
+        lines = read(path, sha256)
         index = index_path(path).read_text()
     except OSError as error:
         raise InputError(
             f"{error.filename}: cannot be read ({error.strerror}): copy the file again, or prepare again"
         ) from None
-    of_index, of_shard = ([line for line in text.splitlines() if not line.startswith("v")] for text in (index, records))
-    pairs = enumerate(zip_longest(of_index, of_shard))
+    pairs = enumerate(zip_longest(index.splitlines()[source.header.count("\n") :], lines))
     where = next((f" at record {i}" for i, (one, other) in pairs if one != other), "")  # as far as places tell
     if size != part["bytes"]:
         raise InputError(f"{path}: has {size} bytes, not the {part['bytes']} of manifest.json{where}: {AGAIN}")
     if sha256.hexdigest() != part["sha256"]:
         raise InputError(f"{path}: holds other records than were written{where} (its SHA-256 differs): {AGAIN}")
-    if index != records:
+    if index != source.index_text(lines):
         raise InputError(f"{index_path(path)}: is wrong{where}: {AGAIN}")
 
 
-def read_tfrecords(path: Path, sha256: Any) -> str:
-    """The index that the shard should have. Raises InputError at a damaged record."""
-    at, records = 0, []
+def read_tfrecords(path: Path, sha256: Any) -> list[str]:
+    """Returns the lines of the index that the shard should have. Raises InputError at a damaged record."""
+    at, lines = 0, []
     for data in read_records(path, sha256):
-        records.append((at, len(data) + 16))
-        at += len(data) + 16
-    return index_text(records)
+        lines.append(f"{at} {len(data) + FRAMING}")
+        at += len(data) + FRAMING
+    return lines
 
 
-def read_webdataset(path: Path, sha256: Any) -> str:
+def read_webdataset(path: Path, sha256: Any) -> list[str]:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)
@@ -97,7 +100,10 @@ def read_webdataset(path: Path, sha256: Any) -> str:
                 samples[-1].append(f"{extension} {member.offset_data} {member.size} {key}.{extension}")
     except (tarfile.TarError, ValueError, IndexError) as error:
         raise InputError(f"{path}: damaged at record {len(samples)} ({error}): {AGAIN}") from None
-    return tars.index_text(list(map(" ".join, samples)))
+    return list(map(" ".join, samples))
 
 
-READERS = {"tfrecord": read_tfrecords, "webdataset": read_webdataset}
+FORMATS: dict[str, tuple[Callable[[Path, Any], list[str]], type[ShardSource]]] = {
+    "tfrecord": (read_tfrecords, Records),
+    "webdataset": (read_webdataset, Tars),
+}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nvcnn.data import cifar10
-from nvcnn.data.prepare import prepare
 from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.errors import InputError
+from nvcnn.prepare import cifar10
+from nvcnn.prepare.write import write_dataset
 from tests.raw_imagenet import add
 
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
@@ -53,7 +53,7 @@ def test_every_image_with_its_label(tmp_path, binary, unpacked):
         with tarfile.open(source) as tar:
             tar.extractall(tmp_path / "unpacked", filter="data")
         source = tmp_path / "unpacked"
-    prepare(cifar10.plan(source), tmp_path / "out", workers=2)
+    write_dataset(cifar10.blueprint(source), tmp_path / "out", workers=2)
     for split, names in (("train", NAMES[:5]), ("validation", NAMES[5:])):
         records = [r for p in sorted((tmp_path / "out").glob(f"{split}-?????-of-?????")) for r in read_records(p)]
         stored = []
@@ -91,19 +91,19 @@ class Evil:
 def test_damaged_archives(tmp_path, binary, changes, what):
     source = archive(tmp_path / "cifar.tar.gz", binary, **changes)
     with pytest.raises(InputError, match=rf"--source={source}: .*{what}") as error:
-        cifar10.plan(source)
+        cifar10.blueprint(source)
     assert "\n" not in str(error.value)
 
 
 def test_what_is_no_archive(tmp_path):
     with pytest.raises(InputError, match=r"--source=.*absent: cannot be read \(No such file"):
-        cifar10.plan(tmp_path / "absent")
+        cifar10.blueprint(tmp_path / "absent")
     (tmp_path / "other.gz").write_bytes(gzip.compress(b"text"))
     with pytest.raises(InputError, match=r"--source=.*other\.gz: cannot be read"):
-        cifar10.plan(tmp_path / "other.gz")
+        cifar10.blueprint(tmp_path / "other.gz")
     cut = archive(tmp_path / "cut.tar.gz", binary=True)
     cut.write_bytes(cut.read_bytes()[:-5000])
     with pytest.raises(InputError, match=r"--source=.*cut\.tar\.gz: (cannot be read|holds no)"):
-        cifar10.plan(cut)
+        cifar10.blueprint(cut)
     with pytest.raises(InputError, match="holds no data_batch_1"):
-        cifar10.plan(tmp_path)
+        cifar10.blueprint(tmp_path)
