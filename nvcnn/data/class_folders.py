@@ -19,8 +19,7 @@ FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 class ClassFolders:
     def __init__(self, paths: list[str], labels: list[int]):
-        # One string and two arrays for a million files: worker processes share them. Reading a list would count
-        # references to its objects, which copies its memory into every worker.
+        # One string and two arrays for a million files: worker processes share them, as in ShardSource.
         encoded = [os.fsencode(path) for path in paths]
         self.names = b"\0".join(encoded)
         self.ends = array("q", accumulate(len(path) + 1 for path in encoded))

@@ -1,4 +1,4 @@
-"""The crops of training and evaluation, of images of Pillow."""
+"""Crops images of Pillow for training and evaluation."""
 
 import math
 import random
@@ -16,7 +16,7 @@ CROP_ATTEMPTS = 10  # as torchvision and DALI
 def random_crop(
     width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], generator: random.Random
 ) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a crop: area uniform, aspect log-uniform, place uniform, in whole pixels.
+    """Returns left, top, right, bottom of a random crop, in whole pixels: uniform area and place, log-uniform aspect.
 
     The rule of torchvision's RandomResizedCrop and of DALI: what does not fit is drawn again; in the end the largest
     crop of an allowed aspect is taken, at a random place as DALI has it (torchvision: in the middle).
@@ -36,14 +36,14 @@ def random_crop(
 
 
 def pixels(image: "Image.Image") -> Tensor:
-    """(H, W, 3) uint8."""
+    """Returns the pixels, (H, W, 3) uint8."""
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
 def middle(image: "Image.Image", image_size: int, crop: float) -> Tensor:
-    """(image_size, image_size, 3) uint8: the middle `crop` of width and height, bilinear, with antialiasing.
+    """Returns the middle `crop` of width and height, resized to (image_size, image_size, 3) uint8.
 
-    The cut is not rounded to whole pixels.
+    The resize is bilinear, with antialiasing. The cut is not rounded to whole pixels.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Samples to uint8 batches on the training device, by NVIDIA DALI on the CPU or the GPU.
+"""Makes uint8 batches of samples with NVIDIA DALI, which decodes on the CPU or the GPU.
 
 https://docs.nvidia.com/deeplearning/dali/ . The resize is bilinear, with the antialiasing filter of Pillow and
 torchvision when it makes an image smaller.

@@ -1,4 +1,4 @@
-"""A data directory: what kind of files it holds, and what the labels mean."""
+"""Finds the data set in a directory: what kind of files it holds, and what the labels mean."""
 
 import json
 import os
@@ -18,9 +18,9 @@ UNFINISHED = ".unfinished"  # a directory that is there while prepare.py has not
 
 @dataclass(frozen=True)
 class Dataset:
-    """The samples of a directory's splits "train" and "validation"; labels label_base .. label_base + num_classes - 1.
+    """The samples of a directory's splits "train" and "validation".
 
-    open: finds the source of a split, once.
+    Labels are label_base .. label_base + num_classes - 1. open: returns the source of a split, and is called once.
     """
 
     directory: Path
@@ -31,7 +31,7 @@ class Dataset:
     opened: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
 
     def source(self, split: str) -> Source:
-        """Raises InputError for files that are absent, or that training would stumble over later."""
+        """Returns the samples of a split. Raises InputError for files that are missing or cannot be trained on."""
         if split not in self.opened:
             self.opened[split] = self.open(split)
         return self.opened[split]
@@ -41,13 +41,13 @@ class Dataset:
         return len(self.source(split))
 
     def without(self, split: str, left_out: Collection[int]) -> "Dataset":
-        """This data set without some samples of a split."""
+        """Returns this data set without some samples of a split."""
         return replace(self, opened={**self.opened, split: self.source(split).without(left_out)})
 
     def zero_based(self, label: int | str, name: str) -> int:
-        """The class of a label. Raises InputError, which starts with the sample's `name`, when there is none."""
+        """Returns the class of a label. Raises InputError, which starts with the sample's `name`, if it has none."""
         if isinstance(label, str):
-            raise InputError(f"{name}: its label {label[:20]!r} is no number: make the file again")
+            raise InputError(f"{name}: its label {label[:20]!r} is not a number: make the file again")
         if not 0 <= label - self.label_base < self.num_classes:
             last = self.label_base + self.num_classes - 1
             raise InputError(
@@ -60,12 +60,12 @@ class Dataset:
 def find_dataset(
     data_dir: str | Path, *, num_classes: int | None, label_base: int | None, split: str, lenient: bool = False
 ) -> Dataset:
-    """The data set in `data_dir`, its `split` checked: files, indexes (missing ones are built), first labels.
+    """Returns the data set in `data_dir` after checking a split: files, indexes (missing ones are built), first labels.
 
     What the labels of TFRecords and WebDataset tars mean comes from dataset.json; without it from `num_classes` and
     `label_base`, else 1000 and 1. Class folders say it themselves.
-    lenient: what a check of every sample finds as well is left to that.
-    Raises InputError for anything that training would stumble over later.
+    lenient: leaves out the checks that a check of every sample makes as well.
+    Raises InputError for anything that training would fail on later.
     """
     directory = Path(data_dir)
     flag = f"--data_dir={data_dir}"
@@ -113,7 +113,7 @@ def find_dataset(
 
 
 def find_kind(directory: Path) -> str:
-    """One of "TFRecords", "tars", "class folders". Raises InputError when `directory` holds none, or several."""
+    """Returns "TFRecords", "tars" or "class folders". Raises InputError unless `directory` holds exactly one kind."""
     flag = f"--data_dir={directory}"
     try:
         names = sorted(os.listdir(directory))
@@ -145,7 +145,7 @@ def find_kind(directory: Path) -> str:
 
 
 def read_dataset_json(path: Path) -> dict:
-    """The content of dataset.json, checked; empty when there is none."""
+    """Returns the content of dataset.json, checked; an empty dictionary when the file does not exist."""
     try:
         declared = json.loads(path.read_text())
     except FileNotFoundError:

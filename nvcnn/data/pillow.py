@@ -29,7 +29,7 @@ def require_pillow() -> None:
 
 
 def decode(data: bytes) -> "Image.Image":
-    """The image as RGB, upright; transparency is dropped, not blended. Raises ValueError saying what is wrong."""
+    """Returns the image as RGB, upright, its transparency dropped. Raises ValueError saying what is wrong."""
     from PIL import Image, UnidentifiedImageError
 
     if not data:
@@ -47,7 +47,7 @@ def decode(data: bytes) -> "Image.Image":
         width, height = size(data)
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}") from None
     except UnidentifiedImageError:
-        raise ValueError("it is no JPEG, PNG, BMP, WebP, TIFF, PPM or JPEG 2000 file") from None
+        raise ValueError("it is not a JPEG, PNG, BMP, WebP, TIFF, PPM or JPEG 2000 file") from None
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged files
         raise ValueError(next(iter(str(error).splitlines()), "") or type(error).__name__) from None
     orientation = orientation_of(image)
@@ -56,7 +56,7 @@ def decode(data: bytes) -> "Image.Image":
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """Width and height of an image of any size."""
+    """Returns width and height of an image of any size."""
     from PIL import Image
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -67,6 +67,7 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def orientation_of(image: "Image.Image") -> int:
+    """Returns EXIF's orientation, 1 when there is none."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF data: the image is shown as it is stored

@@ -1,4 +1,4 @@
-"""Samples to uint8 batches on the training device, by Pillow in worker processes of torch.utils.data.DataLoader.
+"""Makes uint8 batches of samples with Pillow, in the worker processes of torch.utils.data.DataLoader.
 
 This is for machines without a build of DALI: the same samples, crops of the same distribution, epochs by the same rule.
 What a sample looks like in an epoch depends only on the seed, the epoch and its number. So batches are the same for any

@@ -17,22 +17,22 @@ from nvcnn.errors import InputError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-task: Any = None  # of a worker, what its pool was made for
+task: Any = None  # in a worker: the function of its pool
 
 
 @contextmanager
 def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Processes that leave Ctrl-C to this one and finish what they are at, but end at once when this one is killed.
+    """Yields a pool of processes that ignore Ctrl-C and finish their work, but end at once when this one is killed.
 
-    function: for `forked`, which calls it in a worker; however much it holds, it is not sent there.
-    Raises InputError when one of them is killed.
+    function: what `forked` calls in a worker. It is there by fork and not sent, however much it holds.
+    Raises InputError when a worker is killed.
     """
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=(os.getpid(), function))
     try:
         yield pool
     except BrokenProcessPool:
         raise InputError(
-            "a worker process was killed, perhaps for want of memory: give the same command again, with more memory or "
+            "a worker process was killed, perhaps for lack of memory: give the same command again, with more memory or "
             f"fewer workers than {workers} (prepare.py --workers)"
         ) from None
     finally:
@@ -51,7 +51,7 @@ def begin_worker(parent: int, function: Callable[..., Any] | None) -> None:
     CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    if "torch" in sys.modules:  # OpenMP's threads are not forked: a region of many would wait for them for ever
+    if "torch" in sys.modules:  # OpenMP's threads are not forked: it would wait for them for ever
         sys.modules["torch"].set_num_threads(1)
-    gc.freeze()  # a collection would write to every name and place of the data set, and end the sharing of their memory
-    warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error here
+    gc.freeze()  # a collection would write to every object, and so end the sharing of memory
+    warnings.filterwarnings("ignore", module="PIL")  # what matters is an error here

@@ -39,7 +39,7 @@ class Records(ShardSource):
         (framed,) = self.read_pieces(i)
         data = framed[12:-4]
         if struct.unpack("<QI", framed[:12]) != (len(framed) - FRAMING, masked_crc(framed[:8])):
-            raise InputError(f"{self.name(i)} is none: the index is of another file (delete it, it is built anew)")
+            raise InputError(f"{self.name(i)} is not one: the index is of another file (delete it, it is built anew)")
         if struct.unpack("<I", framed[-4:])[0] != masked_crc(data):
             raise InputError(f"{self.name(i)} is damaged (its CRC differs): copy or make the file again")
         return parse(data, self.name(i))

@@ -1,4 +1,4 @@
-"""Shards, files of many samples with an index beside each, as a source: what TFRecords and tars have in common."""
+"""Samples in shards, which are files of many samples with an index beside each: what TFRecords and tars share."""
 
 import os
 import re
@@ -36,8 +36,8 @@ class ShardSource:
         """left_out: samples that are not there, by their numbers before any is left out."""
         self.shards, self.left_out = shards, frozenset(left_out)
         self.open_file = lru_cache(OPEN_FILES)(partial(open, mode="rb", buffering=0))
-        # An array a shard, because worker processes share their memory. Reading a list would count references to its
-        # objects, which copies its memory into every worker.
+        # Arrays, because worker processes share their memory. Reading a list would count references to its objects,
+        # which copies its memory into every worker.
         self.places = [array("q", (int(n) for line in self.read_index(s) for n in line.groups())) for s in shards]
         counts = (len(places) // self.line.groups for places in self.places)
         self.starts = list(accumulate(counts, initial=0))  # the number of each shard's first sample
@@ -175,7 +175,7 @@ def does_not_fit(shard: Path, end: int) -> InputError:
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name complete or not at all; any number of processes may write it at once."""
+    """Yields a file that appears under its name complete or not at all. Many processes may write it at once."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -27,7 +27,7 @@ class Tars(ShardSource):
 
     @staticmethod
     def scan(shard: Path) -> Iterator[str]:
-        """Also raises InputError where a sample has not one image and one label."""
+        """Raises InputError also for a sample that does not have exactly one image and one label."""
         try:
             for key, members in samples(shard):
                 images, labels = ([m for m in members if m[0] in kinds] for kinds in (IMAGES, ("cls",)))
@@ -40,7 +40,7 @@ class Tars(ShardSource):
                 words = ((kind, m.offset_data, m.size, re.sub(r"[\s:]", "_", m.name)) for kind, m in images + labels)
                 yield " ".join(f"{kind} {offset} {size} {name}" for kind, offset, size, name in words)
         except tarfile.TarError as error:
-            raise InputError(f"{shard}: is no tar, or damaged ({error}): copy or make the file again") from None
+            raise InputError(f"{shard}: is not a tar, or is damaged ({error}): copy or make the file again") from None
 
     @staticmethod
     def check_end(shard: Path, last: Sequence[int]) -> None:

@@ -16,11 +16,11 @@ SUFFIX = {"tfrecord": "", "webdataset": ".tar"}
 
 
 class Sample(NamedTuple):
-    """An image. Some 300 bytes each, and all that is kept of a data set in memory.
+    """An image. It takes some 300 bytes, and nothing else of a data set is kept in memory.
 
-    name: in messages, and below a directory its path. label: zero-based.
-    source: the tar that holds it; the directory it is in; or the pixels themselves.
-    offset, size: bytes in the tar. offset 0: a file of its own.
+    name: for messages; in a directory also the path below it. label: zero-based.
+    source: the tar that holds the image, the directory it is in, or the pixels themselves.
+    offset, size: its bytes in the tar. An offset of 0 means a file of its own.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A file to write. first: the number in its split of the first of its samples."""
+    """A file to write. first: the number of its first sample in the split."""
 
     path: Path
     first: int
@@ -42,9 +42,9 @@ class Shard(NamedTuple):
 class Blueprint:
     """A data set to make.
 
-    splits: the images, in an order that the sources alone decide. shards: files of each split.
-    encode: what a worker stores of a sample, and whether that was encoded anew; raises UnreadableImage.
-    order: decides the shuffling. flags: those that decide bytes; a run goes on under the same ones only.
+    splits: the images, in an order that depends only on the sources. shards: how many files each split has.
+    encode: returns what a worker stores of a sample, and whether it was encoded anew. Raises UnreadableImage.
+    order: the seed of the shuffling. flags: those that change what is written, so that a stopped run needs them again.
     files: name and text of files beside the shards.
     """
 
@@ -59,14 +59,14 @@ class Blueprint:
     files: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        """What two runs in one directory must share, in JSON's own types."""
+        """Returns what two runs in one directory must have in common, in JSON's own types."""
         names = hashlib.sha256("\n".join(self.class_names).encode(errors="surrogateescape")).hexdigest()
         shards = ",".join(map(str, self.shards.values()))
         given = {name: value for name, value in self.flags.items() if value is not None}
         return {"dataset": self.title, "format": self.file_format, "shards": shards, **given, "classes": names}
 
     def shards_in(self, out: Path) -> Iterator[Shard]:
-        """The shards, each with its part of the shuffled split."""
+        """Yields the shards, each with its part of the shuffled split."""
         for split, paths in shard_paths(out, self.shards, self.file_format).items():
             samples = self.splits[split]
             order = list(range(len(samples)))
@@ -77,13 +77,13 @@ class Blueprint:
 
 
 def shard_paths(out: Path, shards: Mapping[str, int], file_format: str) -> dict[str, list[Path]]:
-    """The files of each split."""
+    """Returns the files of each split."""
     suffix = SUFFIX[file_format]
     return {split: [out / f"{split}-{i:05d}-of-{n:05d}{suffix}" for i in range(n)] for split, n in shards.items()}
 
 
 def digest(samples: Iterable[Sample]) -> str:
-    """SHA-256 of what a shard is made from: names, labels, sizes, or the pixels."""
+    """Returns the SHA-256 of what a shard is made from: names, labels, sizes, and pixels if they are known."""
     summed = hashlib.sha256()
     for name, label, source, _, size in samples:
         summed.update(f"{name}\0{label}\0{size}\n".encode(errors="surrogateescape"))
@@ -94,12 +94,12 @@ def digest(samples: Iterable[Sample]) -> str:
 
 @lru_cache(maxsize=1)
 def opened(path: str) -> BinaryIO:
-    """The tar that a worker reads from, opened once."""
+    """Returns the tar that a worker reads from, opened once."""
     return open(path, "rb", buffering=0)
 
 
 def read_sample(sample: Sample) -> bytes:
-    """The bytes of an image file, from a tar or a directory. Raises UnreadableImage."""
+    """Returns the bytes of an image file, from a tar or a directory. Raises UnreadableImage."""
     assert isinstance(sample.source, str)
     try:
         if sample.offset == 0:

@@ -25,7 +25,7 @@ ARRAYS = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Of all that a pickle may call, what makes an array: a file from the network runs no code here."""
+    """Lets a pickle call only what makes an array, so that a downloaded file cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[-1], name) not in ARRAYS or module.split(".")[0] not in ("numpy", "_codecs"):
@@ -34,7 +34,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_batches(source: Path) -> dict[str, bytes]:
-    """Content of each batch by its file's name. Raises InputError when `source` cannot be read or one is missing."""
+    """Returns the content of each batch by file name. Raises InputError if `source` is unreadable or lacks one."""
     wanted = {f"{name}{suffix}" for names in BATCHES.values() for name in names for suffix in ("", ".bin")}
     found: dict[str, bytes] = {}
     try:
@@ -64,7 +64,7 @@ def read_batches(source: Path) -> dict[str, bytes]:
 
 
 def parse_batch(name: str, data: bytes) -> list[tuple[bytes, int]]:
-    """Planar pixels and label of each image. Raises ValueError, or what pickle raises on damaged data."""
+    """Returns planar pixels and label of each image. Raises ValueError, or what pickle raises on damaged data."""
     if name.endswith(".bin"):
         if not data or len(data) % (PIXELS + 1):
             raise ValueError(f"{len(data)} bytes are not images of {PIXELS + 1}")
@@ -115,10 +115,10 @@ def checked_batch(source: Path, name: str, data: bytes) -> list[tuple[bytes, int
         batch = parse_batch(name, data)
     except Exception as error:  # damaged pickles raise whatever they stumble over
         raise InputError(
-            f"--source={source}: {name} is no batch of CIFAR-10 ({error}): get the archive again"
+            f"--source={source}: {name} is not a batch of CIFAR-10 ({error}): get the archive again"
         ) from None
     if wrong := [label for _, label in batch if not 0 <= label < len(CLASS_NAMES)]:
         raise InputError(
-            f"--source={source}: {name} has label {wrong[0]}, which CIFAR-10 has not: get the archive again"
+            f"--source={source}: {name} has label {wrong[0]}, which CIFAR-10 does not have: get the archive again"
         )
     return batch

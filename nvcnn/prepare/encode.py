@@ -1,4 +1,4 @@
-"""Image files as a data set holds them: what is copied byte for byte, what becomes a JPEG, what is refused."""
+"""Makes the image files of a data set: what is copied byte for byte, what becomes a JPEG, what is refused."""
 
 import io
 import struct
@@ -13,12 +13,12 @@ END_OF_IMAGE = b"\xff\xd9"
 
 
 class UnreadableImage(Exception):
-    """An image file that nothing can be trained on. The message says why, and fits behind the file's name."""
+    """An image file that cannot be trained on. The message says why, and fits behind the file's name."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What happens to the image files of a data set.
+    """Says what happens to the image files of a data set.
 
     keep: formats copied byte for byte, where the pixels are 8-bit grey or RGB.
     max_side: the longer side's most pixels; larger images are made smaller. None: as they are.
@@ -33,7 +33,7 @@ class Encoding:
 
 
 def standard(data: bytes, encoding: Encoding) -> tuple[bytes, bool]:
-    """The file to store, and whether it was encoded anew. Raises UnreadableImage."""
+    """Returns the file to store, and whether it was encoded anew. Raises UnreadableImage."""
     from PIL import Image, UnidentifiedImageError
 
     if not data:
@@ -50,23 +50,23 @@ def standard(data: bytes, encoding: Encoding) -> tuple[bytes, bool]:
             image.verify()  # the CRC of each chunk
         elif data.rfind(END_OF_IMAGE, image.fp.tell()) < 0:  # type: ignore[union-attr]
             # Pillow has read as far as the first scan, where a thumbnail's end cannot be mistaken for the image's.
-            # Without an end the file is most likely cut short; whether pixels are missing, decoding tells.
+            # Without an end the file is most likely cut short. Decoding tells whether pixels are missing.
             image.load()
     except UnidentifiedImageError:
-        raise UnreadableImage("is no image, or cut short in its header") from None
+        raise UnreadableImage("is not an image, or is cut short in its header") from None
     except Exception as error:  # on damaged files Pillow raises whatever its parsing stumbles over
         raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from None
     return data, False
 
 
 def _jpeg(image, encoding: Encoding) -> bytes:
-    """RGB, or grey where the image is; upright, because EXIF's orientation is lost; made smaller with antialiasing."""
+    """Returns an RGB or grey JPEG, upright, because EXIF's orientation is lost, and made smaller with antialiasing."""
     from PIL import Image, ImageOps
 
-    # Colours of every pixel, where the source has them; a JPEG has rarely more than of every second.
+    # 4:4:4 keeps the colour of every pixel; a JPEG rarely has more than that of every second.
     subsampling = "4:2:0" if image.format in ("JPEG", "MPO") else "4:4:4"
     if encoding.max_side is not None and image.mode in ("L", "RGB"):
-        # While it decodes, libjpeg halves the image as long as the filter has three times what it needs.
+        # libjpeg halves the image while it decodes, as long as the filter keeps three times the pixels it needs.
         image.thumbnail((encoding.max_side, encoding.max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
@@ -84,7 +84,7 @@ def _jpeg(image, encoding: Encoding) -> bytes:
 
 
 def png(pixels: bytes, height: int, width: int, channels: int = 1) -> bytes:
-    """An 8-bit grey or RGB PNG without filters (ISO/IEC 15948): the same bytes wherever zlib is the same."""
+    """Returns an 8-bit grey or RGB PNG without filters (ISO/IEC 15948): the same bytes wherever zlib is the same."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

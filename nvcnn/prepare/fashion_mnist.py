@@ -42,7 +42,7 @@ ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 
 
 def read_idx(directory: Path, name: str) -> bytes:
-    """The uncompressed content of `name`.gz. Raises InputError when it is absent, unreadable or another data set's."""
+    """Returns the content of `name`.gz, uncompressed. Raises InputError if it is unreadable or something else."""
     path = directory / f"{name}.gz"
     try:
         data = gzip.decompress(path.read_bytes())
@@ -55,7 +55,7 @@ def read_idx(directory: Path, name: str) -> bytes:
 
 
 def parse_idx(images: bytes, labels: bytes) -> tuple[list[bytes], list[int]]:
-    """Pixels of each image, and labels. IDX is a big-endian header and then the raw values."""
+    """Returns the pixels of each image, and the labels. IDX is a big-endian header and then the raw values."""
     _, n, height, width = struct.unpack(">4I", images[:16])
     size = height * width
     return [images[16 + i * size : 16 + (i + 1) * size] for i in range(n)], list(labels[8:])
@@ -67,7 +67,7 @@ def encode(sample: Sample) -> tuple[bytes, bool]:
 
 
 def _from_debian(directory: Path) -> Path:
-    """Downloads and unpacks Debian's package, which needs no root. Raises OSError saying what failed."""
+    """Downloads and unpacks Debian's package, without root. Returns where it is. Raises OSError if that fails."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise OSError("no apt-get here")
 
@@ -95,7 +95,7 @@ def _from_internet(directory: Path) -> Path:
 
 
 def read_source(source: Path | None) -> dict[str, bytes]:
-    """The four files from `source`, else Debian's installed package, else its download, else the public download."""
+    """Returns the four files of `source`, else of Debian's package, installed or downloaded, else of the original."""
     if source is None and INSTALLED.is_dir():
         source = INSTALLED
     if source is not None:
@@ -111,11 +111,13 @@ def read_source(source: Path | None) -> dict[str, bytes]:
                 failures.append(f"{what}: {error}")
                 continue
             return {name: read_idx(found, name) for name in SHA256}
-    raise InputError(f"Fashion-MNIST cannot be had ({'; '.join(failures)}): give its four .gz files with --source")
+    raise InputError(
+        f"Fashion-MNIST cannot be downloaded ({'; '.join(failures)}): give its four .gz files with --source"
+    )
 
 
 def fetch_and_write(out: Path, source: Path | None = None, workers: int = 1, file_format: str = "tfrecord") -> None:
-    """Writes the data set to `out`; nothing to do if complete. Raises InputError for an unusable `out` or `source`."""
+    """Writes the data set to `out` unless it is complete there. Raises InputError for an unusable `out` or `source`."""
     shards = {split: n for split, (_, n) in SPLITS.items()}
     check_out(out, shards, file_format)  # before anything is downloaded
     if is_complete(out, TITLE, file_format):

@@ -1,4 +1,4 @@
-"""Class folders: DIR/<class>/**/<image>, as torchvision's ImageFolder has them; classes in order of name."""
+"""Reads class folders DIR/<class>/**/<image> like torchvision's ImageFolder. Classes are numbered in order of name."""
 
 import math
 import random
@@ -13,12 +13,12 @@ from nvcnn.errors import InputError
 from nvcnn.prepare.blueprint import Blueprint, Sample, read_sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding, standard
 
-SPLITS = {"train", "val", "validation", "test"}  # names of folders above those of classes
-SHARD_BYTES = 1 << 27  # of source files, per shard where --shards does not say
+SPLITS = {"train", "val", "validation", "test"}  # names of the folders above class folders
+SHARD_BYTES = 1 << 27  # source files of a shard, unless --shards is given
 
 
 def scan_class(directory: Path, name: str) -> tuple[list[tuple[str, int]], int]:
-    """(path below `directory`, bytes) of each image of a class, in order; and how many other files there are.
+    """Returns (path below `directory`, bytes) of each image of a class, in order, and the number of other files.
 
     Raises InputError for what cannot be listed.
     """
@@ -30,12 +30,12 @@ def scan_class(directory: Path, name: str) -> tuple[list[tuple[str, int]], int]:
 
 
 def file_size(path: Path) -> int:
-    """Of a link to nowhere 0: it becomes an unreadable image."""
+    """Returns the bytes of a file, and 0 for a link to nowhere, which becomes an unreadable image."""
     return path.stat().st_size if path.exists() else 0
 
 
 def scan_folders(directory: Path, flag: str, workers: int) -> dict[str, list[tuple[str, int]]]:
-    """The images of each class, in order of name. Raises InputError when there are none."""
+    """Returns the images of each class, in order of name. Raises InputError when there are none."""
     try:
         classes = class_names(directory)
     except OSError as error:
@@ -70,7 +70,7 @@ def encode_file(sample: Sample, encoding: Encoding) -> tuple[bytes, bool]:
 
 
 def divide(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation images: of each class the same share, chosen by `seed`."""
+    """Returns training and validation images. Validation gets the same share of each class, chosen by `seed`."""
     of_class: dict[int, list[int]] = {}
     for i, sample in enumerate(samples):
         of_class.setdefault(sample.label, []).append(i)
@@ -81,7 +81,7 @@ def divide(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample]
 
 
 def default_shards(splits: Mapping[str, list[Sample]]) -> list[int]:
-    """A file for each 128 MB of images."""
+    """Returns a number of files for each split: one for 128 MB of images."""
     return [min(len(s), math.ceil(sum(image.size for image in s) / SHARD_BYTES) or 1) for s in splits.values()]
 
 
@@ -96,7 +96,7 @@ def blueprint(
     file_format: str = "tfrecord",
     workers: int = 1,
 ) -> Blueprint:
-    """The images of `train`, and for validation those of `val`, or of each class that share. Raises InputError."""
+    """Returns what to write of `train`, and to validate on, of `val` or `val_share` of each class."""
     folders = scan_folders(train, "--train", workers)
     classes = list(folders)
     splits = {"train": to_samples(train, folders, classes)}

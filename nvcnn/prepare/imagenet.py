@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC2012) from the archives as they are downloaded; nothing is unpacked.
+"""Reads ImageNet (ILSVRC2012) from the archives as they are downloaded, without unpacking them.
 
 Russakovsky et al. 2015, arXiv:1409.0575. ILSVRC2012_img_train.tar holds a tar for each class, named after its synset
 (n01440764.tar); ILSVRC2012_img_val.tar holds the images of all classes side by side. A label is the place of the
@@ -32,7 +32,7 @@ IDS = ("490", "361", "171", "822", "297")  # how the ground truth begins, in the
 
 
 class Devkit(NamedTuple):
-    """synsets: of each validation image, in order of file name. words: of each synset."""
+    """synsets: those of the validation images, in order of file name. words: what each synset means."""
 
     synsets: list[str]
     words: dict[str, str]
@@ -51,7 +51,7 @@ def blueprint(
     file_format: str = "tfrecord",
     workers: int = 1,
 ) -> Blueprint:
-    """The images of `train` and `val`, each a tar or a directory; class folders need no labels beside them.
+    """Returns what to write of `train` and `val`, each a tar or a directory. Class folders need no labels beside them.
 
     synsets: a file of one class per line in order of label, with or without words behind it; none: those of `train`,
     sorted. val_labels: a file of a synset or label per validation image, in order of file name.
@@ -99,7 +99,7 @@ def blueprint(
 
 @contextmanager
 def opened_tar(path: Path | str, what: str, at: int = 0) -> Iterator[tarfile.TarFile]:
-    """An uncompressed tar, which may be a member of another and then begins at byte `at`; reads headers alone."""
+    """Yields an uncompressed tar, reading only headers. A tar inside another begins at byte `at`."""
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(at)
@@ -112,7 +112,7 @@ def opened_tar(path: Path | str, what: str, at: int = 0) -> Iterator[tarfile.Tar
 
 
 def members(tar: tarfile.TarFile, what: str, end: int) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, but those that macOS adds. Raises InputError where it passes byte `end`."""
+    """Yields the files of a tar, without those that macOS adds. Raises InputError where the tar passes byte `end`."""
     for member in tar:
         if member.offset_data + member.size > end:
             raise InputError(f"{what}: is cut short in {member.name}: download it again")
@@ -121,7 +121,7 @@ def members(tar: tarfile.TarFile, what: str, end: int) -> Iterator[tarfile.TarIn
 
 
 def scan_class(path: str, synset: str, at: int, size: int) -> list[tuple[str, int, int]]:
-    """(name, offset, bytes) of each image in a class's tar, which is `size` bytes at `at` of the training tar."""
+    """Returns (name, offset, bytes) of each image in a class's tar: the `size` bytes at `at` of the training tar."""
     what = f"--train={path}: {synset}.tar"
     with opened_tar(path, what, at) as tar:
         found = [(f"{synset}/{Path(m.name).name}", m.offset_data, m.size) for m in members(tar, what, at + size)]
@@ -131,12 +131,12 @@ def scan_class(path: str, synset: str, at: int, size: int) -> list[tuple[str, in
 
 
 def scan_train(train: Path, workers: int) -> dict[str, list[tuple[str, int, int]]]:
-    """(name, offset in the tar or 0, bytes) of each training image, by synset."""
+    """Returns (name, offset in the tar or 0, bytes) of each training image, by synset."""
     if train.is_dir():
         folders = scan_folders(train, "--train", workers)
         if other := [name for name in folders if not SYNSET.fullmatch(name)]:
             raise InputError(
-                f"--train={train}: {other[0]} is no synset like n01440764: give ImageNet's class folders, "
+                f"--train={train}: {other[0]} is not a synset like n01440764: give ImageNet's class folders, "
                 "or use prepare.py folder"
             )
         return {synset: [(name, 0, size) for name, size in images] for synset, images in folders.items()}
@@ -160,7 +160,7 @@ def scan_train(train: Path, workers: int) -> dict[str, list[tuple[str, int, int]
 def validation(
     val: Path, label: Mapping[str, int], kit: Devkit | None, val_labels: Path | None, workers: int
 ) -> list[Sample]:
-    """The validation images in order of file name, from a tar, a directory of images or class folders."""
+    """Returns the validation images in order of file name, from a tar, a directory of images or class folders."""
     what = f"--val={val}"
     if val.is_dir():
         try:
@@ -186,7 +186,7 @@ def validation(
     elif kit is not None:
         labels, source = [label.get(synset, -1) for synset in kit.synsets], "--devkit"
     else:
-        raise InputError(f"{what}: its images are in no class folders: give --devkit, or --val_labels")
+        raise InputError(f"{what}: its images are not in class folders: give --devkit, or --val_labels")
     if len(labels) != len(found):
         raise InputError(
             f"{source}: labels {len(labels)} images, but {what} holds {len(found)}: give those of this set"
@@ -200,7 +200,7 @@ def validation(
 
 
 def read_lines(path: Path, flag: str) -> list[str]:
-    """The lines of a text file, without the empty ones."""
+    """Returns the lines of a text file, without the empty ones."""
     try:
         return [line for line in map(str.strip, path.read_text().splitlines()) if line]
     except (OSError, ValueError) as error:
@@ -209,7 +209,7 @@ def read_lines(path: Path, flag: str) -> list[str]:
 
 
 def read_synsets(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Synsets in order of label, and the words behind them."""
+    """Returns the synsets in order of label, and the words behind them."""
     rows = [line.split(maxsplit=1) for line in read_lines(path, "--synsets")]
     for number, (synset, *_) in enumerate(rows, 1):
         if not SYNSET.fullmatch(synset):
@@ -221,7 +221,7 @@ def read_synsets(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def read_val_labels(path: Path, label: Mapping[str, int]) -> list[int]:
-    """Zero-based labels from a file of synsets, or of labels that count from 1."""
+    """Returns zero-based labels from a file of synsets, or of labels that count from 1."""
     lines = read_lines(path, "--val_labels")
     if path.name == GROUND_TRUTH or tuple(lines[:5]) == IDS:
         raise InputError(
@@ -243,7 +243,7 @@ def read_val_labels(path: Path, label: Mapping[str, int]) -> list[int]:
 
 
 def read_devkit(path: Path) -> Devkit:
-    """From ILSVRC2012_devkit_t12.tar.gz, or from the directory that it unpacks to."""
+    """Reads ILSVRC2012_devkit_t12.tar.gz, or the directory that it unpacks to. Returns what validation needs of it."""
     what = f"--devkit={path}"
     found: dict[str, bytes] = {}
     try:
@@ -275,7 +275,7 @@ def read_devkit(path: Path) -> Devkit:
 
 
 def read_meta(what: str, data: bytes) -> tuple[dict[int, str], dict[str, str]]:
-    """The synset of each ILSVRC2012_ID, and the words of each synset."""
+    """Returns the synset of each ILSVRC2012_ID, and the words of each synset."""
     try:
         from scipy.io import loadmat
     except ImportError:

@@ -12,7 +12,7 @@ from nvcnn.errors import InputError
 from nvcnn.prepare.blueprint import SUFFIX
 
 SUMMARIES = ("dataset.json", "manifest.json")
-PART = {"images", "bytes", "sha256", "encoded_anew", "bad", "source"}  # of a shard, in the manifest
+PART = {"images", "bytes", "sha256", "encoded_anew", "bad", "source"}  # what the manifest says of a shard
 
 
 def is_temporary(path: Path) -> bool:
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def not_ours(path: Path) -> InputError:
-    return InputError(f"{path}: is not prepare.py's: delete it, and prepare the data set again")
+    return InputError(f"{path}: was not written by prepare.py: delete it, and prepare the data set again")
 
 
 def is_part(values: Any) -> bool:
@@ -38,7 +38,7 @@ def is_part(values: Any) -> bool:
 
 
 def read_part(path: Path) -> dict[str, Any]:
-    """Of a finished shard in a run that is not. Raises InputError for what prepare.py has not written."""
+    """Returns a finished shard's part of the manifest. Raises InputError if prepare.py did not write it."""
     part = read_json(path)
     if not is_part(part):
         raise not_ours(path)
@@ -46,9 +46,9 @@ def read_part(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """ "made_from": a plan's settings, "images" of each split, "shards", and SHA-256 of the other "files".
+    """Returns "made_from", a blueprint's settings; "images" of each split; "shards"; and SHA-256 of the other "files".
 
-    Raises InputError for what prepare.py has not written. Directories made by its first version have no "files".
+    Raises InputError if prepare.py did not write it. Directories made by its first version have no "files".
     """
     text = read_json(path)
     if not (
@@ -70,20 +70,21 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def sha256_of(path: Path) -> str | None:
-    """Of a file that fits into memory; None when there is none."""
+    """Returns the SHA-256 of a file that fits into memory; None if it does not exist."""
     with suppress(FileNotFoundError):
         return hashlib.sha256(path.read_bytes()).hexdigest()
     return None
 
 
 def is_there(shard: Path, part: Mapping[str, Any]) -> bool:
+    """Returns whether a shard of the right size and its index exist."""
     with suppress(FileNotFoundError):
         return shard.stat().st_size == part["bytes"] and index_path(shard).exists()
     return False
 
 
 def is_complete(out: Path, title: str, file_format: str) -> bool:
-    """Whether `out` holds all of a data set that only ever has one content; says so."""
+    """Returns, and prints, whether `out` holds all of a data set whose content never changes."""
     manifest = out / "manifest.json"
     if not manifest.exists():
         return False

@@ -1,4 +1,4 @@
-"""Shows how far the processes are."""
+"""Shows how far a run is."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(images: int) -> Iterator[Callable[[int, str, list[str]], None]]:
-    """A bar with the time left on a terminal with tqdm, else a line per shard; what is wrong is printed either way.
+    """Shows a bar on a terminal with tqdm, else a line per shard. What is wrong is printed in both cases.
 
-    Yields what is to be called after each shard with its number of images, its line, and what is wrong with it.
+    Yields a function to call after each shard with its number of images, its line, and what is wrong with it.
     """
     try:
         from tqdm import tqdm

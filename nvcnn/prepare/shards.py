@@ -1,4 +1,4 @@
-"""Writes one shard, in a worker: TFRecords or a tar, its index, its part of the manifest."""
+"""Writes one shard in a worker: TFRecords or a tar, its index, its part of the manifest."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from nvcnn.prepare.manifest import write_json
 
 
 class Unwritten(Exception):
-    """Ends a shard that has unreadable images, so that none appears."""
+    """Stops the writing of a shard that has unreadable images, so that the shard does not appear."""
 
 
 def write_shard(
@@ -29,9 +29,9 @@ def write_shard(
     file_format: str,
     skip_bad: bool,
 ) -> dict[str, Any]:
-    """A shard, in a worker: its index, its part of the manifest, then itself, so one that is there is complete.
+    """Writes a shard. Its index and its part of the manifest appear first, so a shard that exists is complete.
 
-    It is not written when images are unreadable and not to be skipped.
+    Returns its part of the manifest. A shard with unreadable images is not written unless `skip_bad`.
     """
     bad: list[tuple[str, str]] = []
     encoded_anew = 0
@@ -45,7 +45,7 @@ def write_shard(
                 bad.append((sample.name, str(error)))
                 continue
             if bad and not skip_bad:
-                continue  # only what else is unreadable is of interest now
+                continue  # now it only matters what else is unreadable
             encoded_anew += anew
             label = sample.label + LABEL_BASE[file_format]
             yield Image(f"{number:08d}", data, label, class_names[sample.label].encode(errors="surrogateescape"))
@@ -72,7 +72,7 @@ def write_shard(
 
 
 class Image(NamedTuple):
-    """What is stored of a sample; key: its number in the split, by which WebDataset names it."""
+    """What is stored of a sample. key: its number in the split, by which WebDataset names it."""
 
     key: str
     encoded: bytes
@@ -81,7 +81,7 @@ class Image(NamedTuple):
 
 
 class Summed:
-    """A file for writing that keeps the size and the SHA-256 of what it got."""
+    """Writes to a file, and keeps the size and the SHA-256 of what was written."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -98,7 +98,7 @@ class Summed:
 
 
 def features(image: Image) -> dict[str, list]:
-    """Of a record, as ImageNet's TFRecords name them; bounding boxes are unknown."""
+    """Returns the features of a record, as ImageNet's TFRecords name them. Bounding boxes are unknown."""
     return {
         "image/encoded": [image.encoded],
         "image/class/label": [image.label],

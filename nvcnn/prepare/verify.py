@@ -24,7 +24,7 @@ AGAIN = "copy the file again, or delete it and prepare again"
 def verify(directory: Path, workers: int) -> None:
     """Reads every byte and compares with manifest.json: sizes, SHA-256, CRCs of records, indexes.
 
-    Raises InputError for the first file, in order, that is not what was written; other shards are printed.
+    Raises InputError for the first file, in order, that is not as it was written. All bad shards are printed.
     """
     manifest = directory / "manifest.json"
     if not manifest.exists():
@@ -57,7 +57,7 @@ def verify(directory: Path, workers: int) -> None:
 
 
 def check_shard(path: Path, part: Mapping[str, Any], file_format: str) -> None:
-    """One shard and its index, in a worker."""
+    """Checks one shard and its index, in a worker. Raises InputError if one is not as it was written."""
     try:
         size, sha256 = path.stat().st_size, hashlib.sha256()
         read, source = FORMATS[file_format]
@@ -68,7 +68,7 @@ def check_shard(path: Path, part: Mapping[str, Any], file_format: str) -> None:
             f"{error.filename}: cannot be read ({error.strerror}): copy the file again, or prepare again"
         ) from None
     pairs = enumerate(zip_longest(index.splitlines()[source.header.count("\n") :], lines))
-    where = next((f" at record {i}" for i, (one, other) in pairs if one != other), "")  # as far as places tell
+    where = next((f" at record {i}" for i, (one, other) in pairs if one != other), "")  # as far as the index tells
     if size != part["bytes"]:
         raise InputError(f"{path}: has {size} bytes, not the {part['bytes']} of manifest.json{where}: {AGAIN}")
     if sha256.hexdigest() != part["sha256"]:

@@ -34,14 +34,14 @@ from nvcnn.prepare.manifest import (
 from nvcnn.prepare.progress import progress
 from nvcnn.prepare.shards import write_shard
 
-LOCK_WAIT = 10.0  # seconds for the workers of a killed run to end
+LOCK_WAIT = 10.0  # seconds that the workers of a killed run may take to end
 
 
 def write_dataset(blueprint: Blueprint, out: Path, *, workers: int = 1, skip_bad: bool = False) -> None:
-    """Makes the data directory `out`, or what is missing of it; the same bytes each time, for any `workers`.
+    """Writes the data directory `out`, or what is missing of it. The bytes are the same for any `workers`.
 
-    Raises InputError for an unusable `out`, one that was begun otherwise, and, once everything has been read, for
-    unreadable images. With `skip_bad` those are left out instead, and listed in the manifest.
+    Raises InputError for an unusable `out`, for one that was begun with other flags, and, after everything has been
+    read, for unreadable images. With `skip_bad` those are left out instead, and listed in the manifest.
     """
     for split, n in blueprint.shards.items():
         if n > len(blueprint.splits[split]):
@@ -84,7 +84,7 @@ def write_dataset(blueprint: Blueprint, out: Path, *, workers: int = 1, skip_bad
 
 
 def check_out(out: Path, shards: Mapping[str, int], file_format: str, files: Iterable[str] = ()) -> None:
-    """Makes the directory. Raises InputError when it cannot be written, or holds anything but such a data set."""
+    """Makes the directory. Raises InputError if it is not writable, or holds anything but such a data set."""
     expected = {path for paths in shard_paths(out, shards, file_format).values() for path in paths}
     expected |= {*map(index_path, expected), *(out / name for name in (*files, *SUMMARIES, UNFINISHED))}
     try:
@@ -105,7 +105,7 @@ def check_out(out: Path, shards: Mapping[str, int], file_format: str, files: Ite
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """One run at a time in a directory; what a killed one left half written is removed."""
+    """Keeps other runs out of a directory, and removes what a killed one left half written."""
     directory = os.open(out, os.O_RDONLY)
     try:
         end = time.monotonic() + LOCK_WAIT
@@ -117,7 +117,7 @@ def locked(out: Path) -> Iterator[None]:
                     raise InputError(f"--out={out}: another prepare.py is writing there: wait for it") from None
                 time.sleep(0.05)
                 continue
-            except OSError:  # a network's file system without locks
+            except OSError:  # a network file system without locks
                 pass
             break
         for path in (*out.iterdir(), *(out / UNFINISHED).glob("*")):
@@ -129,7 +129,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def begun(blueprint: Blueprint, out: Path) -> dict[str, dict[str, Any]]:
-    """Of each finished shard its part of the manifest. Raises InputError when the run was begun with other flags."""
+    """Returns each finished shard's part of the manifest. Raises InputError if the run was begun with other flags."""
     settings = blueprint.settings()
     manifest, unfinished = out / "manifest.json", out / UNFINISHED
     if manifest.exists():
@@ -165,7 +165,7 @@ def check_settings(out: Path, there: Mapping[str, Any], here: Mapping[str, Any])
 def write_shards(
     blueprint: Blueprint, out: Path, shards: list[Shard], workers: int, skip_bad: bool
 ) -> dict[str, dict[str, Any]]:
-    """Writes them; returns their parts of the manifest."""
+    """Writes the shards. Returns their parts of the manifest. Raises InputError for unreadable images."""
     (out / UNFINISHED).mkdir(exist_ok=True)
     write = partial(
         write_shard,
@@ -187,7 +187,7 @@ def write_shards(
     if bad and not skip_bad:
         name, why = min(bad)
         raise InputError(
-            f"{len(bad)} unreadable images, listed above, the first {name}: {why}: mend them and run again, "
+            f"{len(bad)} unreadable images, listed above, the first {name}: {why}: repair them and run again, "
             "or leave them out with --skip_bad"
         )
     return parts
@@ -198,13 +198,13 @@ def is_as_written(out: Path, files: Mapping[str, bytes]) -> bool:
 
 
 def images(blueprint: Blueprint, parts: Mapping[str, dict[str, Any]]) -> dict[str, int]:
-    """Those that each split has."""
+    """Returns how many images each split has."""
     shards = shard_paths(Path(), blueprint.shards, blueprint.file_format)
     return {split: sum(parts[path.name]["images"] for path in paths) for split, paths in shards.items()}
 
 
 def beside(blueprint: Blueprint, parts: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
-    """Name and content of what stands beside the shards; manifest.json last, so that a directory with it is whole."""
+    """Returns name and content of the files beside the shards. manifest.json is last: it marks a complete directory."""
     declared = {
         "num_classes": len(blueprint.class_names),
         "label_base": LABEL_BASE[blueprint.file_format],

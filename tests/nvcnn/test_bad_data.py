@@ -157,7 +157,7 @@ def deleted(directory: Path, kind: str) -> None:
 CASES = [
     Case("A JPEG cut in the middle", image=lambda: jpeg(BAD)[: len(jpeg(BAD)) // 2]),
     Case("An image without bytes", image=lambda: b""),
-    Case("Something that is no image", image=lambda: b"<html>404 Not Found</html>"),
+    Case("Something that is not an image", image=lambda: b"<html>404 Not Found</html>"),
     Case("A GIF under the name of a JPEG", image=lambda: grey(9, "GIF")),
     Case("An image of 30 000 x 30 000 pixels", image=bomb),
     Case("A label outside the classes", label=3, kinds=("records", "tars")),
@@ -353,7 +353,7 @@ def test_a_search_whose_process_is_killed(tmp_path, monkeypatch):
     write("folders", tmp_path / "data", {}, {})
     monkeypatch.setattr("nvcnn.check_data.PIECE", 2)
     monkeypatch.setattr("nvcnn.check_data.bad_samples", lambda *_, images: os._exit(9))
-    with pytest.raises(InputError, match="a worker process was killed, perhaps for want of memory: give"):
+    with pytest.raises(InputError, match="a worker process was killed, perhaps for lack of memory: give"):
         search(find("folders", tmp_path / "data"), "train", range(IMAGES), True, 2, quiet=True)
 
 

@@ -225,7 +225,7 @@ def test_a_missing_label(tmp_path, write, device):
         list(evaluation(found, device))
 
 
-@pytest.mark.parametrize(("bytes_", "why"), [(b"", "no bytes"), (b"no image", "is no JPEG"), (None, "truncated")])
+@pytest.mark.parametrize(("bytes_", "why"), [(b"", "no bytes"), (b"no image", "is not a JPEG"), (None, "truncated")])
 def test_an_image_that_cannot_be_decoded(tmp_path, write, encode, device, bytes_, why):
     broken = encode(30)[:60] if bytes_ is None else bytes_
     write(tmp_path, "train", encoded=lambda i: broken if i == 30 else encode(i))

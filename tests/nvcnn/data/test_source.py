@@ -261,7 +261,7 @@ def add(tar, name, data):
         ({"a.cls": b"1"}, "sample a has 0 images .* and 1 labels"),
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "sample a has 2 images"),
         ({"a.jpg": b"x", "b.cls": b"1", "a.cls": b"1"}, "sample a has 1 images .* and 0 labels"),
-        ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.jpg at byte 512: its label 'cat' is no number"),
+        ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.jpg at byte 512: its label 'cat' is not a number"),
     ],
 )
 def test_tars_without_one_image_and_one_label(tmp_path, members, what):
@@ -291,7 +291,7 @@ def test_indexes_of_tars(tmp_path, write_kind, capfd):
     with pytest.raises(InputError, match=r"train-00001\.tar: .*(cut short|damaged)"):
         find(tmp_path)
     second.write_bytes(b"this is no tar" * 100)
-    with pytest.raises(InputError, match=r"train-00001\.tar: is no tar, or damaged"):
+    with pytest.raises(InputError, match=r"train-00001\.tar: is not a tar, or is damaged"):
         find(tmp_path)
     shutil.copy(first, second)
     index_path(second).write_text(good.replace(" 1 folder", " 2 folder"))

@@ -81,10 +81,10 @@ class Evil:
     ("binary", "changes", "what"),
     [
         (True, {"test_batch.bin": None}, "holds no data_batch_1 to 5 and test_batch"),
-        (True, {"test_batch.bin": bytes(3072)}, r"test_batch\.bin is no batch of CIFAR-10 \(3072 bytes"),
+        (True, {"test_batch.bin": bytes(3072)}, r"test_batch\.bin is not a batch of CIFAR-10 \(3072 bytes"),
         (True, {"data_batch_2.bin": b"\x0a" + bytes(3072)}, r"data_batch_2\.bin has label 10"),
-        (False, {"data_batch_2": b"pickle"}, "data_batch_2 is no batch of CIFAR-10"),
-        (False, {"data_batch_2": pickle.dumps(Evil())}, r"data_batch_2 is no batch .*wants posix\.system"),
+        (False, {"data_batch_2": b"pickle"}, "data_batch_2 is not a batch of CIFAR-10"),
+        (False, {"data_batch_2": pickle.dumps(Evil())}, r"data_batch_2 is not a batch .*wants posix\.system"),
         (False, {"data_batch_2": pickle.dumps({b"data": np.zeros(9, np.uint8), b"labels": [1]})}, "1 labels, but 9"),
     ],
 )

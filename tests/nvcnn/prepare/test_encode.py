@@ -119,9 +119,9 @@ JPEG_FILE, PNG_FILE = encoded("JPEG"), encoded("PNG")
     ("data", "why"),
     [
         (b"", "is empty"),
-        (b"<html>404</html>", "is no image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),  # would start Ghostscript
-        (JPEG_FILE[:3], "is no image"),
+        (b"<html>404</html>", "is not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),  # would start Ghostscript
+        (JPEG_FILE[:3], "is not an image"),
         (JPEG_FILE[: len(JPEG_FILE) // 2], "(?i)truncated"),
         (JPEG_FILE[:-9], "truncated"),
         (with_thumbnail(JPEG_FILE)[:-9], "truncated"),

@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypa
 
     with monkeypatch.context() as patched:
         patched.setattr(shards, "Summed", KilledInTheMiddle)
-        with pytest.raises(InputError, match="a worker process was killed, perhaps for want of memory: give"):
+        with pytest.raises(InputError, match="a worker process was killed, perhaps for lack of memory: give"):
             fashion_mnist.fetch_and_write(out, source, workers=1)
     names = {path.name for path in out.iterdir()}
     assert "train-00004-of-00008" in names
@@ -251,7 +251,7 @@ def test_exit_codes(tmp_path, source, main, monkeypatch, capsys):
     assert main([*arguments, f"--source={source}", "--workers=2"]) == 0
     shutil.rmtree(tmp_path / "out")
     capsys.readouterr()
-    with pytest.raises(InputError, match="Fashion-MNIST cannot be had"):
+    with pytest.raises(InputError, match="Fashion-MNIST cannot be downloaded"):
         main(arguments)
 
     def interrupted(*_):

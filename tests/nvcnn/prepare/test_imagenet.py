@@ -280,7 +280,7 @@ def test_wrong_synsets(raw, tmp_path, text, what):
 
 
 def test_a_flat_val_needs_labels(raw):
-    with pytest.raises(InputError, match=r"--val=.*no class folders: give --devkit, or --val_labels"):
+    with pytest.raises(InputError, match=r"--val=.*not in class folders: give --devkit, or --val_labels"):
         blueprint(raw, devkit=None)
 
 
@@ -321,7 +321,7 @@ def test_folders_that_are_not_imagenets(raw, tmp_path):
     with pytest.raises(InputError, match=r"--val=.*class n99999999 is not in --train"):
         blueprint(raw, train=train, val=val)
     (train / "n02119789").rename(train / "fox")
-    with pytest.raises(InputError, match=r"--train=.*fox is no synset.*prepare\.py folder"):
+    with pytest.raises(InputError, match=r"--train=.*fox is not a synset.*prepare\.py folder"):
         blueprint(raw, train=train, val=val)
 
 

@@ -19,5 +19,5 @@ def test_a_killed_worker_is_one_line(folders, raw, copy, monkeypatch):
         (verify, "check_shard", lambda: verify.verify(copy, 2)),
     ):
         monkeypatch.setattr(module, function, die)
-        with pytest.raises(InputError, match="a worker process was killed, perhaps for want of memory: give"):
+        with pytest.raises(InputError, match="a worker process was killed, perhaps for lack of memory: give"):
             run()

@@ -42,14 +42,17 @@ BROKEN = {
         r"dataset\.json: is missing, or not as it was written",
     ),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), r"manifest\.json: is missing"),
-    "other manifest": (lambda d: (d / "manifest.json").write_text("[]"), r"manifest\.json: is not prepare\.py's"),
+    "other manifest": (
+        lambda d: (d / "manifest.json").write_text("[]"),
+        r"manifest\.json: was not written by prepare\.py",
+    ),
     "another manifest": (
         lambda d: change_manifest(d, lambda text: text["made_from"].pop("format")),
-        r"manifest\.json: is not prepare\.py's",
+        r"manifest\.json: was not written by prepare\.py",
     ),
     "a part less": (
         lambda d: change_manifest(d, lambda text: text["shards"][SHARD].pop("bytes")),
-        r"manifest\.json: is not prepare\.py's",
+        r"manifest\.json: was not written by prepare\.py",
     ),
     "manifest cut": (lambda d: os.truncate(d / "manifest.json", 99), r"manifest\.json: cannot be read"),
 }

@@ -240,7 +240,7 @@ def test_a_directory_where_a_file_belongs(folders, tmp_path, name, what):
 def test_flags_that_cannot_be_read(folders, tmp_path):
     (tmp_path / "out" / ".unfinished").mkdir(parents=True)
     (tmp_path / "out" / ".unfinished" / "flags").write_text("[]")
-    with pytest.raises(InputError, match=r"\.unfinished/flags: is not prepare\.py's: delete it, and prepare"):
+    with pytest.raises(InputError, match=r"\.unfinished/flags: was not written by prepare\.py: delete it, and prepare"):
         run(folders, tmp_path / "out")
 
 
@@ -250,7 +250,9 @@ def test_a_part_that_is_not_ours(folders, copy):
     (copy / ".unfinished").mkdir()
     (copy / ".unfinished" / "flags").write_text(json.dumps(settings))
     (copy / ".unfinished" / "train-00003-of-00012.json").write_text('{"images": 1}')
-    with pytest.raises(InputError, match=r"train-00003-of-00012\.json: is not prepare\.py's: delete it, and prepare"):
+    with pytest.raises(
+        InputError, match=r"train-00003-of-00012\.json: was not written by prepare\.py: delete it, and prepare"
+    ):
         run(folders, copy)
 
 
@@ -292,8 +294,8 @@ def test_a_full_disk(folders, prepared, tmp_path, monkeypatch, module, function)
 BAD = {
     "n01440764/n01440764_2.JPEG": (lambda data: b"", "is empty"),
     "n02012849/n02012849_3.JPEG": (lambda data: data[:-20], "image file is truncated"),
-    "n02012849/n02012849_4.JPEG": (lambda data: data[:30], "is no image, or cut short in its header"),
-    "n03126707/n03126707_5.JPEG": (lambda data: b"<html>not found</html>", "is no image"),
+    "n02012849/n02012849_4.JPEG": (lambda data: data[:30], "is not an image, or is cut short in its header"),
+    "n03126707/n03126707_5.JPEG": (lambda data: b"<html>not found</html>", "is not an image"),
 }
 
 
@@ -317,7 +319,7 @@ def test_unreadable_images_fail_the_run_at_its_end(raw, prepared, spoilt, tmp_pa
     assert not {"dataset.json", "manifest.json"} & {path.name for path in out.iterdir()}
     written = {path.name: path.stat().st_ino for path in out.glob("*-of-?????")}
     assert len(written) >= 12  # all but those with unreadable images
-    for name in BAD:  # mended, the run goes on, and is that of the good images
+    for name in BAD:  # repaired, the run goes on, and is that of the good images
         (spoilt[0] / name).write_bytes(raw.images["train"][name][0])
     run(spoilt, out)
     assert contents(out) == contents(prepared)
