@@ -3,7 +3,6 @@
 docs/bad-data.md is made of what is said here: `NVCNN_WRITE_DOCS=1 pytest tests/nvcnn/test_bad_data.py` writes it.
 """
 
-import io
 import itertools
 import os
 import re
@@ -26,10 +25,9 @@ from nvcnn.check_data import check_data, search
 from nvcnn.data.backend import choose_backend, open_training
 from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.data.shard_source import index_path
-from nvcnn.data.tfrecord import encode_example
 from nvcnn.distributed import Launch, Transport
 from nvcnn.errors import InputError
-from tests.records import write_shard
+from tests.samples import add, file_of, record, write_shard
 
 DOCS = Path(__file__).parents[2] / "docs/bad-data.md"
 CPU = torch.device("cpu")
@@ -41,10 +39,8 @@ KINDS = ("records", "tars", "folders")
 
 
 def jpeg(i: int) -> bytes:
-    data = io.BytesIO()
     noise = Image.frombytes("RGB", (16, 16), bytes((i * 31 + n * 17) % 256 for n in range(768)))
-    noise.resize((48, 32), Image.Resampling.BICUBIC).save(data, "JPEG")
-    return data.getvalue()
+    return file_of(noise.resize((48, 32), Image.Resampling.BICUBIC))
 
 
 @cache
@@ -77,15 +73,13 @@ def write(kind: str, directory: Path, images: dict[int, bytes], labels: dict[int
         if kind == "records":
             write_shard(
                 directory / f"train-{s:05d}-of-00002",
-                (encode_example({"image/encoded": [d], "image/class/label": [n]}) for _, d, n in part),
+                (record(d, n) for _, d, n in part),
             )
             continue
         with tarfile.open(directory / f"train-{s:05d}.tar", "w") as tar:
             for i, d, n in part:
                 for suffix, content in (("jpg", d), ("cls", str(n).encode())):
-                    member = tarfile.TarInfo(f"{i:02d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                    add(tar, f"{i:02d}.{suffix}", content)
 
 
 def find(kind: str, directory: Path, **options: bool) -> Dataset:
@@ -94,9 +88,7 @@ def find(kind: str, directory: Path, **options: bool) -> Dataset:
 
 
 def grey(value: int, kind: str = "JPEG") -> bytes:
-    data = io.BytesIO()
-    Image.new("L", (48, 32), value).save(data, kind)
-    return data.getvalue()
+    return file_of(Image.new("L", (48, 32), value), kind)
 
 
 def label_of(kind: str, i: int) -> int:
@@ -108,7 +100,7 @@ def shard(directory: Path) -> Path:
     return next(p for p in sorted(directory.glob("train-00001*")) if p.suffix != ".idx")
 
 
-def record(directory: Path) -> list[int]:
+def bad_record(directory: Path) -> list[int]:
     """Offset and size of the bad record."""
     return [int(n) for n in index_path(shard(directory)).read_text().splitlines()[BAD - IMAGES // 2].split()]
 
@@ -124,7 +116,7 @@ def shorter(directory: Path, _: str, *, index: bool) -> None:
 def changed(directory: Path, _: str, *, label: bool) -> None:
     """The bad record's last byte, its label, from 2 to 1; or its first, the number of a field."""
     data = bytearray(shard(directory).read_bytes())
-    start, size = record(directory)
+    start, size = bad_record(directory)
     data[start + size - 5 if label else start + 12] ^= 3
     shard(directory).write_bytes(data)
 
@@ -161,7 +153,7 @@ CASES = [
     Case("A GIF under the name of a JPEG", image=lambda: grey(9, "GIF")),
     Case("An image of 30 000 x 30 000 pixels", image=bomb),
     Case("A label outside the classes", label=3, kinds=("records", "tars")),
-    Case("A label that is no number", label="cat", kinds=("tars",)),
+    Case("A label that is not a number", label="cat", kinds=("tars",)),
     Case("A file cut short, without an index", damage=partial(shorter, index=False), kinds=("records", "tars")),
     Case("A file that is shorter than its index", damage=partial(shorter, index=True), kinds=("records", "tars")),
     Case("A record with another label than was written", damage=partial(changed, label=True), kinds=("records",)),

@@ -9,7 +9,7 @@ from nvcnn.data.dataset import find_dataset
 from nvcnn.data.shard_source import index_path
 from nvcnn.data.tfrecord import encode_example
 from nvcnn.errors import InputError
-from tests.records import write_shard
+from tests.samples import write_shard
 
 
 @pytest.fixture

@@ -15,15 +15,14 @@ from nvcnn.data.backend import open_evaluation, open_training
 from nvcnn.data.class_folders import SUFFIXES
 from nvcnn.data.crops import random_crop
 from nvcnn.data.dataset import find_dataset
+from tests.samples import file_of
 
 CPU = torch.device("cpu")
 backends = pytest.mark.parametrize("backend", ["dali_cpu", "torch"])
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
+    return file_of(image, kind, **options)
 
 
 def data_of(write, directory, pictures: list[bytes], split: str = "train"):

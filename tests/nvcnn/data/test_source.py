@@ -18,6 +18,7 @@ from nvcnn.data.backend import choose_backend, open_evaluation, open_training
 from nvcnn.data.dataset import find_dataset
 from nvcnn.data.shard_source import index_path
 from nvcnn.errors import InputError
+from tests.samples import add
 
 CPU = torch.device("cpu")
 KINDS = ("records", "tars", "folders")
@@ -246,12 +247,6 @@ def test_tars_of_any_suffix(tmp_path, write_kind, suffix):
     write_kind("tars", tmp_path, "train", images=5, suffix=suffix)
     found = find(tmp_path)
     assert sorted(training(found, "dali_cpu", batch_size=5).__next__().labels.tolist()) == [0, 1, 2, 3, 4]
-
-
-def add(tar, name, data):
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from nvcnn.data import tfrecord
 from nvcnn.data.records import Records
 from nvcnn.data.shard_source import index_path
 from nvcnn.errors import InputError
-from tests.records import write_shard
+from tests.samples import write_shard
 
 values = st.one_of(
     st.lists(st.binary(max_size=300), max_size=4),

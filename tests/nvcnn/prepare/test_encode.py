@@ -7,13 +7,14 @@ import pytest
 from PIL import Image
 
 from nvcnn.prepare.encode import Encoding, UnreadableImage, png, standard
-from tests.raw_imagenet import jpeg, photograph
+from tests.raw_imagenet import photograph
+from tests.samples import file_of
 
 PHOTOGRAPH = photograph(3, 2).resize((97, 61))
 
 
 def encoded(form: str, mode: str = "RGB", **options) -> bytes:
-    return jpeg(PHOTOGRAPH.convert(mode), format=form, **options)
+    return file_of(PHOTOGRAPH.convert(mode), form, **options)
 
 
 def opened(data: bytes) -> Image.Image:
@@ -65,13 +66,13 @@ def test_encoded_anew(form, mode):
 
 def test_a_palette_with_transparency():
     image = PHOTOGRAPH.quantize(8)
-    data = jpeg(image, format="PNG", transparency=bytes([0, 128] * 4))
+    data = file_of(image, kind="PNG", transparency=bytes([0, 128] * 4))
     assert distance(standard(data, Encoding())[0], image.convert("RGB")) < 3
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
     levels = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
-    result, anew = standard(jpeg(Image.fromarray(levels.astype(np.uint16)), format="PNG"), Encoding())
+    result, anew = standard(file_of(Image.fromarray(levels.astype(np.uint16)), "PNG"), Encoding())
     assert anew
     assert abs(np.asarray(opened(result), dtype=float) - levels / 257).mean() < 1
 
@@ -86,14 +87,14 @@ def test_imagenet_keeps_no_png():
 def test_what_is_encoded_anew_stands_upright():
     exif = Image.Exif()
     exif[0x112] = 6
-    data = jpeg(PHOTOGRAPH.transpose(Image.Transpose.ROTATE_90).convert("CMYK"), exif=exif)
+    data = file_of(PHOTOGRAPH.transpose(Image.Transpose.ROTATE_90).convert("CMYK"), exif=exif)
     assert distance(standard(data, Encoding())[0], PHOTOGRAPH) < 4
 
 
 @pytest.mark.parametrize(("form", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P")])
 def test_max_side_is_the_longer_one(form, mode):
     big = photograph(5, 3).resize((1000, 611), Image.Resampling.BICUBIC)
-    data = jpeg(big.convert(mode), format=form)
+    data = file_of(big.convert(mode), form)
     assert standard(data, Encoding(max_side=1000))[1] == (mode != "RGB")
     result, anew = standard(data, Encoding(max_side=200))
     assert anew
@@ -102,7 +103,7 @@ def test_max_side_is_the_longer_one(form, mode):
 
 
 def test_quality_decides_the_size():
-    data = jpeg(PHOTOGRAPH.resize((500, 400)), format="BMP")
+    data = file_of(PHOTOGRAPH.resize((500, 400)), "BMP")
     assert len(standard(data, Encoding(quality=30))[0]) < len(standard(data, Encoding())[0]) / 2
 
 

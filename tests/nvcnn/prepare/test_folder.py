@@ -12,7 +12,8 @@ from nvcnn.errors import InputError
 from nvcnn.prepare import folder
 from nvcnn.prepare.encode import Encoding
 from nvcnn.prepare.write import write_dataset
-from tests.raw_imagenet import jpeg, photograph
+from tests.raw_imagenet import photograph
+from tests.samples import file_of
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def train(tmp_path):
         for i in range(10):
             form, suffix = (("JPEG", "jpg"), ("PNG", "PNG"), ("BMP", "bmp"))[i % 3]
             place = tmp_path / "train" / name / ("more" if i % 2 else ".")
-            (place / f"{i}.{suffix}").write_bytes(jpeg(photograph(i + 50 * label, label), format=form))
+            (place / f"{i}.{suffix}").write_bytes(file_of(photograph(i + 50 * label, label), form))
     (tmp_path / "train" / "cat" / "notes.txt").write_text("what a cat is")
     (tmp_path / "train" / "cat" / "._7.jpg").write_bytes(b"of macOS")
     (tmp_path / "train" / ".git").mkdir()
@@ -69,7 +70,7 @@ def test_a_share_of_each_class(train, tmp_path):
 
 def test_validation_folders_have_the_classes_of_training(train, tmp_path):
     (tmp_path / "val" / "cat").mkdir(parents=True)
-    (tmp_path / "val" / "cat" / "1.jpg").write_bytes(jpeg(photograph(1, 1)))
+    (tmp_path / "val" / "cat" / "1.jpg").write_bytes(file_of(photograph(1, 1)))
     assert [s.label for s in blueprint(train, val=tmp_path / "val").splits["validation"]] == [1]
     (tmp_path / "val" / "cat").rename(tmp_path / "val" / "dog")
     with pytest.raises(InputError, match=r"--val=.*class dog is not in --train="):

@@ -21,7 +21,8 @@ from nvcnn.prepare import folder, shards, write
 from nvcnn.prepare.blueprint import Blueprint
 from nvcnn.prepare.verify import verify
 from tests.nvcnn.prepare.preparing import contents, flip, run
-from tests.raw_imagenet import jpeg, photograph, unpack
+from tests.raw_imagenet import photograph, unpack
+from tests.samples import file_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -207,7 +208,7 @@ def test_other_sources_are_refused(raw, copy, tmp_path, change):
     train, val = unpack(raw, tmp_path / "raw")
     one = train / "n02119789" / "n02119789_4.JPEG"
     if change == "added":
-        one.with_name("new.jpg").write_bytes(jpeg(photograph(1, 1)))
+        one.with_name("new.jpg").write_bytes(file_of(photograph(1, 1)))
     elif change == "longer":
         one.write_bytes(one.read_bytes() + b"\0")
     else:
