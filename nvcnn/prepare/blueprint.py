@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from nvcnn.prepare.encode import UnreadableImage
-
-LABEL_BASE = {"tfrecord": 1, "webdataset": 0}  # as ImageNet has them; in TFRecords 0 is the background
-SUFFIX = {"tfrecord": "", "webdataset": ".tar"}
+from nvcnn.prepare.formats import FORMATS
 
 
 class Sample(NamedTuple):
@@ -78,7 +76,7 @@ class Blueprint:
 
 def shard_paths(out: Path, shards: Mapping[str, int], file_format: str) -> dict[str, list[Path]]:
     """Returns the files of each split."""
-    suffix = SUFFIX[file_format]
+    suffix = FORMATS[file_format].suffix
     return {split: [out / f"{split}-{i:05d}-of-{n:05d}{suffix}" for i in range(n)] for split, n in shards.items()}
 
 

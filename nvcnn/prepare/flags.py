@@ -11,8 +11,9 @@ from nvcnn.data.pillow import require_pillow
 from nvcnn.data.tfrecord import masked_crc
 from nvcnn.errors import InputError
 from nvcnn.prepare import cifar10, fashion_mnist, folder, imagenet
-from nvcnn.prepare.blueprint import LABEL_BASE, Blueprint
+from nvcnn.prepare.blueprint import Blueprint
 from nvcnn.prepare.encode import Encoding
+from nvcnn.prepare.formats import FORMATS
 from nvcnn.prepare.verify import verify
 from nvcnn.prepare.write import write_dataset
 from nvcnn.settings import Parser, add_flags, flag
@@ -37,7 +38,7 @@ class Output:
 
     out: str = output(MISSING, "directory to write; a run that was stopped goes on")
     workers: int = output(len(os.sched_getaffinity(0)), "processes")
-    format: str = output("tfrecord", "format of the shards, tfrecord or webdataset", choices=tuple(LABEL_BASE))
+    format: str = output("tfrecord", "format of the shards, tfrecord or webdataset", choices=tuple(FORMATS))
     verify: bool = output(False, "write nothing: compare --out with its manifest")
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nvcnn.data.shard_source import atomic_writer, index_path
 from nvcnn.errors import InputError
-from nvcnn.prepare.blueprint import SUFFIX
+from nvcnn.prepare.formats import FORMATS
 
 SUMMARIES = ("dataset.json", "manifest.json")
 PART = {"images", "bytes", "sha256", "encoded_anew", "bad", "source"}  # what the manifest says of a shard
@@ -53,7 +53,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     text = read_json(path)
     if not (
         all(isinstance(text.get(name), dict) for name in ("made_from", "images", "shards"))
-        and text["made_from"].get("format") in SUFFIX
+        and text["made_from"].get("format") in FORMATS
         and all(map(is_part, text["shards"].values()))
     ):
         raise not_ours(path)

@@ -1,8 +1,7 @@
 """Compares a data directory with its manifest.json: sizes, SHA-256, CRCs of records, indexes."""
 
 import hashlib
-import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -10,15 +9,11 @@ from typing import Any
 
 from nvcnn.data.dataset import read_dataset_json
 from nvcnn.data.processes import worker_pool
-from nvcnn.data.records import Records
-from nvcnn.data.shard_source import ShardSource, index_path
-from nvcnn.data.tars import Tars
-from nvcnn.data.tfrecord import FRAMING, read_records
+from nvcnn.data.shard_source import index_path
 from nvcnn.errors import InputError
+from nvcnn.prepare.formats import AGAIN, FORMATS
 from nvcnn.prepare.manifest import is_temporary, read_manifest, sha256_of
 from nvcnn.prepare.progress import progress
-
-AGAIN = "copy the file again, or delete it and prepare again"
 
 
 def verify(directory: Path, workers: int) -> None:
@@ -60,13 +55,13 @@ def check_shard(path: Path, part: Mapping[str, Any], file_format: str) -> None:
     """Checks one shard and its index, in a worker. Raises InputError if one is not as it was written."""
     try:
         size, sha256 = path.stat().st_size, hashlib.sha256()
-        read, source = FORMATS[file_format]
-        lines = read(path, sha256)
+        lines = FORMATS[file_format].read(path, sha256)
         index = index_path(path).read_text()
     except OSError as error:
         raise InputError(
             f"{error.filename}: cannot be read ({error.strerror}): copy the file again, or prepare again"
         ) from None
+    source = FORMATS[file_format].source
     pairs = enumerate(zip_longest(index.splitlines()[source.header.count("\n") :], lines))
     where = next((f" at record {i}" for i, (one, other) in pairs if one != other), "")  # as far as the index tells
     if size != part["bytes"]:
@@ -75,35 +70,3 @@ def check_shard(path: Path, part: Mapping[str, Any], file_format: str) -> None:
         raise InputError(f"{path}: holds other records than were written{where} (its SHA-256 differs): {AGAIN}")
     if index != source.index_text(lines):
         raise InputError(f"{index_path(path)}: is wrong{where}: {AGAIN}")
-
-
-def read_tfrecords(path: Path, sha256: Any) -> list[str]:
-    """Returns the lines of the index that the shard should have. Raises InputError at a damaged record."""
-    at, lines = 0, []
-    for data in read_records(path, sha256):
-        lines.append(f"{at} {len(data) + FRAMING}")
-        at += len(data) + FRAMING
-    return lines
-
-
-def read_webdataset(path: Path, sha256: Any) -> list[str]:
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    samples: list[list[str]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, extension = member.name.split(".", 1)
-                if extension != "cls":
-                    samples.append([])
-                samples[-1].append(f"{extension} {member.offset_data} {member.size} {key}.{extension}")
-    except (tarfile.TarError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: damaged at record {len(samples)} ({error}): {AGAIN}") from None
-    return list(map(" ".join, samples))
-
-
-FORMATS: dict[str, tuple[Callable[[Path, Any], list[str]], type[ShardSource]]] = {
-    "tfrecord": (read_tfrecords, Records),
-    "webdataset": (read_webdataset, Tars),
-}

@@ -20,7 +20,8 @@ from nvcnn.data.dataset import UNFINISHED
 from nvcnn.data.processes import worker_pool
 from nvcnn.data.shard_source import atomic_writer, index_path
 from nvcnn.errors import InputError
-from nvcnn.prepare.blueprint import LABEL_BASE, Blueprint, Shard, digest, shard_paths
+from nvcnn.prepare.blueprint import Blueprint, Shard, digest, shard_paths
+from nvcnn.prepare.formats import FORMATS
 from nvcnn.prepare.manifest import (
     SUMMARIES,
     as_json,
@@ -207,7 +208,7 @@ def beside(blueprint: Blueprint, parts: Mapping[str, dict[str, Any]]) -> dict[st
     """Returns name and content of the files beside the shards. manifest.json is last: it marks a complete directory."""
     declared = {
         "num_classes": len(blueprint.class_names),
-        "label_base": LABEL_BASE[blueprint.file_format],
+        "label_base": FORMATS[blueprint.file_format].label_base,
         "class_names": blueprint.class_names,
         "images": images(blueprint, parts),
     }

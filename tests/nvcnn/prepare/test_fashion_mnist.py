@@ -20,7 +20,7 @@ from nvcnn.data.backend import open_evaluation
 from nvcnn.data.dataset import find_dataset
 from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.errors import InputError
-from nvcnn.prepare import fashion_mnist, shards
+from nvcnn.prepare import fashion_mnist, formats, shards
 
 ROOT = Path(__file__).parents[3]
 IMAGES = {"train": 203, "t10k": 41}
@@ -233,7 +233,7 @@ def test_a_full_disk(tmp_path, source, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "write_record", full)
+    monkeypatch.setattr(formats, "write_record", full)
     with pytest.raises(InputError, match=r"--out=.*No space left on device.*run again"):
         fashion_mnist.fetch_and_write(tmp_path / "out", source)
 

@@ -17,7 +17,7 @@ import pytest
 
 from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.errors import InputError
-from nvcnn.prepare import folder, shards, write
+from nvcnn.prepare import folder, formats, shards, write
 from nvcnn.prepare.blueprint import Blueprint
 from nvcnn.prepare.verify import verify
 from tests.nvcnn.prepare.preparing import contents, flip, run
@@ -281,7 +281,7 @@ def full_disk(*_):
 
 
 @pytest.mark.parametrize(
-    ("module", "function"), [(write, "write_json"), (shards, "write_record"), (shards, "write_json")]
+    ("module", "function"), [(write, "write_json"), (formats, "write_record"), (shards, "write_json")]
 )
 def test_a_full_disk(folders, prepared, tmp_path, monkeypatch, module, function):
     with monkeypatch.context() as patched:
