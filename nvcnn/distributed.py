@@ -5,51 +5,14 @@
 
 import os
 import socket
-import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nvcnn.errors import InputError
-
-# Launchers, a variable that marks them, and those of size, rank, and rank on this machine; the most telling first.
-LAUNCHERS = {
-    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
-    "Open MPI": ("OMPI_COMM_WORLD_SIZE", *(f"OMPI_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK"))),
-    "MVAPICH": ("MV2_COMM_WORLD_SIZE", *(f"MV2_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK"))),
-    "MPICH or Intel MPI": ("PMI_SIZE", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
-    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
-    "the environment": ("RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
-}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher said."""
-
-    size: int = 1
-    rank: int = 0
-    local_rank: int = 0
-    launcher: str = "none"
-    variable: str = ""
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    for launcher, (mark, size, rank, local_rank) in LAUNCHERS.items():
-        if mark in environment and size in environment:
-            given = {name: int(environment[name]) for name in (size, rank, local_rank) if name in environment}
-            return Launch(
-                size=given[size],
-                rank=given.get(rank, 0),
-                local_rank=given.get(local_rank, 0),
-                launcher=launcher,
-                variable=f"{size}={given[size]}",
-            )
-    return Launch()
+from nvcnn.program import Launch, launched
 
 
 class Transport:
@@ -199,23 +162,6 @@ def mpi_library() -> str:
     except ImportError:
         return "of unknown version (no mpi4py)"
     return MPI.Get_library_version().split(",")[0].strip()
-
-
-def abort(code: int) -> NoReturn:
-    """Ends this process, and with it the whole job, at once: a rank that waited for the others would wait for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    time.sleep(0.3)  # the launcher passes on what was said here before it says its own
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.COMM_WORLD.Get_size() > 1:
-        mpi.COMM_WORLD.Abort(code)
-    os._exit(code)  # the launcher ends the others
-
-
-def wait_for_rank_0(seconds: float = 3.0) -> None:
-    """A rank whose error is everybody's lets rank 0 say it: if it is, rank 0 ends the job before this returns."""
-    if launched().rank != 0:
-        time.sleep(seconds)
 
 
 class Vote:

@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from nvcnn.errors import InputError
 from nvcnn.kernel_choices import choose, places, use
 from nvcnn.machine import compute_dtype, use_device
 from nvcnn.metrics import draw_curve
-from nvcnn.models import MODELS, build_model, find_model
+from nvcnn.models import MODELS, build_model
 from nvcnn.models.layers import cast_matrices
+from nvcnn.settings import Evaluation
 
 
 @torch.no_grad()
@@ -60,30 +60,6 @@ def lines(result: dict[str, Any]) -> list[str]:
         return f"Validation {name}: {percent:.3f} % +/- {error:.2f}"
 
     return ["-" * 64, line("Top-1"), line("Top-5"), "-" * 64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What `launch/eval.py` asks for. All else (model, dtype, crop, pixels) comes from the checkpoint."""
-
-    data_dir: str
-    log_dir: str = ""
-    checkpoint: str | None = None
-    model: str | None = None
-    batch_size: int = 64
-    conv: str = "auto"
-    json: bool = False
-    transport: str = "horovod"
-    data_backend: str | None = None
-    skip_bad_images: bool = False
-
-    def __post_init__(self) -> None:
-        if bool(self.log_dir) == bool(self.checkpoint):
-            raise InputError("give one of --log_dir (its newest checkpoint) and --checkpoint=FILE")
-        if self.batch_size < 1:
-            raise InputError(f"--batch_size={self.batch_size}: must be at least 1")
-        if self.model is not None:
-            find_model(self.model)
 
 
 def find_checkpoint(asked: Evaluation) -> tuple[Path, dict[str, Any]]:

@@ -45,7 +45,8 @@ from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
 from nvcnn.machine import chosen_kernels
 from nvcnn.memory import on_meta
-from nvcnn.models.conv_bn import ALGORITHMS, Folded, Join, Raw, activation, conv_bn, written
+from nvcnn.models import ALGORITHMS
+from nvcnn.models.conv_bn import Folded, Join, Raw, activation, conv_bn, written
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.program import run
 

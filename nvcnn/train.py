@@ -21,14 +21,14 @@ from nvcnn.data import (
     open_training,
 )
 from nvcnn.data.dataset import Dataset
-from nvcnn.distributed import Transport, Vote, connect, launched
-from nvcnn.evaluate import Evaluation, evaluate
+from nvcnn.distributed import Transport, Vote, connect
+from nvcnn.evaluate import evaluate
 from nvcnn.kernel_choices import choose, places, use
 from nvcnn.machine import chosen_kernels, use_device
 from nvcnn.metrics import Metrics, Throughput
-from nvcnn.models import MODELS, build_model, find_model
+from nvcnn.models import MODELS, build_model
 from nvcnn.plan import describe, dry_run, plan
-from nvcnn.program import SAVED_AND_STOPPED
+from nvcnn.program import SAVED_AND_STOPPED, launched
 from nvcnn.resume import restore, write_config
 from nvcnn.schedule import poly
 from nvcnn.settings import Settings, as_json
@@ -41,20 +41,8 @@ def train(settings: Settings) -> int:
 
     Raises InputError for bad usage or input before anything is written.
     """
-    find_model(settings.model, settings.resnet_v1)
     if settings.eval:
-        return evaluate(
-            Evaluation(
-                data_dir=str(settings.data_dir),
-                log_dir=settings.log_dir,
-                model=settings.model,
-                batch_size=settings.batch_size,
-                conv=settings.conv,
-                transport=settings.transport,
-                data_backend=settings.data_backend,
-                skip_bad_images=settings.skip_bad_images,
-            )
-        )
+        return evaluate(settings.evaluation())
     dataset = None
     if settings.data_dir is not None:
         dataset = find_dataset(

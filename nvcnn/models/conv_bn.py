@@ -38,7 +38,6 @@ import kernels
 from kernels.batch_norm import D_BETA, D_GAMMA, FACTORS
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
-ALGORITHMS = ("torch", "triton", "triton-materialized", "cudnn")
 MATERIALIZED = ("triton-materialized", "cudnn")  # a and dy are written before they are multiplied
 LIBRARY = ("torch", "cudnn")  # PyTorch's operators multiply, not the project's kernels
 
