@@ -28,9 +28,9 @@ from nvcnn.cuda_graph import why_not
 from nvcnn.data import SyntheticData
 from nvcnn.distributed import connect
 from nvcnn.kernel_choices import choose, places, use
-from nvcnn.larc import MOMENTUM, WEIGHT_DECAY
 from nvcnn.machine import chosen_kernels, use_device, versions
 from nvcnn.models import ALGORITHMS, MODELS, build_model
+from nvcnn.optimizer.larc import MOMENTUM, WEIGHT_DECAY
 from nvcnn.step import Step
 
 LEARNING_RATE = 1e-3  # small: the batch is always the same, and no contender may diverge while it is timed

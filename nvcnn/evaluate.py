@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from nvcnn import checkpoint
-from nvcnn.arena import misfit
 from nvcnn.check_data import check_data
 from nvcnn.data import Batch, choose_backend, find_dataset, open_evaluation, prepare_input
 from nvcnn.distributed import Transport, connect
@@ -22,6 +21,7 @@ from nvcnn.machine import compute_dtype, use_device
 from nvcnn.metrics import draw_curve
 from nvcnn.models import MODELS, build_model
 from nvcnn.models.layers import cast_matrices
+from nvcnn.optimizer.arena import misfit
 from nvcnn.settings import Evaluation
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from nvcnn.arena import Arena, gradient_order
 from nvcnn.cuda_graph import Snapshot, capture
 from nvcnn.data import Batch, prepare_input
 from nvcnn.distributed import Transport
-from nvcnn.gradients import Gradients
-from nvcnn.larc import Larc
+from nvcnn.optimizer.arena import Arena, gradient_order
+from nvcnn.optimizer.gradients import Gradients
+from nvcnn.optimizer.larc import Larc
 
 
 class Step:

@@ -2,8 +2,8 @@
 
 import torch
 
-from nvcnn.larc import Larc
 from nvcnn.metrics import Metrics
+from nvcnn.optimizer.larc import Larc
 
 
 class TensorLog:

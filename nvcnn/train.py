@@ -27,10 +27,10 @@ from nvcnn.kernel_choices import choose, places, use
 from nvcnn.machine import chosen_kernels, use_device
 from nvcnn.metrics import Metrics, Throughput
 from nvcnn.models import MODELS, build_model
+from nvcnn.optimizer.schedule import poly
 from nvcnn.plan import describe, dry_run, plan
 from nvcnn.program import SAVED_AND_STOPPED, launched
 from nvcnn.resume import restore, write_config
-from nvcnn.schedule import poly
 from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
 from nvcnn.tensor_log import TensorLog

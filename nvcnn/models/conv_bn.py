@@ -168,7 +168,7 @@ def gradient_of_vectors(sums: Tensor | None, y: Tensor | None, vectors: Tensor |
 
 
 def empty_gradient(weight: Tensor) -> Tensor:
-    """Returns room for a weight's gradient: its slice, where `nvcnn.gradients` waits for it there."""
+    """Returns room for a weight's gradient: its slice, where `nvcnn.optimizer.gradients` waits for it there."""
     slice = getattr(weight, "gradient_slice", None)
     return torch.empty_like(weight) if slice is None else slice.detach()
 

@@ -10,7 +10,7 @@ from nvcnn.kernel_choices import places, use
 from nvcnn.models.conv_bn import activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 from nvcnn.models.resnet import Bottleneck
-from nvcnn.schedule import poly
+from nvcnn.optimizer.schedule import poly
 from nvcnn.step import Step
 
 SIZE, CLASSES = 8, 10

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernels
-from nvcnn.arena import Arena, gradient_order
 from nvcnn.errors import InputError
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d, Conv2d, Linear
+from nvcnn.optimizer.arena import Arena, gradient_order
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

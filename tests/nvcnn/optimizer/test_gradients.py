@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.trace import step_calls
-from nvcnn.arena import Arena, gradient_order
 from nvcnn.distributed import Launch, Transport
-from nvcnn.gradients import Gradients, buckets_of
 from nvcnn.models import build_model
+from nvcnn.optimizer.arena import Arena, gradient_order
+from nvcnn.optimizer.gradients import Gradients, buckets_of
 
 CPU = torch.device("cpu")
 

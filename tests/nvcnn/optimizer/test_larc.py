@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvcnn.arena import Arena, gradient_order
 from nvcnn.distributed import Launch, Transport
-from nvcnn.gradients import Gradients
-from nvcnn.larc import Larc
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
-from nvcnn.schedule import poly
+from nvcnn.optimizer.arena import Arena, gradient_order
+from nvcnn.optimizer.gradients import Gradients
+from nvcnn.optimizer.larc import Larc
+from nvcnn.optimizer.schedule import poly
 
 CPU = torch.device("cpu")
 

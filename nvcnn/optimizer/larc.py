@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from nvcnn.arena import Arena
+from nvcnn.optimizer.arena import Arena
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
