@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nvcnn.errors import InputError
+from nvcnn.machine import random_state, set_random_state
 
 WARM_UP = 3  # as PyTorch's documentation has it
 AHEAD = 2  # steps that the host may be ahead of the device: enough to keep it busy
@@ -46,17 +47,14 @@ class Snapshot:
     def __init__(self, tensors: Iterable[Tensor], device: torch.device):
         self.device = device
         self.kept = [(tensor, tensor.clone()) for tensor in tensors]
-        self.host_generator = torch.get_rng_state()
-        self.generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.generators = random_state(device)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Writes them back, in place."""
         for tensor, kept in self.kept:
             tensor.copy_(kept)
-        torch.set_rng_state(self.host_generator)
-        if self.generator is not None:
-            torch.cuda.set_rng_state(self.generator, self.device)
+        set_random_state(self.generators, self.device)
 
 
 @contextmanager

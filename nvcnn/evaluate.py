@@ -16,12 +16,11 @@ from nvcnn.check_data import check_data
 from nvcnn.data import Batch, choose_backend, find_dataset, open_evaluation, prepare_input
 from nvcnn.distributed import Transport, connect
 from nvcnn.errors import InputError
-from nvcnn.kernel_choices import choose, places, use
+from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import compute_dtype, use_device
 from nvcnn.metrics import draw_curve
-from nvcnn.models import MODELS, build_model
+from nvcnn.models import MODELS
 from nvcnn.models.layers import cast_matrices
-from nvcnn.optimizer.arena import misfit
 from nvcnn.settings import Evaluation
 
 
@@ -97,18 +96,11 @@ def evaluate(asked: Evaluation) -> int:
     dataset, left_out = check_data(dataset, "validation", "none", asked.skip_bad_images, transport, threads)
     dtype = compute_dtype(stored["fp16"], stored["bf16"])
 
-    model = build_model(
-        state["model"], num_classes=state["num_classes"], resnet_v1=stored["resnet_v1"], seed=stored["seed"]
-    )
-    if problem := misfit(model.state_dict(), state["weights"]):
-        raise InputError(f"{path}: does not fit {state['model']}: {problem}")
-    model.load_state_dict(state["weights"])
-    model = cast_matrices(model.to(device), dtype).eval()
+    model = cast_matrices(checkpoint.load_model(path, state).to(device), dtype).eval()
     channels, image_size = MODELS[state["model"]].channels(device), state["preprocessing"]["image_size"]
     if device.type == "cuda" or asked.conv not in ("auto", "torch"):  # else PyTorch's, as they are
-        convolutions = places(model, asked.batch_size, image_size, dtype, channels)
-        choices = choose(asked.conv, convolutions, device, transport, stored=None)
-        use(model, choices.algorithms)
+        images = asked.batch_size, channels, image_size
+        choices = choose_algorithms(model, asked.conv, images, dtype, device, transport)
         if choices.algorithms and transport.rank == 0:
             print(f"Convolution: {choices}")
     data = open_evaluation(

@@ -455,6 +455,25 @@ def choose(
     return transport.gather(mine)[0]
 
 
+def choose_algorithms(
+    model: nn.Module,
+    asked: str,
+    images: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    transport: Transport,
+    stored: dict[str, str] | None = None,
+) -> Choices:
+    """Sets the algorithm of each convolution of the model as `choose` has it, and returns the choices.
+
+    images: their number in a batch, their channels, their size.
+    """
+    batch_size, channels, size = images
+    choices = choose(asked, places(model, batch_size, size, dtype, channels), device, transport, stored)
+    use(model, choices.algorithms)
+    return choices
+
+
 def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[[str], None]) -> Choices:
     """By measurement, of what the cache does not know."""
     measurements, here, start = read_cache(say), machine(), time.monotonic()

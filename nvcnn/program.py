@@ -1,17 +1,19 @@
-"""How a program starts and ends: what the launcher said, exit codes, a failing rank that takes the whole job down.
+"""How a program starts and ends: what the launcher said, signals, exit codes, and a rank's failure, which ends the job.
 
 Exit codes: 0 done; 2 bad usage or input, one line on stderr; 3 stopped by a signal with everything saved; 1 anything
 else. Nothing here imports torch, so that bad usage is reported at once.
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nvcnn.errors import InputError
 
@@ -73,6 +75,34 @@ def run(program: Callable[[], int]) -> NoReturn:
         print(f"{rank}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
         abort(1)
     sys.exit(code)
+
+
+@contextmanager
+def caught() -> Iterator[list[int]]:
+    """Returns a list to which SIGTERM, SIGINT and SIGUSR1 are appended as they come, instead of ending the process.
+
+    Another one a second later does end it. SIGUSR1 is among them because mpiexec hands it on as it is, while Open MPI 5
+    kills its ranks half a second after SIGTERM.
+    """
+    signals: list[int] = []
+    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {s: signal.getsignal(s) for s in asked}
+    first: list[float] = []
+
+    def note(number: int, _: Any) -> None:
+        if first and time.monotonic() - first[0] > 1:  # a launcher may pass on at once what the terminal sent to all
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        first.append(time.monotonic())
+        signals.append(number)
+
+    for s in asked:
+        signal.signal(s, note)
+    try:
+        yield signals
+    finally:
+        for s in asked:
+            signal.signal(s, before[s])
 
 
 def abort(code: int) -> NoReturn:

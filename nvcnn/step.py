@@ -122,7 +122,7 @@ class Step:
         return torch.cat([average, *(t.double() for t in (o.latest[:1], o.loss_scale, o.counters[1:2]))]).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank, copied to the CPU: what a checkpoint holds of the step."""
+        """Returns what a checkpoint holds of this rank's step, copied to the CPU."""
         return {
             "weights": self.arena.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -130,8 +130,8 @@ class Step:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises InputError unless the weights fit."""
-        self.arena.load_state_dict(state["weights"], state["optimizer"]["momentum"])
+        """Copies in what `state_dict` returned. Raises InputError unless the weights fit."""
+        self.arena.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.average.copy_(state["loss_average"])
 

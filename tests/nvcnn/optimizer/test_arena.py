@@ -110,7 +110,8 @@ def test_state_dict_round_trip(dtype, momentum_dtype):
     one.momentum.copy_(torch.randn_like(one.momentum))
     one.momentum[one.weight == 0] = 0  # padding, mostly; zero momentum elsewhere does no harm
     one.running.uniform_()
-    other.load_state_dict(one.state_dict(), one.momentum_dict())
+    other.load_state_dict(one.state_dict())
+    other.load_momentum_dict(one.momentum_dict())
     for buffer in ("weight", "momentum", "running", "weight_square_sums"):
         assert torch.equal(getattr(one, buffer), getattr(other, buffer)), buffer
     if dtype != torch.float32:
