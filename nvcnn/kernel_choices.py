@@ -30,12 +30,11 @@ from hashlib import sha256
 from inspect import getfile
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler.errors import CompilationError
 
 import kernels
@@ -44,7 +43,7 @@ from nvcnn import checkpoint, timing
 from nvcnn.distributed import Transport
 from nvcnn.errors import InputError
 from nvcnn.machine import chosen_kernels
-from nvcnn.memory import on_meta
+from nvcnn.meta import Place, places
 from nvcnn.models import ALGORITHMS
 from nvcnn.models.conv_bn import Folded, Join, Raw, activation, conv_bn, written
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
@@ -59,87 +58,9 @@ Times = dict[str, float]  # microseconds by algorithm
 Measurements = dict[str, dict[str, Times]]  # by machine, by place
 
 
-class Place(NamedTuple):
-    """A convolution as a training step, or an evaluation, meets it: two with equal places take the same time."""
-
-    x: tuple[int, int, int, int]  # N, C, H, W
-    weight: tuple[int, int, int, int]  # K, C / groups, R, S
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    groups: int
-    dtype: torch.dtype
-    reads: str  # an activation, a raw tensor, or a join of a raw tensor with an activation or with another
-    gradient: bool  # x has one
-    folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
-
-    @property
-    def y(self) -> tuple[int, int, int, int]:
-        """N, K, OH, OW."""
-        sizes = zip(self.x[2:], self.padding, self.weight[2:], self.stride, strict=True)
-        oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, padding, taps, stride in sizes)
-        return self.x[0], self.weight[0], oh, ow
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """In evaluation nothing is materialized."""
-        return ("triton", "cudnn") if self.folded else CANDIDATES
-
-    def __str__(self) -> str:
-        sizes = ("x".join(map(str, numbers)) for numbers in (self.x, self.weight, self.stride, self.padding))
-        words = "x {} weight {} stride {} padding {}".format(*sizes)
-        words += f" groups {self.groups} {str(self.dtype).removeprefix('torch.')} {self.reads}"
-        return words + (f", {self.folded}" if self.folded else "" if self.gradient else ", without its gradient")
-
-
-class Places(TorchDispatchMode):
-    """Notes the place of each convolution op, by the identity of its weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[int, Place] = {}
-        self.padded: list[tuple[Tensor, Tensor]] = []  # weights, and what stands for them
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func is torch.ops.aten.constant_pad_nd.default:
-            self.padded.append((args[0], result))
-        if func is kernels.convolution.overload:
-            self.note(*args, **kwargs)
-        return result
-
-    def note(
-        self, x, weight, stride, padding, groups, vectors=None, residual=None, residual_vectors=None,
-        center=None, scale=None, shift=None, add=None, relu=False,
-    ):  # fmt: skip
-        reads = "raw" if vectors is not None else "activation"
-        if residual is not None:
-            reads = "join" if residual_vectors is None else "join of two"
-        folded = "" if scale is None else "folded" if add is None else "folded, adding"
-        geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
-        of = next((original for original, padded in self.padded if padded is weight), weight)
-        self.found[id(of)] = Place(*geometry, x.dtype, reads, x.requires_grad, folded)
-
-
-def places(
-    model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3
-) -> dict[str, Place]:
-    """The place of each convolution of a block of `conv_bn`, by its name in the model. Nothing is computed.
-
-    Of a training step, or of an evaluation, as the model's mode is.
-    """
-    convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
-    before = [conv.algorithm for conv in convolutions]
-    state, images = on_meta(model, batch_size, image_size, dtype, channels)
-    try:
-        use(model, dict.fromkeys((name for name, m in model.named_modules() if isinstance(m, Conv2d)), "triton"))
-        with torch.set_grad_enabled(model.training), Places() as noted:
-            torch.func.functional_call(model, state, images)
-    finally:
-        for conv, algorithm in zip(convolutions, before, strict=True):
-            conv.algorithm = algorithm
-    names = {id(tensor): name.removesuffix(".weight") for name, tensor in state.items()}
-    return {names[weight]: place for weight, place in noted.found.items()}
+def candidates(place: Place) -> tuple[str, ...]:
+    """Returns the algorithms that are measured there: in evaluation nothing is materialized."""
+    return ("triton", "cudnn") if place.folded else CANDIDATES
 
 
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
@@ -318,7 +239,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
     with torch.set_grad_enabled(not place.folded):
         with exact():
             expected = samples[0].in_fp32().results("cudnn")
-        for algorithm in place.candidates:
+        for algorithm in candidates(place):
             try:
                 fault = wrong(samples[0].results(algorithm), expected, place.dtype)
                 if fault is None:
@@ -331,7 +252,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
             if fault is not None:
                 say(f"{place}: {algorithm} fails here ({fault}) and is not used")
     if not steps:
-        raise RuntimeError(f"{place}: none of {', '.join(place.candidates)} computes this here: give --conv=torch")
+        raise RuntimeError(f"{place}: none of {', '.join(candidates(place))} computes this here: give --conv=torch")
     del expected
     timing.load(steps, device, LOAD)
     times = timing.alternate(steps, device, rounds=ROUNDS, repeat=REPEAT, warm_up=0)
@@ -480,8 +401,8 @@ def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[
     known = measurements.setdefault(here, {})
     missing = [place for place in dict.fromkeys(convolutions.values()) if str(place) not in known]
     if missing:
-        candidates = dict.fromkeys(algorithm for place in missing for algorithm in place.candidates)
-        say(f"Measuring {', '.join(candidates)} at {len(missing)} places of convolutions, once on this machine")
+        measured = dict.fromkeys(algorithm for place in missing for algorithm in candidates(place))
+        say(f"Measuring {', '.join(measured)} at {len(missing)} places of convolutions, once on this machine")
     try:
         for place in missing:
             known[str(place)] = measure(place, device, say)

@@ -11,7 +11,8 @@ import kernels
 from nvcnn.cuda_graph import Snapshot, capture
 from nvcnn.data import Batch, prepare_input
 from nvcnn.distributed import Transport
-from nvcnn.optimizer.arena import Arena, gradient_order
+from nvcnn.meta import gradient_order
+from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients
 from nvcnn.optimizer.larc import Larc
 

@@ -3,7 +3,6 @@
 docs/architecture.md has the table of buffers and how a gradient gets into its slice.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -30,24 +29,12 @@ class Slot:
         return -(-self.parameter.numel() // kernels.BLOCK) * kernels.BLOCK
 
 
-def gradient_order(model: nn.Module, image_size: int) -> list[str]:
-    """The names of the parameters in the order in which backward finishes their gradients, found without computing."""
-    model = copy.deepcopy(model).to("meta").train()
-    order: list[str] = []
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    for name, parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
-    images = torch.empty(2, 3, image_size, image_size, device="meta")
-    model(images.to(memory_format=torch.channels_last)).sum().backward()
-    return order
-
-
 class Arena:
     """Moves a model's trainable parameters into flat buffers on `device`; each parameter becomes a view.
 
     `dtype` is the compute dtype: parameters of two or more dimensions get model weights of it, the others stay fp32.
     `gradient_dtype` (default: `dtype`) is that of the first kind's gradients; `momentum_dtype` is fp32 or bf16.
-    `order` is `gradient_order`'s answer.
+    `order` is that in which backward finishes the gradients: `nvcnn.meta.gradient_order`.
     """
 
     def __init__(

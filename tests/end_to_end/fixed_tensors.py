@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from nvcnn.distributed import connect
+from nvcnn.meta import gradient_order
 from nvcnn.models import build_model
-from nvcnn.optimizer.arena import Arena, gradient_order
+from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients
 from nvcnn.optimizer.larc import Larc
 from nvcnn.optimizer.schedule import poly

@@ -6,7 +6,8 @@ from torch import nn
 
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch, Transport
-from nvcnn.kernel_choices import places, use
+from nvcnn.kernel_choices import use
+from nvcnn.meta import places
 from nvcnn.models.conv_bn import activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 from nvcnn.models.resnet import Bottleneck

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.implementation import INTERPRETED
-from nvcnn.memory import activation_bytes
+from nvcnn.meta import activation_bytes
 from nvcnn.models import ALGORITHMS, build_model
 from nvcnn.models.conv_bn import LIBRARY, MATERIALIZED, Folded, Join, Raw, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices

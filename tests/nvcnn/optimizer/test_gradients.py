@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from benchmarks.trace import step_calls
 from nvcnn.distributed import Launch, Transport
+from nvcnn.meta import gradient_order
 from nvcnn.models import build_model
-from nvcnn.optimizer.arena import Arena, gradient_order
+from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients, buckets_of
 
 CPU = torch.device("cpu")

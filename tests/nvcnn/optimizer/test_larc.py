@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvcnn.distributed import Launch, Transport
+from nvcnn.meta import gradient_order
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
-from nvcnn.optimizer.arena import Arena, gradient_order
+from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients
 from nvcnn.optimizer.larc import Larc
 from nvcnn.optimizer.schedule import poly
