@@ -99,8 +99,7 @@ def describe(settings: Settings, run: Plan) -> list[str]:
 
 def dry_run(settings: Settings, run: Plan) -> None:
     """Prints the resolved settings, steps, parameter count and a memory estimate."""
-    with torch.device("meta"):  # weights need not be drawn
-        model = build_model(settings.model, num_classes=run.num_classes, resnet_v1=settings.resnet_v1, seed=1)
+    model = build_model(settings.model, num_classes=run.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed)
     convolutions = places(model, settings.batch_size, run.image_size, run.dtype)
     use(model, dict.fromkeys(convolutions, "torch" if settings.conv == "auto" else settings.conv))  # the largest
     parameters = sum(p.numel() for p in model.parameters())
