@@ -16,8 +16,7 @@ from nvcnn.data.plan import LABEL_BASE
 from nvcnn.data.prepare import prepare
 from nvcnn.data.tfrecord import masked_crc
 from nvcnn.data.verify import verify
-from nvcnn.errors import InputError
-from nvcnn.program import SAVED_AND_STOPPED, run
+from nvcnn.program import SAVED_AND_STOPPED, InputError, run
 from nvcnn.settings import Parser
 
 CORES = len(os.sched_getaffinity(0))  # that this process may use

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvcnn.errors import InputError
 from nvcnn.machine import chosen_kernels, versions
 from nvcnn.models import build_model
 from nvcnn.optimizer.arena import misfit
+from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json, differences
 
 FORMAT, VERSION = "nvcnn checkpoint", 1

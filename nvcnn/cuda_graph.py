@@ -14,8 +14,8 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from nvcnn.errors import InputError
 from nvcnn.machine import random_state, set_random_state
+from nvcnn.program import InputError
 
 WARM_UP = 3  # as PyTorch's documentation has it
 AHEAD = 2  # steps that the host may be ahead of the device: enough to keep it busy

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvcnn.errors import InputError
-from nvcnn.program import Launch, launched
+from nvcnn.program import InputError, Launch, launched
 
 
 class Transport:

@@ -15,12 +15,12 @@ from nvcnn import checkpoint
 from nvcnn.check_data import check_data
 from nvcnn.data import Batch, choose_backend, find_dataset, open_evaluation, prepare_input
 from nvcnn.distributed import Transport, connect
-from nvcnn.errors import InputError
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import compute_dtype, use_device
 from nvcnn.metrics import draw_curve
 from nvcnn.models import MODELS
 from nvcnn.models.layers import cast_matrices
+from nvcnn.program import InputError
 from nvcnn.settings import Evaluation
 
 

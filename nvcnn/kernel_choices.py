@@ -41,13 +41,12 @@ import kernels
 from kernels import configurations
 from nvcnn import checkpoint, timing
 from nvcnn.distributed import Transport
-from nvcnn.errors import InputError
 from nvcnn.machine import chosen_kernels
 from nvcnn.meta import Place, places
 from nvcnn.models import ALGORITHMS
 from nvcnn.models.conv_bn import Folded, Join, Raw, activation, conv_bn, written
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
-from nvcnn.program import run
+from nvcnn.program import InputError, run
 
 CANDIDATES = ("triton", "triton-materialized", "cudnn")
 LOAD, ROUNDS, REPEAT = 0.5, 10, 2  # seconds before a place is measured; rounds, and steps of a candidate in each

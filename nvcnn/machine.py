@@ -12,7 +12,7 @@ from torch import Tensor
 import nvcnn
 from kernels.implementation import runs_triton
 from nvcnn.distributed import Transport
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 MOST_INPUT_THREADS = 16  # each has decoder buffers of its own
 

@@ -6,11 +6,11 @@ import torch
 
 from nvcnn.cuda_graph import why_not
 from nvcnn.data import Dataset, find_dataset
-from nvcnn.errors import InputError
 from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype
 from nvcnn.meta import activation_bytes, places
 from nvcnn.models import MODELS, build_model
+from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json
 
 SYNTHETIC_CLASSES = 1000

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nvcnn.errors import InputError
-
 BAD_INPUT = 2
 SAVED_AND_STOPPED = 3
+
+
+class InputError(Exception):
+    """Bad usage or bad input. The message is one line that names the flag, file or value and says what to do."""
+
 
 # By launcher: the variable that marks it, and those of size, rank, and rank on this machine; the most telling first.
 LAUNCHERS = {

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
 import nvcnn
-from nvcnn.errors import InputError
 from nvcnn.models import ALGORITHMS, find_model
+from nvcnn.program import InputError
 
 T = TypeVar("T")
 CONV = ("auto", *ALGORITHMS)

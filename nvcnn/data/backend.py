@@ -8,7 +8,7 @@ import torch
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.pipeline import EvaluationData, TrainingData
 from nvcnn.data.workers import WorkerEvaluationData, WorkerTrainingData
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 def choose_backend(asked: str | None, device: torch.device) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from nvcnn.data.images import png
 from nvcnn.data.plan import Plan, Sample
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}

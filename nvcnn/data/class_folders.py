@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nvcnn.data.source import same_everywhere
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 # Of pillow.FORMATS, in any case.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")

@@ -12,7 +12,7 @@ from nvcnn.data.manifest import UNFINISHED
 from nvcnn.data.records import Records, open_records
 from nvcnn.data.source import Source
 from nvcnn.data.tars import Tars, open_tars
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from nvcnn.data.manifest import is_complete
 from nvcnn.data.plan import Plan, Sample
 from nvcnn.data.prepare import check_out
 from nvcnn.data.prepare import prepare as prepare_plan
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 CLASS_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),

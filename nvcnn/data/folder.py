@@ -11,7 +11,7 @@ from nvcnn.data.class_folders import class_names, image_files
 from nvcnn.data.images import SUFFIXES, Encoding, standard
 from nvcnn.data.plan import Plan, Sample, read_sample
 from nvcnn.data.processes import worker_pool
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 SPLITS = {"train", "val", "validation", "test"}  # names of folders above those of classes
 SHARD_BYTES = 1 << 27  # of source files, per shard where --shards does not say

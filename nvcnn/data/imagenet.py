@@ -22,7 +22,7 @@ from nvcnn.data.folder import encode_file, encoding_flags, file_size, scan_folde
 from nvcnn.data.images import SUFFIXES, Encoding
 from nvcnn.data.plan import Plan, Sample
 from nvcnn.data.processes import worker_pool
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 SYNSET = re.compile(r"n\d{8}")
 SHARDS = (1024, 128)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nvcnn.data.plan import SUFFIX
 from nvcnn.data.tfrecord import atomic_writer, index_path
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 UNFINISHED = ".unfinished"  # directory in --out: the flags of a run, and a part of the manifest for each finished shard
 SUMMARIES = ("dataset.json", "manifest.json")

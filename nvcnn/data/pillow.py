@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

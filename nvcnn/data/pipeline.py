@@ -21,7 +21,7 @@ from nvcnn.data.position import check_position, derived_seed, share
 from nvcnn.data.resize import BatchResizer
 from nvcnn.data.scan import first_undecodable
 from nvcnn.data.source import Source
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 class Pipeline:

@@ -4,7 +4,7 @@ import hashlib
 from typing import Any
 
 from nvcnn.data.dataset import Dataset
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 def derived_seed(*parts: int | str) -> int:

@@ -31,7 +31,7 @@ from nvcnn.data.plan import LABEL_BASE, Plan, Shard, digest, shard_paths
 from nvcnn.data.processes import progress, worker_pool
 from nvcnn.data.shards import write_shard
 from nvcnn.data.tfrecord import atomic_writer, index_path
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 LOCK_WAIT = 10.0  # seconds for the workers of a killed run to end
 

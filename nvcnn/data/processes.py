@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nvcnn.data.source import Files, same_everywhere
 from nvcnn.data.tfrecord import FRAMING, decode_example, index_path, masked_crc, scan, write_index
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 IMAGE, LABEL = "image/encoded", "image/class/label"
 

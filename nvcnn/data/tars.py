@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nvcnn.data.source import Files, same_everywhere
 from nvcnn.data.tfrecord import atomic_writer, index_path
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 IMAGES = ("jpg", "jpeg", "png")
 PREFIXES = {"train": ("train",), "validation": ("validation", "val")}

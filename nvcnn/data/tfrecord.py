@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 Values = Sequence[bytes] | Sequence[float] | Sequence[int]
 FRAMING = 16  # bytes around the data of a record

@@ -13,7 +13,7 @@ from nvcnn.data.dataset import read_dataset_json
 from nvcnn.data.manifest import is_temporary, read_manifest, sha256_of
 from nvcnn.data.processes import progress, worker_pool
 from nvcnn.data.tfrecord import index_path, index_text, read_records
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 AGAIN = "copy the file again, or delete it and prepare again"
 

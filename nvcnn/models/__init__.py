@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 if TYPE_CHECKING:
     import torch

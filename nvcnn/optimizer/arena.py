@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from nvcnn.errors import InputError
 from nvcnn.models.layers import BatchNorm2d
+from nvcnn.program import InputError
 
 
 @dataclass(frozen=True)

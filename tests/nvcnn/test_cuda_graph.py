@@ -20,9 +20,9 @@ from nvcnn import checkpoint, metrics
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
 from nvcnn.data import Batch, prepare_input
 from nvcnn.distributed import Launch, Torch, Transport, connect
-from nvcnn.errors import InputError
 from nvcnn.models import MODELS
 from nvcnn.plan import describe, plan
+from nvcnn.program import InputError
 from nvcnn.settings import Settings
 from nvcnn.step import Step
 from nvcnn.train import Run

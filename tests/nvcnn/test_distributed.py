@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from nvcnn.distributed import Transport, Vote, agree
-from nvcnn.errors import InputError
-from nvcnn.program import Launch
+from nvcnn.program import InputError, Launch
 
 
 def test_an_mpiexec_of_another_library_is_refused():

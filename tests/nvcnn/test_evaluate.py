@@ -6,8 +6,8 @@ from torch import nn
 
 from nvcnn.data import Batch
 from nvcnn.distributed import Launch, Transport
-from nvcnn.errors import InputError
 from nvcnn.evaluate import Evaluation, accuracy, count_hits, lines, summed
+from nvcnn.program import InputError
 
 
 class Fixed(nn.Module):

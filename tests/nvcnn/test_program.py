@@ -13,8 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 PROGRAM = """
 import sys
-from nvcnn.errors import InputError
-from nvcnn.program import run
+from nvcnn.program import InputError, run
 
 sys.argv[0] = "launch/train.py"
 

@@ -5,8 +5,8 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from nvcnn.errors import InputError
 from nvcnn.models import ALGORITHMS
+from nvcnn.program import InputError
 from nvcnn.settings import Evaluation, Settings, as_json, differences, parse
 
 ORIGINAL = {

@@ -13,7 +13,7 @@ from PIL import Image
 from nvcnn.data import cifar10
 from nvcnn.data.prepare import prepare
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.raw_imagenet import add
 
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]

@@ -7,7 +7,7 @@ import pytest
 
 from nvcnn.data.dataset import find_dataset
 from nvcnn.data.tfrecord import encode_example, index_path
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.records import write_shard
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from nvcnn.data import EvaluationData, fashion_mnist, find_dataset, shards
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 ROOT = Path(__file__).parents[3]
 IMAGES = {"train": 203, "t10k": 41}

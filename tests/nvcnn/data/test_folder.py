@@ -11,7 +11,7 @@ from nvcnn.data.class_folders import class_names, open_class_folders
 from nvcnn.data.images import Encoding
 from nvcnn.data.prepare import prepare
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.raw_imagenet import jpeg, photograph
 
 

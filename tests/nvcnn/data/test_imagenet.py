@@ -16,7 +16,7 @@ from nvcnn.data.images import Encoding
 from nvcnn.data.prepare import prepare
 from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.data.verify import verify
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.raw_imagenet import CLASSES, CMYK, DISGUISED, GREY, ROTATED, SYNSETS, Raw, make, unpack
 
 LABELS = {synset: i + 1 for i, synset in enumerate(sorted(list(SYNSETS)[:CLASSES]))}

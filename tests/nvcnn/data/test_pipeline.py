@@ -11,7 +11,7 @@ from PIL import Image
 
 from nvcnn.data import EvaluationData, TrainingData, find_dataset
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 RANKS = (1, 2, 3, 5)
 CPU = torch.device("cpu")

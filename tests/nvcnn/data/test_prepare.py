@@ -19,7 +19,7 @@ from nvcnn.data import folder, prepare, shards
 from nvcnn.data.plan import Plan
 from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.data.verify import verify
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.nvcnn.data.preparing import contents, flip, run
 from tests.raw_imagenet import jpeg, photograph, unpack
 

@@ -9,7 +9,7 @@ import torch
 
 from nvcnn.data import find_dataset, folder, imagenet, verify
 from nvcnn.data.processes import worker_pool
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 # OpenMP's threads run in the parent, and then the workers need the table of so many samples that OpenMP divides it.
 SEARCH = """

@@ -16,7 +16,7 @@ from PIL import Image
 
 from nvcnn.data import choose_backend, find_dataset, open_evaluation, open_training
 from nvcnn.data.tfrecord import index_path
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 CPU = torch.device("cpu")
 KINDS = ("records", "tars", "folders")

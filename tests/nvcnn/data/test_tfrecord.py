@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvcnn.data import tfrecord
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.records import write_shard
 
 values = st.one_of(

@@ -9,7 +9,7 @@ import pytest
 
 from nvcnn.data.tfrecord import index_path, read_records, write_record
 from nvcnn.data.verify import verify
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.nvcnn.data.preparing import contents, flip
 
 

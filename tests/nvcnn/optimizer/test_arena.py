@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernels
-from nvcnn.errors import InputError
 from nvcnn.meta import gradient_order
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d, Conv2d, Linear
 from nvcnn.optimizer.arena import Arena
+from nvcnn.program import InputError
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
