@@ -28,11 +28,11 @@ from triton.runtime.jit import JITFunction
 from kernels import configurations, geometry
 from kernels.operators import hash_callees_first, operators
 from nvcnn.data import Batch
-from nvcnn.distributed import Launch as Launched
 from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.models import MODELS, build_model
 from nvcnn.plan import SYNTHETIC_CLASSES
+from nvcnn.program import Launch as Launched
 from nvcnn.step import Step
 
 META = torch.device("meta")

@@ -21,7 +21,7 @@ PATIENCE = 10.0  # seconds between lines that say how far it is
 def check_data(
     dataset: Dataset, split: str, what: str, skip_bad_images: bool, transport: Transport, processes: int
 ) -> tuple[Dataset, list[str]]:
-    """The data set without its bad samples, and a line about each; the same on all ranks.
+    """Returns the data set without its bad samples, and a line about each of those; the same on all ranks.
 
     what: "none"; "records", to read each sample and check its label and, in TFRecords, its CRC; or "images", to decode
     it with Pillow, too. skip_bad_images decodes, whatever `what` is.
@@ -51,7 +51,7 @@ def check_data(
 def search(
     dataset: Dataset, split: str, samples: Sequence[int], images: bool, processes: int, quiet: bool
 ) -> list[tuple[int, str]]:
-    """(number, what is wrong) of each bad one. Raises InputError when a process is killed."""
+    """Returns (number, what is wrong) of each bad sample. Raises InputError when a process is killed."""
     pieces = [samples[at : at + PIECE] for at in range(0, len(samples), PIECE)]
     look = partial(bad_samples, dataset, split, images=images)
     if processes == 1 or len(pieces) < 2:

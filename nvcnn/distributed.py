@@ -24,14 +24,14 @@ class Transport:
         self.size, self.rank, self.local_rank = launch.size, launch.rank, launch.local_rank
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Rank 0's values into everybody's `tensor`, in place."""
+        """Copies rank 0's values into `tensor` of every rank, in place."""
 
     def all_reduce(self, tensor: Tensor, name: str) -> Callable[[], None]:
         """Starts the sum over ranks, in place, unscaled. Returns what waits for it. `name`: the same on all ranks."""
         return lambda: None
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's `value`, in order of rank; to be used on rank 0 only."""
+        """Returns the `value` of every rank, in order of rank; to be used on rank 0 only."""
         return [value]
 
     def barrier(self) -> None:
@@ -39,7 +39,7 @@ class Transport:
         self.gather(None)
 
     def close(self) -> None:
-        """After the last collective."""
+        """Call after the last collective."""
 
 
 class Horovod(Transport):
@@ -99,7 +99,7 @@ class Torch(Transport):
             dist.init_process_group(backend, init_method=method, rank=self.rank, world_size=self.size)
 
     def rendezvous(self, launch: Launch) -> tuple[str, int]:
-        """Rank 0's address and a free port of it, told to all by MPI."""
+        """Returns rank 0's address and a free port of it, which MPI tells to all."""
         try:
             from mpi4py import MPI
         except ImportError as error:
@@ -137,7 +137,7 @@ class Torch(Transport):
 
 
 def connect(transport: str) -> Transport:
-    """The transport of this process: none for one rank, else "horovod" or "torch".
+    """Returns the transport of this process: none for one rank, else "horovod" or "torch".
 
     Raises InputError if it is missing, or if another MPI's launcher started us: then each process would be alone.
     """
@@ -148,6 +148,7 @@ def connect(transport: str) -> Transport:
 
 
 def agree(launch: Launch, size: int, library: str) -> None:
+    """Raises InputError unless `library` sees as many ranks as the launcher started."""
     if size != launch.size:
         raise InputError(
             f"{launch.launcher} started {launch.size} ranks ({launch.variable}), but {library}, sees {size}: "

@@ -28,7 +28,7 @@ from nvcnn.settings import Evaluation
 def count_hits(
     model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, normalize: str, channels: int = 3
 ) -> Tensor:
-    """int64 (3,): images, top-1 hits, top-5 hits of this rank's shard, on the CPU.
+    """Returns images, top-1 hits, top-5 hits of this rank's shard, int64 (3,) on the CPU.
 
     An image whose logits are not all finite is no hit; among equal logits topk decides, so that a model that says the
     same of every class does not hit them all.
@@ -45,13 +45,13 @@ def count_hits(
 
 
 def accuracy(counts: Tensor) -> dict[str, Any]:
-    """Percentages of the summed counts."""
+    """Returns percentages of the summed counts."""
     images, top1, top5 = (int(n) for n in counts)
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The original's two lines; the uncertainty is the standard error of a share of that many images."""
+    """Returns the original's two lines; the uncertainty is the standard error of a share of that many images."""
 
     def line(name: str) -> str:
         percent = result[name.lower().replace("-", "")]
@@ -62,6 +62,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def find_checkpoint(asked: Evaluation) -> tuple[Path, dict[str, Any]]:
+    """Returns the checkpoint to evaluate, and where it is. Raises InputError if there is none."""
     if asked.checkpoint:
         return Path(asked.checkpoint), checkpoint.load(Path(asked.checkpoint))
     log_dir = Path(asked.log_dir)
@@ -73,7 +74,7 @@ def find_checkpoint(asked: Evaluation) -> tuple[Path, dict[str, Any]]:
 
 
 def evaluate(asked: Evaluation) -> int:
-    """Evaluates a checkpoint, prints the result on rank 0, and appends it to the metrics.jsonl of its directory."""
+    """Evaluates a checkpoint, prints the result, appends it to metrics.jsonl of --log_dir. Returns the exit code."""
     path, state = find_checkpoint(asked)
     stored = state["settings"]
     if asked.model is not None and asked.model != state["model"]:
@@ -129,7 +130,7 @@ def evaluate(asked: Evaluation) -> int:
 
 
 def check_classes(data_dir: str, here: Sequence[str] | None, path: Path, there: Sequence[str]) -> None:
-    """A class that has another number here than in training would be counted wrong without a word."""
+    """Raises InputError if a class has another number here than in training: its images would be counted as wrong."""
     if here is None or not there or list(here) == list(there):
         return
     n, (mine, its) = next((n, pair) for n, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1])
@@ -137,7 +138,7 @@ def check_classes(data_dir: str, here: Sequence[str] | None, path: Path, there: 
 
 
 def append_event(log_dir: Path, event: dict[str, Any]) -> None:
-    """To metrics.jsonl, and into the title of the curve."""
+    """Appends a line to metrics.jsonl, and redraws the curve."""
     try:
         with (log_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(event) + "\n")
@@ -147,5 +148,6 @@ def append_event(log_dir: Path, event: dict[str, Any]) -> None:
 
 
 def summed(counts: Tensor, transport: Transport) -> dict[str, Any]:
+    """Returns the accuracy over the images of all ranks."""
     transport.all_reduce(counts, "evaluation")()
     return accuracy(counts)

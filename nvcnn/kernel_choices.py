@@ -87,7 +87,7 @@ class Sample:
         return sum(t.nbytes for t in (*self.tensors.values(), *self.directions.values()))
 
     def in_fp32(self) -> "Sample":
-        """The same values."""
+        """Returns the same values in fp32."""
         wide = {name: t.detach().float().requires_grad_(t.requires_grad) for name, t in self.tensors.items()}
         conv = deepcopy(self.conv)
         cast_matrices(conv, torch.float32)
@@ -96,14 +96,14 @@ class Sample:
         )
 
     def read(self, name: str) -> Any:
-        """A raw tensor, or an activation, or None."""
+        """Returns a raw tensor, or an activation, or None."""
         tensor, vectors = self.tensors.get(name), self.tensors.get(f"{name}_vectors")
         if tensor is None or vectors is None:
             return tensor
         return Raw(tensor, self.bn, vectors)  # the vectors say it all: of the BatchNorm nothing is read
 
     def forward(self, algorithm: str) -> dict[str, Tensor]:
-        """What the place returns to others, by name."""
+        """Returns what the place hands on, by name."""
         self.conv.algorithm = algorithm
         if self.place.folded:
             folded = Folded(self.tensors["x"], self.conv, self.bn)
@@ -117,7 +117,7 @@ class Sample:
         return outputs if b is None else outputs | {"z": activation(x)}  # which somebody else reads, too
 
     def backward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The gradients of what the place reads, by name."""
+        """Returns the gradients of what the place reads, by name."""
         leaves = {"weight": self.conv.weight, "gamma": self.bn.weight, "beta": self.bn.bias} | self.tensors
         leaves = {f"d_{name}": t for name, t in leaves.items() if t.requires_grad}
         directions = [self.directions[name] for name in outputs]
@@ -125,15 +125,17 @@ class Sample:
         return dict(zip(leaves, gradients, strict=True))
 
     def results(self, algorithm: str) -> dict[str, Tensor]:
-        """Outputs and gradients, and nothing of the graph: a capture wants one that was made on its own stream."""
+        """Returns outputs and gradients without their autograd graph: a capture needs one made on its own stream."""
         outputs = self.forward(algorithm)
         gradients = {} if self.place.folded else self.backward(outputs)
         return {name: t.detach() for name, t in (outputs | gradients).items()}
 
 
 def sample(place: Place, device: torch.device) -> Sample:
-    """Activations are normal, and vectors let about half of them pass a ReLU. Gradients are smaller, those of vectors
-    the more so the more values there are, as in training: the weight's is then no infinity in fp16.
+    """Returns random tensors for a place.
+
+    Activations are normal, and vectors let about half of them pass a ReLU. Gradients are smaller, as in training, and
+    those of vectors shrink with the number of values, so that the weight's gradient is finite in fp16.
     """
     c, (k, _, *kernel_size) = place.x[1], place.weight
 
@@ -196,7 +198,7 @@ def step(samples: list[Sample], algorithm: str) -> None:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Ops are their references, and products in fp32 are in fp32."""
+    """Inside, ops are their references, and fp32 products are computed in fp32."""
     before = os.environ.get("NVCNN_KERNELS")
     os.environ["NVCNN_KERNELS"] = "reference"
     try:
@@ -210,7 +212,7 @@ def exact() -> Iterator[None]:
 
 
 def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
-    """What is further from `expected` than roundings to `dtype` explain, or None."""
+    """Returns which result is further from `expected` than roundings to `dtype` explain, or None."""
     allowed = TOLERANCE * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float16).eps)
     for name, right in expected.items():
         off = (results[name].float() - right).norm() / right.norm().clamp(min=torch.finfo(torch.float32).tiny)
@@ -220,7 +222,7 @@ def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
 
 
 def reason(error: Exception) -> str:
-    """One line: PyTorch has advice in others, and Triton's compiler says where before it says why."""
+    """Returns one line of the error: PyTorch adds advice, and Triton's compiler says where before it says why."""
     text = str(error)
     if isinstance(error, CompilationError):
         text = error.error_message or str(error.__cause__ or text)
@@ -228,7 +230,7 @@ def reason(error: Exception) -> str:
 
 
 def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> Times:
-    """Microseconds of each candidate; without those that fail or are wrong, which is said.
+    """Returns microseconds of each candidate, without those that fail or are wrong, which are reported.
 
     Raises RuntimeError if that is all of them, or if one has broken the device for this process.
     """
@@ -259,7 +261,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
 
 
 def lost(device: torch.device) -> bool:
-    """Whether nothing runs any more, as after an illegal access: that is known once the device is waited for."""
+    """Returns whether nothing runs any more, as after an illegal access, which only waiting for the device shows."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
@@ -269,7 +271,7 @@ def lost(device: torch.device) -> bool:
 
 
 def machine() -> str:
-    """What measurements are valid for."""
+    """Returns what measurements are valid for: GPU, versions, sources."""
     source = sha256()
     for file in sources():
         source.update(file.read_bytes())
@@ -279,8 +281,10 @@ def machine() -> str:
 
 
 def sources() -> list[Path]:
-    """The files that measurements depend on: the blocks and layers, the modules of the ops that they use, what those
-    import of `kernels`, and the GPU's table of launch configurations.
+    """Returns the files that measurements depend on.
+
+    They are the blocks and layers, the modules of the ops that these use, what those import of `kernels`, and the GPU's
+    table of launch configurations.
     """
     folder, found = Path(kernels.__file__).parent, set()
     waiting = [Path(getfile(conv_bn)), Path(getfile(Conv2d))]
@@ -309,7 +313,7 @@ def cache_file() -> Path:
 
 
 def read_cache(say: Callable[[str], None]) -> Measurements:
-    """Empty if there is none; a file that is not one is said to be discarded."""
+    """Returns what is known, nothing if there is no file. Reports a file that cannot be read, and discards it."""
     file = cache_file()
     try:
         found = json.loads(file.read_text())
@@ -325,7 +329,7 @@ def read_cache(say: Callable[[str], None]) -> Measurements:
 
 
 def write_cache(measurements: Measurements, say: Callable[[str], None]) -> None:
-    """Whole or not at all; a directory that cannot be written to is said, and the run goes on."""
+    """Writes the file whole or not at all. A directory that cannot be written to is reported, and the run goes on."""
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -356,8 +360,9 @@ def choose(
     stored: dict[str, str] | None,
     say: Callable[[str], None] = print,
 ) -> Choices:
-    """The algorithm of each convolution, the same on every rank. `stored`: rank 0's, of the checkpoint it goes on from.
+    """Returns the algorithm of each convolution, the same on every rank.
 
+    `stored`: those in the checkpoint that rank 0 resumes from.
     Raises InputError for an algorithm that cannot run on the device.
     """
     if asked == "cudnn" and device.type == "cpu":
@@ -395,7 +400,7 @@ def choose_algorithms(
 
 
 def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[[str], None]) -> Choices:
-    """By measurement, of what the cache does not know."""
+    """Returns the fastest algorithms; measures the places that the cache does not know."""
     measurements, here, start = read_cache(say), machine(), time.monotonic()
     known = measurements.setdefault(here, {})
     missing = [place for place in dict.fromkeys(convolutions.values()) if str(place) not in known]
@@ -415,7 +420,7 @@ def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[
 
 
 def show(log_dir: str | None) -> int:
-    """Prints the cache, or the choices in the newest checkpoint of a run."""
+    """Prints the cache, or the choices in the newest checkpoint of a run. Returns the exit code."""
     if log_dir is not None:
         found = checkpoint.newest(Path(log_dir), warn=lambda line: print(line, file=sys.stderr))
         if found is None:

@@ -81,7 +81,7 @@ class Place(NamedTuple):
 
     @property
     def y(self) -> tuple[int, int, int, int]:
-        """N, K, OH, OW."""
+        """Returns the shape of the output: N, K, OH, OW."""
         sizes = zip(self.x[2:], self.padding, self.weight[2:], self.stride, strict=True)
         oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, padding, taps, stride in sizes)
         return self.x[0], self.weight[0], oh, ow

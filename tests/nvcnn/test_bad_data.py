@@ -25,8 +25,8 @@ from PIL import Image
 from nvcnn.check_data import check_data, search
 from nvcnn.data import Dataset, choose_backend, find_dataset, open_training
 from nvcnn.data.tfrecord import encode_example, index_path
-from nvcnn.distributed import Launch, Transport
-from nvcnn.program import InputError
+from nvcnn.distributed import Transport
+from nvcnn.program import InputError, Launch
 from tests.records import write_shard
 
 DOCS = Path(__file__).parents[2] / "docs/bad-data.md"

@@ -38,7 +38,8 @@ CLOSES = """
 from pathlib import Path
 
 import torch
-from nvcnn.distributed import Launch, Torch
+from nvcnn.distributed import Torch
+from nvcnn.program import Launch
 
 transport = Torch(Launch(1, 0, 0, "torchrun", "WORLD_SIZE=1"))
 import torch._dynamo  # as training has it: imports functions whose default argument is the group of that moment

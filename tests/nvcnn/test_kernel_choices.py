@@ -13,11 +13,11 @@ from triton.runtime.errors import OutOfResources
 import kernels
 from kernels.implementation import INTERPRETED
 from nvcnn import checkpoint, kernel_choices, timing
-from nvcnn.distributed import Launch, Transport
+from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import CANDIDATES, cache_file, candidates, choose, exact, measure, sample, show, use
 from nvcnn.meta import Place, places
 from nvcnn.models import build_model
-from nvcnn.program import InputError
+from nvcnn.program import InputError, Launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TRITON_IS_FASTER = {"triton": 10.0, "triton-materialized": 12.0, "cudnn": 20.0}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvcnn.distributed import Launch, Transport
+from nvcnn.distributed import Transport
 from nvcnn.meta import gradient_order
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
@@ -13,6 +13,7 @@ from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients
 from nvcnn.optimizer.larc import Larc
 from nvcnn.optimizer.schedule import poly
+from nvcnn.program import Launch
 
 CPU = torch.device("cpu")
 
