@@ -15,8 +15,10 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a d
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -35,20 +37,27 @@ def path_of(log_dir: Path, step: int) -> Path:
     return log_dir / f"checkpoint-{step:08d}.pt"
 
 
-def save(path: Path, state: dict[str, Any], keep: int) -> None:
-    """Writes `state` to `path` and removes all but the `keep` newest up to it."""
-    temporary = path.with_name(".checkpoint.pt.part")  # one name: a killed run leaves one at most
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Returns a file that is at `path` once all is written to it, also after a power cut, or not at all."""
+    temporary = path.with_name(".part")  # one name: a killed run leaves one at most
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION} | state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the rename, too, outlives a power cut
+    os.fsync(directory)
     os.close(directory)
+
+
+def save(path: Path, state: dict[str, Any], keep: int) -> None:
+    """Writes `state` to `path` and removes all but the `keep` newest up to it."""
+    with written_whole(path) as file:
+        torch.save({"format": FORMAT, "version": VERSION} | state, file)
     # A newer one that is damaged, over which a resumed run went back, does not count.
     for old in [p for p in in_directory(path.parent) if p < path][keep - 1 :]:
         old.unlink()
@@ -157,13 +166,9 @@ def write_config(settings: Settings, ranks: int) -> None:
     if (log_dir / "config.json").exists():
         return
     config = {"settings": as_json(settings), "ranks": ranks, "versions": versions()}
-    temporary = log_dir / ".config.json.part"
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as file:
-            file.write(json.dumps(config, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(log_dir / "config.json")
+        with written_whole(log_dir / "config.json") as file:
+            file.write((json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(f"--log_dir={log_dir}: cannot be written to ({error.strerror})") from None

@@ -31,6 +31,7 @@ from inspect import getfile
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -199,16 +200,11 @@ def step(samples: list[Sample], algorithm: str) -> None:
 @contextmanager
 def exact() -> Iterator[None]:
     """Inside, ops are their references, and fp32 products are computed in fp32."""
-    before = os.environ.get("NVCNN_KERNELS")
-    os.environ["NVCNN_KERNELS"] = "reference"
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        if before is None:
-            del os.environ["NVCNN_KERNELS"]
-        else:
-            os.environ["NVCNN_KERNELS"] = before
+    with (
+        mock.patch.dict(os.environ, NVCNN_KERNELS="reference"),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):
+        yield
 
 
 def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
