@@ -11,7 +11,7 @@ from nvcnn.data.pillow import require_pillow
 from nvcnn.data.processes import forked, worker_pool
 from nvcnn.data.scan import bad_samples
 from nvcnn.distributed import Transport
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 PIECE = 256  # samples a process takes at a time
 SAID = 20  # bad samples that are printed at most; metrics.jsonl has all

@@ -30,24 +30,24 @@ from hashlib import sha256
 from inspect import getfile
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler.errors import CompilationError
 
 import kernels
 from kernels import configurations
 from nvcnn import checkpoint, timing
 from nvcnn.distributed import Transport
-from nvcnn.errors import InputError
 from nvcnn.machine import chosen_kernels
-from nvcnn.memory import on_meta
-from nvcnn.models.conv_bn import ALGORITHMS, Folded, Join, Raw, activation, conv_bn, written
+from nvcnn.meta import Place, places
+from nvcnn.models import ALGORITHMS
+from nvcnn.models.conv_bn import Folded, Join, Raw, activation, conv_bn, written
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
-from nvcnn.program import run
+from nvcnn.program import InputError, run
 
 CANDIDATES = ("triton", "triton-materialized", "cudnn")
 LOAD, ROUNDS, REPEAT = 0.5, 10, 2  # seconds before a place is measured; rounds, and steps of a candidate in each
@@ -58,87 +58,9 @@ Times = dict[str, float]  # microseconds by algorithm
 Measurements = dict[str, dict[str, Times]]  # by machine, by place
 
 
-class Place(NamedTuple):
-    """A convolution as a training step, or an evaluation, meets it: two with equal places take the same time."""
-
-    x: tuple[int, int, int, int]  # N, C, H, W
-    weight: tuple[int, int, int, int]  # K, C / groups, R, S
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    groups: int
-    dtype: torch.dtype
-    reads: str  # an activation, a raw tensor, or a join of a raw tensor with an activation or with another
-    gradient: bool  # x has one
-    folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
-
-    @property
-    def y(self) -> tuple[int, int, int, int]:
-        """N, K, OH, OW."""
-        sizes = zip(self.x[2:], self.padding, self.weight[2:], self.stride, strict=True)
-        oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, padding, taps, stride in sizes)
-        return self.x[0], self.weight[0], oh, ow
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """In evaluation nothing is materialized."""
-        return ("triton", "cudnn") if self.folded else CANDIDATES
-
-    def __str__(self) -> str:
-        sizes = ("x".join(map(str, numbers)) for numbers in (self.x, self.weight, self.stride, self.padding))
-        words = "x {} weight {} stride {} padding {}".format(*sizes)
-        words += f" groups {self.groups} {str(self.dtype).removeprefix('torch.')} {self.reads}"
-        return words + (f", {self.folded}" if self.folded else "" if self.gradient else ", without its gradient")
-
-
-class Places(TorchDispatchMode):
-    """Notes the place of each convolution op, by the identity of its weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[int, Place] = {}
-        self.padded: list[tuple[Tensor, Tensor]] = []  # weights, and what stands for them
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func is torch.ops.aten.constant_pad_nd.default:
-            self.padded.append((args[0], result))
-        if func is kernels.convolution.overload:
-            self.note(*args, **kwargs)
-        return result
-
-    def note(
-        self, x, weight, stride, padding, groups, vectors=None, residual=None, residual_vectors=None,
-        center=None, scale=None, shift=None, add=None, relu=False,
-    ):  # fmt: skip
-        reads = "raw" if vectors is not None else "activation"
-        if residual is not None:
-            reads = "join" if residual_vectors is None else "join of two"
-        folded = "" if scale is None else "folded" if add is None else "folded, adding"
-        geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
-        of = next((original for original, padded in self.padded if padded is weight), weight)
-        self.found[id(of)] = Place(*geometry, x.dtype, reads, x.requires_grad, folded)
-
-
-def places(
-    model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3
-) -> dict[str, Place]:
-    """The place of each convolution of a block of `conv_bn`, by its name in the model. Nothing is computed.
-
-    Of a training step, or of an evaluation, as the model's mode is.
-    """
-    convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
-    before = [conv.algorithm for conv in convolutions]
-    state, images = on_meta(model, batch_size, image_size, dtype, channels)
-    try:
-        use(model, dict.fromkeys((name for name, m in model.named_modules() if isinstance(m, Conv2d)), "triton"))
-        with torch.set_grad_enabled(model.training), Places() as noted:
-            torch.func.functional_call(model, state, images)
-    finally:
-        for conv, algorithm in zip(convolutions, before, strict=True):
-            conv.algorithm = algorithm
-    names = {id(tensor): name.removesuffix(".weight") for name, tensor in state.items()}
-    return {names[weight]: place for weight, place in noted.found.items()}
+def candidates(place: Place) -> tuple[str, ...]:
+    """Returns the algorithms that are measured there: in evaluation nothing is materialized."""
+    return ("triton", "cudnn") if place.folded else CANDIDATES
 
 
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
@@ -166,7 +88,7 @@ class Sample:
         return sum(t.nbytes for t in (*self.tensors.values(), *self.directions.values()))
 
     def in_fp32(self) -> "Sample":
-        """The same values."""
+        """Returns the same values in fp32."""
         wide = {name: t.detach().float().requires_grad_(t.requires_grad) for name, t in self.tensors.items()}
         conv = deepcopy(self.conv)
         cast_matrices(conv, torch.float32)
@@ -175,14 +97,14 @@ class Sample:
         )
 
     def read(self, name: str) -> Any:
-        """A raw tensor, or an activation, or None."""
+        """Returns a raw tensor, or an activation, or None."""
         tensor, vectors = self.tensors.get(name), self.tensors.get(f"{name}_vectors")
         if tensor is None or vectors is None:
             return tensor
         return Raw(tensor, self.bn, vectors)  # the vectors say it all: of the BatchNorm nothing is read
 
     def forward(self, algorithm: str) -> dict[str, Tensor]:
-        """What the place returns to others, by name."""
+        """Returns what the place hands on, by name."""
         self.conv.algorithm = algorithm
         if self.place.folded:
             folded = Folded(self.tensors["x"], self.conv, self.bn)
@@ -196,7 +118,7 @@ class Sample:
         return outputs if b is None else outputs | {"z": activation(x)}  # which somebody else reads, too
 
     def backward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The gradients of what the place reads, by name."""
+        """Returns the gradients of what the place reads, by name."""
         leaves = {"weight": self.conv.weight, "gamma": self.bn.weight, "beta": self.bn.bias} | self.tensors
         leaves = {f"d_{name}": t for name, t in leaves.items() if t.requires_grad}
         directions = [self.directions[name] for name in outputs]
@@ -204,15 +126,17 @@ class Sample:
         return dict(zip(leaves, gradients, strict=True))
 
     def results(self, algorithm: str) -> dict[str, Tensor]:
-        """Outputs and gradients, and nothing of the graph: a capture wants one that was made on its own stream."""
+        """Returns outputs and gradients without their autograd graph: a capture needs one made on its own stream."""
         outputs = self.forward(algorithm)
         gradients = {} if self.place.folded else self.backward(outputs)
         return {name: t.detach() for name, t in (outputs | gradients).items()}
 
 
 def sample(place: Place, device: torch.device) -> Sample:
-    """Activations are normal, and vectors let about half of them pass a ReLU. Gradients are smaller, those of vectors
-    the more so the more values there are, as in training: the weight's is then no infinity in fp16.
+    """Returns random tensors for a place.
+
+    Activations are normal, and vectors let about half of them pass a ReLU. Gradients are smaller, as in training, and
+    those of vectors shrink with the number of values, so that the weight's gradient is finite in fp16.
     """
     c, (k, _, *kernel_size) = place.x[1], place.weight
 
@@ -275,21 +199,16 @@ def step(samples: list[Sample], algorithm: str) -> None:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Ops are their references, and products in fp32 are in fp32."""
-    before = os.environ.get("NVCNN_KERNELS")
-    os.environ["NVCNN_KERNELS"] = "reference"
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        if before is None:
-            del os.environ["NVCNN_KERNELS"]
-        else:
-            os.environ["NVCNN_KERNELS"] = before
+    """Inside, ops are their references, and fp32 products are computed in fp32."""
+    with (
+        mock.patch.dict(os.environ, NVCNN_KERNELS="reference"),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):
+        yield
 
 
 def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
-    """What is further from `expected` than roundings to `dtype` explain, or None."""
+    """Returns which result is further from `expected` than roundings to `dtype` explain, or None."""
     allowed = TOLERANCE * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float16).eps)
     for name, right in expected.items():
         off = (results[name].float() - right).norm() / right.norm().clamp(min=torch.finfo(torch.float32).tiny)
@@ -299,7 +218,7 @@ def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
 
 
 def reason(error: Exception) -> str:
-    """One line: PyTorch has advice in others, and Triton's compiler says where before it says why."""
+    """Returns one line of the error: PyTorch adds advice, and Triton's compiler says where before it says why."""
     text = str(error)
     if isinstance(error, CompilationError):
         text = error.error_message or str(error.__cause__ or text)
@@ -307,7 +226,7 @@ def reason(error: Exception) -> str:
 
 
 def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> Times:
-    """Microseconds of each candidate; without those that fail or are wrong, which is said.
+    """Returns microseconds of each candidate, without those that fail or are wrong, which are reported.
 
     Raises RuntimeError if that is all of them, or if one has broken the device for this process.
     """
@@ -317,7 +236,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
     with torch.set_grad_enabled(not place.folded):
         with exact():
             expected = samples[0].in_fp32().results("cudnn")
-        for algorithm in place.candidates:
+        for algorithm in candidates(place):
             try:
                 fault = wrong(samples[0].results(algorithm), expected, place.dtype)
                 if fault is None:
@@ -330,7 +249,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
             if fault is not None:
                 say(f"{place}: {algorithm} fails here ({fault}) and is not used")
     if not steps:
-        raise RuntimeError(f"{place}: none of {', '.join(place.candidates)} computes this here: give --conv=torch")
+        raise RuntimeError(f"{place}: none of {', '.join(candidates(place))} computes this here: give --conv=torch")
     del expected
     timing.load(steps, device, LOAD)
     times = timing.alternate(steps, device, rounds=ROUNDS, repeat=REPEAT, warm_up=0)
@@ -338,7 +257,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
 
 
 def lost(device: torch.device) -> bool:
-    """Whether nothing runs any more, as after an illegal access: that is known once the device is waited for."""
+    """Returns whether nothing runs any more, as after an illegal access, which only waiting for the device shows."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
@@ -348,7 +267,7 @@ def lost(device: torch.device) -> bool:
 
 
 def machine() -> str:
-    """What measurements are valid for."""
+    """Returns what measurements are valid for: GPU, versions, sources."""
     source = sha256()
     for file in sources():
         source.update(file.read_bytes())
@@ -358,8 +277,10 @@ def machine() -> str:
 
 
 def sources() -> list[Path]:
-    """The files that measurements depend on: the blocks and layers, the modules of the ops that they use, what those
-    import of `kernels`, and the GPU's table of launch configurations.
+    """Returns the files that measurements depend on.
+
+    They are the blocks and layers, the modules of the ops that these use, what those import of `kernels`, and the GPU's
+    table of launch configurations.
     """
     folder, found = Path(kernels.__file__).parent, set()
     waiting = [Path(getfile(conv_bn)), Path(getfile(Conv2d))]
@@ -388,7 +309,7 @@ def cache_file() -> Path:
 
 
 def read_cache(say: Callable[[str], None]) -> Measurements:
-    """Empty if there is none; a file that is not one is said to be discarded."""
+    """Returns what is known, nothing if there is no file. Reports a file that cannot be read, and discards it."""
     file = cache_file()
     try:
         found = json.loads(file.read_text())
@@ -404,7 +325,7 @@ def read_cache(say: Callable[[str], None]) -> Measurements:
 
 
 def write_cache(measurements: Measurements, say: Callable[[str], None]) -> None:
-    """Whole or not at all; a directory that cannot be written to is said, and the run goes on."""
+    """Writes the file whole or not at all. A directory that cannot be written to is reported, and the run goes on."""
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -435,8 +356,9 @@ def choose(
     stored: dict[str, str] | None,
     say: Callable[[str], None] = print,
 ) -> Choices:
-    """The algorithm of each convolution, the same on every rank. `stored`: rank 0's, of the checkpoint it goes on from.
+    """Returns the algorithm of each convolution, the same on every rank.
 
+    `stored`: those in the checkpoint that rank 0 resumes from.
     Raises InputError for an algorithm that cannot run on the device.
     """
     if asked == "cudnn" and device.type == "cpu":
@@ -454,14 +376,33 @@ def choose(
     return transport.gather(mine)[0]
 
 
+def choose_algorithms(
+    model: nn.Module,
+    asked: str,
+    images: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    transport: Transport,
+    stored: dict[str, str] | None = None,
+) -> Choices:
+    """Sets the algorithm of each convolution of the model as `choose` has it, and returns the choices.
+
+    images: their number in a batch, their channels, their size.
+    """
+    batch_size, channels, size = images
+    choices = choose(asked, places(model, batch_size, size, dtype, channels), device, transport, stored)
+    use(model, choices.algorithms)
+    return choices
+
+
 def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[[str], None]) -> Choices:
-    """By measurement, of what the cache does not know."""
+    """Returns the fastest algorithms; measures the places that the cache does not know."""
     measurements, here, start = read_cache(say), machine(), time.monotonic()
     known = measurements.setdefault(here, {})
     missing = [place for place in dict.fromkeys(convolutions.values()) if str(place) not in known]
     if missing:
-        candidates = dict.fromkeys(algorithm for place in missing for algorithm in place.candidates)
-        say(f"Measuring {', '.join(candidates)} at {len(missing)} places of convolutions, once on this machine")
+        measured = dict.fromkeys(algorithm for place in missing for algorithm in candidates(place))
+        say(f"Measuring {', '.join(measured)} at {len(missing)} places of convolutions, once on this machine")
     try:
         for place in missing:
             known[str(place)] = measure(place, device, say)
@@ -475,7 +416,7 @@ def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[
 
 
 def show(log_dir: str | None) -> int:
-    """Prints the cache, or the choices in the newest checkpoint of a run."""
+    """Prints the cache, or the choices in the newest checkpoint of a run. Returns the exit code."""
     if log_dir is not None:
         found = checkpoint.newest(Path(log_dir), warn=lambda line: print(line, file=sys.stderr))
         if found is None:

@@ -17,7 +17,7 @@ CACHE = 256 << 20  # bytes: twice the largest L2 cache there is (B200)
 
 
 def milliseconds(step: Step, device: torch.device) -> float:
-    """The time of one call: the device's, between two events, on a GPU; wall-clock time on the CPU."""
+    """Returns the time of one call: the device's, between two events, on a GPU; wall-clock time on the CPU."""
     if device.type == "cpu":
         start = time.perf_counter()
         step()
@@ -31,6 +31,8 @@ def milliseconds(step: Step, device: torch.device) -> float:
 
 
 def repeated(step: Step, times: int) -> Step:
+    """Returns a step that is `times` steps."""
+
     def steps() -> None:
         for _ in range(times):
             step()
@@ -39,12 +41,12 @@ def repeated(step: Step, times: int) -> Step:
 
 
 def sets(size: int, device: torch.device) -> int:
-    """How many sets of tensors of `size` bytes exceed a GPU's cache when they take turns; 1 on a CPU."""
+    """Returns how many sets of `size` bytes exceed a GPU's cache when they take turns; 1 on a CPU."""
     return ceil(CACHE / size) if device.type == "cuda" else 1
 
 
 def captured(step: Step, device: torch.device) -> Step:
-    """`step` as a CUDA graph: what is timed is the device, not how fast the host launches. On the CPU, `step`.
+    """Returns `step` as a CUDA graph, so that the device is timed and not the host; on the CPU `step` itself.
 
     Backward passes may be in it, if nothing is alive of one that ran on another stream. Its memory is the graph's own,
     until what is returned is dropped.
@@ -55,7 +57,7 @@ def captured(step: Step, device: torch.device) -> Step:
 def alternate(
     steps: dict[str, Step], device: torch.device, *, rounds: int, repeat: int = 1, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Milliseconds per step of each contender in each round; a round runs every contender `repeat` times."""
+    """Returns milliseconds per step of each contender in each round, which runs every contender `repeat` times."""
     for step in steps.values():
         repeated(step, warm_up)()
     times: dict[str, list[float]] = {name: [] for name in steps}

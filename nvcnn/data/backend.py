@@ -9,7 +9,7 @@ from nvcnn.data.dali import EvaluationData, TrainingData
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.options import EvaluationOptions, TrainingOptions
 from nvcnn.data.pillow_workers import WorkerEvaluationData, WorkerTrainingData
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 def choose_backend(asked: str | None, device: torch.device) -> str:

@@ -22,7 +22,7 @@ from nvcnn.data.pillow import MAX_PIXELS, REPLACE, undecodable
 from nvcnn.data.resize import BatchResizer
 from nvcnn.data.scan import first_undecodable
 from nvcnn.data.source import Source
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 class Pipeline:

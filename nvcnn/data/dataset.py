@@ -11,7 +11,7 @@ from nvcnn.data.class_folders import find_classes, open_class_folders, split_fol
 from nvcnn.data.records import Records
 from nvcnn.data.source import Source
 from nvcnn.data.tars import Tars
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 UNFINISHED = ".unfinished"  # a directory that is there while prepare.py has not finished
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.options import ReaderOptions
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 def derived_seed(*parts: int | str) -> int:

@@ -4,7 +4,7 @@ import io
 import warnings
 from typing import TYPE_CHECKING
 
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

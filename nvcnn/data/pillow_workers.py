@@ -23,7 +23,7 @@ from nvcnn.data.epochs import check_position, derived_seed, share
 from nvcnn.data.options import EvaluationOptions, ReaderOptions, TrainingOptions
 from nvcnn.data.pillow import REPLACE, undecodable
 from nvcnn.data.resize import resize
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 Key = tuple[int, int]  # epoch, sample
 QUEUED = 2  # batches a worker has ready

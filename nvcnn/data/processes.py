@@ -13,7 +13,7 @@ from ctypes import CDLL
 from multiprocessing import get_context
 from typing import Any
 
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nvcnn.data.shard_source import ShardSource, does_not_fit
 from nvcnn.data.tfrecord import FRAMING, decode_example, masked_crc, scan
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 PATTERNS = {"train": ("train-*",), "validation": ("validation-*",)}
 IMAGE, LABEL = "image/encoded", "image/class/label"

@@ -7,7 +7,7 @@ from nvcnn.data import pillow
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.pillow import REPLACE, undecodable
 from nvcnn.data.source import Source
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 SEARCH_TIME = 120.0  # seconds; the other ranks wait
 

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 OPEN_FILES = 128  # per process; the usual limit of 1024 is also for sockets, libraries and the rest
 SHUFFLE_BUFFER = 4096  # images; shards are shuffled when they are made, this mixes them anew in each epoch

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from nvcnn.data.batch import Batch
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 class SyntheticData:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nvcnn.data.shard_source import ShardSource, does_not_fit, index_path
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 PATTERNS = {"train": ("train-*.tar",), "validation": ("validation-*.tar", "val-*.tar")}
 IMAGES = ("jpg", "jpeg", "png")

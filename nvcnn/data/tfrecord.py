@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 Values = Sequence[bytes] | Sequence[float] | Sequence[int]
 FRAMING = 16  # bytes around the data of a record

@@ -11,9 +11,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from nvcnn.errors import InputError
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import png
+from nvcnn.program import InputError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}

@@ -14,11 +14,11 @@ import zlib
 from http.client import HTTPException
 from pathlib import Path
 
-from nvcnn.errors import InputError
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import png
 from nvcnn.prepare.manifest import is_complete
 from nvcnn.prepare.write import check_out, write_dataset
+from nvcnn.program import InputError
 
 CLASS_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),

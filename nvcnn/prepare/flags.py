@@ -9,23 +9,18 @@ from typing import Any
 
 from nvcnn.data.pillow import require_pillow
 from nvcnn.data.tfrecord import masked_crc
-from nvcnn.errors import InputError
 from nvcnn.prepare import cifar10, fashion_mnist, folder, imagenet
 from nvcnn.prepare.blueprint import Blueprint
 from nvcnn.prepare.encode import Encoding
 from nvcnn.prepare.formats import FORMATS
 from nvcnn.prepare.verify import verify
 from nvcnn.prepare.write import write_dataset
-from nvcnn.settings import Parser, add_flags, flag
+from nvcnn.program import InputError
+from nvcnn.settings import Parser, add_flags, check, flag
 
 source = partial(flag, group="sources")
 image = partial(flag, group="images")
 output = partial(flag, group="output")
-
-
-def check(flags: Any, right: bool, name: str, must: str) -> None:
-    if not right:
-        raise InputError(f"--{name}={getattr(flags, name)}: must be {must}")
 
 
 def path(text: str | None) -> Path | None:

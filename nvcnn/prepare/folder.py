@@ -9,9 +9,9 @@ from pathlib import Path
 
 from nvcnn.data.class_folders import class_names, image_files
 from nvcnn.data.processes import worker_pool
-from nvcnn.errors import InputError
 from nvcnn.prepare.blueprint import Blueprint, Sample, read_sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding, standard
+from nvcnn.program import InputError
 
 SPLITS = {"train", "val", "validation", "test"}  # names of the folders above class folders
 SHARD_BYTES = 1 << 27  # source files of a shard, unless --shards is given

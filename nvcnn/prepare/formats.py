@@ -11,7 +11,7 @@ from nvcnn.data.records import Records
 from nvcnn.data.shard_source import ShardSource
 from nvcnn.data.tars import Tars
 from nvcnn.data.tfrecord import FRAMING, encode_example, read_records, write_record
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 AGAIN = "copy the file again, or delete it and prepare again"
 

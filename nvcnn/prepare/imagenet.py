@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nvcnn.data.processes import worker_pool
-from nvcnn.errors import InputError
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding
 from nvcnn.prepare.folder import encode_file, encoding_flags, file_size, scan_folders, to_samples
+from nvcnn.program import InputError
 
 SYNSET = re.compile(r"n\d{8}")
 SHARDS = (1024, 128)

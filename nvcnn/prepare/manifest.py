@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nvcnn.data.shard_source import atomic_writer, index_path
-from nvcnn.errors import InputError
 from nvcnn.prepare.formats import FORMATS
+from nvcnn.program import InputError
 
 SUMMARIES = ("dataset.json", "manifest.json")
 PART = {"images", "bytes", "sha256", "encoded_anew", "bad", "source"}  # what the manifest says of a shard

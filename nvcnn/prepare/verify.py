@@ -10,10 +10,10 @@ from typing import Any
 from nvcnn.data.dataset import read_dataset_json
 from nvcnn.data.processes import worker_pool
 from nvcnn.data.shard_source import index_path
-from nvcnn.errors import InputError
 from nvcnn.prepare.formats import AGAIN, FORMATS
 from nvcnn.prepare.manifest import is_temporary, read_manifest, sha256_of
 from nvcnn.prepare.progress import progress
+from nvcnn.program import InputError
 
 
 def verify(directory: Path, workers: int) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 from nvcnn.data.dataset import UNFINISHED
 from nvcnn.data.processes import worker_pool
 from nvcnn.data.shard_source import atomic_writer, index_path
-from nvcnn.errors import InputError
 from nvcnn.prepare.blueprint import Blueprint, Shard, digest, shard_paths
 from nvcnn.prepare.formats import FORMATS
 from nvcnn.prepare.manifest import (
@@ -34,6 +33,7 @@ from nvcnn.prepare.manifest import (
 )
 from nvcnn.prepare.progress import progress
 from nvcnn.prepare.shards import write_shard
+from nvcnn.program import InputError
 
 LOCK_WAIT = 10.0  # seconds that the workers of a killed run may take to end
 

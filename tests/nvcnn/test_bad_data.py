@@ -25,8 +25,8 @@ from nvcnn.check_data import check_data, search
 from nvcnn.data.backend import choose_backend, open_training
 from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.data.shard_source import index_path
-from nvcnn.distributed import Launch, Transport
-from nvcnn.errors import InputError
+from nvcnn.distributed import Transport
+from nvcnn.program import InputError, Launch
 from tests.samples import add, file_of, record, write_shard
 
 DOCS = Path(__file__).parents[2] / "docs/bad-data.md"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nvcnn.data.dataset import find_dataset
-from nvcnn.errors import InputError
 from nvcnn.plan import dry_run, plan
+from nvcnn.program import InputError
 from nvcnn.settings import Settings
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nvcnn.data.batch import prepare_input
 from nvcnn.data.synthetic import SyntheticData
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 EPSILON = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative error of one rounding
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)

@@ -13,7 +13,7 @@ from nvcnn.data.backend import open_evaluation, open_training
 from nvcnn.data.dali import EvaluationData, TrainingData
 from nvcnn.data.dataset import find_dataset
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 RANKS = (1, 2, 3, 5)
 CPU = torch.device("cpu")

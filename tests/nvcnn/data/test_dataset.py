@@ -8,7 +8,7 @@ import pytest
 from nvcnn.data.dataset import find_dataset
 from nvcnn.data.shard_source import index_path
 from nvcnn.data.tfrecord import encode_example
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.samples import write_shard
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from nvcnn.data.backend import choose_backend, open_evaluation, open_training
 from nvcnn.data.dataset import find_dataset
 from nvcnn.data.shard_source import index_path
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.samples import add
 
 CPU = torch.device("cpu")

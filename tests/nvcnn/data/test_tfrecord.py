@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nvcnn.data import tfrecord
 from nvcnn.data.records import Records
 from nvcnn.data.shard_source import index_path
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from tests.samples import write_shard
 
 values = st.one_of(

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.implementation import INTERPRETED
-from nvcnn.memory import activation_bytes
-from nvcnn.models import build_model
-from nvcnn.models.conv_bn import ALGORITHMS, LIBRARY, MATERIALIZED, Folded, Join, Raw, activation, conv_bn
+from nvcnn.meta import activation_bytes
+from nvcnn.models import ALGORITHMS, build_model
+from nvcnn.models.conv_bn import LIBRARY, MATERIALIZED, Folded, Join, Raw, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import Bottleneck
 

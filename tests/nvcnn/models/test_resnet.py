@@ -9,8 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from nvcnn.models import build_model, resnet
-from nvcnn.models.conv_bn import ALGORITHMS
+from nvcnn.models import ALGORITHMS, build_model, resnet
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import ResNet
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
 from nvcnn.prepare import cifar10
 from nvcnn.prepare.write import write_dataset
+from nvcnn.program import InputError
 from tests.raw_imagenet import add
 
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]

@@ -19,8 +19,8 @@ from PIL import Image
 from nvcnn.data.backend import open_evaluation
 from nvcnn.data.dataset import find_dataset
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
 from nvcnn.prepare import fashion_mnist, formats, shards
+from nvcnn.program import InputError
 
 ROOT = Path(__file__).parents[3]
 IMAGES = {"train": 203, "t10k": 41}

@@ -8,10 +8,10 @@ from PIL import Image
 
 from nvcnn.data.class_folders import class_names, open_class_folders
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
 from nvcnn.prepare import folder
 from nvcnn.prepare.encode import Encoding
 from nvcnn.prepare.write import write_dataset
+from nvcnn.program import InputError
 from tests.raw_imagenet import photograph
 from tests.samples import file_of
 

@@ -14,11 +14,11 @@ from PIL import Image
 from nvcnn.data.backend import open_evaluation
 from nvcnn.data.dataset import find_dataset
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
 from nvcnn.prepare import imagenet
 from nvcnn.prepare.encode import Encoding
 from nvcnn.prepare.verify import verify
 from nvcnn.prepare.write import write_dataset
+from nvcnn.program import InputError
 from tests.raw_imagenet import CLASSES, CMYK, DISGUISED, GREY, ROTATED, SYNSETS, Raw, make, unpack
 
 LABELS = {synset: i + 1 for i, synset in enumerate(sorted(list(SYNSETS)[:CLASSES]))}

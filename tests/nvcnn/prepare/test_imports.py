@@ -49,7 +49,7 @@ def child(code: str, *arguments: object) -> list[str]:
 
 PARSE = """
 import contextlib
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 from nvcnn.prepare.flags import parse
 with contextlib.suppress(SystemExit, InputError):
     parse(sys.argv[1:])

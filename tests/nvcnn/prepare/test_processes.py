@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from nvcnn.errors import InputError
 from nvcnn.prepare import folder, imagenet, verify
+from nvcnn.program import InputError
 
 
 def die(*_, **__):

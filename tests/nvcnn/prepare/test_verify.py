@@ -9,8 +9,8 @@ import pytest
 
 from nvcnn.data.shard_source import index_path
 from nvcnn.data.tfrecord import read_records, write_record
-from nvcnn.errors import InputError
 from nvcnn.prepare.verify import verify
+from nvcnn.program import InputError
 from tests.nvcnn.prepare.preparing import contents, flip
 
 

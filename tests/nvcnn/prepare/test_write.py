@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from nvcnn.data.tfrecord import decode_example, read_records
-from nvcnn.errors import InputError
 from nvcnn.prepare import folder, formats, shards, write
 from nvcnn.prepare.blueprint import Blueprint
 from nvcnn.prepare.verify import verify
+from nvcnn.program import InputError
 from tests.nvcnn.prepare.preparing import contents, flip, run
 from tests.raw_imagenet import photograph, unpack
 from tests.samples import file_of

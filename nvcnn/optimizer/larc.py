@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from nvcnn.arena import Arena
+from nvcnn.optimizer.arena import Arena
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
@@ -111,6 +111,7 @@ class Larc:
         )
 
     def state_dict(self) -> dict[str, Tensor | dict[str, Tensor]]:
+        """Returns what a checkpoint holds of the optimizer, on the CPU."""
         return {
             "momentum": self.arena.momentum_dict(),
             "counters": self.counters.cpu().clone(),
@@ -118,6 +119,7 @@ class Larc:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Counters and loss scale; the momentum goes with the weights, through `Arena.load_state_dict`."""
+        """Copies in what `state_dict` returned."""
+        self.arena.load_momentum_dict(state["momentum"])
         self.counters.copy_(state["counters"])
         self.loss_scale.copy_(state["loss_scale"])

@@ -5,13 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvcnn.arena import Arena, gradient_order
-from nvcnn.distributed import Launch, Transport
-from nvcnn.gradients import Gradients
-from nvcnn.larc import Larc
+from nvcnn.distributed import Transport
+from nvcnn.meta import gradient_order
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
-from nvcnn.schedule import poly
+from nvcnn.optimizer.arena import Arena
+from nvcnn.optimizer.gradients import Gradients
+from nvcnn.optimizer.larc import Larc
+from nvcnn.optimizer.schedule import poly
+from nvcnn.program import Launch
 
 CPU = torch.device("cpu")
 
@@ -215,7 +217,7 @@ def test_state_round_trip(momentum_dtype):
     for seed in range(3):
         one.step(*batch(seed))
     state = one.optimizer.state_dict()
-    other.arena.load_state_dict(one.arena.state_dict(), state["momentum"])
+    other.arena.load_state_dict(one.arena.state_dict())
     other.optimizer.load_state_dict(state)
     one.step(*batch(9))
     other.step(*batch(9))

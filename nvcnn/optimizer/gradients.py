@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nvcnn.arena import Arena, Slot
 from nvcnn.distributed import Transport
+from nvcnn.optimizer.arena import Arena, Slot
 
 BUCKET_BYTES = 25 << 20  # PyTorch DistributedDataParallel's default
 

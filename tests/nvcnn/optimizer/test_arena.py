@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernels
-from nvcnn.arena import Arena, gradient_order
-from nvcnn.errors import InputError
+from nvcnn.meta import gradient_order
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d, Conv2d, Linear
+from nvcnn.optimizer.arena import Arena
+from nvcnn.program import InputError
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -78,26 +79,6 @@ def test_layout(shapes, dtype, seed):
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet18", "resnet50"])
-def test_order_is_that_of_a_real_backward(name):
-    model = build_model(name, num_classes=10, seed=1)
-    size = 28 if name == "lenet" else 32
-    predicted = gradient_order(model, 28 if name == "lenet" else 224)
-    seen = []
-    for parameter_name, p in model.named_parameters():
-        p.register_post_accumulate_grad_hook(lambda _, name=parameter_name: seen.append(name))
-    model(torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)).sum().backward()
-    assert seen == predicted
-
-
-def test_order_leaves_the_model_alone():
-    model = build_model("resnet18", num_classes=10, seed=1)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    gradient_order(model, 224)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert all(p.grad is None and p.device.type == "cpu" for p in model.parameters())
-
-
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_state_dict_round_trip(dtype, momentum_dtype):
@@ -110,7 +91,8 @@ def test_state_dict_round_trip(dtype, momentum_dtype):
     one.momentum.copy_(torch.randn_like(one.momentum))
     one.momentum[one.weight == 0] = 0  # padding, mostly; zero momentum elsewhere does no harm
     one.running.uniform_()
-    other.load_state_dict(one.state_dict(), one.momentum_dict())
+    other.load_state_dict(one.state_dict())
+    other.load_momentum_dict(one.momentum_dict())
     for buffer in ("weight", "momentum", "running", "weight_square_sums"):
         assert torch.equal(getattr(one, buffer), getattr(other, buffer)), buffer
     if dtype != torch.float32:

@@ -3,7 +3,6 @@
 docs/architecture.md has the table of buffers and how a gradient gets into its slice.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from nvcnn.errors import InputError
 from nvcnn.models.layers import BatchNorm2d
+from nvcnn.program import InputError
 
 
 @dataclass(frozen=True)
@@ -26,20 +25,8 @@ class Slot:
 
     @property
     def elements(self) -> int:
-        """Padded to whole blocks."""
+        """Returns its size, padded to whole blocks."""
         return -(-self.parameter.numel() // kernels.BLOCK) * kernels.BLOCK
-
-
-def gradient_order(model: nn.Module, image_size: int) -> list[str]:
-    """The names of the parameters in the order in which backward finishes their gradients, found without computing."""
-    model = copy.deepcopy(model).to("meta").train()
-    order: list[str] = []
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    for name, parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
-    images = torch.empty(2, 3, image_size, image_size, device="meta")
-    model(images.to(memory_format=torch.channels_last)).sum().backward()
-    return order
 
 
 class Arena:
@@ -47,7 +34,7 @@ class Arena:
 
     `dtype` is the compute dtype: parameters of two or more dimensions get model weights of it, the others stay fp32.
     `gradient_dtype` (default: `dtype`) is that of the first kind's gradients; `momentum_dtype` is fp32 or bf16.
-    `order` is `gradient_order`'s answer.
+    `order` is that in which backward finishes the gradients: `nvcnn.meta.gradient_order`.
     """
 
     def __init__(
@@ -117,7 +104,7 @@ class Arena:
 
     @staticmethod
     def view(buffer: Tensor, slot: Slot, offset: int = 0) -> Tensor:
-        """The slot's part of a flat buffer in the parameter's shape, channels-last if it has four dimensions."""
+        """Returns the slot's part of a flat buffer in the parameter's shape, channels-last if of four dimensions."""
         shape = slot.parameter.shape
         flat = buffer[slot.start - offset : slot.start - offset + shape.numel()]
         if len(shape) != 4:
@@ -126,41 +113,44 @@ class Arena:
         return flat.view(k, r, s, c).permute(0, 3, 1, 2)
 
     def gradient(self, slot: Slot) -> Tensor:
-        """The slot's gradient: summed over ranks once its bucket is reduced, loss scale and rank count still in it."""
+        """Returns the slot's gradient, summed over ranks once its bucket is reduced; loss scale and ranks are in it."""
         if slot.start < self.matrix_elements:
             return self.view(self.matrix_gradient, slot)
         return self.view(self.vector_gradient, slot, self.matrix_elements)
 
     def refresh(self) -> None:
-        """Rebuilds what is derived from the master weights. Owed after every write to them but the update's."""
+        """Rebuilds what is derived from the master weights. Call after every write except the optimizer's."""
         kernels.refresh(self.weight, self.model_weight, self.weight_square_sums)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The model's state_dict with fp32 master weights, on the CPU, each tensor contiguous and on its own."""
+        """Returns the model's state_dict with fp32 master weights, on the CPU, each tensor contiguous and alone."""
         state = dict(self.model.state_dict())
         state |= {slot.name: self.view(self.weight, slot) for slot in self.slots}
         return {name: value.to("cpu", copy=True).contiguous() for name, value in state.items()}
 
-    def momentum_dict(self) -> dict[str, Tensor]:
-        return {slot.name: self.view(self.momentum, slot).to("cpu", copy=True).contiguous() for slot in self.slots}
-
     @torch.no_grad()
-    def load_state_dict(self, weights: dict[str, Tensor], momentum: dict[str, Tensor] | None = None) -> None:
-        """Copies weights and statistics (and momentum) in by name. Raises InputError unless names and shapes fit."""
+    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
+        """Copies weights and statistics in by name. Raises InputError unless names and shapes fit."""
         own = self.model.state_dict()
         own |= {slot.name: self.view(self.weight, slot) for slot in self.slots}
         if problem := misfit(own, weights):
             raise InputError(f"these weights are not this model's: {problem}")
         for name, value in own.items():
             value.copy_(weights[name])
-        if momentum is not None:
-            for slot in self.slots:
-                self.view(self.momentum, slot).copy_(momentum[slot.name])
         self.refresh()
+
+    def momentum_dict(self) -> dict[str, Tensor]:
+        """Returns the momentum of each parameter by its name, on the CPU."""
+        return {slot.name: self.view(self.momentum, slot).to("cpu", copy=True).contiguous() for slot in self.slots}
+
+    def load_momentum_dict(self, momentum: dict[str, Tensor]) -> None:
+        """Copies momentum in by name."""
+        for slot in self.slots:
+            self.view(self.momentum, slot).copy_(momentum[slot.name])
 
 
 def misfit(own: dict[str, Tensor], given: dict[str, Tensor]) -> str | None:
-    """The first way in which a state_dict does not fit, in words."""
+    """Returns in words the first way in which a state_dict does not fit a model's own, or None."""
     for kind, names in (("lacks", own.keys() - given.keys()), ("has the unknown", given.keys() - own.keys())):
         if names:
             return f"the file {kind} {min(names)}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.trace import step_calls
-from nvcnn.arena import Arena, gradient_order
-from nvcnn.distributed import Launch, Transport
-from nvcnn.gradients import Gradients, buckets_of
+from nvcnn.distributed import Transport
+from nvcnn.meta import gradient_order
 from nvcnn.models import build_model
+from nvcnn.optimizer.arena import Arena
+from nvcnn.optimizer.gradients import Gradients, buckets_of
+from nvcnn.program import Launch
 
 CPU = torch.device("cpu")
 
