@@ -84,7 +84,7 @@ def find_dataset(
             declared |= own
             open_split = partial(open_class_folders, directory, classes=classes)
         else:
-            open_split = partial((Tars if kind == "tars" else Records).open, directory, lenient=lenient)
+            open_split = partial((Tars if kind == "tars" else Records).find, directory, lenient=lenient)
         for name, value in (("num_classes", num_classes), ("label_base", label_base)):
             if value is not None and value != declared.get(name, value):
                 where = " has" if kind == "class folders" else "/dataset.json says"

@@ -46,7 +46,7 @@ class ShardSource:
             self.kept = array("q", (i for i in self.kept if i not in self.left_out))
 
     @classmethod
-    def open(cls, directory: Path, split: str, lenient: bool = False) -> Self:
+    def find(cls, directory: Path, split: str, lenient: bool = False) -> Self:
         """Returns the source of a split, in order of name. Raises InputError for what is not right.
 
         Builds indexes that are missing. lenient: leaves out the checks that a check of every sample makes as well.

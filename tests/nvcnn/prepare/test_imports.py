@@ -35,11 +35,12 @@ def test_writing_imports_no_reader():
 
 
 def child(code: str, *arguments: object) -> list[str]:
-    """Runs code and returns the slow packages that are imported then, and what it printed last."""
+    """Runs code in a process of its own. Returns the slow packages that it has imported."""
     code += f"\nprint('', *sorted({SLOW} & {{name.split('.')[0] for name in sys.modules}}), sep='\\n')"
     ended = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -59,6 +60,11 @@ with contextlib.suppress(SystemExit, InputError):
 @pytest.mark.parametrize("arguments", [["--help"], ["imagenet", "--help"], ["imagenet", "--wrong"], []])
 def test_flags_are_read_before_anything_slow_is_imported(arguments):
     assert child(PARSE, *arguments) == []
+
+
+def test_the_program_imports_nothing_slow_by_itself():
+    program = "import runpy\nrunpy.run_path('launch/prepare.py')"
+    assert child(program) == child("import nvcnn.program, nvcnn.settings")
 
 
 def test_preparing_imports_pillow_alone(folders, tmp_path):
