@@ -17,7 +17,7 @@ from torch import Tensor
 import kernels
 from benchmarks import peers
 from benchmarks.layers import OURS, Contender, Inputs, Layer, comparison, device_and_batch
-from nvcnn.kernel_choices import Place, places
+from nvcnn.meta import Place, places
 from nvcnn.models import build_model
 
 EPS = 1e-4

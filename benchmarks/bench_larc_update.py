@@ -20,9 +20,9 @@ from torch import nn
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks import report
-from nvcnn.arena import Arena
-from nvcnn.larc import MOMENTUM, WEIGHT_DECAY, Larc
 from nvcnn.models import build_model
+from nvcnn.optimizer.arena import Arena
+from nvcnn.optimizer.larc import MOMENTUM, WEIGHT_DECAY, Larc
 
 ETA, LEARNING_RATE = 1e-3, 1e-4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

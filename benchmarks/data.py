@@ -35,9 +35,11 @@ from torch.utils.data import DataLoader
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks import report, timing
-from nvcnn.data import find_dataset, folder, open_training
-from nvcnn.data.images import SUFFIXES, Encoding
-from nvcnn.data.prepare import prepare
+from nvcnn.data.backend import open_training
+from nvcnn.data.dataset import find_dataset
+from nvcnn.prepare import folder
+from nvcnn.prepare.encode import SUFFIXES, Encoding
+from nvcnn.prepare.write import write_dataset
 
 SIZE, BATCH = 224, 64
 AREA, ASPECT = (0.1, 1.0), (0.8, 1.25)
@@ -101,8 +103,8 @@ def described(folders: Path) -> str:
 def prepared(folders: Path, out: Path, max_side: int | None = None, file_format: str = "tfrecord") -> Path:
     with redirect_stdout(io.StringIO()):
         encoding = Encoding(max_side=max_side)
-        plan = folder.plan(folders, encoding=encoding, shards=(8,), file_format=file_format, workers=CORES)
-        prepare(plan, out, workers=CORES)
+        blueprint = folder.blueprint(folders, encoding=encoding, shards=(8,), file_format=file_format, workers=CORES)
+        write_dataset(blueprint, out, workers=CORES)
     return out
 
 

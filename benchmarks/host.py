@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks import report, timing
 from benchmarks.trace import META, Chip, meta_step
 from kernels import configurations, operators
-from nvcnn.data import Batch
+from nvcnn.data.batch import Batch
 from nvcnn.models import MODELS
 from nvcnn.step import Step
 

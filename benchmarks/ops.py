@@ -26,10 +26,10 @@ import kernels
 from benchmarks import peers, report, roofline, timing
 from benchmarks.replay import argument_sets, describe, library, replay
 from benchmarks.trace import Call, step_calls
-from nvcnn.arena import Arena
 from nvcnn.kernel_choices import CANDIDATES
-from nvcnn.larc import Larc
 from nvcnn.models import build_model
+from nvcnn.optimizer.arena import Arena
+from nvcnn.optimizer.larc import Larc
 
 OPS = ("gradient_statistics", "trust_ratio", "larc_update")
 ARENAS = 3

@@ -25,8 +25,7 @@ import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks import report
 from benchmarks.timing import shown, significant
 from benchmarks.trace import Call, Layout, plain_calls, step_calls
-from nvcnn.models import MODELS
-from nvcnn.models.fused import ALGORITHMS
+from nvcnn.models import ALGORITHMS, MODELS
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,12 @@ from torch import Tensor, nn
 
 from benchmarks import peers, report, timing
 from nvcnn.cuda_graph import why_not
-from nvcnn.data import SyntheticData
+from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import connect
-from nvcnn.kernel_choices import choose, places, use
-from nvcnn.larc import MOMENTUM, WEIGHT_DECAY
+from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, use_device, versions
-from nvcnn.models import MODELS, build_model
-from nvcnn.models.fused import ALGORITHMS
+from nvcnn.models import ALGORITHMS, MODELS, build_model
+from nvcnn.optimizer.larc import MOMENTUM, WEIGHT_DECAY
 from nvcnn.step import Step
 
 LEARNING_RATE = 1e-3  # small: the batch is always the same, and no contender may diverge while it is timed
@@ -61,10 +60,7 @@ def ours(case: Case, conv: str = "auto", cuda_graph: str = "off") -> timing.Step
     if (device := use_device(transport)[0]).type != case.device.type:
         raise RuntimeError(f"the trainer runs on {device}, not on {case.device}")
     model, channels = build_model(case.model, num_classes=1000, seed=1), MODELS[case.model].channels(device)
-    use(
-        model,
-        choose(conv, places(model, case.batch, case.size, case.dtype, channels), device, transport, None).algorithms,
-    )
+    choose_algorithms(model, conv, (case.batch, channels, case.size), case.dtype, device, transport)
     step = Step(
         model,
         image_size=case.size,

@@ -27,12 +27,12 @@ from triton.runtime.jit import JITFunction
 
 from kernels import configurations, conv_shape
 from kernels.operators import hash_callees_first, operators
-from nvcnn.data import Batch
-from nvcnn.distributed import Launch as Launched
+from nvcnn.data.batch import Batch
 from nvcnn.distributed import Transport
-from nvcnn.kernel_choices import choose, places, use
+from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.models import MODELS, build_model
 from nvcnn.plan import SYNTHETIC_CLASSES
+from nvcnn.program import Launch as Launched
 from nvcnn.step import Step
 
 META = torch.device("meta")
@@ -134,7 +134,7 @@ def meta_step(
     transport = Transport(Launched())
     transport.bfloat16 = bfloat16_transport
     network, size = build_model(model, num_classes=SYNTHETIC_CLASSES, seed=1), MODELS[model].image_size
-    use(network, choose(conv, places(network, batch, size, dtype), META, transport, None).algorithms)
+    choose_algorithms(network, conv, (batch, 3, size), dtype, META, transport)
     return Step(
         network,
         image_size=size,

@@ -22,7 +22,11 @@ from torch import nn
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks import report, timing
 from benchmarks.step import plain_loop
-from nvcnn.data import Batch, SyntheticData, TrainingData, WorkerTrainingData, find_dataset, prepare_input
+from nvcnn.data.batch import Batch, prepare_input
+from nvcnn.data.dali import TrainingData
+from nvcnn.data.dataset import find_dataset
+from nvcnn.data.pillow_workers import WorkerTrainingData
+from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import connect
 from nvcnn.settings import Settings
 from nvcnn.train import Run

@@ -140,7 +140,7 @@ def sums_kernel(
     tl.store(sums + parts * C + at, tl.sum(products, 0), mask=channel)
 
 
-@triton.jit(repr=named("norm_from_sums"))
+@triton.jit(repr=named("batch_norm_gradient_norm"))
 def norm_kernel(
     # inputs
     sums, norm,

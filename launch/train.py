@@ -1,8 +1,15 @@
 """Train a convolutional network: `python launch/train.py --help`."""
 
 from nvcnn.program import run
-from nvcnn.settings import parse
-from nvcnn.train import train
+from nvcnn.settings import Settings, parse
+
+
+def main() -> int:
+    settings = parse(Settings)
+    from nvcnn.train import train  # takes seconds, which bad flags need not wait for
+
+    return train(settings)
+
 
 if __name__ == "__main__":
-    run(lambda: train(parse()))
+    run(main)

@@ -1,4 +1,4 @@
-"""Looking at every sample before a run starts, shared out over ranks and their cores."""
+"""Checks every sample before a run starts, shared out over ranks and their cores."""
 
 import sys
 import time
@@ -11,26 +11,26 @@ from nvcnn.data.pillow import require_pillow
 from nvcnn.data.processes import forked, worker_pool
 from nvcnn.data.scan import bad_samples
 from nvcnn.distributed import Transport
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 PIECE = 256  # samples a process takes at a time
-SAID = 20  # bad samples that are printed; metrics.jsonl has all
-PATIENCE = 10.0  # seconds between lines that say how far it is
+SAID = 20  # bad samples that are printed at most; metrics.jsonl has all
+PATIENCE = 10.0  # seconds between lines of progress
 
 
 def check_data(
     dataset: Dataset, split: str, what: str, skip_bad_images: bool, transport: Transport, processes: int
 ) -> tuple[Dataset, list[str]]:
-    """The data set without its bad samples, and a line about each; the same on all ranks.
+    """Returns the data set without its bad samples, and a line about each. All ranks get the same.
 
     what: "none"; "records", to read each sample and check its label and, in TFRecords, its CRC; or "images", to decode
-    it with Pillow, too. skip_bad_images decodes, whatever `what` is.
-    Raises InputError for the first bad sample, unless they are to be skipped.
+    it with Pillow, too. skip_bad_images: decodes, whatever `what` is, and leaves bad samples out.
+    Raises InputError for the first bad sample unless `skip_bad_images`.
     """
     if what == "none" and not skip_bad_images:
         return dataset, []
     require_pillow()
-    images = dataset.images(split)
+    images = dataset.count(split)
     mine = range(images)[transport.rank :: transport.size]
     start = time.monotonic()
     found = search(dataset, split, mine, what == "images" or skip_bad_images, processes, quiet=transport.rank != 0)
@@ -51,7 +51,7 @@ def check_data(
 def search(
     dataset: Dataset, split: str, samples: Sequence[int], images: bool, processes: int, quiet: bool
 ) -> list[tuple[int, str]]:
-    """(number, what is wrong) of each bad one. Raises InputError when a process is killed."""
+    """Returns (number, what is wrong) of each bad sample. Raises InputError when a process is killed."""
     pieces = [samples[at : at + PIECE] for at in range(0, len(samples), PIECE)]
     look = partial(bad_samples, dataset, split, images=images)
     if processes == 1 or len(pieces) < 2:

@@ -1,6 +1,6 @@
-"""Checkpoints: one file, written whole or not at all, that `torch.load(weights_only=True)` reads.
+"""Checkpoints, written whole or not at all; which of them a run resumes from; a model made from one.
 
-A checkpoint is a dict:
+A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a dict:
 
     format, version        "nvcnn checkpoint", 1
     model                  its name
@@ -12,48 +12,64 @@ A checkpoint is a dict:
     class_names, preprocessing, kernels, loss_average
 """
 
+import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
-from nvcnn.errors import InputError
+from nvcnn.machine import chosen_kernels, versions
+from nvcnn.models import build_model
+from nvcnn.optimizer.arena import misfit
+from nvcnn.program import InputError
+from nvcnn.settings import Settings, as_json, differences
 
 FORMAT, VERSION = "nvcnn checkpoint", 1
 
 
 def path_of(log_dir: Path, step: int) -> Path:
+    """Returns where the checkpoint after that step is."""
     return log_dir / f"checkpoint-{step:08d}.pt"
 
 
-def save(path: Path, state: dict[str, Any], keep: int) -> None:
-    """Writes `state` to `path` and removes all but the `keep` newest up to it."""
-    temporary = path.with_name(".checkpoint.pt.part")  # one name: a killed run leaves one at most
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Returns a file that is at `path` once all is written to it, also after a power cut, or not at all."""
+    temporary = path.with_name(".part")  # one name: a killed run leaves one at most
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION} | state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the rename, too, outlives a power cut
+    os.fsync(directory)
     os.close(directory)
+
+
+def save(path: Path, state: dict[str, Any], keep: int) -> None:
+    """Writes `state` to `path` and removes all but the `keep` newest up to it."""
+    with written_whole(path) as file:
+        torch.save({"format": FORMAT, "version": VERSION} | state, file)
     # A newer one that is damaged, over which a resumed run went back, does not count.
     for old in [p for p in in_directory(path.parent) if p < path][keep - 1 :]:
         old.unlink()
 
 
 def in_directory(log_dir: Path) -> list[Path]:
-    """Newest first."""
+    """Returns the checkpoints of a directory, the newest first."""
     return sorted(log_dir.glob("checkpoint-[0-9]*.pt"), reverse=True)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads and verifies a checkpoint, onto the CPU. Raises InputError for anything else than a whole one."""
+    """Returns a checkpoint, verified, on the CPU. Raises InputError for anything else than a whole one."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if broken := archive.testzip():
@@ -74,7 +90,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(log_dir: Path, warn=print) -> tuple[Path, dict[str, Any]] | None:
-    """The newest valid checkpoint of a directory, or None if there is none at all. Says which files it passed over.
+    """Returns the newest valid checkpoint of a directory, or None if there is none. Warns of files it passed over.
 
     Raises InputError when there are checkpoints but no valid one: training from scratch would overwrite a run.
     """
@@ -88,3 +104,71 @@ def newest(log_dir: Path, warn=print) -> tuple[Path, dict[str, Any]] | None:
     if problems:
         raise InputError(f"{log_dir}: none of its {len(problems)} checkpoints can be read; give another --log_dir")
     return None
+
+
+def load_model(path: Path, state: dict[str, Any]) -> nn.Module:
+    """Returns the model of a checkpoint, in fp32 on the CPU. Raises InputError unless the weights fit."""
+    settings = state["settings"]
+    model = build_model(
+        state["model"], num_classes=state["num_classes"], resnet_v1=settings["resnet_v1"], seed=settings["seed"]
+    )
+    if problem := misfit(model.state_dict(), state["weights"]):
+        raise InputError(f"{path}: does not fit {state['model']}: {problem}")
+    model.load_state_dict(state["weights"])
+    return model
+
+
+def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
+    """Returns the newest checkpoint of the log directory, or None if a run starts there.
+
+    Raises InputError if the directory belongs to another run.
+    """
+    if not settings.log_dir:
+        return None
+    log_dir = Path(settings.log_dir)
+    if log_dir.exists() and not log_dir.is_dir():
+        raise InputError(f"--log_dir={log_dir}: is a file; give a directory")
+    config = log_dir / "config.json"
+    if config.exists():
+        try:
+            stored = json.loads(config.read_text())
+            there = stored["settings"], stored["ranks"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{config}: not a config.json of nvcnn; give another --log_dir") from None
+        check_same_run(settings, ranks, config, *there)
+    found = newest(log_dir, warn=lambda line: print(line, flush=True))
+    if found is None:
+        return None
+    path, state = found
+    check_same_run(settings, ranks, path, state["settings"], len(state["ranks"]), state["kernels"])
+    print(f"Restored checkpoint {path}", flush=True)
+    return state
+
+
+def check_same_run(
+    settings: Settings, ranks: int, where: Path, stored: dict, stored_ranks: int, kernels: str | None = None
+) -> None:
+    """Raises InputError unless `where` belongs to a run with these settings, ranks and implementation of kernels."""
+    different = differences(settings, stored)
+    if (stored.get("data_dir") is None) != (settings.data_dir is None):
+        different.append(f"--data_dir: there {stored.get('data_dir')}, here {settings.data_dir}")
+    if ranks != stored_ranks:
+        different.append(f"ranks: there {stored_ranks}, here {ranks}")
+    if kernels and kernels != chosen_kernels():
+        different.append(f"NVCNN_KERNELS: there {kernels}, here {chosen_kernels()}")
+    if different:
+        raise InputError(f"{where} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
+
+
+def write_config(settings: Settings, ranks: int) -> None:
+    """Marks the log directory as that of this run by a config.json, written whole or not at all, if there is none."""
+    log_dir = Path(settings.log_dir)
+    if (log_dir / "config.json").exists():
+        return
+    config = {"settings": as_json(settings), "ranks": ranks, "versions": versions()}
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with written_whole(log_dir / "config.json") as file:
+            file.write((json.dumps(config, indent=2) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"--log_dir={log_dir}: cannot be written to ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""The step as one CUDA graph: whether it can be, what is as before once it is captured, and its replay.
+"""The step as one CUDA graph: whether that is possible, its capture, which leaves all state as it was, its replay.
 
 A graph is the launches that were recorded, with their addresses: nothing of Python runs at a replay. What it reads and
 writes must stay where it is, nothing may be read back to the host, and kernels must be loaded and cuDNN's algorithms
@@ -14,14 +14,15 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from nvcnn.errors import InputError
+from nvcnn.machine import random_state, set_random_state
+from nvcnn.program import InputError
 
 WARM_UP = 3  # as PyTorch's documentation has it
 AHEAD = 2  # steps that the host may be ahead of the device: enough to keep it busy
 
 
 def why_not(asked: str, *, gpu: bool, kernels: str, ranks: int, transport: str) -> str:
-    """Returns why the step is launched kernel by kernel, in words; "" if it is a graph.
+    """Returns in words why the step is launched kernel by kernel; "" if it is a graph.
 
     asked: --cuda_graph. kernels: "triton" or "reference". Raises InputError for "on" where it cannot be.
     """
@@ -46,22 +47,19 @@ class Snapshot:
     def __init__(self, tensors: Iterable[Tensor], device: torch.device):
         self.device = device
         self.kept = [(tensor, tensor.clone()) for tensor in tensors]
-        self.host_generator = torch.get_rng_state()
-        self.generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.generators = random_state(device)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Writes the bits back, in place."""
         for tensor, kept in self.kept:
             tensor.copy_(kept)
-        torch.set_rng_state(self.host_generator)
-        if self.generator is not None:
-            torch.cuda.set_rng_state(self.generator, self.device)
+        set_random_state(self.generators, self.device)
 
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Collects no garbage inside: freeing what belongs to CUDA in the middle of a capture would end it."""
+    """Keeps garbage collection from freeing what belongs to CUDA in the middle of a capture, which would end that."""
     gc.collect()  # now, with all that keeps an old step's autograd graph alive
     enabled = gc.isenabled()
     gc.disable()
@@ -93,7 +91,7 @@ def record(function: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph
 
 
 def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """Returns what replays `function`, AHEAD calls ahead of the device at most, as long as it lives."""
+    """Returns a function that replays `function`, at most AHEAD calls ahead of the device."""
     try:
         graph = record(function, WARM_UP)
     except Exception as error:

@@ -5,55 +5,17 @@
 
 import os
 import socket
-import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nvcnn.errors import InputError
-
-# Launchers, a variable that marks them, and those of size, rank, and rank on this machine; the most telling first.
-LAUNCHERS = {
-    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
-    "Open MPI": ("OMPI_COMM_WORLD_SIZE", *(f"OMPI_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK"))),
-    "MVAPICH": ("MV2_COMM_WORLD_SIZE", *(f"MV2_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK"))),
-    "MPICH or Intel MPI": ("PMI_SIZE", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
-    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
-    "the environment": ("RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
-}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the program that started the ranks says of this one."""
-
-    size: int = 1
-    rank: int = 0
-    local_rank: int = 0
-    launcher: str = "none"
-    variable: str = ""
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    for launcher, (mark, size, rank, local_rank) in LAUNCHERS.items():
-        if mark in environment and size in environment:
-            given = {name: int(environment[name]) for name in (size, rank, local_rank) if name in environment}
-            return Launch(
-                size=given[size],
-                rank=given.get(rank, 0),
-                local_rank=given.get(local_rank, 0),
-                launcher=launcher,
-                variable=f"{size}={given[size]}",
-            )
-    return Launch()
+from nvcnn.program import InputError, Launch, launched
 
 
 class Transport:
-    """How ranks talk; this one is alone."""
+    """A single rank."""
 
     name = "none"
     bfloat16 = True  # sums bfloat16
@@ -62,14 +24,14 @@ class Transport:
         self.size, self.rank, self.local_rank = launch.size, launch.rank, launch.local_rank
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Copies rank 0's values into everybody's `tensor`, in place."""
+        """Copies rank 0's values into `tensor` of every rank, in place."""
 
     def all_reduce(self, tensor: Tensor, name: str) -> Callable[[], None]:
         """Starts the sum over ranks, in place, unscaled. Returns what waits for it. `name`: the same on all ranks."""
         return lambda: None
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns everybody's `value`, in order of rank; to be used on rank 0 only."""
+        """Returns the `value` of every rank, in order of rank; to be used on rank 0 only."""
         return [value]
 
     def barrier(self) -> None:
@@ -137,7 +99,7 @@ class Torch(Transport):
             dist.init_process_group(backend, init_method=method, rank=self.rank, world_size=self.size)
 
     def rendezvous(self, launch: Launch) -> tuple[str, int]:
-        """Returns rank 0's address and a free port there, which MPI tells to all ranks."""
+        """Returns rank 0's address and a free port of it, which MPI tells to all."""
         try:
             from mpi4py import MPI
         except ImportError as error:
@@ -175,7 +137,7 @@ class Torch(Transport):
 
 
 def connect(transport: str) -> Transport:
-    """Returns the transport of this process: for one rank a `Transport`, else "horovod" or "torch".
+    """Returns the transport of this process: none for one rank, else "horovod" or "torch".
 
     Raises InputError if it is missing, or if another MPI's launcher started us: then each process would be alone.
     """
@@ -186,6 +148,7 @@ def connect(transport: str) -> Transport:
 
 
 def agree(launch: Launch, size: int, library: str) -> None:
+    """Raises InputError unless `library` sees as many ranks as the launcher started."""
     if size != launch.size:
         raise InputError(
             f"{launch.launcher} started {launch.size} ranks ({launch.variable}), but {library}, sees {size}: "
@@ -201,25 +164,8 @@ def mpi_library() -> str:
     return MPI.Get_library_version().split(",")[0].strip()
 
 
-def abort(code: int) -> NoReturn:
-    """Ends this process, and with it the whole job, at once: a rank that waited for the others would wait for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    time.sleep(0.3)  # the launcher passes on what was said here before it says its own
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.COMM_WORLD.Get_size() > 1:
-        mpi.COMM_WORLD.Abort(code)
-    os._exit(code)  # the launcher ends the others
-
-
-def wait_for_rank_0(seconds: float = 3.0) -> None:
-    """Gives rank 0 time to report an error that all ranks have; rank 0 then ends the job before this returns."""
-    if launched().rank != 0:
-        time.sleep(seconds)
-
-
 class Vote:
-    """Tells all ranks at the next step what any rank asked for at this one, without waiting for a device.
+    """What any rank asked for at one step, known to all ranks at the next, without waiting for a device.
 
     Clocks and signals differ by a step between ranks; acting on the answer, all of them act at the same step.
     """
@@ -230,7 +176,7 @@ class Vote:
         self.wait: Callable[[], None] = lambda: None
 
     def __call__(self, *asks: bool) -> list[bool]:
-        """Asks now, and returns which of the questions any rank asked the last time."""
+        """Asks now; returns which of the questions any rank asked the last time."""
         self.wait()
         answer = [bool(n) for n in self.asked]
         self.asked = torch.tensor(asks, dtype=torch.int32)

@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from nvcnn import checkpoint
-from nvcnn.arena import misfit
 from nvcnn.check_data import check_data
-from nvcnn.data import Batch, choose_backend, find_dataset, open_evaluation, prepare_input
+from nvcnn.data.backend import choose_backend, open_evaluation
+from nvcnn.data.batch import Batch, prepare_input
+from nvcnn.data.dataset import find_dataset
 from nvcnn.distributed import Transport, connect
-from nvcnn.errors import InputError
-from nvcnn.kernel_choices import choose, places, use
+from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import compute_dtype, use_device
 from nvcnn.metrics import draw_curve
-from nvcnn.models import MODELS, build_model, find_model
+from nvcnn.models import MODELS
 from nvcnn.models.layers import cast_matrices
+from nvcnn.program import InputError
+from nvcnn.settings import Evaluation
 
 
 @torch.no_grad()
 def count_hits(
     model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, normalize: str, channels: int = 3
 ) -> Tensor:
-    """int64 (3,): images, top-1 hits, top-5 hits of this rank's shard, on the CPU.
+    """Returns images, top-1 hits, top-5 hits of this rank's shard, int64 (3,) on the CPU.
 
     An image whose logits are not all finite is no hit; among equal logits topk decides, so that a model that says the
     same of every class does not hit them all.
@@ -46,13 +47,13 @@ def count_hits(
 
 
 def accuracy(counts: Tensor) -> dict[str, Any]:
-    """Percentages of the summed counts."""
+    """Returns percentages of the summed counts."""
     images, top1, top5 = (int(n) for n in counts)
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The original's two lines; the uncertainty is the standard error of a share of that many images."""
+    """Returns the original's two lines; the uncertainty is the standard error of a share of that many images."""
 
     def line(name: str) -> str:
         percent = result[name.lower().replace("-", "")]
@@ -62,31 +63,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     return ["-" * 64, line("Top-1"), line("Top-5"), "-" * 64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What `launch/eval.py` asks for. All else (model, dtype, crop, pixels) comes from the checkpoint."""
-
-    data_dir: str
-    log_dir: str = ""
-    checkpoint: str | None = None
-    model: str | None = None
-    batch_size: int = 64
-    conv: str = "auto"
-    json: bool = False
-    transport: str = "horovod"
-    data_backend: str | None = None
-    skip_bad_images: bool = False
-
-    def __post_init__(self) -> None:
-        if bool(self.log_dir) == bool(self.checkpoint):
-            raise InputError("give one of --log_dir (its newest checkpoint) and --checkpoint=FILE")
-        if self.batch_size < 1:
-            raise InputError(f"--batch_size={self.batch_size}: must be at least 1")
-        if self.model is not None:
-            find_model(self.model)
-
-
 def find_checkpoint(asked: Evaluation) -> tuple[Path, dict[str, Any]]:
+    """Returns the checkpoint to evaluate, and where it is. Raises InputError if there is none."""
     if asked.checkpoint:
         return Path(asked.checkpoint), checkpoint.load(Path(asked.checkpoint))
     log_dir = Path(asked.log_dir)
@@ -98,7 +76,7 @@ def find_checkpoint(asked: Evaluation) -> tuple[Path, dict[str, Any]]:
 
 
 def evaluate(asked: Evaluation) -> int:
-    """Evaluates a checkpoint, prints the result on rank 0, and appends it to the metrics.jsonl of its directory."""
+    """Evaluates a checkpoint, prints the result, appends it to metrics.jsonl of --log_dir. Returns the exit code."""
     path, state = find_checkpoint(asked)
     stored = state["settings"]
     if asked.model is not None and asked.model != state["model"]:
@@ -121,18 +99,11 @@ def evaluate(asked: Evaluation) -> int:
     dataset, left_out = check_data(dataset, "validation", "none", asked.skip_bad_images, transport, threads)
     dtype = compute_dtype(stored["fp16"], stored["bf16"])
 
-    model = build_model(
-        state["model"], num_classes=state["num_classes"], resnet_v1=stored["resnet_v1"], seed=stored["seed"]
-    )
-    if problem := misfit(model.state_dict(), state["weights"]):
-        raise InputError(f"{path}: does not fit {state['model']}: {problem}")
-    model.load_state_dict(state["weights"])
-    model = cast_matrices(model.to(device), dtype).eval()
+    model = cast_matrices(checkpoint.load_model(path, state).to(device), dtype).eval()
     channels, image_size = MODELS[state["model"]].channels(device), state["preprocessing"]["image_size"]
     if device.type == "cuda" or asked.conv not in ("auto", "torch"):  # else PyTorch's, as they are
-        convolutions = places(model, asked.batch_size, image_size, dtype, channels)
-        choices = choose(asked.conv, convolutions, device, transport, stored=None)
-        use(model, choices.algorithms)
+        images = asked.batch_size, channels, image_size
+        choices = choose_algorithms(model, asked.conv, images, dtype, device, transport)
         if choices.algorithms and transport.rank == 0:
             print(f"Convolution: {choices}")
     data = open_evaluation(
@@ -161,7 +132,7 @@ def evaluate(asked: Evaluation) -> int:
 
 
 def check_classes(data_dir: str, here: Sequence[str] | None, path: Path, there: Sequence[str]) -> None:
-    """A class that has another number here than in training would be counted wrong without a word."""
+    """Raises InputError if a class has another number here than in training: its images would be counted as wrong."""
     if here is None or not there or list(here) == list(there):
         return
     n, (mine, its) = next((n, pair) for n, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1])
@@ -169,7 +140,7 @@ def check_classes(data_dir: str, here: Sequence[str] | None, path: Path, there: 
 
 
 def append_event(log_dir: Path, event: dict[str, Any]) -> None:
-    """To metrics.jsonl, and into the title of the curve."""
+    """Appends a line to metrics.jsonl, and redraws the curve."""
     try:
         with (log_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(event) + "\n")
@@ -179,5 +150,6 @@ def append_event(log_dir: Path, event: dict[str, Any]) -> None:
 
 
 def summed(counts: Tensor, transport: Transport) -> dict[str, Any]:
+    """Returns the accuracy over the images of all ranks."""
     transport.all_reduce(counts, "evaluation")()
     return accuracy(counts)

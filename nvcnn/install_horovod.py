@@ -17,7 +17,7 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 
 from nvcnn.doctor import Missing, check_horovod, find_program, search_path
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 CXX14, CXX20 = "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"
 PATCHED = ("CMakeLists.txt", "horovod/torch/CMakeLists.txt")

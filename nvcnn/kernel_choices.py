@@ -31,24 +31,24 @@ from hashlib import sha256
 from inspect import getfile
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler.errors import CompilationError
 
 import kernels
 from kernels import configurations
 from nvcnn import checkpoint, timing
 from nvcnn.distributed import Transport
-from nvcnn.errors import InputError
 from nvcnn.machine import chosen_kernels
-from nvcnn.memory import on_meta
-from nvcnn.models.fused import ALGORITHMS, PendingAdd, PendingConv, Unnormalized, activation, conv_bn, materialize
+from nvcnn.meta import Place, places
+from nvcnn.models import ALGORITHMS
+from nvcnn.models.fused import PendingAdd, PendingConv, Unnormalized, activation, conv_bn, materialize
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
-from nvcnn.program import run
+from nvcnn.program import InputError, run
 
 CANDIDATES = ("triton", "triton-materialized", "cudnn")
 LOAD, ROUNDS, REPEAT = 0.5, 10, 2  # seconds before a place is measured; rounds, and steps of a candidate in each
@@ -59,91 +59,13 @@ Times = dict[str, float]  # microseconds by algorithm
 Measurements = dict[str, dict[str, Times]]  # by machine, by place
 
 
-class Place(NamedTuple):
-    """A convolution as a training step, or an evaluation, meets it: two with equal places take the same time."""
-
-    x: tuple[int, int, int, int]  # N, C, H, W
-    weight: tuple[int, int, int, int]  # K, C / groups, R, S
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    groups: int
-    dtype: torch.dtype
-    reads: str  # an activation, a raw tensor, or a join of a raw tensor with an activation or with another
-    gradient: bool  # x has one
-    folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
-
-    @property
-    def y(self) -> tuple[int, int, int, int]:
-        """Returns the shape of y: N, K, OH, OW."""
-        sizes = zip(self.x[2:], self.padding, self.weight[2:], self.stride, strict=True)
-        oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, padding, taps, stride in sizes)
-        return self.x[0], self.weight[0], oh, ow
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """Returns the algorithms to measure; in evaluation nothing is materialized."""
-        return ("triton", "cudnn") if self.folded else CANDIDATES
-
-    def __str__(self) -> str:
-        sizes = ("x".join(map(str, numbers)) for numbers in (self.x, self.weight, self.stride, self.padding))
-        words = "x {} weight {} stride {} padding {}".format(*sizes)
-        words += f" groups {self.groups} {str(self.dtype).removeprefix('torch.')} {self.reads}"
-        return words + (f", {self.folded}" if self.folded else "" if self.gradient else ", without its gradient")
-
-
-class Places(TorchDispatchMode):
-    """Notes the place of each convolution op, by the identity of its weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[int, Place] = {}
-        self.padded: list[tuple[Tensor, Tensor]] = []  # weights, and what stands for them
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func is torch.ops.aten.constant_pad_nd.default:
-            self.padded.append((args[0], result))
-        if func is kernels.convolution.overload:
-            self.note(*args, **kwargs)
-        return result
-
-    def note(
-        self, x, weight, stride, padding, groups, norm=None, residual=None, residual_norm=None,
-        center=None, scale=None, shift=None, add=None, relu=False,
-    ):  # fmt: skip
-        reads = "raw" if norm is not None else "activation"
-        if residual is not None:
-            reads = "join" if residual_norm is None else "join of two"
-        folded = "" if scale is None else "folded" if add is None else "folded, adding"
-        geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
-        of = next((original for original, padded in self.padded if padded is weight), weight)
-        self.found[id(of)] = Place(*geometry, x.dtype, reads, x.requires_grad, folded)
-
-
-def places(
-    model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3
-) -> dict[str, Place]:
-    """The place of each convolution of a block of `conv_bn`, by its name in the model. Nothing is computed.
-
-    Of a training step, or of an evaluation, as the model's mode is.
-    """
-    convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
-    before = [conv.algorithm for conv in convolutions]
-    state, images = on_meta(model, batch_size, image_size, dtype, channels)
-    try:
-        use(model, dict.fromkeys((name for name, m in model.named_modules() if isinstance(m, Conv2d)), "triton"))
-        with torch.set_grad_enabled(model.training), Places() as noted:
-            torch.func.functional_call(model, state, images)
-    finally:
-        for conv, algorithm in zip(convolutions, before, strict=True):
-            conv.algorithm = algorithm
-    names = {id(tensor): name.removesuffix(".weight") for name, tensor in state.items()}
-    return {names[weight]: place for weight, place in noted.found.items()}
+def candidates(place: Place) -> tuple[str, ...]:
+    """Returns the algorithms that are measured there: in evaluation nothing is materialized."""
+    return ("triton", "cudnn") if place.folded else CANDIDATES
 
 
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
-    """Sets the algorithm of each named convolution."""
+    """Sets the algorithm of each convolution that is named."""
     for name, algorithm in algorithms.items():
         if algorithm not in ALGORITHMS:
             raise InputError(f"{name}: there is no algorithm {algorithm!r} here, but {', '.join(ALGORITHMS)}")
@@ -176,14 +98,14 @@ class Sample:
         )
 
     def read(self, name: str) -> Any:
-        """Returns what the place reads by that name: an Unnormalized, an activation, or None."""
+        """Returns a raw tensor, or an activation, or None."""
         tensor, norm = self.tensors.get(name), self.tensors.get(f"{name}_norm")
         if tensor is None or norm is None:
             return tensor
         return Unnormalized(tensor, self.bn, norm)  # norm says it all: nothing of the BatchNorm is read
 
     def forward(self, algorithm: str) -> dict[str, Tensor]:
-        """Returns what the place hands to others, by name."""
+        """Returns what the place hands on, by name."""
         self.conv.algorithm = algorithm
         if self.place.folded:
             folded = PendingConv(self.tensors["x"], self.conv, self.bn)
@@ -205,15 +127,17 @@ class Sample:
         return dict(zip(leaves, gradients, strict=True))
 
     def results(self, algorithm: str) -> dict[str, Tensor]:
-        """Returns outputs and gradients without their graph: a capture wants one that was made on its own stream."""
+        """Returns outputs and gradients without their autograd graph: a capture needs one made on its own stream."""
         outputs = self.forward(algorithm)
         gradients = {} if self.place.folded else self.backward(outputs)
         return {name: t.detach() for name, t in (outputs | gradients).items()}
 
 
 def sample(place: Place, device: torch.device) -> Sample:
-    """Activations are normal, and the norms let about half of them pass a ReLU. Gradients are smaller, those of norms
-    the more so the more values there are, as in training: the weight's is then no infinity in fp16.
+    """Returns random tensors for a place.
+
+    Activations are normal, and the norms let about half of them pass a ReLU. Gradients are smaller, as in training, and
+    those of norms shrink with the number of values, so that the weight's gradient is finite in fp16.
     """
     c, (k, _, *kernel_size) = place.x[1], place.weight
 
@@ -248,7 +172,7 @@ def sample(place: Place, device: torch.device) -> Sample:
 
 
 def keep_clear_of_zero(tensors: dict[str, Tensor]) -> None:
-    """Changes x, in place, where ReLU's argument is so near to 0 that roundings would decide on its mask.
+    """Changes x where ReLU's argument is so near to 0 that roundings decide on its mask.
 
     A mask that differs in one element of 3 000 is right, and its gradient is 1e-2 of the norm away.
     """
@@ -266,7 +190,7 @@ def keep_clear_of_zero(tensors: dict[str, Tensor]) -> None:
 
 
 def step(samples: list[Sample], algorithm: str) -> None:
-    """Runs forward of all, then backward of all: by then what backward reads has left the cache, as in training."""
+    """Forward of all, then backward of all: what backward reads has left the cache by then, as in training."""
     with torch.set_grad_enabled(not samples[0].place.folded):
         passed = [one.forward(algorithm) for one in samples]
         if not samples[0].place.folded:
@@ -276,21 +200,16 @@ def step(samples: list[Sample], algorithm: str) -> None:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Inside, ops are their references, and products of fp32 are not rounded to TF32."""
-    before = os.environ.get("NVCNN_KERNELS")
-    os.environ["NVCNN_KERNELS"] = "reference"
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        if before is None:
-            del os.environ["NVCNN_KERNELS"]
-        else:
-            os.environ["NVCNN_KERNELS"] = before
+    """Inside, ops are their references, and fp32 products are computed in fp32."""
+    with (
+        mock.patch.dict(os.environ, NVCNN_KERNELS="reference"),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):
+        yield
 
 
 def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
-    """Returns what is further from `expected` than roundings to `dtype` explain, or None."""
+    """Returns which result is further from `expected` than roundings to `dtype` explain, or None."""
     allowed = TOLERANCE * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float16).eps)
     for name, right in expected.items():
         off = (results[name].float() - right).norm() / right.norm().clamp(min=torch.finfo(torch.float32).tiny)
@@ -300,7 +219,7 @@ def wrong(results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
 
 
 def reason(error: Exception) -> str:
-    """Returns the error in one line: PyTorch adds advice in others, and Triton's compiler says where before why."""
+    """Returns one line of the error: PyTorch adds advice, and Triton's compiler says where before it says why."""
     text = str(error)
     if isinstance(error, CompilationError):
         text = error.error_message or str(error.__cause__ or text)
@@ -308,7 +227,7 @@ def reason(error: Exception) -> str:
 
 
 def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> Times:
-    """Returns microseconds of each candidate. One that fails or is wrong is left out, and a line says why.
+    """Returns microseconds of each candidate, without those that fail or are wrong, which are reported.
 
     Raises RuntimeError if that is all of them, or if one has broken the device for this process.
     """
@@ -318,7 +237,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
     with torch.set_grad_enabled(not place.folded):
         with exact():
             expected = samples[0].in_fp32().results("cudnn")
-        for algorithm in place.candidates:
+        for algorithm in candidates(place):
             try:
                 fault = wrong(samples[0].results(algorithm), expected, place.dtype)
                 if fault is None:
@@ -331,7 +250,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
             if fault is not None:
                 say(f"{place}: {algorithm} fails here ({fault}) and is not used")
     if not steps:
-        raise RuntimeError(f"{place}: none of {', '.join(place.candidates)} computes this here: give --conv=torch")
+        raise RuntimeError(f"{place}: none of {', '.join(candidates(place))} computes this here: give --conv=torch")
     del expected
     timing.load(steps, device, LOAD)
     times = timing.alternate(steps, device, rounds=ROUNDS, repeat=REPEAT, warm_up=0)
@@ -339,7 +258,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
 
 
 def lost(device: torch.device) -> bool:
-    """Returns whether nothing runs any more, as after an illegal access, which shows once the device is waited for."""
+    """Returns whether nothing runs any more, as after an illegal access, which only waiting for the device shows."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
@@ -361,7 +280,7 @@ def machine() -> str:
 def sources() -> list[Path]:
     """Returns the files that measurements depend on.
 
-    These are the blocks and layers, the modules of the ops that they use, what those import of `kernels`, and the GPU's
+    They are the blocks and layers, the modules of the ops that these use, what those import of `kernels`, and the GPU's
     table of launch configurations.
     """
     folder, found = Path(kernels.__file__).parent, set()
@@ -391,7 +310,7 @@ def cache_file() -> Path:
 
 
 def read_cache(say: Callable[[str], None]) -> Measurements:
-    """Returns the cache, empty if there is none. A file that is no cache is discarded, and a line says so."""
+    """Returns what is known, nothing if there is no file. Reports a file that cannot be read, and discards it."""
     file = cache_file()
     try:
         found = json.loads(file.read_text())
@@ -407,7 +326,7 @@ def read_cache(say: Callable[[str], None]) -> Measurements:
 
 
 def write_cache(measurements: Measurements, say: Callable[[str], None]) -> None:
-    """Writes the cache whole or not at all. Where it cannot be written a line says so, and the run goes on."""
+    """Writes the file whole or not at all. A directory that cannot be written to is reported, and the run goes on."""
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -438,8 +357,9 @@ def choose(
     stored: dict[str, str] | None,
     say: Callable[[str], None] = print,
 ) -> Choices:
-    """Returns each convolution's algorithm, the same on every rank. `stored`: rank 0's, from the resumed checkpoint.
+    """Returns the algorithm of each convolution, the same on every rank.
 
+    `stored`: those in the checkpoint that rank 0 resumes from.
     Raises InputError for an algorithm that cannot run on the device.
     """
     if asked == "cudnn" and device.type == "cpu":
@@ -457,14 +377,33 @@ def choose(
     return transport.gather(mine)[0]
 
 
+def choose_algorithms(
+    model: nn.Module,
+    asked: str,
+    images: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    transport: Transport,
+    stored: dict[str, str] | None = None,
+) -> Choices:
+    """Sets the algorithm of each convolution of the model as `choose` has it, and returns the choices.
+
+    images: their number in a batch, their channels, their size.
+    """
+    batch_size, channels, size = images
+    choices = choose(asked, places(model, batch_size, size, dtype, channels), device, transport, stored)
+    use(model, choices.algorithms)
+    return choices
+
+
 def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[[str], None]) -> Choices:
-    """Returns the fastest algorithms, measuring the places that the cache does not know."""
+    """Returns the fastest algorithms; measures the places that the cache does not know."""
     measurements, here, start = read_cache(say), machine(), time.monotonic()
     known = measurements.setdefault(here, {})
     missing = [place for place in dict.fromkeys(convolutions.values()) if str(place) not in known]
     if missing:
-        candidates = dict.fromkeys(algorithm for place in missing for algorithm in place.candidates)
-        say(f"Measuring {', '.join(candidates)} at {len(missing)} places of convolutions, once on this machine")
+        measured = dict.fromkeys(algorithm for place in missing for algorithm in candidates(place))
+        say(f"Measuring {', '.join(measured)} at {len(missing)} places of convolutions, once on this machine")
     try:
         for place in missing:
             known[str(place)] = measure(place, device, say)
@@ -478,7 +417,7 @@ def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[
 
 
 def show(log_dir: str | None) -> int:
-    """Prints the cache, or the choices in the newest checkpoint of a run."""
+    """Prints the cache, or the choices in the newest checkpoint of a run. Returns the exit code."""
     if log_dir is not None:
         found = checkpoint.newest(Path(log_dir), warn=lambda line: print(line, file=sys.stderr))
         if found is None:

@@ -7,21 +7,23 @@ from importlib import metadata
 
 import torch
 import triton
+from torch import Tensor
 
 import nvcnn
 from kernels.implementation import runs_triton
 from nvcnn.distributed import Transport
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 MOST_INPUT_THREADS = 16  # each has decoder buffers of its own
 
 
 def compute_dtype(fp16: bool, bf16: bool) -> torch.dtype:
+    """Returns what the flags of that name ask for."""
     return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
 
 
 def use_device(transport: Transport) -> tuple[torch.device, int]:
-    """Returns this rank's device, made current, and how many threads its input may use. Sets PyTorch's own threads.
+    """Returns this rank's device, made current, and the threads its input may use; sets PyTorch's own threads.
 
     Raises InputError when two ranks would share a GPU.
     """
@@ -44,8 +46,21 @@ def use_device(transport: Transport) -> tuple[torch.device, int]:
     return device, min(threads, MOST_INPUT_THREADS)
 
 
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Returns the state of the random generators of host and device."""
+    state = {"torch_rng": torch.get_rng_state()}
+    return state | ({"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Sets the random generators to what `random_state` returned, maybe on another device."""
+    torch.set_rng_state(state["torch_rng"])
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
 def chosen_kernels() -> str:
-    """Returns which implementation computes here, "triton" or "reference". Raises InputError if it cannot run."""
+    """Returns which implementation computes here, "triton" or "reference". Raises InputError if that cannot run."""
     try:
         return "triton" if runs_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "reference"
     except ValueError as error:
@@ -53,6 +68,7 @@ def chosen_kernels() -> str:
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of what computes and communicates, by name."""
     found = {"nvcnn": nvcnn.__version__, "python": platform.python_version()}
     found |= {"torch": torch.__version__, "triton": triton.__version__}
     for package in ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "horovod", "mpi4py"):

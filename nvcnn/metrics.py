@@ -10,9 +10,15 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
+
+import torch
+
+from nvcnn.optimizer.larc import Larc
 
 BURN_IN = 20  # steps left out of the closing throughput, as in the original
 
@@ -37,18 +43,35 @@ class Throughput:
         self.step, self.mark = step, now
         return speed
 
-    def leave_out(self, seconds: float) -> None:
-        """Takes time that was not training (a checkpoint, say) out of the present span."""
-        self.mark += seconds
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Leaves what happens inside (saving a checkpoint, say) out of the present span."""
+        start = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - start
 
     def summary(self) -> tuple[float, float, float] | None:
-        """Mean, its standard error, and jitter (1.4826 x the median absolute deviation) of the spans after burn-in."""
+        """Returns mean, standard error, and jitter (1.4826 x median absolute deviation) of the spans after burn-in."""
         if not self.spans:
             return None
         steps, speeds = zip(*self.spans, strict=True)
         middle = median(speeds)
         error = stdev(speeds) / math.sqrt(len(speeds)) if len(speeds) > 1 else math.nan
         return fmean(speeds, steps), error, 1.4826 * median(abs(s - middle) for s in speeds)
+
+
+class Timer:
+    """An interval that starts when it is made, and anew each time it is found to be over."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.start = seconds, time.monotonic()
+
+    def over(self) -> bool:
+        """Returns whether the interval has passed; the next one starts then."""
+        if time.monotonic() - self.start <= self.seconds:
+            return False
+        self.start = time.monotonic()
+        return True
 
 
 class Metrics:
@@ -122,15 +145,51 @@ class Metrics:
             draw_curve(self.log_dir)
 
 
+class TensorLog:
+    """Copies trust ratio and norms of each tensor to the host, where they are written later: no step waits for them.
+
+    On a GPU the copy goes to pinned memory, and an event tells when it is there.
+    """
+
+    def __init__(self, larc: Larc):
+        on_gpu = larc.ratio.is_cuda
+        self.sources = {"trust_ratio": larc.ratio, "gradient_norm": larc.gradient_norm, "weight_norm": larc.weight_norm}
+        self.names = [slot.name for slot in larc.arena.slots]
+        self.host = torch.empty((len(self.sources), len(self.names)), pin_memory=on_gpu)
+        self.copied = torch.cuda.Event() if on_gpu else None
+        self.step: int | None = None
+
+    def copy(self, step: int) -> None:
+        """Starts copying the values of the latest step, whose number is `step`."""
+        self.host.copy_(torch.stack(list(self.sources.values())), non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+        self.step = step
+
+    def write(self, metrics: Metrics, *, summarize: bool = False) -> None:
+        """Writes what was copied last, once; with `summarize` to TensorBoard as well."""
+        if self.step is None:
+            return
+        if self.copied is not None:
+            self.copied.synchronize()
+        rows = zip(self.sources, self.host.tolist(), strict=True)
+        values = {kind: dict(zip(self.names, row, strict=True)) for kind, row in rows}
+        metrics.write("tensors", step=self.step, **values)
+        if summarize:
+            flat = {f"{kind}/{name}": value for kind, row in values.items() for name, value in row.items()}
+            metrics.summarize(self.step, **flat)
+        self.step = None
+
+
 def null_unless_finite(value: Any) -> Any:
-    """JSON has no word for NaN and infinity."""
+    """Returns the value with None for NaN and infinity, for which JSON has no word."""
     if isinstance(value, dict):
         return {k: null_unless_finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_to_append(path: Path):
-    """Cuts off a last line that a killed run left unfinished."""
+    """Returns the file, opened, without a last line that a killed run left unfinished."""
     file = path.open("a+", buffering=1)
     file.seek(0)
     text = file.read()
@@ -157,7 +216,7 @@ def tensorboard_writer(log_dir: Path):
 
 
 def read(log_dir: Path) -> list[dict[str, Any]]:
-    """The events of a run."""
+    """Returns the events of a run."""
     return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from nvcnn.cuda_graph import why_not
-from nvcnn.data.dataset import Dataset
-from nvcnn.errors import InputError
-from nvcnn.kernel_choices import places, use
+from nvcnn.data.dataset import Dataset, find_dataset
+from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype
-from nvcnn.memory import activation_bytes
+from nvcnn.meta import activation_bytes, places
 from nvcnn.models import MODELS, build_model
+from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json
 
 SYNTHETIC_CLASSES = 1000
@@ -32,10 +32,26 @@ class Plan:
     no_graph: str  # why the step is no CUDA graph; empty if it is one
 
 
+def find_training_data(settings: Settings) -> Dataset | None:
+    """Returns the data set of --data_dir; None without one, which is synthetic data. Raises as `find_dataset`."""
+    if settings.data_dir is None:
+        return None
+    return find_dataset(
+        settings.data_dir,
+        num_classes=settings.num_classes,
+        label_base=settings.label_base,
+        split="train",
+        lenient=settings.skip_bad_images,
+    )
+
+
 def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
-    """Raises InputError when the data set is smaller than a total batch, and for --cuda_graph=on where it cannot be."""
+    """Returns what follows from these three.
+
+    Raises InputError when the data set is smaller than a total batch, and for --cuda_graph=on where it cannot be.
+    """
     total_batch = settings.batch_size * ranks
-    images = dataset.images("train") if dataset else settings.num_batches * total_batch
+    images = dataset.count("train") if dataset else settings.num_batches * total_batch
     if images < total_batch:
         raise InputError(
             f"--data_dir={settings.data_dir}: {images} training images are fewer than one total batch of {total_batch} "
@@ -66,13 +82,16 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
 
 
 def describe(settings: Settings, run: Plan) -> list[str]:
-    """The lines a run starts with, as the original's."""
+    """Returns the lines a run starts with, as the original's."""
+    dtype = str(run.dtype).removeprefix("torch.")
+    slow = run.dtype != torch.float32 and not torch.cuda.is_available()
     return [
         f"Num ranks:   {run.ranks}",
         f"Num images:  {run.images if settings.data_dir else 'Synthetic'}",
         f"Model:       {settings.model}",
         f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
-        f"Data type:   {str(run.dtype).removeprefix('torch.')}",
+        f"Data type:   {dtype}",
+        *[f"  {dtype} on a CPU is for trying things out: it can be slow"] * slow,
         f"Steps:       {run.steps}",
         f"CUDA graph:  {f'none: {run.no_graph}' if run.no_graph else 'the whole step'}",
     ]

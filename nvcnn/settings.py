@@ -1,6 +1,7 @@
-"""The one source of flags and `config.json`: a frozen dataclass, from which the command line is built.
+"""What can be asked for: a frozen dataclass for each program, from which its command line is made.
 
-Names, meanings and defaults of the first group are those of NVIDIA's `nvcnn_hvd.py` 1.1.
+`Settings` are those of launch/train.py, and what config.json holds; `Evaluation` those of launch/eval.py. Importing
+this file does not import torch.
 """
 
 import argparse
@@ -8,14 +9,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import nvcnn
-from nvcnn.errors import InputError
+from nvcnn.models import ALGORITHMS, find_model
+from nvcnn.program import InputError
+
+T = TypeVar("T")
+CONV = ("auto", *ALGORITHMS)
+TRANSPORTS = ("horovod", "torch")
+BACKENDS = ("dali_gpu", "dali_cpu", "torch")
 
 
 def flag(default: Any, help: str, *, group: str, short: str | None = None, choices=(), may_differ: bool = False) -> Any:
-    """A setting. `may_differ`: a resumed run may change it, since it does not touch what is computed."""
+    """Returns the field of a setting.
+
+    `default`: MISSING for a flag that is required. `may_differ`: a resumed run may change it, since it does not touch
+    what is computed.
+    """
     metadata = {"help": help, "group": group, "short": short, "choices": choices, "may_differ": may_differ}
     return field(default=default, metadata=metadata)
 
@@ -27,8 +38,46 @@ image = partial(flag, group="input")
 run = partial(flag, group="run")
 
 
+def check(settings: Any, right: bool, name: str, must: str) -> None:
+    """Raises InputError, which names the flag, unless `right`."""
+    if not right:
+        raise InputError(f"--{name}={getattr(settings, name)}: must be {must}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Evaluate a checkpoint on the validation images.
+
+    All that has no flag (dtype, crop, pixels) comes from the checkpoint.
+    """
+
+    data_dir: str = image(MISSING, "images: TFRecord files, WebDataset tars or class folders")
+    data_backend: str | None = image(None, "what decodes; none: DALI, on the GPU if any", choices=BACKENDS)
+    skip_bad_images: bool = image(False, "leave out, and count, what cannot be decoded")
+
+    log_dir: str = run("", "a training's directory: its newest checkpoint is evaluated")
+    checkpoint: str | None = run(None, "evaluate this file")
+    model: str | None = run(None, "checked against the checkpoint's", short="-m")
+    batch_size: int = run(64, "images per device", short="-b")
+    conv: str = run("auto", "what computes convolutions, as in training", choices=CONV)
+    json: bool = run(False, "print a JSON object as the last line")
+    transport: str = run("horovod", "how ranks talk", choices=TRANSPORTS)
+
+    def __post_init__(self) -> None:
+        if bool(self.log_dir) == bool(self.checkpoint):
+            raise InputError("give one of --log_dir (its newest checkpoint) and --checkpoint=FILE")
+        check(self, self.batch_size >= 1, "batch_size", "at least 1")
+        if self.model is not None:
+            find_model(self.model)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """Train a convolutional network.
+
+    Names, meanings and defaults of the first group are those of NVIDIA's `nvcnn_hvd.py` 1.1.
+    """
+
     model: str = original(MISSING, "network to train, e.g. resnet50", short="-m")
     data_dir: str | None = original(
         None, "images: TFRecord files, WebDataset tars or class folders; none: synthetic", may_differ=True
@@ -62,7 +111,7 @@ class Settings:
         "what computes convolutions with their BatchNorms: the project's kernels, which normalise as they load "
         "(triton) or read what is normalised (triton-materialized), cudnn, torch; or of the first three, place by "
         "place, what is measured to be the fastest on this GPU (auto)",
-        choices=("auto", "triton", "triton-materialized", "cudnn", "torch"),
+        choices=CONV,
     )
     momentum_dtype: str = numeric("fp32", "what momentum is kept in", choices=("fp32", "bf16"))
 
@@ -78,7 +127,7 @@ class Settings:
     data_backend: str | None = image(
         None,
         "what decodes: DALI on the GPU or CPU, or Pillow in worker processes (torch); none: DALI, on the GPU if any",
-        choices=("dali_gpu", "dali_cpu", "torch"),
+        choices=BACKENDS,
     )
     check_data: str = image(
         "none",
@@ -97,36 +146,36 @@ class Settings:
         choices=("auto", "on", "off"),
         may_differ=True,
     )
-    transport: str = run("horovod", "how ranks talk", choices=("horovod", "torch"))
+    transport: str = run("horovod", "how ranks talk", choices=TRANSPORTS)
     log_tensors: bool = run(
         False, "trust ratio and norms of each tensor in metrics.jsonl, at each table line", may_differ=True
     )
     dry_run: bool = run(False, "print settings, steps and memory, then stop", may_differ=True)
 
     def __post_init__(self) -> None:
-        def check(right: bool, name: str, must: str) -> None:
-            if not right:
-                raise InputError(f"--{name}={getattr(self, name)}: must be {must}")
-
+        find_model(self.model, self.resnet_v1)
         for name in ("batch_size", "num_batches", "display_every", "keep"):
-            check(getattr(self, name) >= 1, name, "at least 1")
+            check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_epochs", "num_classes"):
-            check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+            check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "larc_eta"):
             value = getattr(self, name)
-            check(value is None or (math.isfinite(value) and value > 0), name, "a positive number")
+            check(self, value is None or (math.isfinite(value) and value > 0), name, "a positive number")
         for name in ("save_interval", "summary_interval", "seed"):
-            check(0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
+            check(self, 0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
         for name, top in (("crop_area", 1.0), ("crop_aspect", math.inf)):
             low, high = getattr(self, name)
             check(
-                0 < low <= high <= top and math.isfinite(high), name, "LO,HI with 0 < LO <= HI" + " <= 1" * (top == 1)
+                self,
+                0 < low <= high <= top and math.isfinite(high),
+                name,
+                "LO,HI with 0 < LO <= HI" + " <= 1" * (top == 1),
             )
-        check(0 < self.eval_crop <= 1, "eval_crop", "above 0 and at most 1")
-        check(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
+        check(self, 0 < self.eval_crop <= 1, "eval_crop", "above 0 and at most 1")
+        check(self, 0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         scale = self.loss_scale
         right = scale == "dynamic" if isinstance(scale, str) else math.isfinite(scale) and scale > 0
-        check(right, "loss_scale", "a positive number or 'dynamic'")
+        check(self, right, "loss_scale", "a positive number or 'dynamic'")
         if self.fp16 and self.bf16:
             raise InputError("--fp16 and --bf16: choose one")
         if self.larc_exclude != "none" and self.larc_eta is None:
@@ -140,14 +189,19 @@ class Settings:
         if self.eval and not self.log_dir:
             raise InputError("--eval needs --log_dir, where the checkpoint is")
 
+    def evaluation(self) -> Evaluation:
+        """Returns what --eval asks for: launch/eval.py with the flags that both programs have."""
+        both = {f.name for f in fields(Settings)} & {f.name for f in fields(Evaluation)}
+        return Evaluation(**{name: getattr(self, name) for name in both})
+
 
 def as_json(settings: Settings) -> dict[str, Any]:
-    """What `config.json` and checkpoints hold: JSON's own types only, so that it compares equal after a round trip."""
+    """Returns what config.json and checkpoints hold: JSON's own types only, so a copy read back compares equal."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
 
 
 def differences(settings: Settings, stored: dict[str, Any]) -> list[str]:
-    """One 'flag: there X, here Y' for each setting that a resumed run may not change but did."""
+    """Returns a line 'flag: there X, here Y' for each setting that a resumed run may not change but did."""
     here = as_json(settings)
     return [
         f"--{f.name}: there {stored.get(f.name)}, here {here[f.name]}"
@@ -157,11 +211,14 @@ def differences(settings: Settings, stored: dict[str, Any]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser of flags that raises InputError where argparse would exit."""
+
     def error(self, message: str):
         raise InputError(message)
 
 
 def number_or_dynamic(text: str) -> float | str:
+    """Returns the value of --loss_scale."""
     try:
         return text if text == "dynamic" else float(text)
     except ValueError:
@@ -169,6 +226,7 @@ def number_or_dynamic(text: str) -> float | str:
 
 
 def pair(text: str) -> tuple[float, float]:
+    """Returns the two numbers of 'LO,HI'."""
     try:
         low, high = text.split(",")
         return float(low), float(high)
@@ -203,9 +261,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         )
 
 
-def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """The command line of `launch/train.py`. Raises InputError for anything that is not a valid one."""
-    parser = Parser(prog="train.py", description="Train a convolutional network.", allow_abbrev=False)
+def parse(settings: type[T], arguments: Sequence[str] | None = None) -> T:
+    """Returns the settings that a command line asks for. Raises InputError for anything that is not a valid one."""
+    parser = Parser(description=(settings.__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")
-    add_flags(parser, Settings)
-    return Settings(**vars(parser.parse_args(arguments)))
+    add_flags(parser, settings)
+    return settings(**vars(parser.parse_args(arguments)))

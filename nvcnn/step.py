@@ -8,22 +8,23 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from nvcnn.arena import Arena, gradient_order
 from nvcnn.cuda_graph import Snapshot, capture
-from nvcnn.data import Batch, prepare_input
+from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.distributed import Transport
-from nvcnn.gradients import Gradients
-from nvcnn.larc import Larc
+from nvcnn.meta import gradient_order
+from nvcnn.optimizer.arena import Arena
+from nvcnn.optimizer.gradients import Gradients
+from nvcnn.optimizer.larc import Larc
 
 
 class Step:
-    """A model in training: its arena, its gradients on their way, its optimizer. Calling it is one step.
+    """A model in training with its arena, gradients and optimizer. Calling it is one step.
 
     Backward hands each gradient to the arena, and each bucket's allreduce starts as soon as it is full; three launches
     then update everything, or nothing if a gradient was not finite.
 
-    `image_size`: of the (square) images, as `channels` says how many channels they get. `larc_eta`: None for no LARC.
-    Momentum, weight decay and the rest: see `Larc`.
+    `image_size` and `channels` are those of the (square) images that the model gets. `larc_eta`: None for no LARC. For
+    the other options of the optimizer see `Larc`.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Step:
         return self.optimizer.latest
 
     def train(self, images: Tensor, labels: Tensor) -> None:
-        """From the network's input to new weights: what a CUDA graph holds."""
+        """Computes new weights from the network's input: this is what a CUDA graph holds."""
         logits = self.model(images)
         rows, gradient = kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing)
         logits.backward(gradient)
@@ -93,9 +94,9 @@ class Step:
         self.optimizer.step(rows)
 
     def capture(self, batch_size: int) -> None:
-        """From now on a step is the replay of a CUDA graph. All state, that of the random generators too, stays.
+        """Makes each step from now on the replay of a CUDA graph. All state, also that of the generators, stays.
 
-        For all ranks to call. The bits are those of a step that is not captured; a batch of another size is refused.
+        All ranks must call it. The bits are those of a step that is not captured; a batch of another size is refused.
         """
         shape, device = (batch_size, self.channels, self.image_size, self.image_size), self.arena.weight.device
         self.images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
@@ -109,20 +110,20 @@ class Step:
         self.replay = self.images = None
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that steps write or read, by name. They are written in place: their addresses stay."""
+        """Returns all tensors that steps write or read, by name. They are written in place: their addresses stay."""
         state = dict(self.model.named_buffers())
         for name, owner in (("arena", self.arena), ("optimizer", self.optimizer)):
             state |= {f"{name}.{key}": value for key, value in vars(owner).items() if isinstance(value, Tensor)}
         return state
 
     def read(self) -> list[float]:
-        """Averages of loss, top-1, top-5; the last loss, loss scale, updates: the one point where the host waits."""
+        """Returns averages of loss, top-1, top-5, then the last loss, loss scale, updates. Only here the host waits."""
         o = self.optimizer
         average = o.average[:3] / o.average[3:]
         return torch.cat([average, *(t.double() for t in (o.latest[:1], o.loss_scale, o.counters[1:2]))]).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank, copied to the CPU: what a checkpoint holds of the step."""
+        """Returns what a checkpoint holds of this rank's step, copied to the CPU."""
         return {
             "weights": self.arena.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -130,8 +131,8 @@ class Step:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises InputError unless the weights fit."""
-        self.arena.load_state_dict(state["weights"], state["optimizer"]["momentum"])
+        """Copies in what `state_dict` returned. Raises InputError unless the weights fit."""
+        self.arena.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.average.copy_(state["loss_average"])
 

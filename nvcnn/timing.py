@@ -17,7 +17,7 @@ CACHE = 256 << 20  # bytes: twice the largest L2 cache there is (B200)
 
 
 def milliseconds(step: Step, device: torch.device) -> float:
-    """Returns the time of one call: on a GPU the device's, between two events; on the CPU wall-clock time."""
+    """Returns the time of one call: the device's, between two events, on a GPU; wall-clock time on the CPU."""
     if device.type == "cpu":
         start = time.perf_counter()
         step()
@@ -31,6 +31,8 @@ def milliseconds(step: Step, device: torch.device) -> float:
 
 
 def repeated(step: Step, times: int) -> Step:
+    """Returns a step that is `times` steps."""
+
     def steps() -> None:
         for _ in range(times):
             step()
@@ -39,12 +41,12 @@ def repeated(step: Step, times: int) -> Step:
 
 
 def sets(size: int, device: torch.device) -> int:
-    """Returns how many sets of tensors of `size` bytes exceed a GPU's cache when they take turns; 1 on a CPU."""
+    """Returns how many sets of `size` bytes exceed a GPU's cache when they take turns; 1 on a CPU."""
     return ceil(CACHE / size) if device.type == "cuda" else 1
 
 
 def captured(step: Step, device: torch.device) -> Step:
-    """Returns `step` as a CUDA graph, so that the device is timed, not the host that launches. On the CPU: `step`.
+    """Returns `step` as a CUDA graph, so that the device is timed and not the host; on the CPU `step` itself.
 
     Backward passes may be in it, if nothing is alive of one that ran on another stream. Its memory is the graph's own,
     until what is returned is dropped.
@@ -55,7 +57,7 @@ def captured(step: Step, device: torch.device) -> Step:
 def alternate(
     steps: dict[str, Step], device: torch.device, *, rounds: int, repeat: int = 1, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Returns milliseconds per step of each contender in each round; a round runs every contender `repeat` times."""
+    """Returns milliseconds per step of each contender in each round, which runs every contender `repeat` times."""
     for step in steps.values():
         repeated(step, warm_up)()
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -66,7 +68,7 @@ def alternate(
 
 
 def load(steps: dict[str, Step], device: torch.device, seconds: float) -> None:
-    """Runs the contenders in turns for `seconds`: a GPU that was idle is not yet at the clock that it will keep."""
+    """Runs the contenders in turns for so long: a GPU that has been idle is not yet at the clock it will keep."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for step in steps.values():

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.samples import add, file_of
+
 savemat = pytest.importorskip("scipy.io").savemat
 
 # In the order of ILSVRC2012_ID, which is not that of labels; the last two are no classes but above them.
@@ -44,18 +46,6 @@ def photograph(seed: int, label: int) -> Image.Image:
     pixels = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
     pixels[height * (label + 1) // 8 : height * (label + 2) // 8] = 250
     return Image.fromarray(pixels)
-
-
-def jpeg(image: Image.Image, **options) -> bytes:
-    data = io.BytesIO()
-    image.save(data, options.pop("format", "JPEG"), **options)
-    return data.getvalue()
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mtime = len(data), 1_300_000_000
-    tar.addfile(member, io.BytesIO(data))
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
@@ -96,22 +86,22 @@ def make(
     for synset in synsets:
         for i in range(per_class):
             images["train"][f"{synset}/{synset}_{i}.JPEG"] = (
-                jpeg(picture(100 * label[synset] + i, label[synset])),
+                file_of(picture(100 * label[synset] + i, label[synset])),
                 synset,
             )
     rotated = Image.Exif()
     rotated[0x112] = 6
     sideways = picture(9, label["n02100735"])
     for name, data in (
-        (CMYK, jpeg(picture(3, label["n02100735"]).convert("CMYK"))),
-        (DISGUISED, jpeg(picture(5, label["n02100735"]), format="PNG")),
-        (GREY, jpeg(picture(7, label["n02100735"]).convert("L"))),
-        (ROTATED, jpeg(sideways.transpose(Image.Transpose.ROTATE_90), exif=rotated)),
+        (CMYK, file_of(picture(3, label["n02100735"]).convert("CMYK"))),
+        (DISGUISED, file_of(picture(5, label["n02100735"]), kind="PNG")),
+        (GREY, file_of(picture(7, label["n02100735"]).convert("L"))),
+        (ROTATED, file_of(sideways.transpose(Image.Transpose.ROTATE_90), exif=rotated)),
     ):
         images["train"][name] = data, "n02100735"
     ids = np.random.default_rng(1).integers(0, CLASSES, val).tolist()
     for i, number in enumerate(ids, 1):
-        data = jpeg(picture(1000 + i, label[synsets[number]]))
+        data = file_of(picture(1000 + i, label[synsets[number]]))
         images["validation"][f"ILSVRC2012_val_{i:08d}.JPEG"] = data, synsets[number]
 
     train = tar_of(

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 import nvcnn
 from nvcnn import doctor, install_horovod
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 

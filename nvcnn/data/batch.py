@@ -1,4 +1,4 @@
-"""What the training loop gets from a data source, and what the network gets of that."""
+"""Batches: what a reader hands to the training loop, and how they become the network's input."""
 
 from functools import cache
 from typing import NamedTuple
@@ -28,14 +28,14 @@ class Batch(NamedTuple):
 
 @cache
 def scale_shift(normalize: str, device: torch.device) -> list[Tensor]:
-    """Of each channel, (3,) fp32: copied from the host once."""
+    """Returns scale and shift of the channels, each (3,) fp32, copied from the host once."""
     return [torch.tensor(per_channel, dtype=torch.float32, device=device) for per_channel in SCALE_SHIFT[normalize]]
 
 
 def prepare_input(
     images: Tensor, flip: Tensor, *, dtype: torch.dtype, normalize: str, channels: int = 3, into: Tensor | None = None
 ) -> Tensor:
-    """The network's input, (N, channels, H, W), channels-last: mirrored where `flip`, normalised in fp32, cast.
+    """Returns the network's input, (N, channels, H, W) channels-last: mirrored where `flip`, normalised in fp32, cast.
 
     images: (N, H, W, 3) uint8. flip: (N,) bool. normalize: "signed", to [-1, 1], or "imagenet", by mean and deviation.
     channels: 3, or 4 or 8 of which the last are zero. into: a tensor for it, instead of a new one.

@@ -1,36 +1,36 @@
-"""A folder per class, `train/CLASS/**/*.jpg` and `val/CLASS/**/*.jpg`, as a source. A class's number is its place in
-order of name, and training and validation must have the same classes."""
+"""A folder per class, `train/CLASS/**/*.jpg` and `val/CLASS/**/*.jpg`, as a source.
+
+A class's number is its place in order of name, so training and validation must have the same classes.
+"""
 
 import os
+from array import array
 from collections.abc import Collection
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
+from nvcnn.program import InputError
 
-from nvcnn.data.source import same_everywhere
-from nvcnn.errors import InputError
-
-# Of pillow.FORMATS, in any case.
+# The suffixes of pillow.FORMATS, in any case.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 
 class ClassFolders:
     def __init__(self, paths: list[str], labels: list[int]):
-        # Of a million files one string and its cuts: worker processes share them, while counting references to a
-        # million strings would copy each page of them into every worker.
+        # One string and two arrays for a million files: worker processes share them, as in ShardSource.
         encoded = [os.fsencode(path) for path in paths]
         self.names = b"\0".join(encoded)
-        self.ends = torch.tensor([len(path) + 1 for path in encoded], dtype=torch.int64).cumsum(0)
-        self.numbers = torch.tensor(labels, dtype=torch.int64)
+        self.ends = array("q", accumulate(len(path) + 1 for path in encoded))
+        self.numbers = array("q", labels)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def name(self, i: int) -> str:
-        start = int(self.ends[i - 1]) if i else 0
-        return os.fsdecode(self.names[start : int(self.ends[i]) - 1])
+        start = self.ends[i - 1] if i else 0
+        return os.fsdecode(self.names[start : self.ends[i] - 1])
 
     def place(self, info: str) -> str:
         return info
@@ -38,19 +38,22 @@ class ClassFolders:
     def read(self, i: int) -> tuple[bytes, int | str]:
         path = Path(self.name(i))
         try:
-            return path.read_bytes(), int(self.numbers[i])
+            return path.read_bytes(), self.numbers[i]
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}): copy or make the data set again") from None
 
+    def firsts(self) -> list[int]:
+        return []  # labels are those of the folders
+
     def without(self, left_out: Collection[int]) -> "ClassFolders":
         kept = sorted(set(range(len(self))) - set(left_out))
-        return ClassFolders([self.name(i) for i in kept], self.numbers[kept].tolist())
+        return ClassFolders([self.name(i) for i in kept], [self.numbers[i] for i in kept])
 
     def reader(self, dali: Any, order: dict[str, Any], **options: Any) -> tuple[Any, Any]:
         return dali.fn.readers.file(
             files=[self.name(i) for i in range(len(self))],
             labels=self.numbers.tolist(),
-            **same_everywhere(order, buffer=False),
+            **order,
             **options,
         )
 
@@ -63,17 +66,17 @@ def split_folder(directory: Path, split: str) -> Path | None:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The folders in `folder`, in order of name."""
+    """Returns the names of the folders in `folder`, sorted."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Of a link to itself False, where entry.is_dir() raises: it leads nowhere."""
+    """Returns whether an entry is a folder, and False for a link to itself, where entry.is_dir() raises."""
     return Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir()
 
 
 def links_above(folder: Path, name: str) -> bool:
-    """Whether `name` in `folder`, as it is written, is a link to a folder that it is in."""
+    """Returns whether `name` in `folder`, as it is written, is a link to a folder that it is in."""
     link = folder / name
     return link.is_symlink() and any(
         (folder / above).resolve().is_relative_to(link.resolve()) for above in Path(name).parents
@@ -81,9 +84,9 @@ def links_above(folder: Path, name: str) -> bool:
 
 
 def image_files(folder: Path, name: str, suffixes: tuple[str, ...]) -> tuple[list[str], int]:
-    """Paths below `folder` of the images in its folder `name`, at any depth, in order; and how many other files there.
+    """Returns the images in folder/name at any depth, as sorted paths below `folder`, and how many other files it has.
 
-    Links are followed, hidden files are not counted. Raises InputError for a link by which the listing would not end.
+    Links are followed, hidden files are not counted. Raises InputError for a link that would make the listing endless.
     """
     images, others = [], 0
     pending = [name]
@@ -104,7 +107,7 @@ def image_files(folder: Path, name: str, suffixes: tuple[str, ...]) -> tuple[lis
 
 
 def find_classes(directory: Path) -> list[str]:
-    """The classes of training and validation, in order. Raises InputError when they differ."""
+    """Returns the classes of training and validation, sorted. Raises InputError when they differ."""
     folders = [folder for split in FOLDERS if (folder := split_folder(directory, split))]
     classes = [class_names(folder) for folder in folders]
     if not all(classes):
@@ -120,7 +123,7 @@ def find_classes(directory: Path) -> list[str]:
 
 
 def open_class_folders(directory: Path, split: str, classes: list[str]) -> ClassFolders:
-    """Raises InputError for a class without images, since more likely than not a copy broke off."""
+    """Returns the source of a split. Raises InputError for a class without images: most likely a copy broke off."""
     folder = split_folder(directory, split)
     if folder is None:
         raise InputError(f"--data_dir={directory}: no folder {' or '.join(FOLDERS[split])} there")

@@ -1,4 +1,4 @@
-"""A data directory: what kind of files it holds, and what the labels mean."""
+"""Finds the data set in a directory: what kind of files it holds, and what the labels mean."""
 
 import json
 import os
@@ -8,18 +8,19 @@ from functools import partial
 from pathlib import Path
 
 from nvcnn.data.class_folders import find_classes, open_class_folders, split_folder
-from nvcnn.data.manifest import UNFINISHED
-from nvcnn.data.records import Records, open_records
+from nvcnn.data.records import Records
 from nvcnn.data.source import Source
-from nvcnn.data.tars import Tars, open_tars
-from nvcnn.errors import InputError
+from nvcnn.data.tars import Tars
+from nvcnn.program import InputError
+
+UNFINISHED = ".unfinished"  # a directory that is there while prepare.py has not finished
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The samples of a directory's splits "train" and "validation"; labels label_base .. label_base + num_classes - 1.
+    """The samples of a directory's splits "train" and "validation".
 
-    open: finds the source of a split, once.
+    Labels are label_base .. label_base + num_classes - 1. open: returns the source of a split, and is called once.
     """
 
     directory: Path
@@ -30,28 +31,23 @@ class Dataset:
     opened: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
 
     def source(self, split: str) -> Source:
-        """Raises InputError for files that are absent, or that training would stumble over later."""
+        """Returns the samples of a split. Raises InputError for files that are missing or cannot be trained on."""
         if split not in self.opened:
             self.opened[split] = self.open(split)
         return self.opened[split]
 
-    def shards(self, split: str) -> list[Path]:
-        """The files that hold many samples each; none in class folders."""
-        source = self.source(split)
-        return source.shards if isinstance(source, Records | Tars) else []
-
-    def images(self, split: str) -> int:
-        """Samples of a split."""
+    def count(self, split: str) -> int:
+        """Returns the number of images of a split."""
         return len(self.source(split))
 
     def without(self, split: str, left_out: Collection[int]) -> "Dataset":
-        """This data set without some samples of a split."""
+        """Returns this data set without some samples of a split."""
         return replace(self, opened={**self.opened, split: self.source(split).without(left_out)})
 
     def zero_based(self, label: int | str, name: str) -> int:
-        """The class of a label. Raises InputError, which starts with the sample's `name`, when there is none."""
+        """Returns the class of a label. Raises InputError, which starts with the sample's `name`, if it has none."""
         if isinstance(label, str):
-            raise InputError(f"{name}: its label {label[:20]!r} is no number: make the file again")
+            raise InputError(f"{name}: its label {label[:20]!r} is not a number: make the file again")
         if not 0 <= label - self.label_base < self.num_classes:
             last = self.label_base + self.num_classes - 1
             raise InputError(
@@ -64,12 +60,12 @@ class Dataset:
 def find_dataset(
     data_dir: str | Path, *, num_classes: int | None, label_base: int | None, split: str, lenient: bool = False
 ) -> Dataset:
-    """The data set in `data_dir`, its `split` checked: files, indexes (missing ones are built), first labels.
+    """Returns the data set in `data_dir` after checking a split: files, indexes (missing ones are built), first labels.
 
     What the labels of TFRecords and WebDataset tars mean comes from dataset.json; without it from `num_classes` and
     `label_base`, else 1000 and 1. Class folders say it themselves.
-    lenient: what a check of every sample finds as well is left to that.
-    Raises InputError for anything that training would stumble over later.
+    lenient: leaves out the checks that a check of every sample makes as well.
+    Raises InputError for anything that training would fail on later.
     """
     directory = Path(data_dir)
     flag = f"--data_dir={data_dir}"
@@ -88,7 +84,7 @@ def find_dataset(
             declared |= own
             open_split = partial(open_class_folders, directory, classes=classes)
         else:
-            open_split = partial(open_tars if kind == "tars" else open_records, directory, lenient=lenient)
+            open_split = partial((Tars if kind == "tars" else Records).find, directory, lenient=lenient)
         for name, value in (("num_classes", num_classes), ("label_base", label_base)):
             if value is not None and value != declared.get(name, value):
                 where = " has" if kind == "class folders" else "/dataset.json says"
@@ -102,8 +98,8 @@ def find_dataset(
             open_split,
         )
         source = dataset.source(split)
-        if not lenient and kind != "class folders":
-            check_first_labels(dataset, split)
+        for i in () if lenient else source.firsts():  # a wrong range of labels is found before training starts
+            dataset.zero_based(source.read(i)[1], source.name(i))
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
     images, promised = len(source), declared.get("images", {}).get(split)
@@ -117,7 +113,7 @@ def find_dataset(
 
 
 def find_kind(directory: Path) -> str:
-    """One of "TFRecords", "tars", "class folders". Raises InputError when `directory` holds none, or several."""
+    """Returns "TFRecords", "tars" or "class folders". Raises InputError unless `directory` holds exactly one kind."""
     flag = f"--data_dir={directory}"
     try:
         names = sorted(os.listdir(directory))
@@ -148,17 +144,8 @@ def find_kind(directory: Path) -> str:
     return next(iter(found))
 
 
-def check_first_labels(dataset: Dataset, split: str) -> None:
-    """Finds wrong label ranges before training starts: of each file, the first label."""
-    source = dataset.source(split)
-    assert isinstance(source, Records | Tars)
-    for i in source.firsts():
-        _, label = source.read(i)
-        dataset.zero_based(label, source.name(i))
-
-
 def read_dataset_json(path: Path) -> dict:
-    """The content of dataset.json, checked; empty when there is none."""
+    """Returns the content of dataset.json, checked; an empty dictionary when the file does not exist."""
     try:
         declared = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Processes that share the work of this one, and how far they are."""
+"""Processes that share the work of this one."""
 
 import gc
 import os
@@ -13,28 +13,26 @@ from ctypes import CDLL
 from multiprocessing import get_context
 from typing import Any
 
-import torch
-
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-task: Any = None  # of a worker, what its pool was made for
+task: Any = None  # in a worker: the function of its pool
 
 
 @contextmanager
 def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Processes that leave Ctrl-C to this one and finish what they are at, but end at once when this one is killed.
+    """Yields a pool of processes that ignore Ctrl-C and finish their work, but end at once when this one is killed.
 
-    function: for `forked`, which calls it in a worker; however much it holds, it is not sent there.
-    Raises InputError when one of them is killed.
+    function: what `forked` calls in a worker. It is there by fork and not sent, however much it holds.
+    Raises InputError when a worker is killed.
     """
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=(os.getpid(), function))
     try:
         yield pool
     except BrokenProcessPool:
         raise InputError(
-            "a worker process was killed, perhaps for want of memory: give the same command again, with more memory or "
+            "a worker process was killed, perhaps for lack of memory: give the same command again, with more memory or "
             f"fewer workers than {workers} (prepare.py --workers)"
         ) from None
     finally:
@@ -53,29 +51,7 @@ def begin_worker(parent: int, function: Callable[..., Any] | None) -> None:
     CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    torch.set_num_threads(1)  # OpenMP's threads are not forked: a region of many would wait for them for ever
-    gc.freeze()  # a collection would write to every name and place of the data set, and end the sharing of their memory
-    warnings.filterwarnings("ignore", module="PIL")  # what matters of it is an error here
-
-
-@contextmanager
-def progress(images: int) -> Iterator[Callable[[int, str, list[str]], None]]:
-    """A bar with the time left on a terminal with tqdm, else a line per shard; what is wrong is printed either way.
-
-    Yields what is to be called after each shard with its number of images, its line, and what is wrong with it.
-    """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None  # type: ignore[assignment, misc]
-    if tqdm is not None and sys.stderr.isatty():
-        with tqdm(total=images, unit="image", dynamic_ncols=True) as bar:
-
-            def update(n: int, line: str, wrong: list[str]) -> None:
-                for text in wrong:
-                    bar.write(text)
-                bar.update(n)
-
-            yield update
-    else:
-        yield lambda n, line, wrong: print(*wrong, line, sep="\n", flush=True)
+    if "torch" in sys.modules:  # OpenMP's threads are not forked: it would wait for them for ever
+        sys.modules["torch"].set_num_threads(1)
+    gc.freeze()  # a collection would write to every object, and so end the sharing of memory
+    warnings.filterwarnings("ignore", module="PIL")  # what matters is an error here

@@ -1,7 +1,7 @@
-"""Crops to the size of the network's input, on a CPU.
+"""Resizes crops to the size of the network's input, on a CPU.
 
-By PyTorch's kernel for uint8, in a third of the time of DALI's or Pillow's. Its values are Pillow's, to a level:
-bilinear, with an antialiasing filter where the image gets smaller.
+PyTorch's kernel for uint8 does it in a third of the time of DALI's or Pillow's. The resize is bilinear, with an
+antialiasing filter where the image gets smaller; values are Pillow's, to a level.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def resize(image: Tensor, out: Tensor) -> None:
-    """`image`, (H, W, 3) uint8, into `out`, (image_size, image_size, 3) uint8."""
+    """Resizes `image`, (H, W, 3) uint8, into `out`, (image_size, image_size, 3) uint8."""
     # F.interpolate is this operator without `out`; a copy of the result would cost as much as the resizing.
     torch.ops.aten._upsample_bilinear2d_aa.out(
         image.permute(2, 0, 1)[None], out.shape[:2], False, None, None, out=out.permute(2, 0, 1)[None]
@@ -27,7 +27,7 @@ class BatchResizer:
         self.pool = ThreadPoolExecutor(threads)
 
     def __call__(self, images: Any) -> Tensor:
-        """(N, image_size, image_size, 3) uint8, of N images of any sizes, (H, W, 3) uint8, that speak DLPack."""
+        """Returns (N, image_size, image_size, 3) uint8 of N images (H, W, 3) uint8 of any sizes, given by DLPack."""
         batch = torch.empty(len(images), self.image_size, self.image_size, 3, dtype=torch.uint8)
 
         def share(first: int) -> None:

@@ -1,4 +1,4 @@
-"""Looking at every sample with Pillow: at the start when asked, or for the one that DALI could not name."""
+"""Reads and decodes samples with Pillow to find bad ones: before a run, or the one that DALI could not name."""
 
 import time
 from collections.abc import Iterable
@@ -7,15 +7,15 @@ from nvcnn.data import pillow
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.pillow import REPLACE, undecodable
 from nvcnn.data.source import Source
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 SEARCH_TIME = 120.0  # seconds; the other ranks wait
 
 
 def bad_samples(dataset: Dataset, split: str, samples: Iterable[int], images: bool) -> list[tuple[int, str]]:
-    """(number, what is wrong with it) of each bad one of `samples`: unreadable, damaged, a label outside the classes.
+    """Returns (number, what is wrong) of the samples that are unreadable, damaged or labelled outside the classes.
 
-    images: decode each one, too.
+    images: decodes them as well.
     """
     source, found = dataset.source(split), []
     for i in samples:
@@ -32,7 +32,7 @@ def bad_samples(dataset: Dataset, split: str, samples: Iterable[int], images: bo
 
 
 def first_undecodable(source: Source) -> str | None:
-    """The message about the first image that Pillow cannot decode, or cannot read."""
+    """Returns the message about the first image that Pillow cannot decode or read; None if there is none."""
     pillow.require_pillow()
     end = time.monotonic() + SEARCH_TIME
     for i in range(len(source)):

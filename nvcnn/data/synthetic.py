@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from nvcnn.data.batch import Batch
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 class SyntheticData:
-    """One random batch for ever, with the interface of TrainingData. An epoch is `images` images of all ranks."""
+    """One random batch without end, with the interface of TrainingData. An epoch is `images` images of all ranks."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class SyntheticData:
         return self.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: every position is the same."""
+        """Returns an empty dictionary, since every position is the same."""
         return {}
 
     def close(self) -> None:

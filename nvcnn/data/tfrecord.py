@@ -1,30 +1,25 @@
-"""TFRecord files of tf.train.Example, and the index files that DALI's reader wants, without TensorFlow.
+"""TFRecord files of tf.train.Example, without TensorFlow.
 
 A record is: uint64 length, uint32 masked CRC-32C of those 8 bytes, the data, uint32 masked CRC-32C of the data, all
 little-endian (tensorflow/core/lib/io/record_writer.h). The data is a protocol buffer (tensorflow/core/example):
 
     Example { Features features = 1; }     Features { map<string, Feature> feature = 1; }
     Feature { oneof: BytesList = 1, FloatList = 2, Int64List = 3 }, each a list { repeated value = 1; }
-
-An index file has one line "offset size" per record, size including the 16 bytes of framing.
 """
 
-import os
 import struct
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 Values = Sequence[bytes] | Sequence[float] | Sequence[int]
 FRAMING = 16  # bytes around the data of a record
 
 
 def masked_crc(data: bytes) -> int:
-    """CRC-32C, rotated right by 15 bits, plus a constant: TFRecord's guard against CRCs of data that hold CRCs."""
+    """Returns CRC-32C, rotated right by 15 bits, plus a constant, so that data which holds CRCs has another CRC."""
     try:
         import google_crc32c
     except ImportError:
@@ -44,7 +39,7 @@ def _varint(n: int) -> bytes:
 
 
 def _field(number: int, data: bytes) -> bytes:
-    """A field of wire type 2: tag, length, bytes."""
+    """Returns a field of wire type 2: tag, length, bytes."""
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
@@ -59,7 +54,7 @@ def _feature(values: Values) -> bytes:
 
 
 def encode_example(features: Mapping[str, Values]) -> bytes:
-    """tf.train.Example with the given lists of bytes, floats or ints; an empty list is a Feature without a value."""
+    """Returns a tf.train.Example of lists of bytes, floats or ints. An empty list is a Feature without a value."""
     entries = (_field(1, _field(1, name.encode()) + _field(2, _feature(v))) for name, v in features.items())
     return _field(1, b"".join(entries))
 
@@ -75,7 +70,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """(number, value) of each field of a message: bytes for wire types 1, 2 and 5, int for wire type 0."""
+    """Yields (number, value) of each field of a message: bytes for wire types 1, 2 and 5, int for wire type 0."""
     at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)
@@ -113,7 +108,7 @@ def _values(feature: bytes) -> list:
 
 
 def decode_example(data: bytes) -> dict[str, list]:
-    """The lists of a tf.train.Example. Raises ValueError when `data` is none."""
+    """Returns the lists of a tf.train.Example. Raises ValueError when `data` is something else."""
     example: dict[str, list] = {}
     try:
         for _, features in _fields(data):
@@ -126,14 +121,14 @@ def decode_example(data: bytes) -> dict[str, list]:
 
 
 def write_record(file: BinaryIO, data: bytes) -> int:
-    """Appends one record; returns its size in the file."""
+    """Appends one record. Returns its size in the file."""
     length = struct.pack("<Q", len(data))
     file.write(length + struct.pack("<I", masked_crc(length)) + data + struct.pack("<I", masked_crc(data)))
     return len(data) + FRAMING
 
 
 def _length(path: Path, header: bytes, number: int, at: int) -> int:
-    """Bytes of data that a record's 12-byte header announces."""
+    """Returns how many bytes of data a record's 12-byte header announces."""
     if len(header) == 12 and struct.unpack("<I", header[8:])[0] == masked_crc(header[:8]):
         return struct.unpack("<Q", header[:8])[0]
     raise InputError(
@@ -142,7 +137,7 @@ def _length(path: Path, header: bytes, number: int, at: int) -> int:
 
 
 def scan(path: Path) -> Iterator[tuple[int, int]]:
-    """(offset, size) of each record, from the headers alone. Raises InputError where the file is cut short."""
+    """Yields (offset, size) of each record, reading only the headers. Raises InputError where the file is cut short."""
     at = number = 0
     end = path.stat().st_size
     with open(path, "rb") as file:
@@ -156,9 +151,9 @@ def scan(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def read_records(path: Path, digest: Any = None) -> Iterator[bytes]:
-    """The data of each record. Raises InputError at the first whose CRCs do not match, or that is cut short.
+    """Yields the data of each record. Raises InputError at the first whose CRCs do not match, or that is cut short.
 
-    `digest`, of hashlib, gets every byte of the file.
+    digest: a hash of hashlib, which is updated with every byte of the file.
     """
     with open(path, "rb") as file:
         for number, (at, size) in enumerate(scan(path)):
@@ -172,30 +167,3 @@ def read_records(path: Path, digest: Any = None) -> Iterator[bytes]:
                 for part in (header, data, crc):
                     digest.update(part)
             yield data
-
-
-def index_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".idx")
-
-
-def index_text(records: Iterable[tuple[int, int]]) -> str:
-    return "".join(f"{offset} {size}\n" for offset, size in records)
-
-
-@contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name complete or not at all; any number of processes may write it at once."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_index(shard: Path, records: Iterable[tuple[int, int]]) -> None:
-    with atomic_writer(index_path(shard)) as file:
-        file.write(index_text(records).encode())

@@ -1,16 +1,22 @@
-"""The models by name. They take normalised channels-last images in the compute dtype and return fp32 logits."""
+"""The models by name. They take normalised channels-last images in the compute dtype and return fp32 logits.
+
+Reading flags needs the names, so torch is imported only once a model is built.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from nvcnn.program import InputError
 
-from nvcnn.errors import InputError
-from nvcnn.models.lenet import LeNet
-from nvcnn.models.resnet import BasicBlock, Bottleneck, ResNet
-from nvcnn.models.trivial import Trivial
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+ALGORITHMS = ("torch", "triton", "triton-materialized", "cudnn")  # that compute a convolution: see fused.py
 
 
 @dataclass(frozen=True)
@@ -40,19 +46,39 @@ def per_image(learning_rate: float) -> Callable[[int], float]:
     return lambda total_batch: learning_rate * total_batch
 
 
-ResNeXt = partial(ResNet, Bottleneck, groups=32, group_width=4)
+def build_trivial(num_classes: int) -> nn.Module:
+    from nvcnn.models.trivial import Trivial
+
+    return Trivial(num_classes=num_classes)
+
+
+def build_lenet(num_classes: int) -> nn.Module:
+    from nvcnn.models.lenet import LeNet
+
+    return LeNet(num_classes=num_classes)
+
+
+def build_resnet(block: str, depths: tuple[int, ...], **options: Any) -> nn.Module:
+    from nvcnn.models import resnet
+
+    return resnet.ResNet(getattr(resnet, block), depths, **options)
+
+
+basic = partial(build_resnet, "BasicBlock")
+bottleneck = partial(build_resnet, "Bottleneck")
+resnext = partial(bottleneck, groups=32, group_width=4)
 
 MODELS: dict[str, Model] = {
-    "trivial": Model(Trivial, 224, constant(0.001), pads_images=False),
-    "lenet": Model(LeNet, 28, constant(0.001), pads_images=False),
-    "resnet18": Model(partial(ResNet, BasicBlock, (2, 2, 2, 2)), 224, constant(0.5)),
-    "resnet34": Model(partial(ResNet, BasicBlock, (3, 4, 6, 3)), 224, per_image(1 / 1024)),
-    "resnet50": Model(partial(ResNet, Bottleneck, (3, 4, 6, 3)), 224, per_image(1 / 1024), has_v1=True),
-    "resnet101": Model(partial(ResNet, Bottleneck, (3, 4, 23, 3)), 224, per_image(1 / 1024), has_v1=True),
-    "resnet152": Model(partial(ResNet, Bottleneck, (3, 8, 36, 3)), 224, per_image(1 / 1024), has_v1=True),
-    "resnext50": Model(partial(ResNeXt, (3, 4, 6, 3)), 224, constant(0.1), has_v1=True),
-    "resnext101": Model(partial(ResNeXt, (3, 4, 23, 3)), 224, constant(0.1), has_v1=True),
-    "resnext152": Model(partial(ResNeXt, (3, 8, 36, 3)), 224, constant(0.1), has_v1=True),
+    "trivial": Model(build_trivial, 224, constant(0.001), pads_images=False),
+    "lenet": Model(build_lenet, 28, constant(0.001), pads_images=False),
+    "resnet18": Model(partial(basic, (2, 2, 2, 2)), 224, constant(0.5)),
+    "resnet34": Model(partial(basic, (3, 4, 6, 3)), 224, per_image(1 / 1024)),
+    "resnet50": Model(partial(bottleneck, (3, 4, 6, 3)), 224, per_image(1 / 1024), has_v1=True),
+    "resnet101": Model(partial(bottleneck, (3, 4, 23, 3)), 224, per_image(1 / 1024), has_v1=True),
+    "resnet152": Model(partial(bottleneck, (3, 8, 36, 3)), 224, per_image(1 / 1024), has_v1=True),
+    "resnext50": Model(partial(resnext, (3, 4, 6, 3)), 224, constant(0.1), has_v1=True),
+    "resnext101": Model(partial(resnext, (3, 4, 23, 3)), 224, constant(0.1), has_v1=True),
+    "resnext152": Model(partial(resnext, (3, 8, 36, 3)), 224, constant(0.1), has_v1=True),
 }
 
 
@@ -72,6 +98,8 @@ def build_model(name: str, *, num_classes: int, resnet_v1: bool = False, seed: i
     One seed, one set of weights, whatever was drawn before. Raises InputError as `find_model`.
     """
     model = find_model(name, resnet_v1)
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
         return model.build(num_classes=num_classes, **({"v1": True} if resnet_v1 else {}))

@@ -39,7 +39,6 @@ import kernels
 from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
-ALGORITHMS = ("torch", "triton", "triton-materialized", "cudnn")
 MATERIALIZED = ("triton-materialized", "cudnn")  # a and dy are written before they are multiplied
 LIBRARY = ("torch", "cudnn")  # PyTorch's operators multiply, not the project's kernels
 
@@ -172,7 +171,7 @@ def gradient_of_norm(sums: Tensor | None, y: Tensor | None, norm: Tensor | None)
 
 
 def empty_gradient(weight: Tensor) -> Tensor:
-    """Returns room for a weight's gradient: its slice, where `nvcnn.gradients` waits for it there."""
+    """Returns room for a weight's gradient: its slice, where `nvcnn.optimizer.gradients` waits for it there."""
     slice = getattr(weight, "gradient_slice", None)
     return torch.empty_like(weight) if slice is None else slice.detach()
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 class AddBias(torch.autograd.Function):

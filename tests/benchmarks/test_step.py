@@ -6,8 +6,9 @@ import torch
 
 import nvcnn
 from benchmarks import peers, step
-from nvcnn.distributed import Launch, Transport
+from nvcnn.distributed import Transport
 from nvcnn.machine import use_device
+from nvcnn.program import Launch
 
 
 @pytest.fixture

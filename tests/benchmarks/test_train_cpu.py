@@ -3,7 +3,7 @@ import torch
 
 from benchmarks import train_cpu
 from benchmarks.step import LEARNING_RATE, plain_loop
-from nvcnn.data import prepare_input
+from nvcnn.data.batch import prepare_input
 from nvcnn.distributed import connect
 from nvcnn.settings import Settings
 from nvcnn.train import Run

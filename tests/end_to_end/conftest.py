@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvcnn.data.fashion_mnist import png
-from nvcnn.data.tfrecord import encode_example
-from tests.records import write_shard
+from nvcnn.prepare.fashion_mnist import png
+from tests.samples import write_split
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600  # seconds; a run here takes 10, on cores that nobody else wants
@@ -112,13 +111,7 @@ def write_records(directory: Path, *, train: int, validation: int, classes: int 
     """Records without dataset.json: give --num_classes."""
     directory.mkdir()
     for split, images in (("train", train), ("validation", validation)):
-        for s in range(shards):
-            part = range(images * s // shards, images * (s + 1) // shards)
-            examples = (
-                encode_example({"image/encoded": [picture(i, i % classes)], "image/class/label": [i % classes + 1]})
-                for i in part
-            )
-            write_shard(directory / f"{split}-{s:05d}-of-{shards:05d}", examples)
+        write_split(directory, split, images, shards, lambda i: picture(i, i % classes), lambda i: i % classes + 1)
     return directory
 
 

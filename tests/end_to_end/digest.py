@@ -7,7 +7,7 @@ import torch
 
 from nvcnn import train
 from nvcnn.program import run
-from nvcnn.settings import parse
+from nvcnn.settings import Settings, parse
 
 
 class Digested(train.Run):
@@ -23,4 +23,4 @@ class Digested(train.Run):
 
 if __name__ == "__main__":
     train.Run = Digested
-    run(lambda: train.train(parse()))
+    run(lambda: train.train(parse(Settings)))

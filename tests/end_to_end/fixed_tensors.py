@@ -5,12 +5,13 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from nvcnn.arena import Arena, gradient_order
 from nvcnn.distributed import connect
-from nvcnn.gradients import Gradients
-from nvcnn.larc import Larc
+from nvcnn.meta import gradient_order
 from nvcnn.models import build_model
-from nvcnn.schedule import poly
+from nvcnn.optimizer.arena import Arena
+from nvcnn.optimizer.gradients import Gradients
+from nvcnn.optimizer.larc import Larc
+from nvcnn.optimizer.schedule import poly
 
 transport = connect("horovod")
 model = build_model("lenet", num_classes=10, seed=1)

@@ -2,7 +2,7 @@
 
 from nvcnn import train
 from nvcnn.program import run
-from nvcnn.settings import parse
+from nvcnn.settings import Settings, parse
 from nvcnn.step import Step
 
 
@@ -15,4 +15,4 @@ class Failing(Step):
 
 if __name__ == "__main__":
     train.Step = Failing
-    run(lambda: train.train(parse()))
+    run(lambda: train.train(parse(Settings)))

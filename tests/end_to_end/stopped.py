@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from nvcnn.data import prepare
+from nvcnn.prepare import write
 
-number, original = int(sys.argv.pop(1)), prepare.progress
+number, original = int(sys.argv.pop(1)), write.progress
 
 
 @contextmanager
@@ -26,5 +26,5 @@ def progress(images):
 
 
 if __name__ == "__main__":
-    prepare.progress = progress
+    write.progress = progress
     runpy.run_path(str(Path(__file__).parents[2] / "launch/prepare.py"), run_name="__main__")

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvcnn.data.tfrecord import encode_example
-from tests.records import write_shard
+from tests.samples import record, write_shard
 
 from .conftest import assert_same_bits, last_checkpoint, picture, write_records
 
@@ -68,7 +67,7 @@ def empty(data):
 def label_outside(data):
     write_shard(
         data / "train-00000-of-00002",
-        (encode_example({"image/encoded": [picture(i, 0)], "image/class/label": [11]}) for i in range(16)),
+        (record(picture(i, 0), 11) for i in range(16)),
     )
 
 
@@ -104,9 +103,7 @@ def test_a_label_outside_deep_in_the_data(launch, tmp_path):
     labels[20] = 4711
     data = tmp_path / "data"
     data.mkdir()
-    examples = (
-        encode_example({"image/encoded": [picture(i, 0)], "image/class/label": [n]}) for i, n in enumerate(labels)
-    )
+    examples = (record(picture(i, 0), n) for i, n in enumerate(labels))
     write_shard(data / "train-00000-of-00001", examples)
     refused(launch, *LENET, f"--data_dir={data}", "--batch_size=4", "--num_epochs=9", names=["label 4711"], ranks=2)
 

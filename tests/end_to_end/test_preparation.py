@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nvcnn.data import imagenet
-from nvcnn.data.images import Encoding
-from nvcnn.data.prepare import prepare
+from nvcnn.prepare import imagenet
+from nvcnn.prepare.encode import Encoding
+from nvcnn.prepare.write import write_dataset
 from tests.raw_imagenet import Raw, make, photograph
 
 PREPARE = "launch/prepare.py"
@@ -72,6 +72,6 @@ def test_stopped_and_again(launch, tmp_path, how):
     assert written.items() <= {path.name: path.stat().st_ino for path in out.glob("*-of-?????")}.items()
     straight = tmp_path / "straight"
     encoding = Encoding(("JPEG",), max_side=64)
-    plan = imagenet.plan(raw.train, raw.val, devkit=raw.devkit, encoding=encoding, shards=(60, 2))
-    prepare(plan, straight, workers=2)
+    blueprint = imagenet.blueprint(raw.train, raw.val, devkit=raw.devkit, encoding=encoding, shards=(60, 2))
+    write_dataset(blueprint, straight, workers=2)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in straight.iterdir()}

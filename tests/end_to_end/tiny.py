@@ -11,7 +11,7 @@ from nvcnn.models import MODELS, Model
 from nvcnn.models.fused import PendingAdd, activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 from nvcnn.program import run
-from nvcnn.settings import parse
+from nvcnn.settings import Settings, parse
 from nvcnn.train import train
 
 
@@ -41,7 +41,7 @@ def main() -> int:
         return call(executor, *arguments, **options)
 
     interpreter.GridExecutor.__call__ = noted
-    code = train(parse())
+    code = train(parse(Settings))
     print("launched:", *sorted(launched))
     return code
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nvcnn.data.fashion_mnist import png
-from nvcnn.data.tfrecord import encode_example
-from tests.records import write_shard
+from nvcnn.prepare.fashion_mnist import png
+from tests.samples import write_split
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +13,5 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 training images of 10 classes, in one shard."""
     directory = tmp_path_factory.mktemp("small")
     image = png(bytes(28 * 28), 28, 28)
-    records = (encode_example({"image/encoded": [image], "image/class/label": [i % 10 + 1]}) for i in range(30))
-    write_shard(directory / "train-00000-of-00001", records)
+    write_split(directory, "train", 30, 1, lambda i: image, lambda i: i % 10 + 1)
     return directory

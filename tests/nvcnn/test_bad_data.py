@@ -3,7 +3,6 @@
 docs/bad-data.md is made of what is said here: `NVCNN_WRITE_DOCS=1 pytest tests/nvcnn/test_bad_data.py` writes it.
 """
 
-import io
 import itertools
 import os
 import re
@@ -23,11 +22,12 @@ import torch
 from PIL import Image
 
 from nvcnn.check_data import check_data, search
-from nvcnn.data import Dataset, choose_backend, find_dataset, open_training
-from nvcnn.data.tfrecord import encode_example, index_path
-from nvcnn.distributed import Launch, Transport
-from nvcnn.errors import InputError
-from tests.records import write_shard
+from nvcnn.data.backend import choose_backend, open_training
+from nvcnn.data.dataset import Dataset, find_dataset
+from nvcnn.data.shard_source import index_path
+from nvcnn.distributed import Transport
+from nvcnn.program import InputError, Launch
+from tests.samples import add, file_of, record, write_shard
 
 DOCS = Path(__file__).parents[2] / "docs/bad-data.md"
 CPU = torch.device("cpu")
@@ -39,10 +39,8 @@ KINDS = ("records", "tars", "folders")
 
 
 def jpeg(i: int) -> bytes:
-    data = io.BytesIO()
     noise = Image.frombytes("RGB", (16, 16), bytes((i * 31 + n * 17) % 256 for n in range(768)))
-    noise.resize((48, 32), Image.Resampling.BICUBIC).save(data, "JPEG")
-    return data.getvalue()
+    return file_of(noise.resize((48, 32), Image.Resampling.BICUBIC))
 
 
 @cache
@@ -75,15 +73,13 @@ def write(kind: str, directory: Path, images: dict[int, bytes], labels: dict[int
         if kind == "records":
             write_shard(
                 directory / f"train-{s:05d}-of-00002",
-                (encode_example({"image/encoded": [d], "image/class/label": [n]}) for _, d, n in part),
+                (record(d, n) for _, d, n in part),
             )
             continue
         with tarfile.open(directory / f"train-{s:05d}.tar", "w") as tar:
             for i, d, n in part:
                 for suffix, content in (("jpg", d), ("cls", str(n).encode())):
-                    member = tarfile.TarInfo(f"{i:02d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                    add(tar, f"{i:02d}.{suffix}", content)
 
 
 def find(kind: str, directory: Path, **options: bool) -> Dataset:
@@ -92,9 +88,7 @@ def find(kind: str, directory: Path, **options: bool) -> Dataset:
 
 
 def grey(value: int, kind: str = "JPEG") -> bytes:
-    data = io.BytesIO()
-    Image.new("L", (48, 32), value).save(data, kind)
-    return data.getvalue()
+    return file_of(Image.new("L", (48, 32), value), kind)
 
 
 def label_of(kind: str, i: int) -> int:
@@ -106,7 +100,7 @@ def shard(directory: Path) -> Path:
     return next(p for p in sorted(directory.glob("train-00001*")) if p.suffix != ".idx")
 
 
-def record(directory: Path) -> list[int]:
+def bad_record(directory: Path) -> list[int]:
     """Offset and size of the bad record."""
     return [int(n) for n in index_path(shard(directory)).read_text().splitlines()[BAD - IMAGES // 2].split()]
 
@@ -122,7 +116,7 @@ def shorter(directory: Path, _: str, *, index: bool) -> None:
 def changed(directory: Path, _: str, *, label: bool) -> None:
     """The bad record's last byte, its label, from 2 to 1; or its first, the number of a field."""
     data = bytearray(shard(directory).read_bytes())
-    start, size = record(directory)
+    start, size = bad_record(directory)
     data[start + size - 5 if label else start + 12] ^= 3
     shard(directory).write_bytes(data)
 
@@ -155,11 +149,11 @@ def deleted(directory: Path, kind: str) -> None:
 CASES = [
     Case("A JPEG cut in the middle", image=lambda: jpeg(BAD)[: len(jpeg(BAD)) // 2]),
     Case("An image without bytes", image=lambda: b""),
-    Case("Something that is no image", image=lambda: b"<html>404 Not Found</html>"),
+    Case("Something that is not an image", image=lambda: b"<html>404 Not Found</html>"),
     Case("A GIF under the name of a JPEG", image=lambda: grey(9, "GIF")),
     Case("An image of 30 000 x 30 000 pixels", image=bomb),
     Case("A label outside the classes", label=3, kinds=("records", "tars")),
-    Case("A label that is no number", label="cat", kinds=("tars",)),
+    Case("A label that is not a number", label="cat", kinds=("tars",)),
     Case("A file cut short, without an index", damage=partial(shorter, index=False), kinds=("records", "tars")),
     Case("A file that is shorter than its index", damage=partial(shorter, index=True), kinds=("records", "tars")),
     Case("A record with another label than was written", damage=partial(changed, label=True), kinds=("records",)),
@@ -299,7 +293,7 @@ def test_what_is_left_out_is_the_bad_alone(tmp_path, kind, backend):
     write(kind, tmp_path / "data", good | {0: b"", BAD: jpeg(BAD)[:300]}, {})
     dataset, left_out = check_data(find(kind, tmp_path / "data", lenient=True), "train", "none", True, ALONE, 1)
     assert len(left_out) == 2
-    assert dataset.images("train") == 10
+    assert dataset.count("train") == 10
     data = open_training(
         dataset,
         backend,
@@ -351,7 +345,7 @@ def test_a_search_whose_process_is_killed(tmp_path, monkeypatch):
     write("folders", tmp_path / "data", {}, {})
     monkeypatch.setattr("nvcnn.check_data.PIECE", 2)
     monkeypatch.setattr("nvcnn.check_data.bad_samples", lambda *_, images: os._exit(9))
-    with pytest.raises(InputError, match="a worker process was killed, perhaps for want of memory: give"):
+    with pytest.raises(InputError, match="a worker process was killed, perhaps for lack of memory: give"):
         search(find("folders", tmp_path / "data"), "train", range(IMAGES), True, 2, quiet=True)
 
 
@@ -385,7 +379,7 @@ def test_ranks_share_the_search_and_agree(tmp_path):
             return [[(6, "of rank 0")], value, []]
 
     found, left_out = check_data(dataset, "train", "none", True, Three(Launch()), 1)
-    assert found.images("train") == 8
+    assert found.count("train") == 8
     assert left_out[1] == "of rank 0"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nvcnn import checkpoint
-from nvcnn.errors import InputError
+from nvcnn.program import InputError
 
 
 def write(directory, step, keep=3):

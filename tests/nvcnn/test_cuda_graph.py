@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.trace import META, call_of, meta_step
 from nvcnn import checkpoint, metrics
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
-from nvcnn.data import Batch, prepare_input
-from nvcnn.distributed import Launch, Torch, Transport, connect
-from nvcnn.errors import InputError
+from nvcnn.data.batch import Batch, prepare_input
+from nvcnn.distributed import Torch, Transport, connect
 from nvcnn.models import MODELS
 from nvcnn.plan import describe, plan
+from nvcnn.program import InputError, Launch
 from nvcnn.settings import Settings
 from nvcnn.step import Step
 from nvcnn.train import Run

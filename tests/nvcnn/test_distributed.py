@@ -1,4 +1,4 @@
-"""Who started us, and what is refused. What needs several ranks is in tests/test_end_to_end.py."""
+"""What is refused, votes, and a single rank. What needs several ranks is in tests/end_to_end."""
 
 import os
 import socket
@@ -8,38 +8,13 @@ import sys
 import pytest
 import torch
 
-from nvcnn.distributed import Launch, Transport, Vote, agree, launched
-from nvcnn.errors import InputError
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, Launch()),
-        (
-            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
-            Launch(4, 3, 1, "Open MPI", "OMPI_COMM_WORLD_SIZE=4"),
-        ),
-        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, Launch(2, 1, 0, "MPICH or Intel MPI", "PMI_SIZE=2")),
-        (
-            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "5"},
-            Launch(8, 5, 5, "torchrun", "WORLD_SIZE=8"),
-        ),
-        (
-            {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"},
-            Launch(16, 9, 1, "srun", "SLURM_NTASKS=16"),
-        ),
-        ({"WORLD_SIZE": "2", "RANK": "1"}, Launch(2, 1, 0, "the environment", "WORLD_SIZE=2")),
-        ({"SLURM_NTASKS": "16"}, Launch()),  # sbatch without srun is one process
-    ],
-)
-def test_launchers(environment, expected):
-    assert launched(environment) == expected
+from nvcnn.distributed import Transport, Vote, agree
+from nvcnn.program import InputError, Launch
 
 
 def test_an_mpiexec_of_another_library_is_refused():
     with pytest.raises(InputError, match=r"MPICH .* 2 ranks \(PMI_SIZE=2\), but Open MPI v5, sees 1"):
-        agree(launched({"PMI_SIZE": "2", "PMI_RANK": "1"}), 1, "Open MPI v5")
+        agree(Launch(2, 1, 0, "MPICH or Intel MPI", "PMI_SIZE=2"), 1, "Open MPI v5")
 
 
 def test_a_vote_is_known_one_step_later():
@@ -63,7 +38,8 @@ CLOSES = """
 from pathlib import Path
 
 import torch
-from nvcnn.distributed import Launch, Torch
+from nvcnn.distributed import Torch
+from nvcnn.program import Launch
 
 transport = Torch(Launch(1, 0, 0, "torchrun", "WORLD_SIZE=1"))
 import torch._dynamo  # as training has it: imports functions whose default argument is the group of that moment

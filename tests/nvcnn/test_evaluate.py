@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from nvcnn.data import Batch
-from nvcnn.distributed import Launch, Transport
-from nvcnn.errors import InputError
+from nvcnn.data.batch import Batch
+from nvcnn.distributed import Transport
 from nvcnn.evaluate import Evaluation, accuracy, count_hits, lines, summed
+from nvcnn.program import InputError, Launch
 
 
 class Fixed(nn.Module):

@@ -13,10 +13,11 @@ from triton.runtime.errors import OutOfResources
 import kernels
 from kernels.implementation import INTERPRETED
 from nvcnn import checkpoint, kernel_choices, timing
-from nvcnn.distributed import Launch, Transport
-from nvcnn.errors import InputError
-from nvcnn.kernel_choices import CANDIDATES, Place, cache_file, choose, exact, measure, places, sample, show, use
+from nvcnn.distributed import Transport
+from nvcnn.kernel_choices import CANDIDATES, cache_file, candidates, choose, exact, measure, sample, show, use
+from nvcnn.meta import Place, places
 from nvcnn.models import build_model
+from nvcnn.program import InputError, Launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TRITON_IS_FASTER = {"triton": 10.0, "triton-materialized": 12.0, "cudnn": 20.0}
@@ -53,52 +54,16 @@ def choices(stored=None, transport=None, asked="auto", device=GPU, lines=None):
     return choose(asked, convolutions, device, transport or Transport(Launch()), stored, say)
 
 
-def test_the_places_of_a_resnet50():
-    model = resnet()
-    found = places(model, 256, 224, torch.float16)
-    assert list(found) == [name for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)]
-    assert len(found) == 53
-    assert len(set(found.values())) == 28
-    stem, strided, joined = found["conv1"], found["layer2.0.conv2"], found["layer3.1.conv1"]
-    assert str(stem) == (
-        "x 256x3x224x224 weight 64x3x7x7 stride 2x2 padding 3x3 groups 1 float16 activation, without its gradient"
-    )
-    assert str(strided) == "x 256x128x56x56 weight 128x128x3x3 stride 2x2 padding 1x1 groups 1 float16 raw"
-    assert joined.reads == "join of two"  # behind the block whose skip connection is a convolution
-    assert found["layer3.2.conv1"].reads == "join"
-    assert found["layer3.0.downsample.0"].reads == "activation"
-    assert {m.algorithm for m in model.modules() if isinstance(m, torch.nn.Conv2d)} == {"torch"}  # as it was
-    padded = places(model, 256, 224, torch.float16, channels=4)
-    assert list(padded) == list(found)
-    assert padded["conv1"].weight == (64, 4, 7, 7)
-
-
-def test_the_places_of_an_evaluation():
-    model = resnet().eval()
-    found = places(model, 64, 224, torch.float16, channels=4)
-    assert len(found) == 53
-    assert str(found["conv1"]) == (
-        "x 64x4x224x224 weight 64x4x7x7 stride 2x2 padding 3x3 groups 1 float16 activation, folded"
-    )
-    assert {place.folded for name, place in found.items() if name.endswith("conv3")} == {"folded, adding"}
-    assert {place.folded for name, place in found.items() if not name.endswith("conv3")} == {"folded"}
-    assert not any(place.gradient for place in found.values())
-
-
 @pytest.mark.parametrize("folded", ["folded", "folded, adding"])
 def test_the_candidates_of_an_evaluation_s_place_compute_the_same(folded):
     place = Place((2, 8, 5, 5), (6, 8, 3, 3), (2, 2), (1, 1), 1, torch.float32, "activation", False, folded)
-    assert place.candidates == ("triton", "cudnn")
+    assert candidates(place) == ("triton", "cudnn")
     one = sample(place, CPU)
     with torch.no_grad():
-        results = [one.results(algorithm) for algorithm in place.candidates]
+        results = [one.results(algorithm) for algorithm in candidates(place)]
     assert results[0].keys() == {"z"}
     assert results[0]["z"].shape == place.y == (2, 6, 3, 3)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_without_blocks_has_no_places():
-    assert places(build_model("lenet", num_classes=10, seed=1), 2, 28, torch.float32) == {}
 
 
 @pytest.mark.parametrize("reads", ["activation", "raw", "join", "join of two"])
@@ -107,7 +72,7 @@ def test_the_candidates_of_a_place_compute_the_same(reads, gradient):
     """What is timed is the whole of a place: every gradient, in float32 through the references."""
     place = Place((2, 8, 5, 5), (6, 8, 1, 1), *ONE, torch.float32, reads, gradient)
     one = sample(place, CPU)
-    results = [one.results(algorithm) for algorithm in place.candidates]
+    results = [one.results(algorithm) for algorithm in candidates(place)]
     read = {"activation": "x", "raw": "x x_norm", "join": "x x_norm b", "join of two": "x x_norm b b_norm"}
     gradients = {"weight", "gamma", "beta"} | (set(read[reads].split()) if gradient else set())
     joined = {"z"} if "join" in reads else set()

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nvcnn import metrics
-from nvcnn.metrics import Metrics, Throughput
+from nvcnn.metrics import Metrics, Throughput, Timer
 
 
 @pytest.fixture
@@ -33,9 +33,19 @@ def test_throughput_leaves_the_burn_in_out(clock):
 
 def test_time_for_a_checkpoint_is_left_out(clock):
     throughput = Throughput(images_per_step=10)
-    clock[0] += 5
-    throughput.leave_out(4)
+    clock[0] += 1
+    with throughput.left_out():
+        clock[0] += 4
     assert throughput.lap(1) == pytest.approx(10)
+
+
+def test_a_timer_starts_anew_when_it_is_over(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    timer, found = Timer(10), []
+    for now[0] in (5, 11, 20, 22):
+        found.append(timer.over())
+    assert found == [False, True, False, True]
 
 
 VALUES = {"loss": 1.0, "learning_rate": 0.1, "loss_scale": 1.0, "images_per_second": 1000.0, "skipped": 0}

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from nvcnn.data import find_dataset
-from nvcnn.errors import InputError
+from nvcnn.data.dataset import find_dataset
 from nvcnn.plan import dry_run, plan
+from nvcnn.program import InputError
 from nvcnn.settings import Settings
 
 

@@ -1,13 +1,13 @@
 """Flags: the original's names and defaults, frozen; and every bad value with its own line."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 
-from nvcnn.errors import InputError
-from nvcnn.models.fused import ALGORITHMS
-from nvcnn.settings import Settings, as_json, differences, parse
+from nvcnn.models import ALGORITHMS
+from nvcnn.program import InputError
+from nvcnn.settings import Evaluation, Settings, as_json, differences, parse
 
 ORIGINAL = {
     "data_dir": None,
@@ -51,12 +51,35 @@ NEWER = {
 
 
 def test_names_and_defaults_are_frozen():
-    settings = parse(["--model=lenet"])
+    settings = parse(Settings, ["--model=lenet"])
     assert {f.name: getattr(settings, f.name) for f in fields(Settings)} == {"model": "lenet"} | ORIGINAL | NEWER
 
 
-def test_the_algorithms_of_convolutions_have_a_flag():
-    (conv,) = (f.metadata["choices"] for f in fields(Settings) if f.name == "conv")
+def test_names_and_defaults_of_an_evaluation_are_frozen():
+    asked = parse(Evaluation, ["--data_dir=d", "--log_dir=l"])
+    assert asdict(asked) == {
+        "data_dir": "d",
+        "log_dir": "l",
+        "checkpoint": None,
+        "model": None,
+        "batch_size": 64,
+        "conv": "auto",
+        "json": False,
+        "transport": "horovod",
+        "data_backend": None,
+        "skip_bad_images": False,
+    }
+
+
+def test_eval_is_the_evaluation_of_the_same_flags():
+    flags = "--data_dir=d --log_dir=l -m lenet -b 3 --conv=torch --transport=torch --data_backend=torch"
+    flags = [*flags.split(), "--skip_bad_images"]
+    assert parse(Settings, [*flags, "--eval", "--seed=7"]).evaluation() == parse(Evaluation, flags)
+
+
+@pytest.mark.parametrize("program", [Settings, Evaluation])
+def test_the_algorithms_of_convolutions_have_a_flag(program):
+    (conv,) = (f.metadata["choices"] for f in fields(program) if f.name == "conv")
     assert set(conv) == {"auto", *ALGORITHMS}
 
 
@@ -66,19 +89,21 @@ def test_the_originals_command():
         "--loss_scale=128 --log_dir=./checkpoint-dir --save_interval=3600 --num_epochs=90 --display_every=100 "
         "--learning_rate=2.0"
     )
-    s = parse(command.split())
+    s = parse(Settings, command.split())
     assert (s.model, s.batch_size, s.fp16, s.larc_eta, s.loss_scale) == ("resnet50", 256, True, 0.003, 128.0)
     assert (s.save_interval, s.num_epochs, s.display_every, s.learning_rate) == (3600, 90, 100, 2.0)
 
 
 def test_short_and_negative_forms():
-    s = parse(["-m", "lenet", "-b", "7", "--fp16", "--nofp16", "--noeval"])
+    s = parse(Settings, ["-m", "lenet", "-b", "7", "--fp16", "--nofp16", "--noeval"])
     assert (s.model, s.batch_size, s.fp16, s.eval) == ("lenet", 7, False, False)
 
 
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
+        ("--model=resnet51", "--model=resnet51"),
+        ("--resnet_v1", "--resnet_v1"),
         ("--num_epoch=3", "--num_epoch"),  # unknown, not an abbreviation
         ("--batch_size=0", "--batch_size=0"),
         ("--batch_size=x", "--batch_size"),
@@ -115,24 +140,24 @@ def test_short_and_negative_forms():
 )
 def test_bad_flags_are_named_in_one_line(arguments, names):
     with pytest.raises(InputError) as error:
-        parse(["--model=lenet", *arguments.split()])
+        parse(Settings, ["--model=lenet", *arguments.split()])
     assert names in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_model_is_required():
     with pytest.raises(InputError, match="--model"):
-        parse([])
+        parse(Settings, [])
 
 
 def test_what_a_resumed_run_may_change():
-    one = parse(["--model=lenet", "--crop_area=0.5,1"])
+    one = parse(Settings, ["--model=lenet", "--crop_area=0.5,1"])
     stored = json.loads(json.dumps(as_json(one)))
     free = ["--display_every=7", "--save_interval=1", "--summary_interval=1", "--keep=9", "--data_dir=d", "--log_dir=e"]
     free.append("--log_tensors")
     assert differences(one, stored) == []
-    assert differences(parse(["--model=lenet", "--crop_area=0.5,1", *free]), stored) == []
-    other = parse(["--model=trivial", "--crop_area=0.6,1", "--momentum_dtype=bf16"])
+    assert differences(parse(Settings, ["--model=lenet", "--crop_area=0.5,1", *free]), stored) == []
+    other = parse(Settings, ["--model=trivial", "--crop_area=0.6,1", "--momentum_dtype=bf16"])
     assert differences(other, stored) == [
         "--model: there lenet, here trivial",
         "--momentum_dtype: there fp32, here bf16",

@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from nvcnn.data import Batch
-from nvcnn.distributed import Launch, Transport
-from nvcnn.kernel_choices import places, use
+from nvcnn.data.batch import Batch
+from nvcnn.distributed import Transport
+from nvcnn.kernel_choices import use
+from nvcnn.meta import places
 from nvcnn.models.fused import activation, conv_bn
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 from nvcnn.models.resnet import Bottleneck
-from nvcnn.schedule import poly
+from nvcnn.optimizer.schedule import poly
+from nvcnn.program import Launch
 from nvcnn.step import Step
 
 SIZE, CLASSES = 8, 10

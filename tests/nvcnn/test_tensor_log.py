@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from nvcnn import metrics
-from nvcnn.metrics import Metrics
-from nvcnn.tensor_log import TensorLog
-from tests.nvcnn.test_larc import Training, batch
+from nvcnn.metrics import Metrics, TensorLog
+from tests.nvcnn.optimizer.test_larc import Training, batch
 
 ETA = 0.003
 

@@ -1,89 +1,12 @@
 """Small data sets, written by our own writer; each image has a label of its own, by which batches are recognised."""
 
-import io
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from nvcnn.data.dataset import Dataset, find_dataset
-from nvcnn.data.tfrecord import encode_example
-from tests.nvcnn.data.preparing import contents, run
-from tests.raw_imagenet import Raw, make, unpack
-from tests.records import write_shard
-
-IMAGES = 61  # a prime: no number of ranks or batch size divides it
-
-
-def picture(i: int, kind: str = "PNG", mode: str = "L", size: tuple[int, int] = (28, 28)) -> bytes:
-    """A smooth picture, so that JPEG keeps it nearly as it was."""
-    small = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    data = io.BytesIO()
-    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode).save(data, kind)
-    return data.getvalue()
-
-
-def write_split(
-    directory: Path,
-    split: str,
-    images: int = IMAGES,
-    shards: int = 3,
-    encoded: Callable[[int], bytes] = picture,
-    label: Callable[[int], int] = lambda i: i + 1,
-) -> list[Path]:
-    directory.mkdir(exist_ok=True)
-    paths = [directory / f"{split}-{s:05d}-of-{shards:05d}" for s in range(shards)]
-    for s, path in enumerate(paths):
-        part = range(images * s // shards, images * (s + 1) // shards)
-        write_shard(
-            path,
-            (encode_example({"image/encoded": [encoded(i)], "image/class/label": [label(i)]}) for i in part),
-        )
-    return paths
-
-
-def write_tars(
-    directory: Path,
-    split: str,
-    images: int = IMAGES,
-    shards: int = 3,
-    encoded: Callable[[int], bytes] = picture,
-    label: Callable[[int], object] = lambda i: i + 1,
-    suffix: str = "png",
-) -> list[Path]:
-    """WebDataset tars with a member more than is wanted in each sample."""
-    directory.mkdir(exist_ok=True)
-    paths = [directory / f"{split}-{s:05d}.tar" for s in range(shards)]
-    for s, path in enumerate(paths):
-        with tarfile.open(path, "w") as tar:
-            for i in range(images * s // shards, images * (s + 1) // shards):
-                for kind, data in ((suffix, encoded(i)), ("json", b"{}"), ("cls", str(label(i)).encode())):
-                    member = tarfile.TarInfo(f"folder.x/{i:06d}.{kind}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-    return paths
-
-
-def write_folders(
-    directory: Path,
-    split: str,
-    images: int = IMAGES,
-    encoded: Callable[[int], bytes] = picture,
-    label: Callable[[int], int] = lambda i: i,
-    suffix: str = "png",
-) -> list[Path]:
-    """A folder for each label."""
-    paths = [directory / split / f"n{label(i):05d}" / f"image {i}.{suffix}" for i in range(images)]
-    for i, path in enumerate(paths):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(i))
-    return paths
-
-
-WRITERS = {"records": write_split, "tars": write_tars, "folders": write_folders}
+from tests.samples import IMAGES, WRITERS, picture, write_split
 
 
 @pytest.fixture(scope="session")
@@ -122,39 +45,3 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         write_split(directory, split)
     find_dataset(directory, num_classes=IMAGES, label_base=None, split="validation")
     return find_dataset(directory, num_classes=IMAGES, label_base=None, split="train")
-
-
-# What prepare.py makes of class folders
-
-
-@pytest.fixture(scope="session")
-def raw(tmp_path_factory) -> Raw:
-    return make(tmp_path_factory.mktemp("raw"), per_class=30)
-
-
-@pytest.fixture(scope="session")
-def folders(raw, tmp_path_factory) -> tuple[Path, Path]:
-    return unpack(raw, tmp_path_factory.mktemp("folders"))
-
-
-@pytest.fixture(scope="session")
-def prepared(folders, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "out"
-    run(folders, out)
-    return out
-
-
-@pytest.fixture
-def copy(prepared, tmp_path) -> Path:
-    out = tmp_path / "copy"
-    out.mkdir()
-    for name, data in contents(prepared).items():
-        (out / name).write_bytes(data)
-    return out
-
-
-@pytest.fixture(scope="session")
-def tars(folders, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("tars") / "out"
-    run(folders, out, 2, file_format="webdataset")
-    return out

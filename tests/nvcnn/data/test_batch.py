@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvcnn.data import SyntheticData, prepare_input
-from nvcnn.errors import InputError
+from nvcnn.data.batch import prepare_input
+from nvcnn.data.synthetic import SyntheticData
+from nvcnn.program import InputError
 
 EPSILON = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative error of one rounding
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)
@@ -91,12 +92,14 @@ import sys
 for name in ("nvidia", "google_crc32c", "numpy", "PIL", "tqdm"):
     sys.modules[name] = None
 import torch
-import nvcnn.data
-data = nvcnn.data.SyntheticData(
+import nvcnn.data.backend
+from nvcnn.data.batch import prepare_input
+from nvcnn.data.synthetic import SyntheticData
+data = SyntheticData(
     batch_size=2, image_size=4, num_classes=3, images=4, seed=1, device=torch.device("cpu")
 )
 batch = next(data)
-print(nvcnn.data.prepare_input(batch.images, batch.flip, dtype=torch.float32, normalize="imagenet").shape)
+print(prepare_input(batch.images, batch.flip, dtype=torch.float32, normalize="imagenet").shape)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the interpreter needs numpy
     command = [sys.executable, "-W", "ignore", "-c", code]

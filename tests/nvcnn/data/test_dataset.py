@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from nvcnn.data.dataset import find_dataset
-from nvcnn.data.tfrecord import encode_example, index_path
-from nvcnn.errors import InputError
-from tests.records import write_shard
+from nvcnn.data.shard_source import index_path
+from nvcnn.data.tfrecord import encode_example
+from nvcnn.program import InputError
+from tests.samples import write_shard
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ def declare(directory, **values):
 
 def test_finds_shards_and_images(directory):
     found = find(directory)
-    assert [p.name for p in found.shards("train")] == [f"train-{i:05d}-of-00003" for i in range(3)]
-    assert found.images("train") == found.images("validation") == 61
+    assert [p.name for p in found.source("train").shards] == [f"train-{i:05d}-of-00003" for i in range(3)]
+    assert found.count("train") == found.count("validation") == 61
     assert (found.num_classes, found.label_base, found.class_names) == (61, 1, None)
 
 
@@ -120,7 +121,7 @@ def test_a_missing_index_that_cannot_be_written(directory, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("nvcnn.data.records.write_index", refuse)  # root may write everywhere
+    monkeypatch.setattr("nvcnn.data.shard_source.atomic_writer", refuse)  # root may write everywhere
     with pytest.raises(InputError, match=r"idx: is missing and cannot be written \(Permission denied\)"):
         find(directory)
 

@@ -11,18 +11,18 @@ from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from nvcnn.data import find_dataset, open_evaluation, open_training
+from nvcnn.data.backend import open_evaluation, open_training
 from nvcnn.data.class_folders import SUFFIXES
-from nvcnn.data.pillow import random_crop
+from nvcnn.data.crops import random_crop
+from nvcnn.data.dataset import find_dataset
+from tests.samples import file_of
 
 CPU = torch.device("cpu")
 backends = pytest.mark.parametrize("backend", ["dali_cpu", "torch"])
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
+    return file_of(image, kind, **options)
 
 
 def data_of(write, directory, pictures: list[bytes], split: str = "train"):

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvcnn.data import tfrecord
-from nvcnn.errors import InputError
-from tests.records import write_shard
+from nvcnn.data.records import Records
+from nvcnn.data.shard_source import index_path
+from nvcnn.program import InputError
+from tests.samples import write_shard
 
 values = st.one_of(
     st.lists(st.binary(max_size=300), max_size=4),
@@ -91,7 +93,7 @@ RECORDS = [b"", b"one", bytes(range(256)) * 300]
 def test_records_come_back_and_the_index_tells_where_they_are(tmp_path):
     shard = write(tmp_path / "shard", RECORDS)
     assert list(tfrecord.read_records(shard)) == RECORDS
-    assert tfrecord.index_path(shard).read_text() == f"0 16\n16 19\n35 {256 * 300 + 16}\n"
+    assert index_path(shard).read_text() == f"0 16\n16 19\n35 {256 * 300 + 16}\n"
     assert list(tfrecord.scan(shard)) == [(0, 16), (16, 19), (35, 256 * 300 + 16)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["shard", "shard.idx"]
 
@@ -140,12 +142,12 @@ def test_a_failed_writer_leaves_nothing(tmp_path):
 
 
 def build(shard):
-    tfrecord.write_index(shard, tfrecord.scan(shard))
+    Records.build_index(shard)
 
 
 def test_several_processes_build_one_index(tmp_path):
     shard = write(tmp_path / "shard", [bytes(i) for i in range(1000)])
-    index = tfrecord.index_path(shard)
+    index = index_path(shard)
     expected = index.read_text()
     index.unlink()
     with ProcessPoolExecutor(4) as pool:

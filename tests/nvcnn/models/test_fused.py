@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.implementation import INTERPRETED
-from nvcnn.memory import activation_bytes
-from nvcnn.models import build_model
+from nvcnn.meta import activation_bytes
+from nvcnn.models import ALGORITHMS, build_model
 from nvcnn.models.fused import (
-    ALGORITHMS,
     LIBRARY,
     MATERIALIZED,
     PendingAdd,

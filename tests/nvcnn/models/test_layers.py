@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvcnn.errors import InputError
 from nvcnn.models.layers import (
     BatchNorm2d,
     Classifier,
@@ -15,6 +14,7 @@ from nvcnn.models.layers import (
     check_size,
     flatten,
 )
+from nvcnn.program import InputError
 
 half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 

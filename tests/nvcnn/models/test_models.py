@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nvcnn.errors import InputError
 from nvcnn.models import MODELS, build_model
 from nvcnn.models.layers import cast_matrices
+from nvcnn.program import InputError
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 

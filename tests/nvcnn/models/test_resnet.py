@@ -9,8 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from nvcnn.models import build_model, resnet
-from nvcnn.models.fused import ALGORITHMS
+from nvcnn.models import ALGORITHMS, build_model, resnet
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import ResNet
 
@@ -101,7 +100,7 @@ def test_computes_what_torchvision_computes(name, training, algorithm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
 def test_rounds_no_more_than_torchvision(block, dtype, algorithm):
-    """Four blocks in `dtype`, with fp32 norm, against torchvision's all in `dtype`; both against float64."""
+    """Four blocks in `dtype`, with fp32 vectors, against torchvision's all in `dtype`; both against float64."""
     norm = partial(nn.BatchNorm2d, eps=1e-4)
     torch.manual_seed(0)
     theirs = torchvision.models.ResNet(getattr(torchvision.models.resnet, block), [1] * 4, norm_layer=norm).to(dtype)

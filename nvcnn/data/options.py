@@ -1,0 +1,27 @@
+"""What a reader must know to make batches, whichever backend it uses."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderOptions:
+    batch_size: int  # of each rank
+    image_size: int  # pixels of a side
+    rank: int
+    ranks: int
+    device: torch.device  # where the batches are
+    threads: int  # or worker processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(ReaderOptions):
+    crop_area: tuple[float, float]  # range of a crop's share of the image's area
+    crop_aspect: tuple[float, float]  # range of its width / height
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(ReaderOptions):
+    crop: float  # share of height and width, in the middle of the image

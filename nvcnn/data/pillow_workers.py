@@ -1,0 +1,178 @@
+"""Makes uint8 batches of samples with Pillow, in the worker processes of torch.utils.data.DataLoader.
+
+This is for machines without a build of DALI: the same samples, crops of the same distribution, epochs by the same rule.
+What a sample looks like in an epoch depends only on the seed, the epoch and its number. So batches are the same for any
+number of workers, and those of a resumed run are those of an undisturbed one.
+"""
+
+import atexit
+import random
+import signal
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nvcnn.data import pillow
+from nvcnn.data.batch import Batch
+from nvcnn.data.crops import middle, pixels, random_crop
+from nvcnn.data.dataset import Dataset
+from nvcnn.data.epochs import check_position, derived_seed, share
+from nvcnn.data.options import EvaluationOptions, ReaderOptions, TrainingOptions
+from nvcnn.data.pillow import REPLACE, undecodable
+from nvcnn.data.resize import resize
+from nvcnn.program import InputError
+
+Key = tuple[int, int]  # epoch, sample
+QUEUED = 2  # batches a worker has ready
+
+
+def ignore_signals(_: int) -> None:
+    """Lets a worker go on after a signal to stop, which reaches the whole group: the rank saves and then ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Samples:
+    """What a worker does: it makes the batch of a list of keys, or the message why a sample of it cannot be used."""
+
+    def __init__(self, dataset: Dataset, split: str, options: ReaderOptions):
+        pillow.require_pillow()
+        self.dataset, self.source, self.options = dataset, dataset.source(split), options
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample(self, epoch: int, i: int) -> tuple[Tensor, int, bool]:
+        """Returns image, label and whether to mirror the image."""
+        data, label = self.source.read(i)
+        number, options = self.dataset.zero_based(label, self.source.name(i)), self.options
+        try:
+            image = pillow.decode(data)
+        except ValueError as error:
+            raise InputError(undecodable(self.source.name(i), str(error)) + REPLACE) from None
+        if isinstance(options, EvaluationOptions):
+            return middle(image, options.image_size, options.crop), number, False
+        assert isinstance(options, TrainingOptions)
+        generator = random.Random(derived_seed(options.seed, "crop", epoch, i))
+        box = random_crop(*image.size, options.crop_area, options.crop_aspect, generator)
+        out = torch.empty(options.image_size, options.image_size, 3, dtype=torch.uint8)
+        resize(pixels(image.crop(box)), out)
+        return out, number, generator.random() < 0.5
+
+    def __getitems__(self, keys: list[Key]) -> Batch | str:
+        pillow.require_pillow()  # a worker of its own
+        try:
+            images, labels, flips = zip(*(self.sample(*key) for key in keys), strict=True)
+        except InputError as error:
+            return str(error)
+        return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(flips))
+
+
+def loaded(samples: Samples, keys: Iterable[list[Key]]) -> Generator[Batch]:
+    """Yields the batches of lists of keys, in that order. Raises InputError for the first that cannot be made."""
+    device = samples.options.device
+    loader: DataLoader = DataLoader(
+        samples,  # type: ignore[arg-type]
+        batch_sampler=keys,
+        num_workers=samples.options.threads,
+        multiprocessing_context="fork",  # to share the table of samples; from Python 3.14 on not the default
+        collate_fn=lambda batch: batch,
+        persistent_workers=True,
+        prefetch_factor=QUEUED,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+    )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise InputError(batch)
+        yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+class Loader:
+    """Iterates over `loaded`, whose workers end when this is closed or dropped, or when the program ends.
+
+    Otherwise the program would end them by a signal that they ignore, and wait for them.
+    """
+
+    def __init__(self, samples: Samples, keys: Iterable[list[Key]]):
+        self.batches = loaded(samples, keys)
+        atexit.register(self.batches.close)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self.batches)
+
+    def close(self) -> None:
+        atexit.unregister(self.batches.close)
+        self.batches.close()
+
+    __del__ = close
+
+
+class Order:
+    """Yields without end the lists of keys of this rank's batches, from a position on.
+
+    Batch b of all ranks together is the same piece of the epoch's permutation for any number of ranks.
+    """
+
+    def __init__(self, images: int, steps: int, options: TrainingOptions, start: Key):
+        self.images, self.steps, self.options, self.start = images, steps, options, start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        (epoch, batch), options = self.start, self.options
+        while True:
+            generator = torch.Generator().manual_seed(derived_seed(options.seed, "order", epoch))
+            order = torch.randperm(self.images, generator=generator)
+            for b in range(batch, self.steps):
+                first = (b * options.ranks + options.rank) * options.batch_size
+                yield [(epoch, i) for i in order[first : first + options.batch_size].tolist()]
+            epoch, batch = epoch + 1, 0
+
+
+class WorkerTrainingData:
+    """Has the interface and keeps the contract of `dali.TrainingData`."""
+
+    def __init__(self, dataset: Dataset, options: TrainingOptions, state: dict[str, Any] | None = None) -> None:
+        samples = Samples(dataset, "train", options)
+        self.images = len(samples)
+        self.steps_per_epoch = check_position(dataset, options, state, "torch")
+        self.epoch: int = state["epoch"] if state else 0
+        self.batch: int = state["batch"] if state else 0
+        order = Order(self.images, self.steps_per_epoch, options, (self.epoch, self.batch))
+        self.loader = Loader(samples, order)
+
+    def __iter__(self) -> "WorkerTrainingData":
+        return self
+
+    def __next__(self) -> Batch:
+        if self.batch == self.steps_per_epoch:
+            self.epoch, self.batch = self.epoch + 1, 0
+        batch = next(self.loader)
+        self.batch += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"backend": "torch", "images": self.images, "epoch": self.epoch, "batch": self.batch}
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.loader.close()
+
+
+class WorkerEvaluationData:
+    """Has the interface and keeps the contract of `dali.EvaluationData`."""
+
+    def __init__(self, dataset: Dataset, options: EvaluationOptions) -> None:
+        samples, size = Samples(dataset, "validation", options), options.batch_size
+        mine = share(len(samples), options.rank, options.ranks)
+        self.images = len(mine)
+        batches = [[(0, i) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
+        self.open = lambda: Loader(samples, batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.open() if self.images else iter(())

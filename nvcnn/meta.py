@@ -1,0 +1,145 @@
+"""A model run on tensors without memory: the order of its gradients, the places of its convolutions, bytes it keeps.
+
+Nothing is computed, and the model is left alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from nvcnn.models.layers import Conv2d
+
+
+def on_meta(
+    model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns the model's state as it would be in `dtype`, and a batch of images, both without memory.
+
+    They are for `functional_call`.
+    """
+
+    def meta(t: Tensor) -> Tensor:
+        like = torch.empty_like(t, device="meta", dtype=dtype if t.dim() >= 2 else t.dtype)
+        return like.requires_grad_(t.requires_grad)
+
+    state = {name: meta(t.detach()) for name, t in model.named_buffers()}
+    state |= {name: meta(t) for name, t in model.named_parameters()}
+    images = torch.empty(batch_size, channels, image_size, image_size, dtype=dtype, device="meta")
+    return state, images.to(memory_format=torch.channels_last)
+
+
+def gradient_order(model: nn.Module, image_size: int) -> list[str]:
+    """Returns the names of the parameters in the order in which backward finishes their gradients.
+
+    The model must be in training mode.
+    """
+    state, images = on_meta(model, 2, image_size, torch.float32)
+    order: list[str] = []
+    for name, tensor in state.items():
+        if tensor.requires_grad:
+            tensor.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    functional_call(model, state, images).sum().backward()
+    return order
+
+
+def activation_bytes(model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype) -> int:
+    """Returns the bytes that autograd keeps from forward for backward, images included, parameters not.
+
+    The weights count as if they were in `dtype`. This is an estimate from below: the gradients that backward holds at a
+    time, cuDNN's workspaces and the allocator's rounding come on top.
+    """
+    state, images = on_meta(model, batch_size, image_size, dtype)
+    saved: dict[int, torch.UntypedStorage] = {}  # by identity; held, so that no identity is given out twice
+
+    def pack(t: Tensor) -> Tensor:
+        saved[id(t.untyped_storage())] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        functional_call(model, state, images)
+    for t in state.values():
+        saved.pop(id(t.untyped_storage()), None)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+class Place(NamedTuple):
+    """A convolution as a training step, or an evaluation, meets it: two with equal places take the same time."""
+
+    x: tuple[int, int, int, int]  # N, C, H, W
+    weight: tuple[int, int, int, int]  # K, C / groups, R, S
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+    dtype: torch.dtype
+    reads: str  # an activation, a raw tensor, or a join of a raw tensor with an activation or with another
+    gradient: bool  # x has one
+    folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
+
+    @property
+    def y(self) -> tuple[int, int, int, int]:
+        """Returns the shape of the output: N, K, OH, OW."""
+        sizes = zip(self.x[2:], self.padding, self.weight[2:], self.stride, strict=True)
+        oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, padding, taps, stride in sizes)
+        return self.x[0], self.weight[0], oh, ow
+
+    def __str__(self) -> str:
+        sizes = ("x".join(map(str, numbers)) for numbers in (self.x, self.weight, self.stride, self.padding))
+        words = "x {} weight {} stride {} padding {}".format(*sizes)
+        words += f" groups {self.groups} {str(self.dtype).removeprefix('torch.')} {self.reads}"
+        return words + (f", {self.folded}" if self.folded else "" if self.gradient else ", without its gradient")
+
+
+class Places(TorchDispatchMode):
+    """Records the place of each convolution op, by the identity of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Place] = {}
+        self.padded: list[tuple[Tensor, Tensor]] = []  # weights, and what stands for them
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten.constant_pad_nd.default:
+            self.padded.append((args[0], result))
+        if func is kernels.convolution.overload:
+            self.note(*args, **kwargs)
+        return result
+
+    def note(
+        self, x, weight, stride, padding, groups, norm=None, residual=None, residual_norm=None,
+        center=None, scale=None, shift=None, add=None, relu=False,
+    ):  # fmt: skip
+        reads = "raw" if norm is not None else "activation"
+        if residual is not None:
+            reads = "join" if residual_norm is None else "join of two"
+        folded = "" if scale is None else "folded" if add is None else "folded, adding"
+        geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
+        of = next((original for original, padded in self.padded if padded is weight), weight)
+        self.found[id(of)] = Place(*geometry, x.dtype, reads, x.requires_grad, folded)
+
+
+def places(
+    model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3
+) -> dict[str, Place]:
+    """Returns the place of each convolution of a block of `conv_bn`, by its name in the model.
+
+    It is that of a training step, or of an evaluation, as the model's mode is.
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
+    before = [conv.algorithm for conv in convolutions]
+    state, images = on_meta(model, batch_size, image_size, dtype, channels)
+    try:
+        for conv in convolutions:
+            conv.algorithm = "triton"
+        with torch.set_grad_enabled(model.training), Places() as recorded:
+            functional_call(model, state, images)
+    finally:
+        for conv, algorithm in zip(convolutions, before, strict=True):
+            conv.algorithm = algorithm
+    names = {id(tensor): name.removesuffix(".weight") for name, tensor in state.items()}
+    return {names[weight]: place for weight, place in recorded.found.items()}

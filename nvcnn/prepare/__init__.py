@@ -1,0 +1,1 @@
+"""Writes data directories: shards with their indexes, dataset.json and manifest.json."""

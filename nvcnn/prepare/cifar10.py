@@ -1,0 +1,124 @@
+"""CIFAR-10: 50 000 training and 10 000 test images, 32 x 32 RGB, 10 classes.
+
+Krizhevsky 2009; https://www.cs.toronto.edu/~kriz/cifar.html has both archives that are read here. In the Python
+version a batch is a pickled dictionary of b"data" (N, 3072) uint8 and b"labels"; in the binary version a batch is
+records of 1 byte label and 3072 bytes of pixels. Pixels are planar: 1024 red, 1024 green, 1024 blue.
+"""
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from nvcnn.prepare.blueprint import Blueprint, Sample
+from nvcnn.prepare.encode import png
+from nvcnn.program import InputError
+
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
+DIRECTORIES = ("", "cifar-10-batches-py", "cifar-10-batches-bin")
+SHARDS = (8, 2)
+SIDE = 32  # pixels
+PIXELS = 3 * SIDE * SIDE  # bytes of an image
+ARRAYS = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Lets a pickle call only what makes an array, so that a downloaded file cannot run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.split(".")[-1], name) not in ARRAYS or module.split(".")[0] not in ("numpy", "_codecs"):
+            raise pickle.UnpicklingError(f"wants {module}.{name}")
+        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)  # numpy 2 has renamed it
+
+
+def read_batches(source: Path) -> dict[str, bytes]:
+    """Returns the content of each batch by file name. Raises InputError if `source` is unreadable or lacks one."""
+    wanted = {f"{name}{suffix}" for names in BATCHES.values() for name in names for suffix in ("", ".bin")}
+    found: dict[str, bytes] = {}
+    try:
+        if source.is_dir():
+            for directory in DIRECTORIES:
+                found |= {
+                    name: (source / directory / name).read_bytes()
+                    for name in wanted
+                    if (source / directory / name).is_file()
+                }
+        else:
+            with tarfile.open(source) as archive:
+                for member in archive:
+                    name = Path(member.name).name
+                    if name in wanted and (file := archive.extractfile(member)) is not None:
+                        found[name] = file.read()
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise InputError(
+            f"--source={source}: cannot be read ({getattr(error, 'strerror', None) or error}): give CIFAR-10's "
+            "archive, cifar-10-python.tar.gz or cifar-10-binary.tar.gz, or the directory it unpacks to"
+        ) from None
+    for suffix in ("", ".bin"):
+        names = [f"{name}{suffix}" for batches in BATCHES.values() for name in batches]
+        if all(name in found for name in names):
+            return {name: found[name] for name in names}
+    raise InputError(f"--source={source}: holds no data_batch_1 to 5 and test_batch: give CIFAR-10's archive")
+
+
+def parse_batch(name: str, data: bytes) -> list[tuple[bytes, int]]:
+    """Returns planar pixels and label of each image. Raises ValueError, or what pickle raises on damaged data."""
+    if name.endswith(".bin"):
+        if not data or len(data) % (PIXELS + 1):
+            raise ValueError(f"{len(data)} bytes are not images of {PIXELS + 1}")
+        return [(data[at + 1 : at + 1 + PIXELS], data[at]) for at in range(0, len(data), PIXELS + 1)]
+    batch = ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+    pixels, labels = batch[b"data"].tobytes(), batch[b"labels"]
+    if len(pixels) != PIXELS * len(labels):
+        raise ValueError(f"{len(labels)} labels, but {len(pixels)} bytes of pixels")
+    return [(pixels[i * PIXELS : (i + 1) * PIXELS], int(label)) for i, label in enumerate(labels)]
+
+
+def encode(sample: Sample) -> tuple[bytes, bool]:
+    assert isinstance(sample.source, bytes)
+    plane = SIDE * SIDE
+    interleaved = bytearray(PIXELS)
+    for channel in range(3):
+        interleaved[channel::3] = sample.source[channel * plane : (channel + 1) * plane]
+    return png(bytes(interleaved), SIDE, SIDE, channels=3), False
+
+
+def blueprint(
+    source: Path, *, shards: tuple[int, int] = (8, 2), seed: int = 1, file_format: str = "tfrecord"
+) -> Blueprint:
+    """Raises InputError for a `source` that is not CIFAR-10."""
+    batches = read_batches(source)
+    splits = {}
+    for split, stems in BATCHES.items():
+        splits[split] = [
+            Sample(f"{name} image {i}", label, pixels)
+            for name in batches
+            if name.removesuffix(".bin") in stems
+            for i, (pixels, label) in enumerate(checked_batch(source, name, batches[name]))
+        ]
+    return Blueprint(
+        "CIFAR-10",
+        CLASS_NAMES,
+        splits,
+        dict(zip(splits, shards or SHARDS, strict=True)),
+        encode,
+        order=str(seed),
+        file_format=file_format,
+        flags={"seed": seed},
+    )
+
+
+def checked_batch(source: Path, name: str, data: bytes) -> list[tuple[bytes, int]]:
+    try:
+        batch = parse_batch(name, data)
+    except Exception as error:  # damaged pickles raise whatever they stumble over
+        raise InputError(
+            f"--source={source}: {name} is not a batch of CIFAR-10 ({error}): get the archive again"
+        ) from None
+    if wrong := [label for _, label in batch if not 0 <= label < len(CLASS_NAMES)]:
+        raise InputError(
+            f"--source={source}: {name} has label {wrong[0]}, which CIFAR-10 does not have: get the archive again"
+        )
+    return batch

@@ -1,0 +1,109 @@
+"""CIFAR-10 from small files of both formats."""
+
+import gzip
+import io
+import os
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nvcnn.data.tfrecord import decode_example, read_records
+from nvcnn.prepare import cifar10
+from nvcnn.prepare.write import write_dataset
+from nvcnn.program import InputError
+from tests.raw_imagenet import add
+
+NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def batch(name: str) -> tuple[np.ndarray, list[int]]:
+    """Planar pixels (8, 3072) and labels."""
+    random = np.random.default_rng(NAMES.index(name))
+    return random.integers(0, 256, (8, 3072), dtype=np.uint8), random.integers(0, 10, 8).tolist()
+
+
+def files(binary: bool) -> dict[str, bytes]:
+    if binary:
+        return {
+            f"{n}.bin": b"".join(bytes([label]) + p.tobytes() for p, label in zip(*batch(n), strict=True))
+            for n in NAMES
+        } | {"batches.meta.txt": b"airplane\n"}
+    return {
+        n: pickle.dumps({b"data": batch(n)[0], b"labels": batch(n)[1], b"batch_label": n.encode()}, protocol=2)
+        for n in NAMES
+    } | {"batches.meta": b"not read"}
+
+
+def archive(path, binary: bool, **changes: bytes | None):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in (files(binary) | changes).items():
+            if data is not None:
+                add(tar, f"cifar-10-batches-{'bin' if binary else 'py'}/{name}", data)
+    return path
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_every_image_with_its_label(tmp_path, binary, unpacked):
+    source = archive(tmp_path / "cifar.tar.gz", binary)
+    if unpacked:
+        with tarfile.open(source) as tar:
+            tar.extractall(tmp_path / "unpacked", filter="data")
+        source = tmp_path / "unpacked"
+    write_dataset(cifar10.blueprint(source), tmp_path / "out", workers=2)
+    for split, names in (("train", NAMES[:5]), ("validation", NAMES[5:])):
+        records = [r for p in sorted((tmp_path / "out").glob(f"{split}-?????-of-?????")) for r in read_records(p)]
+        stored = []
+        for example in map(decode_example, records):
+            image = Image.open(io.BytesIO(example["image/encoded"][0]))
+            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
+            label = example["image/class/label"][0]
+            assert example["image/class/text"] == [cifar10.CLASS_NAMES[label - 1].encode()]
+            stored.append((np.asarray(image).tobytes(), label))
+        expected = [
+            (pixels.reshape(3, 32, 32).transpose(1, 2, 0).tobytes(), label + 1)
+            for name in names
+            for pixels, label in zip(*batch(name), strict=True)
+        ]
+        assert sorted(stored) == sorted(expected)
+        assert stored != expected
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/evil",)
+
+
+@pytest.mark.parametrize(
+    ("binary", "changes", "what"),
+    [
+        (True, {"test_batch.bin": None}, "holds no data_batch_1 to 5 and test_batch"),
+        (True, {"test_batch.bin": bytes(3072)}, r"test_batch\.bin is not a batch of CIFAR-10 \(3072 bytes"),
+        (True, {"data_batch_2.bin": b"\x0a" + bytes(3072)}, r"data_batch_2\.bin has label 10"),
+        (False, {"data_batch_2": b"pickle"}, "data_batch_2 is not a batch of CIFAR-10"),
+        (False, {"data_batch_2": pickle.dumps(Evil())}, r"data_batch_2 is not a batch .*wants posix\.system"),
+        (False, {"data_batch_2": pickle.dumps({b"data": np.zeros(9, np.uint8), b"labels": [1]})}, "1 labels, but 9"),
+    ],
+)
+def test_damaged_archives(tmp_path, binary, changes, what):
+    source = archive(tmp_path / "cifar.tar.gz", binary, **changes)
+    with pytest.raises(InputError, match=rf"--source={source}: .*{what}") as error:
+        cifar10.blueprint(source)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_archive(tmp_path):
+    with pytest.raises(InputError, match=r"--source=.*absent: cannot be read \(No such file"):
+        cifar10.blueprint(tmp_path / "absent")
+    (tmp_path / "other.gz").write_bytes(gzip.compress(b"text"))
+    with pytest.raises(InputError, match=r"--source=.*other\.gz: cannot be read"):
+        cifar10.blueprint(tmp_path / "other.gz")
+    cut = archive(tmp_path / "cut.tar.gz", binary=True)
+    cut.write_bytes(cut.read_bytes()[:-5000])
+    with pytest.raises(InputError, match=r"--source=.*cut\.tar\.gz: (cannot be read|holds no)"):
+        cifar10.blueprint(cut)
+    with pytest.raises(InputError, match="holds no data_batch_1"):
+        cifar10.blueprint(tmp_path)

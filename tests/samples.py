@@ -1,0 +1,111 @@
+"""Pictures, and the files that hold them: what tests train on, written by code of their own where that is possible."""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nvcnn.data.records import Records
+from nvcnn.data.shard_source import atomic_writer, index_path
+from nvcnn.data.tfrecord import encode_example, write_record
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGES = 61  # a prime: no number of ranks or batch size divides it
+
+
+def file_of(image: "Image.Image", kind: str = "JPEG", **options) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def record(image: bytes, label: int) -> bytes:
+    return encode_example({"image/encoded": [image], "image/class/label": [label]})
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mtime = len(data), 1_300_000_000
+    tar.addfile(member, io.BytesIO(data))
+
+
+def write_shard(path: Path, examples: Iterable[bytes]) -> None:
+    """A shard and its index; the shard appears last, so one that is there is complete. Skips where CRCs are missing."""
+    pytest.importorskip("google_crc32c")
+    lines, at = [], 0
+    with atomic_writer(path) as file:
+        for example in examples:
+            size = write_record(file, example)
+            lines.append(f"{at} {size}")
+            at += size
+        with atomic_writer(index_path(path)) as index:
+            index.write(Records.index_text(lines).encode())
+
+
+def picture(i: int, kind: str = "PNG", mode: str = "L", size: tuple[int, int] = (28, 28)) -> bytes:
+    """A smooth picture, so that JPEG keeps it nearly as it was."""
+    import numpy as np
+    from PIL import Image
+
+    small = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return file_of(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode), kind)
+
+
+def write_split(
+    directory: Path,
+    split: str,
+    images: int = IMAGES,
+    shards: int = 3,
+    encoded: Callable[[int], bytes] = picture,
+    label: Callable[[int], int] = lambda i: i + 1,
+) -> list[Path]:
+    directory.mkdir(exist_ok=True)
+    paths = [directory / f"{split}-{s:05d}-of-{shards:05d}" for s in range(shards)]
+    for s, path in enumerate(paths):
+        part = range(images * s // shards, images * (s + 1) // shards)
+        write_shard(path, (record(encoded(i), label(i)) for i in part))
+    return paths
+
+
+def write_tars(
+    directory: Path,
+    split: str,
+    images: int = IMAGES,
+    shards: int = 3,
+    encoded: Callable[[int], bytes] = picture,
+    label: Callable[[int], object] = lambda i: i + 1,
+    suffix: str = "png",
+) -> list[Path]:
+    """WebDataset tars with a member more than is wanted in each sample."""
+    directory.mkdir(exist_ok=True)
+    paths = [directory / f"{split}-{s:05d}.tar" for s in range(shards)]
+    for s, path in enumerate(paths):
+        with tarfile.open(path, "w") as tar:
+            for i in range(images * s // shards, images * (s + 1) // shards):
+                for kind, data in ((suffix, encoded(i)), ("json", b"{}"), ("cls", str(label(i)).encode())):
+                    add(tar, f"folder.x/{i:06d}.{kind}", data)
+    return paths
+
+
+def write_folders(
+    directory: Path,
+    split: str,
+    images: int = IMAGES,
+    encoded: Callable[[int], bytes] = picture,
+    label: Callable[[int], int] = lambda i: i,
+    suffix: str = "png",
+) -> list[Path]:
+    """A folder for each label."""
+    paths = [directory / split / f"n{label(i):05d}" / f"image {i}.{suffix}" for i in range(images)]
+    for i, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(i))
+    return paths
+
+
+WRITERS = {"records": write_split, "tars": write_tars, "folders": write_folders}
