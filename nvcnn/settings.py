@@ -256,7 +256,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
             default=None if required else f.default,
             required=required,
             choices=meta["choices"] or None,
-            metavar="LO,HI" if kind == tuple[float, float] else f.name.upper(),
+            metavar="LO,HI" if kind == tuple[float, float] else None if meta["choices"] else f.name.upper(),
             help=meta["help"] + ("" if required or f.default is None else f" (default {f.default})"),
         )
 
