@@ -29,7 +29,7 @@ from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import connect
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, use_device, versions
-from nvcnn.models import ALGORITHMS, MODELS, build_model
+from nvcnn.models import ALGORITHMS, build_model
 from nvcnn.optimizer.larc import MOMENTUM, WEIGHT_DECAY
 from nvcnn.step import Step
 
@@ -59,8 +59,8 @@ def ours(case: Case, conv: str = "auto", cuda_graph: str = "off") -> timing.Step
     transport = connect("torch")
     if (device := use_device(transport)[0]).type != case.device.type:
         raise RuntimeError(f"the trainer runs on {device}, not on {case.device}")
-    model, channels = build_model(case.model, num_classes=1000, seed=1), MODELS[case.model].channels(device)
-    choose_algorithms(model, conv, (case.batch, channels, case.size), case.dtype, device, transport)
+    model = build_model(case.model, num_classes=1000, seed=1)
+    choose_algorithms(model, conv, (case.batch, case.size), case.dtype, device, transport)
     step = Step(
         model,
         image_size=case.size,
@@ -68,7 +68,6 @@ def ours(case: Case, conv: str = "auto", cuda_graph: str = "off") -> timing.Step
         schedule=torch.tensor([LEARNING_RATE]),
         transport=transport,
         dtype=case.dtype,
-        channels=channels,
         loss_scale="dynamic" if case.dtype == torch.float16 else 1.0,
         larc_eta=1e-3,
     )

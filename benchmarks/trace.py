@@ -134,7 +134,7 @@ def meta_step(
     transport = Transport(Launched())
     transport.bfloat16 = bfloat16_transport
     network, size = build_model(model, num_classes=SYNTHETIC_CLASSES, seed=1), MODELS[model].image_size
-    choose_algorithms(network, conv, (batch, 3, size), dtype, META, transport)
+    choose_algorithms(network, conv, (batch, size), dtype, META, transport)
     return Step(
         network,
         image_size=size,
@@ -142,7 +142,6 @@ def meta_step(
         schedule=torch.ones(50),
         transport=transport,
         dtype=dtype,
-        channels=MODELS[model].channels(META),
         loss_scale="dynamic",
         larc_eta=1e-3,
     )

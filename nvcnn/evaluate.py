@@ -20,16 +20,13 @@ from nvcnn.distributed import Transport, connect
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import compute_dtype, use_device
 from nvcnn.metrics import draw_curve
-from nvcnn.models import MODELS
-from nvcnn.models.layers import cast_matrices
+from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.program import InputError
 from nvcnn.settings import Evaluation
 
 
 @torch.no_grad()
-def count_hits(
-    model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, normalize: str, channels: int = 3
-) -> Tensor:
+def count_hits(model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, normalize: str) -> Tensor:
     """Returns images, top-1 hits, top-5 hits of this rank's shard, int64 (3,) on the CPU.
 
     An image whose logits are not all finite is no hit; among equal logits topk decides, so that a model that says the
@@ -38,6 +35,7 @@ def count_hits(
     model.eval()
     seen, counts = 0, torch.zeros(2, dtype=torch.int64)
     for images, labels, flip in data:
+        channels = image_channels(model, images.device)
         logits = model(prepare_input(images, flip, dtype=dtype, normalize=normalize, channels=channels))
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = (best == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
@@ -100,9 +98,9 @@ def evaluate(asked: Evaluation) -> int:
     dtype = compute_dtype(stored["fp16"], stored["bf16"])
 
     model = cast_matrices(checkpoint.load_model(path, state).to(device), dtype).eval()
-    channels, image_size = MODELS[state["model"]].channels(device), state["preprocessing"]["image_size"]
+    image_size = state["preprocessing"]["image_size"]
     if device.type == "cuda" or asked.conv not in ("auto", "torch"):  # else PyTorch's, as they are
-        images = asked.batch_size, channels, image_size
+        images = asked.batch_size, image_size
         choices = choose_algorithms(model, asked.conv, images, dtype, device, transport)
         if choices.algorithms and transport.rank == 0:
             print(f"Convolution: {choices}")
@@ -117,7 +115,7 @@ def evaluate(asked: Evaluation) -> int:
         device=device,
         threads=threads,
     )
-    result = summed(count_hits(model, data, dtype, state["preprocessing"]["normalize"], channels), transport)
+    result = summed(count_hits(model, data, dtype, state["preprocessing"]["normalize"]), transport)
     if left_out:
         result["left_out"] = len(left_out)
     result |= {"step": int(state["optimizer"]["counters"][0]), "checkpoint": str(path)}

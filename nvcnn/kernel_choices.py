@@ -47,7 +47,7 @@ from nvcnn.machine import chosen_kernels
 from nvcnn.meta import Place, places
 from nvcnn.models import ALGORITHMS
 from nvcnn.models.fused import PendingAdd, PendingConv, Unnormalized, activation, conv_bn, materialize
-from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
+from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices, image_channels
 from nvcnn.program import InputError, run
 
 CANDIDATES = ("triton", "triton-materialized", "cudnn")
@@ -380,7 +380,7 @@ def choose(
 def choose_algorithms(
     model: nn.Module,
     asked: str,
-    images: tuple[int, int, int],
+    images: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
     transport: Transport,
@@ -388,10 +388,10 @@ def choose_algorithms(
 ) -> Choices:
     """Sets the algorithm of each convolution of the model as `choose` has it, and returns the choices.
 
-    images: their number in a batch, their channels, their size.
+    images: their number in a batch, their size.
     """
-    batch_size, channels, size = images
-    choices = choose(asked, places(model, batch_size, size, dtype, channels), device, transport, stored)
+    found = places(model, *images, dtype, image_channels(model, device))
+    choices = choose(asked, found, device, transport, stored)
     use(model, choices.algorithms)
     return choices
 

@@ -12,6 +12,7 @@ from nvcnn.cuda_graph import Snapshot, capture
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.distributed import Transport
 from nvcnn.meta import gradient_order
+from nvcnn.models.layers import image_channels
 from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients
 from nvcnn.optimizer.larc import Larc
@@ -23,7 +24,7 @@ class Step:
     Backward hands each gradient to the arena, and each bucket's allreduce starts as soon as it is full; three launches
     then update everything, or nothing if a gradient was not finite.
 
-    `image_size` and `channels` are those of the (square) images that the model gets. `larc_eta`: None for no LARC. For
+    `image_size` is that of the (square) images that the model gets. `larc_eta`: None for no LARC. For
     the other options of the optimizer see `Larc`.
     """
 
@@ -37,7 +38,6 @@ class Step:
         transport: Transport,
         dtype: torch.dtype = torch.float32,
         momentum_dtype: torch.dtype = torch.float32,
-        channels: int = 3,
         normalize: str = "signed",
         label_smoothing: float = 0.0,
         loss_scale: float | str = 1.0,
@@ -46,8 +46,8 @@ class Step:
         larc_exclude: str = "none",
     ):
         self.model, self.transport = model.train(), transport
-        self.image_size, self.channels, self.dtype = image_size, channels, dtype
-        self.prepare_input = partial(prepare_input, dtype=dtype, normalize=normalize, channels=channels)
+        self.image_size, self.channels, self.dtype = image_size, image_channels(model, device), dtype
+        self.prepare_input = partial(prepare_input, dtype=dtype, normalize=normalize, channels=self.channels)
         self.label_smoothing = label_smoothing
         self.arena = Arena(
             model,

@@ -18,7 +18,7 @@ from nvcnn.evaluate import evaluate
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
-from nvcnn.models import MODELS, build_model
+from nvcnn.models import build_model
 from nvcnn.optimizer.schedule import poly
 from nvcnn.plan import describe, dry_run, find_training_data, plan
 from nvcnn.program import SAVED_AND_STOPPED, caught, launched
@@ -71,8 +71,7 @@ class Run:
         model = build_model(
             settings.model, num_classes=self.plan.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed
         )
-        channels = MODELS[settings.model].channels(self.device)
-        images = settings.batch_size, channels, self.plan.image_size
+        images = settings.batch_size, self.plan.image_size
         stored = state and state["convolutions"]
         self.choices = choose_algorithms(model, settings.conv, images, self.plan.dtype, self.device, transport, stored)
         self.schedule = poly(self.plan.learning_rate, self.plan.steps)
@@ -84,7 +83,6 @@ class Run:
             transport=transport,
             dtype=self.plan.dtype,
             momentum_dtype=self.plan.momentum_dtype,
-            channels=channels,
             normalize=settings.normalize,
             label_smoothing=settings.label_smoothing,
             loss_scale=settings.loss_scale,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from nvcnn.program import InputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 ALGORITHMS = ("torch", "triton", "triton-materialized", "cudnn")  # that compute a convolution: see fused.py
@@ -24,18 +23,12 @@ class Model:
     """How to build a model (`num_classes` by keyword), its images' height and width, and its default learning rate.
 
     `learning_rate` is a function of the total batch. `has_v1`: `build` takes `v1=True`, the original bottleneck.
-    `pads_images`: it also takes images of four channels, of which the last is zero: tensor cores want them.
     """
 
     build: Callable[..., nn.Module]
     image_size: int
     learning_rate: Callable[[int], float]
     has_v1: bool = False
-    pads_images: bool = True
-
-    def channels(self, device: torch.device) -> int:
-        """Returns how many channels images have on that device."""
-        return 4 if self.pads_images and device.type != "cpu" else 3
 
 
 def constant(learning_rate: float) -> Callable[[int], float]:
@@ -69,8 +62,8 @@ bottleneck = partial(build_resnet, "Bottleneck")
 resnext = partial(bottleneck, groups=32, group_width=4)
 
 MODELS: dict[str, Model] = {
-    "trivial": Model(build_trivial, 224, constant(0.001), pads_images=False),
-    "lenet": Model(build_lenet, 28, constant(0.001), pads_images=False),
+    "trivial": Model(build_trivial, 224, constant(0.001)),
+    "lenet": Model(build_lenet, 28, constant(0.001)),
     "resnet18": Model(partial(basic, (2, 2, 2, 2)), 224, constant(0.5)),
     "resnet34": Model(partial(basic, (3, 4, 6, 3)), 224, per_image(1 / 1024)),
     "resnet50": Model(partial(bottleneck, (3, 4, 6, 3)), 224, per_image(1 / 1024), has_v1=True),

@@ -51,6 +51,14 @@ class Conv2d(nn.Conv2d):
         return F.pad(self.weight, (0, 0, 0, 0, 0, x.shape[1] - 3))
 
 
+def image_channels(model: nn.Module, device: torch.device) -> int:
+    """Returns how many channels a model's images have on a device: 3, or 4, of which the last is zero.
+
+    Tensor cores want four. A model whose `takes_padded_images` is true has a `Conv2d` that pads its weight to match.
+    """
+    return 4 if getattr(model, "takes_padded_images", False) and device.type != "cpu" else 3
+
+
 class Linear(nn.Linear):
     """nn.Linear whose bias may be fp32 under fp16 or bf16 weights. (N, in) -> (N, out)."""
 

@@ -89,6 +89,8 @@ class ResNet(nn.Module):
     `depths`: blocks in each of the four stages; `options` go to every block.
     """
 
+    takes_padded_images = True
+
     def __init__(
         self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], *, num_classes: int, **options: Any
     ):

@@ -91,16 +91,18 @@ def assert_same(one, other):
 
 OPTIONS = {
     "fp32": {},
-    "fp16, fused": {"conv": "triton", "dtype": torch.float16, "channels": 4},
+    "fp16, fused": {"conv": "triton", "dtype": torch.float16},
     "bf16, no LARC": {"dtype": torch.bfloat16, "larc_eta": None, "momentum_dtype": torch.bfloat16},
-    "fp16, cudnn": {"conv": "cudnn", "dtype": torch.float16, "channels": 4},
+    "fp16, cudnn": {"conv": "cudnn", "dtype": torch.float16},
 }
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_a_graph_has_the_bits_of_a_step(device, capturing, case):
+def test_a_graph_has_the_bits_of_a_step(device, capturing, case, monkeypatch):
     """With overflows and a resume in the middle. The model has a dropout, so the generators matter."""
     options = OPTIONS[case]
+    padded = options.get("dtype") == torch.float16  # as a GPU's images are
+    monkeypatch.setattr("nvcnn.step.image_channels", lambda model, device: 4 if padded else 3)
     batches = [batch(seed, device) for seed in range(6)]
     batches[2] = batches[2]._replace(labels=torch.full_like(batches[2].labels, CLASSES))  # no such class: NaN
     eager, graph = make(device, **options), make(device, **options)
