@@ -1,6 +1,7 @@
 """What every test has: kernels that run without a GPU, torchvision that imports without one, and the device."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of kernels, which are decorated for good
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
+
+# A shell has what it starts in the background ignore Ctrl-C, and programs that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Processes that share the cores: with more threads than cores they wait for each other.
 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
