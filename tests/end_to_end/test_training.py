@@ -182,8 +182,8 @@ def test_what_a_log_directory_holds(launch, records, tmp_path):
 KERNELS = {
     *("prepare_input.kernel", "cross_entropy.kernel", "gradient_statistics.kernel", "trust_ratio.kernel"),
     *("larc_update.kernel", "larc_update.refresh_kernel"),
-    *("batch_norm_statistics.sums_kernel", "batch_norm_statistics.vectors_kernel", "batch_norm.kernel"),
-    *("batch_norm.sums_kernel", "batch_norm.vectors_kernel", "batch_norm.gradient_kernel"),
+    *("batch_norm_statistics.sums_kernel", "batch_norm_statistics.norm_kernel", "batch_norm.kernel"),
+    *("batch_norm.sums_kernel", "batch_norm.norm_kernel", "batch_norm.gradient_kernel"),
     *("max_pool.kernel", "max_pool.backward_kernel", "global_average.kernel", "global_average.backward_kernel"),
 }
 CONVOLUTIONS = {f"convolution{what}kernel" for what in (".", "_data_gradient.", "_weight_gradient.")}
