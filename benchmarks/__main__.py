@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parent
 
 
 def programs() -> dict[str, str]:
-    """Returns the first line of what each module that runs by itself says of itself, by its name."""
+    """Returns the first line of the docstring of each module that can be run, by the module's name."""
     found = {}
     for file in sorted(FOLDER.glob("*.py")):
         if '__name__ == "__main__"' in (source := file.read_text()) and file != Path(__file__):

@@ -1,4 +1,4 @@
-"""BatchNorm in training, with the addition and the ReLU that follow it, against PyTorch's (on a GPU cuDNN's)."""
+"""Times BatchNorm in training, with the addition and ReLU that follow it, against PyTorch's (cuDNN's on a GPU)."""
 
 from functools import partial
 

@@ -1,5 +1,6 @@
-"""ResNet-50's blocks, forward and backward: fused, of materialized operands by our kernels and by cuDNN, and as
-torchvision has them.
+"""Times ResNet-50's blocks, forward and backward, against torchvision's.
+
+Ours run fused, and on a GPU also on materialized operands, by our kernels and by cuDNN.
 """
 
 from functools import partial
@@ -14,7 +15,7 @@ from nvcnn.models.fused import activation
 from nvcnn.models.layers import Conv2d, cast_matrices
 from nvcnn.models.resnet import Bottleneck
 
-# c_in, width, stride, H (= W) of the input.
+# Each block has its c_in, width, stride, and H (= W) of the input.
 BLOCKS = {
     "layer1.0": (64, 64, 1, 56),
     "layer1.1": (256, 64, 1, 56),
@@ -28,7 +29,7 @@ BLOCKS = {
 
 
 class Block(nn.Module):
-    """With its output written to memory, which in the network the next block does as it reads."""
+    """Runs a bottleneck block and writes its output to memory, which in the network the next block does."""
 
     def __init__(self, c_in: int, width: int, stride: int, algorithm: str):
         super().__init__()
@@ -43,7 +44,7 @@ class Block(nn.Module):
 
 
 def plain(c_in: int, width: int, stride: int) -> nn.Module:
-    """torchvision's, with the same weights."""
+    """Returns torchvision's block with the same weights."""
     from torchvision.models import resnet
 
     norm = partial(nn.BatchNorm2d, eps=1e-4)

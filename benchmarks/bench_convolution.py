@@ -1,9 +1,9 @@
-"""ResNet-50's convolutions against PyTorch's (on a GPU cuDNN's fastest): alone, and with what is fused into them.
+"""Times ResNet-50's convolutions, alone and fused, against PyTorch's (on a GPU cuDNN's fastest).
 
-Alone: forward, and the gradients of the input and of the weight. Fused: relu(BatchNorm(x)), and the join of a block,
-are computed by one op with the convolution, and by several in PyTorch; ours takes the BatchNorm's norm, which its
-producer made, and makes those of the next BatchNorm. In evaluation one op has the BatchNorm, addition and ReLU that
-follow. On a CPU the references run, on the layers of one block.
+Alone, the forward pass and the gradients of the input and of the weight are timed. Fused, one op computes the
+convolution with relu(BatchNorm(x)) or with the join of a block, for which PyTorch needs several; ours takes the
+BatchNorm's norm, which its producer made, and makes that of the next BatchNorm. In evaluation one op computes the
+convolution with the BatchNorm, addition and ReLU that follow. On a CPU the references run, on the layers of one block.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from nvcnn.models import build_model
 
 EPS = 1e-4
 LIBRARY = "cuDNN" if torch.cuda.is_available() else "PyTorch"
-Compute = Callable[..., tuple[Tensor, ...]]  # of the inputs
+Compute = Callable[..., tuple[Tensor, ...]]  # takes the inputs
 
 
 def resnet50(training: bool) -> dict[str, Place]:
-    """The places of its convolutions, of equal ones the first; on a CPU those of one block, on images of 6 x 6."""
+    """Returns the places of its distinct convolutions by name; on a CPU those of one block, on images of 6 x 6."""
     device, dtype, batch = device_and_batch()
     model = build_model("resnet50", num_classes=1000, seed=0).train(training)
     found: dict[Place, str] = {}
@@ -39,7 +39,7 @@ def resnet50(training: bool) -> dict[str, Place]:
 
 
 def contender(compute: Compute, device: torch.device) -> Contender:
-    """Outside of autograd."""
+    """Returns a contender that runs `compute` outside of autograd."""
 
     def run(*inputs: Tensor, backward: bool) -> tuple[Tensor, ...]:
         with torch.no_grad(), peers.cudnn():
@@ -54,7 +54,7 @@ def channels_last(*shape: int, device: torch.device, dtype: torch.dtype, size: f
 
 
 def tensors(place: Place, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Inputs:
-    """x, residual, weight, g, `add` like g, and the norm of the first two, as they are named."""
+    """Returns the tensors of these names: x, residual, weight, g, `add` (like g), x_norm, residual_norm."""
     n, k = place.x[0], place.weight[0]
     sizes = zip(place.x[2:], place.weight[2:], place.stride, place.padding, strict=True)
     y = n, k, *((size + 2 * padding - taps) // stride + 1 for size, taps, stride, padding in sizes)
@@ -75,7 +75,7 @@ def tensors(place: Place, names: tuple[str, ...], device: torch.device, dtype: t
 
 
 def norm(x: Tensor) -> Tensor:
-    """Those of BatchNorm with gamma 1 and beta 0 in training."""
+    """Returns the norm, (5, C), fp32, of x in training, with gamma 1 and beta 0."""
     ones, zeros, *written = ones_and_zeros(x.shape[1], x.device)
     return kernels.batch_norm_statistics(x, ones, zeros, *written, EPS)
 
@@ -85,7 +85,7 @@ def ones_and_zeros(channels: int, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def alone(name: str, place: Place) -> list[Layer]:
-    """Forward, and each gradient."""
+    """Returns the layers of the convolution alone: forward, and each gradient that it has."""
     geometry = place.stride, place.padding, place.groups
 
     def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +117,10 @@ def alone(name: str, place: Place) -> list[Layer]:
 
 
 def fused(name: str, place: Place) -> Layer:
-    """Forward of relu(BatchNorm(x)), or relu(BatchNorm(x) + residual), where the residual may want a BatchNorm, too."""
+    """Returns the layer that convolves relu(BatchNorm(x)) or relu(BatchNorm(x) + residual).
+
+    The residual may need a BatchNorm, too.
+    """
     geometry = place.stride, place.padding, place.groups
     words = {"raw": "BatchNorm, ReLU", "join": "BatchNorm, add, ReLU", "join of two": "2 BatchNorms, add, ReLU"}
     every = ("x", "weight", "x_norm", "residual", "residual_norm")
@@ -143,7 +146,10 @@ def fused(name: str, place: Place) -> Layer:
 
 
 def evaluation(name: str, place: Place) -> Layer:
-    """relu(BatchNorm(convolution)), or relu(BatchNorm(convolution) + add), by running statistics of 0 and 1."""
+    """Returns the layer that computes relu(BatchNorm(convolution)) or relu(BatchNorm(convolution) + add).
+
+    The running statistics are a mean of 0 and a variance of 1.
+    """
     geometry = place.stride, place.padding, place.groups
     adds = place.folded == "folded, adding"
 
@@ -172,7 +178,7 @@ def layer(name: str, place: Place, work: str, names: tuple[str, ...], ours: Comp
 
 
 def layers() -> list[Layer]:
-    """Alone, a geometry once; fused, as each place reads its input; and in evaluation."""
+    """Returns the layers alone, once for each geometry; fused, as each place reads its input; and in evaluation."""
     found, seen = [], set()
     for name, place in resnet50(training=True).items():
         geometry = place._replace(reads="")

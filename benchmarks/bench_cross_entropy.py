@@ -1,4 +1,4 @@
-"""Loss, hits and scaled gradient of 1000 classes, against PyTorch's operators: a step wants all three."""
+"""Times loss, hits and scaled gradient of 1000 classes, all of which a step needs, against PyTorch's operators."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The mean over H and W before ResNet-50's classifier, against PyTorch's."""
+"""Times the mean over H and W before ResNet-50's classifier against PyTorch's."""
 
 import torch
 from torch import Tensor, nn

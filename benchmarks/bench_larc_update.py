@@ -1,10 +1,10 @@
-"""The whole optimizer step on ResNet-50's 25.6 million parameters, against what one would otherwise call.
+"""Times the whole optimizer step on ResNet-50's 25.6 million parameters against what one would otherwise call.
 
 python -m benchmarks.bench_larc_update [--json FILE] [--seconds N]    or    pytest benchmarks/ --benchmark-only
 
-The peers work on fp32 gradients, as automatic mixed precision leaves them; ours, on a GPU, on fp16 ones as well.
-`larc_loop` is LARC tensor by tensor as apex had it, then SGD. SGD alone has no LARC. Each contender has 300 MB of its
-own, more than a cache holds, so that nothing has to be flushed between steps.
+The peers work on fp32 gradients, as automatic mixed precision leaves them; on a GPU ours works on fp16 ones as
+well. `larc_loop` applies LARC tensor by tensor as apex did, then SGD. SGD alone has no LARC. Each contender has 300 MB
+of its own, more than a cache holds, so that nothing has to be flushed between steps.
 """
 
 import argparse
@@ -89,7 +89,7 @@ PEERS: dict[str, Callable[[], Step]] = {
 
 
 def now() -> float:
-    """Seconds, with everything on the device done."""
+    """Returns the time in seconds, after all work on the device is done."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -104,7 +104,9 @@ def test_optimizer_step(benchmark, name):
 
 
 def compare(seconds: float) -> dict[str, float]:
-    """Milliseconds a step: the median over rounds that run every contender in turn, so that all see the same machine.
+    """Returns each contender's milliseconds per step, the median over rounds.
+
+    A round runs every contender in turn, so that all see the same machine.
 
     On a GPU the time is the device's, between two events around twenty steps.
     """

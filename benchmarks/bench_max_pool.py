@@ -1,4 +1,7 @@
-"""Max pooling of ResNet-50's stem, 3 x 3 with stride 2, against PyTorch's, which keeps 8 bytes a maximum, not 1."""
+"""Times the max pooling of ResNet-50's stem, 3 x 3 with stride 2, against PyTorch's.
+
+PyTorch's keeps 8 bytes for each maximum, ours 1.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""uint8 pixels to the network's input, mirrored, normalised and cast, against PyTorch's operators."""
+"""Times turning uint8 pixels into the network's input (mirror, normalise, cast) against PyTorch's operators."""
 
 import torch
 from torch import Tensor, nn

@@ -1,20 +1,23 @@
-"""Every kernel configuration compiled for GPUs that need not be here: registers, shared memory, spills, widths.
+"""Compiles every kernel configuration for GPUs that need not be here, and shows registers, memory, spills, widths.
 
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
-`short`, which the tests compile: the steps of two small models, the optimizer's options, and the convolutions that have
-most fused into them. `all`: ResNet-50's steps as well, with every --conv, its evaluation, and
-ResNeXt-50's convolutions of groups, in fp16 and bf16, as launched without a table and with each table of
-kernels/configs/ (on its own GPU). Equal launches are compiled once; `calls` says how often they occur in these
-steps.
+`short` is what the tests compile: the steps of two small models, the optimizer's options, and the convolutions that
+have the most fused into them. `all` adds ResNet-50's steps with every --conv, its evaluation, and the convolutions of
+ResNeXt-50 that have groups, in fp16 and bf16, launched without a table and with each table of kernels/configs/ (on its
+own GPU). Equal launches are compiled once; `calls` says how often they occur in these steps.
 
-Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. A breach (exit 1) is a
-spill, a program that does not fit an SM, a product of matrices of halves without the chip's own instruction for it,
-wgmma that ptxas serialises (each product then waits for the one before), a tile not loaded by TMA that should be, or a
-stream that is not moved 16 bytes at a time: a load or store of 16 bytes and more for every thread of the program, which
-scalars and vectors of a value per channel are not. Nor are tensors of bytes (pixels may be mirrored, three of them
-each, and positions in a window are half as wide as the values beside them) and what UNALIGNED names. `programs` is how
-many of them registers and shared memory leave room for on an SM.
+Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. These are breaches, which
+make the exit code 1:
+    - a spill, or a program that does not fit an SM;
+    - a matrix product of halves without the chip's own instruction for it;
+    - wgmma that ptxas serialises, so that each product waits for the one before;
+    - a tile that should be loaded by TMA and is not;
+    - a stream that is not moved 16 bytes at a time. A stream is a load or store of at least 16 bytes for every thread
+      of the program, so scalars and vectors with one value per channel are none. Tensors of bytes are exempt (pixels
+      have three values and may be mirrored; positions in a window are half as wide as the values beside them), and so
+      is what UNALIGNED names.
+`programs` is the number of programs that fit an SM at once, by their registers and shared memory.
 """
 
 import argparse
@@ -43,23 +46,24 @@ from kernels.implementation import INTERPRETED
 from nvcnn.kernel_choices import CANDIDATES
 
 CHIPS = (80, 90, 100)
-HOPPER = (90, 100)  # and later: those with TMA
-# Triton 3.6 makes persistent programs with a prologue that ptxas serialises: no default, and tune measures them.
+HOPPER = (90, 100)  # the chips with TMA are Hopper and later
+# ptxas serialises the persistent programs with a prologue that Triton 3.6 makes. They are no default: tune times them.
 PROLOGUES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 BY_TMA, PERSISTENT = "_tiles:tma", f"{'' if PROLOGUES else 'norm=None .*'}R=1 S=1 .* PERSISTENT=264 "
 # Programs that walk over tiles hold the next one as well.
 WALK = {"PERSISTENT": 264, "BLOCK_OUT": 64, "maxnreg": 255}
-GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # what a table's name contains, and its chip
-# Per SM, from the table of compute capabilities in the CUDA C++ Programming Guide; all have 64 warps, 64 Ki registers.
+GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # a table's name contains the first, which has the second
+# These are bytes per SM, from the table of compute capabilities in the CUDA C++ Programming Guide. Every SM has 64
+# warps and 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-# The first reads the sums of one tensor's blocks, which begin anywhere, from the L2 cache; runs of an image's pixels
-# begin anywhere, too, a pixel being 3 values or 4.
+# trust_ratio reads the sums of one tensor's blocks from the L2 cache, and these begin at any address. So do runs of an
+# image's pixels, since a pixel is 3 or 4 values.
 UNALIGNED = re.compile(r"^trust_ratio\.kernel | NARROW=[34] ")
 
 
 def short_calls() -> Iterator[Call]:
-    """Every kernel in every dtype, and what the defaults of a run leave out."""
+    """Yields calls of every kernel in every dtype, and of the options that a run does not use by default."""
     half, bfloat16, single = torch.float16, torch.bfloat16, torch.float32
     for model, dtype in (("resnet18", half), ("resnet18", bfloat16), ("lenet", single)):
         yield from step_calls(model, 32, dtype)
@@ -79,12 +83,15 @@ def short_calls() -> Iterator[Call]:
 
 
 def of_groups(dtype: torch.dtype) -> list[Call]:
-    """ResNeXt-50's convolutions that have groups."""
+    """Returns the calls of ResNeXt-50's convolutions that have groups."""
     return [call for call in step_calls("resnext50", dtype=dtype, conv="triton") if (call["groups"] or 1) > 1]
 
 
 def most_fused(calls: Iterable[Call]) -> list[Call]:
-    """Of each convolution op, of 1 x 1 and of 3 x 3, the call that takes most tensors, which holds most registers."""
+    """Returns, for each convolution op, its 1 x 1 and its 3 x 3 call with the most tensors.
+
+    These hold the most registers.
+    """
     found: dict[tuple[str, int], Call] = {}
     for call in calls:
         if call.name not in CONVOLUTIONS:
@@ -101,7 +108,10 @@ def tensors(call: Call) -> list[str]:
 
 
 def with_choices(calls: Iterable[Call], pattern: str, chips: Iterable[int], **choices: int) -> Counter[Launch]:
-    """The launches of convolutions with these choices of the configuration; those whose name has the pattern."""
+    """Returns the launches of convolutions whose configuration has these choices, and how often they occur.
+
+    Only launches whose name matches the pattern are returned.
+    """
 
     def configured(*arguments: Any) -> Configuration:
         config = configuration(*arguments)
@@ -111,13 +121,13 @@ def with_choices(calls: Iterable[Call], pattern: str, chips: Iterable[int], **ch
     with mock.patch.object(conv_shape, "configuration", configured):
         for call, count in Counter(call for call in calls if call.name in CONVOLUTIONS).items():
             for chip in chips:
-                with suppress(ValueError):  # what has no descriptor
+                with suppress(ValueError):  # raised where no descriptor is possible
                     found.update(dict.fromkeys(launches(call, chip), count))
     return Counter({launch: count for launch, count in found.items() if re.search(pattern, launch.name)})
 
 
 def counted(calls: Iterable[Call], chip: int, table: str = "") -> Counter[Launch]:
-    """The launches of the project's own ops, and how often they occur."""
+    """Returns the launches of the project's own ops, and how often they occur."""
     found: Counter[Launch] = Counter()
     for call, count in Counter(calls).items():
         if call.name.startswith("nvcnn::"):
@@ -127,7 +137,7 @@ def counted(calls: Iterable[Call], chip: int, table: str = "") -> Counter[Launch
 
 
 def all_launches(which: str) -> Counter[Launch]:
-    """Every distinct launch, with the number of times it occurs in ResNet-50's step."""
+    """Returns every distinct launch, and how often it occurs in ResNet-50's step."""
     found: Counter[Launch] = Counter()
     if which == "all":
         tables = [(chip_of(file.stem), file.stem) for file in TABLES.glob("*.json") if file.stem != TEST]
@@ -148,7 +158,7 @@ def all_launches(which: str) -> Counter[Launch]:
 
 
 def chip_of(table: str) -> int:
-    """Raises ValueError for a table whose GPU is none of GPUS."""
+    """Returns the chip of a table's GPU. Raises ValueError if it is none of GPUS."""
     for gpu, chip in GPUS.items():
         if gpu in table:
             return chip
@@ -156,7 +166,7 @@ def chip_of(table: str) -> int:
 
 
 def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
-    """One row of the table; `breach` is empty if there is none."""
+    """Returns one row of the table. Its `breach` is empty if there is none."""
     kernel = compiled(launch)
     ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
@@ -196,11 +206,14 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
 
 
 def streams(ttgir: str, threads: int) -> set[str]:
-    """Where (file:line:column, "in" the callers) tensors of 16 bytes a thread and more are loaded or stored."""
+    """Returns the places where tensors of at least 16 bytes a thread are loaded or stored.
+
+    A place is file:line:column, followed by "in" and the caller's, where it is inlined.
+    """
     locations = dict(re.findall(r"^(#loc\d*) = (.*)$", ttgir, flags=re.MULTILINE))
 
     def place(location: str) -> str:
-        """Of a name, what it names; of what is inlined, its place and the caller's."""
+        """Returns the place that a name stands for; for inlined code, its own place and the caller's."""
         text = locations[location]
         if found := re.search(r'([^/"]+)":(\d+:\d+)', text):
             return f"{found[1]}:{found[2]}"
@@ -217,7 +230,7 @@ def streams(ttgir: str, threads: int) -> set[str]:
 
 
 def accesses_of(ptx: str) -> list[tuple[str, int, str]]:
-    """Every access to global memory: ld, st or cp.async; bytes per thread; its place, as in `streams`."""
+    """Returns each access to global memory: ld, st or cp.async, bytes per thread, and its place, as in `streams`."""
     files = dict(re.findall(r'^\s*\.file\s+(\d+) ".*?([^/"]+)"', ptx, flags=re.MULTILINE))
     places: dict[str, str] = {}
     found, place, inlined, right = [], "", False, True
@@ -240,7 +253,7 @@ def accesses_of(ptx: str) -> list[tuple[str, int, str]]:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, bytes spilled per thread."""
+    """Returns the registers and the spilled bytes per thread."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -251,7 +264,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def serialised(ptx: str) -> list[str]:
-    """The warnings by which ptxas says that wgmma will wait for each other: C7514, C7515 and their like."""
+    """Returns the warnings by which ptxas says that wgmma will wait for each other: C7514, C7515 and their like."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -262,7 +275,10 @@ def serialised(ptx: str) -> list[str]:
 
 
 def programs_an_sm(chip: int, registers: int, shared: int, warps: int) -> int:
-    """Returns how many fit. Registers come in units of 256 a warp, from four files; CUDA keeps 1 KiB a program."""
+    """Returns how many programs fit an SM.
+
+    A warp takes registers in units of 256, from one of four files. CUDA keeps 1 KiB of shared memory for each program.
+    """
     by_registers = 4 * (16384 // (-(-registers * 32 // 256) * 256)) // warps
     by_shared = SHARED_MEMORY[chip] // (shared + 1024)
     return min(by_registers, by_shared, 64 // warps, 32)

@@ -1,6 +1,6 @@
-"""How large the project is: lines of code, without blank lines, comments and docstrings.
+"""Counts how large the project is: lines of code, without blank lines, comments and docstrings.
 
-python -m benchmarks.count [DIRECTORY ...]    DIRECTORY: its files as well, one a line
+python -m benchmarks.count [DIRECTORY ...]    lists the files of each DIRECTORY as well
 """
 
 import ast

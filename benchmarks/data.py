@@ -1,13 +1,14 @@
-"""Images/s of a core from JPEGs to random crops of 224 x 224, by our readers and by what one would otherwise use.
+"""Measures how many JPEGs per second a core turns into random 224 x 224 crops, with our readers and with others.
 
 python -m benchmarks.data --photographs DIR [--files N] [--rounds N] [--batches N] [--json FILE]
 
 DIR holds photographs of some megapixels. JPEGs of ImageNet's sizes (about 400 x 350 pixels, 110 kB) are cut from them,
-a class from each, and prepared by `prepare.py folder`. All draw the same crops (10 - 100 % of the area, aspect 0.8 -
-1.25), resize with antialiasing, flip, and hand out uint8 batches of 64, on all cores that they may use.
+with a class for each photograph, and prepared by `prepare.py folder`. All contenders draw crops by the same rules (10 -
+100 % of the area, aspect 0.8 - 1.25), resize with antialiasing, flip, and hand out uint8 batches of 64, on all cores
+that they may use.
 
-What counts is CPU time, of this process and its workers: images per second of a core, whatever else runs beside it.
-Contenders take turns; what one has read ahead is thrown away before its turn is timed.
+CPU time is what counts, that of this process and its workers, so that a core's images per second do not depend on what
+else runs beside it. Contenders take turns; what one has read ahead is thrown away before its turn is timed.
 """
 
 import argparse
@@ -44,28 +45,28 @@ from nvcnn.prepare.write import write_dataset
 SIZE, BATCH = 224, 64
 AREA, ASPECT = (0.1, 1.0), (0.8, 1.25)
 CORES = len(os.sched_getaffinity(0))
-LONG, SHORT = 445, 345  # pixels of the median image
-SPREAD = 0.3  # standard deviation of the logarithm of an image's sides
-QUALITY = 99  # with it they have the bytes a pixel that ImageNet's have: scaled down, photographs are smooth
-READ_AHEAD = 2 * CORES + 2  # batches that a contender has ready, at most
-SETTLE = 0.5  # seconds in which it reads them, after its turn
-MAX_SIDE = 400  # of the smaller copy
+LONG, SHORT = 445, 345  # sides of the median image, in pixels
+SPREAD = 0.3  # the standard deviation of the logarithm of an image's sides
+QUALITY = 99  # gives as many bytes a pixel as ImageNet has: photographs that are scaled down are smooth
+READ_AHEAD = 2 * CORES + 2  # a contender has at most so many batches ready
+SETTLE = 0.5  # in so many seconds after its turn it has read them
+MAX_SIDE = 400  # --max_side of the smaller copy
 
 Batches = Iterator[Any]
 
 
 @dataclass(frozen=True)
 class Material:
-    """The same images in all forms."""
+    """Holds the directories with the same images in all forms."""
 
     folders: Path
     records: Path
-    smaller: Path  # records, by --max_side
+    smaller: Path  # records that were prepared with --max_side
     tars: Path
 
 
 def cut(photograph: Path, directory: Path, numbers: range) -> None:
-    """One JPEG for each number: a part of the photograph, made two to six times smaller."""
+    """Writes a JPEG for each number: a part of the photograph, made two to six times smaller."""
     from PIL import Image
 
     directory.mkdir(parents=True)
@@ -83,7 +84,7 @@ def cut(photograph: Path, directory: Path, numbers: range) -> None:
 
 
 def cut_all(photographs: list[Path], directory: Path, files: int) -> None:
-    """`files` JPEGs in class folders, a class for each photograph."""
+    """Writes `files` JPEGs into class folders, with a class for each photograph."""
     with ProcessPoolExecutor(CORES) as pool:
         shares = [range(n, files, len(photographs)) for n in range(len(photographs))]
         folders = [directory / f"{n:02d}" for n in range(len(photographs))]
@@ -125,7 +126,7 @@ def reader(records: Path, backend: str) -> Any:
 
 
 def crops(material: Material) -> Batches:
-    """What is left to do for a core when a GPU resizes: `--data_backend=dali_cpu` on a GPU."""
+    """Yields what a core still has to make when a GPU resizes, as with `--data_backend=dali_cpu` on a GPU."""
     pipeline = reader(material.records, "dali_cpu").pipeline.pipeline
     while True:
         yield pipeline.run()
@@ -139,7 +140,7 @@ def transform() -> Callable:
 
 
 def torchvision(material: Material) -> Batches:
-    """As in torchvision's and timm's training scripts."""
+    """Yields batches as torchvision's and timm's training scripts read them."""
     from torchvision.datasets import ImageFolder
 
     loader: DataLoader = DataLoader(
@@ -164,7 +165,7 @@ def webdataset(material: Material) -> Batches:
 
 
 def tf_data(material: Material) -> Batches:
-    """Only the crop is decoded, as TensorFlow's own ImageNet script does it."""
+    """Yields batches as TensorFlow's own ImageNet script reads them: only the crop is decoded."""
     import tensorflow as tf
 
     def sample(record: Any) -> Any:
@@ -191,7 +192,10 @@ def tf_data(material: Material) -> Batches:
 
 
 def ffcv(material: Material) -> Batches:
-    """JPEGs encoded anew at the same quality, which is all its files can hold; resized by OpenCV's INTER_AREA."""
+    """Yields ffcv's batches, resized by OpenCV's INTER_AREA.
+
+    Its files cannot hold the JPEGs as they are, so these are encoded anew at the same quality.
+    """
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -216,7 +220,7 @@ def ffcv(material: Material) -> Batches:
 
 
 def libjpeg_turbo(material: Material) -> Batches:
-    """No reader: whole images, from memory, decoded with the settings of Pillow and of DALI; nothing else."""
+    """Yields whole images, decoded from memory with the settings of Pillow and of DALI. Nothing else is done."""
     import simplejpeg
 
     images = [path.read_bytes() for path in sorted(material.folders.rglob("*.jpg"))[: 16 * BATCH]]
@@ -227,7 +231,7 @@ def libjpeg_turbo(material: Material) -> Batches:
 
 OURS = "nvcnn, DALI"
 DALI = "nvidia-dali-cuda130"
-CONTENDERS: dict[str, tuple[str, Callable[[Material], Batches]]] = {  # name -> package, what opens it
+CONTENDERS: dict[str, tuple[str, Callable[[Material], Batches]]] = {  # by name: its package, and what opens it
     OURS: (DALI, lambda material: iter(reader(material.records, "dali_cpu"))),
     "nvcnn, DALI, resized by a GPU": (DALI, crops),
     f"nvcnn, DALI, --max_side={MAX_SIDE}": (DALI, lambda material: iter(reader(material.smaller, "dali_cpu"))),
@@ -241,7 +245,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[Material], Batches]]] = {  # name -> 
 
 
 def cpu_seconds() -> float:
-    """CPU time so far, of this process and of its workers that are alive."""
+    """Returns the CPU seconds so far, of this process and of its workers that are alive."""
     seconds = time.process_time()
     for child in multiprocessing.active_children():
         with suppress(OSError):
@@ -251,7 +255,7 @@ def cpu_seconds() -> float:
 
 
 def turn(batches: Batches, count: int) -> float:
-    """CPU milliseconds an image, over `count` batches."""
+    """Returns the CPU milliseconds per image over `count` batches."""
     for _ in range(READ_AHEAD):
         next(batches)
     start = cpu_seconds()
@@ -263,7 +267,7 @@ def turn(batches: Batches, count: int) -> float:
 
 
 def compare(material: Material, names: list[str], *, rounds: int, count: int) -> list[dict[str, Any]]:
-    """A row for each of `names` against ours, from turns of `count` batches. The first turn of each warms up."""
+    """Returns a row for each of `names` against ours, in turns of `count` batches. The first turn of each warms up."""
     opened: dict[str, Batches] = {}
     times: dict[str, list[float]] = {name: [] for name in (OURS, *names)}
     rows: dict[str, dict[str, Any]] = {}
@@ -286,7 +290,7 @@ def compare(material: Material, names: list[str], *, rounds: int, count: int) ->
 
 
 def spent_by(step: Callable[[], object]) -> float:
-    """CPU milliseconds, of this process and of the processes that `step` starts and ends."""
+    """Returns the CPU milliseconds that `step` takes, in this process and in those that it starts and ends."""
 
     def so_far() -> float:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -298,7 +302,7 @@ def spent_by(step: Callable[[], object]) -> float:
 
 
 def preparation(folders: Path, out: Path, rounds: int) -> dict[str, Any]:
-    """`prepare.py folder`, which need not encode these images, against a mere copy of the files."""
+    """Returns the row of `prepare.py folder`, which need not encode these images, against a mere copy of the files."""
     megabytes = sum(path.stat().st_size for path in folders.rglob("*.jpg")) / 1e6
     steps: dict[str, Callable[..., object]] = {"prepare.py folder": prepared, "a copy of the files": shutil.copytree}
     times: dict[str, list[float]] = {name: [] for name in steps}

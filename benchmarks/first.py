@@ -1,13 +1,14 @@
-"""What must be known first on a GPU: whether the kernels of a step are right there, and how long a step takes.
+"""Measures what must be known first on a GPU: whether the kernels of a step are right there, and how long a step takes.
 
 python3 -m benchmarks.first checks FAMILY|step [--json FILE] [--seconds N]           (a part of `benchmarks.gpu first`)
 
-checks: every distinct call of the step, with the launch configuration of batch 256, on 8 images against the reference
-in float64, then on 256: as these are the 8 over and over, each time in another order, images must come out with the
-same bits, and sums 32 times as large. The first call of a family also as a CUDA graph. Outputs are poisoned. A family
-is a process of its own, since an illegal access ruins a process.
-step: the trainer's whole step by --conv, eager and as a CUDA graph, what the host takes to issue it, beside torchvision
-in a plain loop, all in one process; then a profile of three steps, by kernel (profile.json beside FILE).
+`checks` runs every distinct call of the step, with the launch configuration of batch 256. On 8 images it is compared
+with the reference in float64. Then it runs on 256, which are the 8 over and over, each time in another order: images
+must come out with the same bits, and sums must be 32 times as large. The first call of a family also runs as a CUDA
+graph. Outputs are poisoned. Each family has a process of its own, since an illegal access ruins a process.
+`step` times the trainer's whole step with each --conv, eager and as a CUDA graph, and how long the host takes to issue
+it, beside torchvision in a plain loop, all in one process. Then it profiles three steps by kernel (profile.json beside
+FILE).
 """
 
 import argparse
@@ -40,28 +41,28 @@ from kernels.configurations import Configuration
 
 MODEL, BATCH, FEW, DTYPE = "resnet50", 256, 8, torch.float16
 STEPS = "triton", "cudnn", "auto"  # a fourth graph of ResNet-50 at this batch may not fit a H100
-TOLERANCE = 2e-3  # of the norm: a result's rounding to fp16 is a tenth of it, that of its operands a fifth
+TOLERANCE = 2e-3  # of the norm: rounding a result to fp16 makes a tenth of it, rounding its operands a fifth
 OPTIMIZER = "optimizer"
-FAMILIES = {  # by the beginning of an op's name
+FAMILIES = {  # the ops of each family, by name
     "forward": ("convolution",),
     "data-gradient": ("convolution_data_gradient",),
     "weight-gradient": ("convolution_weight_gradient",),
     "other-layers": (),
     OPTIMIZER: (),
 }
-# Of each image, or a sum over images: what many images give follows from what few do.
+# These ops give a result per image, or a sum over images: what many images give follows from what few give.
 BY_IMAGE = {
     "convolution", "convolution_data_gradient", "convolution_weight_gradient", "batch_norm", "batch_norm_data_gradient",
     "batch_norm_gradient_sums", "max_pool", "max_pool_backward", "global_average", "global_average_backward",
     "prepare_input",
 }  # fmt: skip
-SINGLE = {"nvcnn::cross_entropy", "nvcnn::prepare_input"}  # whose references take fp32 vectors with any images
+SINGLE = {"nvcnn::cross_entropy", "nvcnn::prepare_input"}  # their references take fp32 vectors with any images
 Row = dict[str, Any]
 Write = Callable[[list[Row]], None]
 
 
 def launched() -> list[Launch]:
-    """What all of `benchmarks.gpu first` launches on the chip that `pack` compiles for."""
+    """Returns all launches of `benchmarks.gpu first` on the chip that `pack` compiles for."""
     calls = dict.fromkeys(
         call for n in (BATCH, FEW) for conv in ops.CONVS for call in step_calls(MODEL, n, DTYPE, conv)
     )
@@ -74,7 +75,7 @@ def launched() -> list[Launch]:
 
 
 def calls_of(family: str, n: int = FEW) -> list[Call]:
-    """The distinct calls of a step on n images, those of each op together."""
+    """Returns the distinct calls of the family in a step on n images, sorted by op."""
     calls = ops.layer_calls(MODEL, n, DTYPE, *ops.CONVS)
     own = {op: name for name, found in FAMILIES.items() for op in found}
     found = [call for call in calls if own.get(call.name.removeprefix("nvcnn::"), "other-layers") == family]
@@ -83,7 +84,7 @@ def calls_of(family: str, n: int = FEW) -> list[Call]:
 
 @contextmanager
 def configured_for(n: int, batch: int) -> Iterator[None]:
-    """Convolutions of n images are launched as those of `batch` are."""
+    """Has convolutions of n images launched as those of `batch` images are, within its context."""
 
     def configuration(op: str, key: str, *rest: Any) -> Configuration:
         return configurations.configuration(op, key.replace(f" N={n} ", f" N={batch} "), *rest)
@@ -94,7 +95,7 @@ def configured_for(n: int, batch: int) -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory is NaN: what a kernel leaves out shows."""
+    """Fills fresh memory with NaN within its context, so that what a kernel leaves out shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -107,7 +108,7 @@ def each_tensor(function: Callable[[Tensor], Tensor], made: Arguments) -> Argume
 
 
 def reference(call: Call, made: Arguments) -> list[Tensor]:
-    """The call's results by its reference, in float64; ops that refuse fp32 tensors as such keep these."""
+    """Returns the call's results by its reference, in float64. Ops in SINGLE keep their fp32 tensors as they are."""
     narrow = torch.finfo(torch.float16).bits if call.name in SINGLE else torch.finfo(torch.float32).bits
 
     def wide(t: Tensor) -> Tensor:
@@ -122,7 +123,10 @@ def reference(call: Call, made: Arguments) -> list[Tensor]:
 
 
 def index_of(position: Tensor, window: Arguments, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Of a pooling's maxima by their position in the window: their index in the image, and whether they are in it."""
+    """Returns the index in the image of each maximum of a pooling, and whether it is inside of the image.
+
+    position: where in its window each maximum is.
+    """
     oh, ow = (
         torch.arange(n, device=position.device) * window["stride"] - window["padding"] for n in position.shape[2:]
     )
@@ -137,7 +141,7 @@ def copied(made: Arguments) -> Arguments:
 
 
 def check(call: Call, device: torch.device, n: int, times: int, *, graph: bool) -> Row:
-    """The row of a call on n images: its error, and what is wrong with it, there and on n x times."""
+    """Returns the row of a call: its error on n images, and what is wrong with it, there and on n x times images."""
     torch.manual_seed(0)
     made = arguments(call, device)
     ours, exact = outcome(call, copied(made)), whole(reference(call, made))
@@ -171,7 +175,7 @@ def differing(a: Tensor, b: Tensor) -> str:
 
 
 def repeated(tensor: Tensor, n: int, order: Tensor) -> Tensor:
-    """What there is of each image, in that order, in the same layout; other tensors as a copy."""
+    """Returns a tensor of n images with its images in that order, in the same layout; of another tensor a copy."""
     if not tensor.dim() or tensor.shape[0] != n:
         return tensor.clone()
     shape = len(order), *tensor.shape[1:]
@@ -179,7 +183,7 @@ def repeated(tensor: Tensor, n: int, order: Tensor) -> Tensor:
 
 
 def replayed(call: Call, made: Arguments, device: torch.device) -> list[Tensor]:
-    """The results as a CUDA graph's."""
+    """Returns the results that a CUDA graph of the call gives."""
     results: list[list[Tensor]] = []
     own = copied(made)
     timing.captured(lambda: results.append(outcome(call, own)), device)()
@@ -187,7 +191,7 @@ def replayed(call: Call, made: Arguments, device: torch.device) -> list[Tensor]:
 
 
 def check_optimizer(device: torch.device) -> Row:
-    """The row of one step of LARC, from the same weights and gradients as the references take theirs from."""
+    """Returns the row of one step of LARC. The references start from the same weights and gradients."""
     ours = ops.optimizer(MODEL, device, DTYPE)
     theirs = copy.deepcopy(ours)
     before = ours.arena.weight.clone()
@@ -196,7 +200,7 @@ def check_optimizer(device: torch.device) -> Row:
         theirs.step()
     pairs = (ours.arena.momentum, theirs.arena.momentum), (ours.ratio, theirs.ratio), (ours.counters, theirs.counters)
     weight, change = theirs.arena.weight, theirs.arena.weight - before
-    # An update is small beside the weight, and so beside a last bit of it, in which the two may differ.
+    # An update is small beside the weight, so that the weight's last bit, in which the two may differ, matters.
     allowed = weight.abs() * 2**-22 + change.abs() * TOLERANCE
     off = ((ours.arena.weight - weight).abs() <= allowed).logical_not().double().mean().item()
     errors = [off, *(difference(*pair) for pair in pairs)]
@@ -205,7 +209,7 @@ def check_optimizer(device: torch.device) -> Row:
 
 
 def check_all(family: str, device: torch.device, write: Write, end: float) -> list[Row]:
-    """A row for each call of the family until `end`, and one for what is left. Stops where the GPU is lost."""
+    """Returns a row for each call of the family until `end`, and one for what is left. Stops when the GPU is lost."""
     if family == OPTIMIZER:
         rows = [check_optimizer(device)]
         write(rows)
@@ -220,7 +224,7 @@ def check_all(family: str, device: torch.device, write: Write, end: float) -> li
             write([*rows, blank | {"wrong": "the process ended here"}])
             try:
                 rows.append(check(call, device, FEW, BATCH // FEW, graph=not rows))
-            except Exception as error:  # of the compiler, the launcher, or the GPU
+            except Exception as error:  # the compiler, the launcher or the GPU may raise it
                 rows.append(blank | {"wrong": timing.reason(error)})
                 if timing.lost(error):
                     break
@@ -230,7 +234,7 @@ def check_all(family: str, device: torch.device, write: Write, end: float) -> li
 
 
 def contenders(case: step.Case) -> dict[str, Callable[[], timing.Step]]:
-    """The steps, by "NAME, eager" and "NAME, graph"."""
+    """Returns what makes each step, by "NAME, eager" and "NAME, graph"."""
     found: dict[str, Callable[[], timing.Step]] = {
         f"nvcnn --conv={conv}, {how}": partial(step.ours, case, conv, cuda_graph=graph)
         for conv in STEPS
@@ -240,7 +244,7 @@ def contenders(case: step.Case) -> dict[str, Callable[[], timing.Step]]:
 
 
 def host(one: timing.Step, device: torch.device) -> float:
-    """Milliseconds that the host takes to issue the step, the median of five: it begins with an idle GPU."""
+    """Returns the milliseconds that the host takes to issue the step to an idle GPU, the median of five."""
     found = []
     for _ in range(5):
         if device.type == "cuda":
@@ -254,7 +258,7 @@ def host(one: timing.Step, device: torch.device) -> float:
 def measure_steps(
     case: step.Case, makes: dict[str, Callable[[], timing.Step]], write: Write, *, rounds: int
 ) -> tuple[list[Row], dict[str, timing.Step]]:
-    """A row for each algorithm and peer, and the steps that run. First each by itself, then all in turns."""
+    """Returns a row for each algorithm and peer, and the steps that run: first each by itself, then all in turns."""
     steps: dict[str, timing.Step] = {}
     times: dict[str, list[float]] = {}
     hosts: dict[str, float] = {}
@@ -287,7 +291,7 @@ def measure_steps(
 def step_rows(
     case: step.Case, names: list[str], times: dict[str, list[float]], hosts: dict[str, float], notes: dict[str, str]
 ) -> list[Row]:
-    """Eager, graph and host in milliseconds; images/s of the faster of the first two."""
+    """Returns rows with the milliseconds of eager, graph and host, and the images/s of the faster of the first two."""
     rows: dict[str, Row] = {}
     for title in names:
         name, _, how = title.rpartition(", ")
@@ -305,7 +309,7 @@ def step_rows(
 
 
 def profiled(name: str, one: timing.Step, device: torch.device, most: int = 25) -> list[Row]:
-    """The kernels that take most of three steps (on a CPU: the operators), and how much of a step."""
+    """Returns a row for each kernel (on a CPU: operator) that takes most of three steps, with its share of a step."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
         for _ in range(3):

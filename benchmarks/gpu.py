@@ -1,17 +1,18 @@
-"""Everything that needs a GPU, in parts of a few minutes each, and what prepares them where there is none.
+"""Runs everything that needs a GPU, in parts of a few minutes each; `pack` prepares them where there is none.
 
 python3 -m benchmarks.gpu pack [--out DIR] ...                  compiles ahead: see benchmarks.pack
 python3 -m benchmarks.gpu [PART ...] [--out DIR] [--dry_run]    (`make gpu`)
-python3 -m benchmarks.gpu summary FILE ... [--out DIR]          one table of the GPU.json of several calls
+python3 -m benchmarks.gpu summary FILE ... [--out DIR]          merges the GPU.json of several calls
 
-PART, in this order by default: first (200 s: right or wrong, the step, probes, each layer), tune, tests, ops, layers,
-conv, step (250 s each). A part is a list of items, each with the seconds it should take; what does not fit any more is
-left out, and said; 15 s before its limit a part ends whatever runs. An item is one process, or several side by side,
-which write as they go. Needs PyTorch, Triton and pytest, no network.
+The parts, which all run in this order by default, are first (200 s: right or wrong, the step, probes, each layer),
+tune, tests, ops, layers, conv and step (250 s each). A part is a list of items, each with the seconds it should take.
+An item that does not fit any more is left out, which is printed; 15 s before its limit a part ends whatever runs. An
+item is one process, or several side by side, which write as they go. All of it needs PyTorch, Triton and pytest, but no
+network.
 
-DIR (benchmarks/results) gets after every item GPU.json, with machine, versions and rows, GPU.md, the same as tables,
-and GPU.log; at the end of a part GPU.png, the share of the floor that each call reaches. Exit code 1 if a test fails, a
-kernel is wrong or an item does not end well, 2 without a GPU.
+After every item DIR (benchmarks/results) gets GPU.json, with machine, versions and rows, GPU.md, the same as tables,
+and GPU.log; at the end of a part it gets GPU.png, which shows the share of the floor that each call reaches. The exit
+code is 1 if a test fails, a kernel is wrong or an item does not end well, and 2 without a GPU.
 """
 
 import argparse
@@ -37,19 +38,21 @@ from benchmarks import pack, report, timing
 from benchmarks.first import FAMILIES
 
 RESERVE = 15  # seconds before a part's limit, for what still has to be written
-FOLDER = pack.FOLDER / "rows"  # what the items write: FOLDER/SECTION.json
-MOST_LINES = 28  # of a section, in what is printed last
-LAST_LINES = 15  # of the output of what fails
+FOLDER = pack.FOLDER / "rows"  # the items write FOLDER/SECTION.json
+MOST_LINES = 28  # a table in what is printed last has no more
+LAST_LINES = 15  # of the output of an item that fails, which are printed
 
 Command = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Item:
-    """Commands for `python -m`, run side by side; {folder} is where rows go, {seconds} and {minutes} what is left.
+    """Holds commands for `python -m`, which run side by side.
 
-    `seconds`: what it should take on a H100; it is ended after twice that, and begun if that is left. `least`: it takes
-    what there is, from so much on. `quiet`: its output goes to GPU.log alone, unless it fails.
+    In a command {folder} stands for the folder of the rows, {seconds} and {minutes} for the time that is left.
+    seconds: what it should take on a H100. It begins if that is left, and is ended after twice that.
+    least: where it is not 0, the item begins if so many seconds are left, and takes all that are left.
+    quiet: its output goes to GPU.log alone, unless it fails.
     """
 
     name: str
@@ -82,8 +85,8 @@ def checks(seconds: float) -> Item:
     return Item("checks", seconds, tuple(commands), quiet=False)
 
 
-# Not tests/end_to_end, tests/test_install.py and these two, which are about packages and not about the GPU; nor the
-# compiler's output, which is the same everywhere and takes a minute.
+# tests/end_to_end, tests/test_install.py and the first two of these are about packages and not about the GPU. The third
+# tests the compiler's output, which is the same everywhere, and takes a minute.
 LEFT_OUT = ("tests/nvcnn/data", "tests/nvcnn/prepare", "tests/kernels/test_codegen.py")
 TESTS = ("tests/kernels", "tests/nvcnn", *(f"--ignore={path}" for path in LEFT_OUT))
 TUNE = ("benchmarks.tune", "--keys=10", "--minutes={minutes}")
@@ -116,12 +119,15 @@ PARTS = {
 
 
 def available(item: Item) -> bool:
-    """Whether the modules of its commands are there."""
+    """Returns whether the modules of its commands are there."""
     return all(find_spec(command[0]) for command in item.commands)
 
 
 def run_item(item: Item, limit: float) -> list[int | None]:
-    """Runs the commands side by side. Their exit codes, None for what was ended at `limit` with its children."""
+    """Runs the commands side by side and returns their exit codes.
+
+    After `limit` seconds a command is ended with its children, and its exit code is None.
+    """
     words = {"folder": FOLDER, "seconds": f"{max(0, limit - RESERVE):.0f}", "minutes": f"{max(0, limit - 20) / 60:.2f}"}
     environment = os.environ | {"TRITON_CACHE_DIR": str(pack.CACHE), "PYTHONUNBUFFERED": "1"}
     processes, readers = [], []
@@ -159,7 +165,7 @@ def run_item(item: Item, limit: float) -> list[int | None]:
         finally:
             for process in processes:
                 try:
-                    os.killpg(process.pid, signal.SIGKILL)  # children that outlived it, too
+                    os.killpg(process.pid, signal.SIGKILL)  # this ends children that outlived it, too
                 except ProcessLookupError:
                     continue
             for process, reader in zip(processes, readers, strict=True):
@@ -169,10 +175,13 @@ def run_item(item: Item, limit: float) -> list[int | None]:
 
 
 def test_rows(log: str, note: str) -> list[dict[str, Any]]:
-    """One row from pytest's verbose output, whole or cut off: how many passed, of how many that ran, and which not."""
+    """Returns one row from pytest's verbose output, which may be cut off.
+
+    It says how many tests passed, how many ran, and which failed.
+    """
     outcomes = r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
     results = [(name, how) for name, how in re.findall(rf"^(tests/.*?) {outcomes}\b.*\[ *\d+%\]$", log, re.MULTILINE)]
-    # With several workers a line is theirs.
+    # With several workers a line begins with the name of its worker.
     results += [
         (name, how)
         for how, name in re.findall(rf"^\[gw\d+\] \[ *\d+%\] {outcomes} (tests/\S.*?) *$", log, re.MULTILINE)
@@ -189,7 +198,7 @@ def test_rows(log: str, note: str) -> list[dict[str, Any]]:
 
 
 def what_tests_lack() -> str:
-    """The packages that are missing here, whose tests are skipped, and what is left out anyway."""
+    """Returns a line with the packages missing here, whose tests are skipped, and with what is left out anyway."""
     absent = [name for name in ("google_crc32c", "nvidia.dali", "horovod", "mpi4py", "xdist") if not found(name)]
     missing = ", ".join(absent) or "none"
     return f"left out: tests/nvcnn/data, tests/nvcnn/prepare, code generation; packages missing here: {missing}"
@@ -198,12 +207,12 @@ def what_tests_lack() -> str:
 def found(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # of a package that contains it
+    except ModuleNotFoundError:  # raised where the package that contains it is missing
         return False
 
 
 def card() -> dict[str, str]:
-    """What nvidia-smi says of the GPU, where there is one."""
+    """Returns what nvidia-smi says of the GPU, or why it says nothing."""
     fields = "name,driver_version,memory.total,power.limit,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,pstate"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
@@ -214,7 +223,7 @@ def card() -> dict[str, str]:
 
 
 class Results:
-    """GPU.json, GPU.md, GPU.png and GPU.log; rows of other parts stay."""
+    """Keeps GPU.json, GPU.md, GPU.png and GPU.log. The rows of other parts stay in them."""
 
     def __init__(self, folder: Path, gpu: str):
         self.folder, self.gpu = folder, gpu
@@ -227,7 +236,7 @@ class Results:
         return self.folder / f"{self.gpu}.{kind}"
 
     def collect(self) -> None:
-        """What the items have written until now, with the machine and the versions that it is of."""
+        """Writes GPU.json, GPU.md and GPU.log with all rows, machines and versions that items have written so far."""
         for file in FOLDER.glob("*.json"):
             self.content["sections"][file.stem] = json.loads(file.read_text())
         self.file("json").write_text(json.dumps(self.content, indent=1) + "\n")
@@ -257,7 +266,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The rows for a table each: those side by side that have the same columns."""
+    """Returns the rows as tables. Rows that follow each other and have the same columns share one."""
     result: list[list[dict[str, Any]]] = []
     for row in timing.shown(rows):
         if not result or result[-1][0].keys() != row.keys():
@@ -267,7 +276,7 @@ def tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def shares_of(content: dict[str, Any]) -> dict[str, float]:
-    """The share of the floor by name, of the calls that have one."""
+    """Returns the share of the floor that each call reaches, by name, for the calls that have a floor."""
     rows = [row for part in content["sections"].values() for row in part["rows"]]
     shares = {row["name"]: row["share"] for row in rows if row.get("share") and "floor" in row}
     return shares | {
@@ -296,7 +305,7 @@ def draw(path: Path, title: str, shares: dict[str, float]) -> None:
 
 
 def run_part(name: str, results: Results) -> list[str]:
-    """Runs the items that fit, the rows of each into `results`. A line for each that did not end well."""
+    """Runs the items that fit and adds their rows to `results`. Returns a line for each that did not end well."""
     part, start, failed = PARTS[name], time.monotonic(), []
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
@@ -333,7 +342,7 @@ def kernels_cached() -> int:
 
 
 def digest(results: Results) -> str:
-    """What is most worth reading, short: a call's output may be cut at its beginning."""
+    """Returns what is most worth reading. It is short, since a call's output may be cut at its beginning."""
     lines: list[str] = []
     for file in sorted(FOLDER.glob("*.json")):
         rows = results.content["sections"][file.stem]["rows"]
@@ -392,7 +401,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def summary(files: list[Path], out: Path, parser: argparse.ArgumentParser) -> int:
-    """One GPU.json, GPU.md and GPU.png of several, of the same GPU; a later file's section stands for an earlier's."""
+    """Writes one GPU.json, GPU.md and GPU.png from several GPU.json of the same kind of GPU. Returns the exit code.
+
+    Where several files have a section, the last one's counts.
+    """
     contents = [json.loads(file.read_text()) for file in files]
     if len({content["gpu"] for content in contents}) != 1:
         parser.error("summary takes the GPU.json files of one kind of GPU")

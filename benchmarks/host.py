@@ -1,12 +1,12 @@
-"""The host's time of a training step: how long Python takes to launch it, on a GPU that takes no time.
+"""Measures the host's time of a training step: how long Python takes to launch it on a GPU that takes no time.
 
 python -m benchmarks.host [--model resnet50] [--conv triton|triton-materialized ...] [--steps 20] [--profile]
                           [--json FILE]
 
 The step is the trainer's own, on tensors without memory. Launchers run as ever, and Triton binds their arguments and
 looks the kernel up; nothing is compiled, and a launch does nothing. PyTorch's own operators do what they do for tensors
-without memory, which stands for their launches. What it leaves out is the driver: some 2 to 5 us a launch. A step that
-is replayed as a CUDA graph takes none of this. --profile: where the time goes, by function.
+without memory, which stands for their launches. The driver's time is left out: some 2 to 5 us a launch. A step that is
+replayed as a CUDA graph takes none of this. --profile prints where the time goes, by function.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from nvcnn.data.batch import Batch
 from nvcnn.models import MODELS
 from nvcnn.step import Step
 
-BATCH = 256  # sizes cost the host nothing
-OWN = ("triton", "triton-materialized")  # PyTorch's convolutions lose channels-last where there is no memory
+BATCH = 256  # the host takes as long for any size
+OWN = ("triton", "triton-materialized")  # without memory PyTorch's convolutions lose channels-last
 
 
 class NoKernel:
@@ -51,7 +51,7 @@ class NoKernel:
         NoKernel.launches += 1
 
     def __getitem__(self, grid: Any) -> Any:
-        """Does what Triton's own does for a launch."""
+        """Returns a runner that does what Triton's own does for a launch."""
 
         def runner(*args: Any) -> None:
             stream = driver.active.get_current_stream(driver.active.get_current_device())
@@ -63,7 +63,7 @@ class NoKernel:
 
 
 def compiled(self: JITFunction, key: Any, signature: Any, device: int, *_: Any) -> NoKernel:
-    """Stands in for the compiler."""
+    """Stands in for the compiler. Returns a kernel that does nothing."""
     kernel = self.device_caches[device][0][key] = NoKernel()
     return kernel
 
@@ -80,7 +80,7 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 @contextmanager
 def idle_gpu(chip: int = 90) -> Iterator[None]:
-    """Launches on tensors without memory reach a driver that does nothing."""
+    """Sends launches on tensors without memory to a driver that does nothing, within its context."""
     with (
         mock.patch.object(driver, "_active", Chip(chip)),
         mock.patch.object(JITFunction, "_do_compile", compiled),

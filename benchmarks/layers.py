@@ -1,6 +1,6 @@
-"""A layer, as nvcnn has it and as others write it, on the shapes of ResNet-50: what the bench_*.py compare.
+"""Compares layers as nvcnn has them and as others write them, on the shapes of ResNet-50: those of bench_*.py.
 
-python -m benchmarks.layers [--json FILE] [NAME ...]    layers whose name contains a NAME, or all
+python -m benchmarks.layers [--json FILE] [NAME ...]    runs layers whose name contains a NAME, or all
 
 `pytest benchmarks/ --benchmark-only` times each contender on its own, grouped by layer, and `--benchmark-compare` sets
 two runs side by side. Here contenders take turns. On a GPU, in fp16 at batch 256, they run as CUDA graphs over several
@@ -35,9 +35,10 @@ Contender = Callable[..., tuple[Tensor, ...]]  # (*inputs, backward) -> outputs,
 
 @dataclass(frozen=True)
 class Layer:
-    """One op at one shape. `contenders` make what is timed; OURS is among them. `phases`: of `backward`.
+    """Describes one op at one shape. The `contenders`, among them OURS, make what is timed.
 
-    `work` says what a phase computes, if it is not forward, or forward and backward.
+    `phases` are the values of `backward` that are timed. `work` says what a phase computes, where that is not just
+    forward, or forward and backward.
     """
 
     name: str
@@ -57,13 +58,16 @@ def device_and_batch() -> tuple[torch.device, torch.dtype, int]:
 
 
 def images(c: int, h: int, w: int, device: torch.device, dtype: torch.dtype, *, batch: int | None = None) -> Tensor:
-    """Random activations, channels-last, that want a gradient."""
+    """Returns random activations, (batch, c, h, w), channels-last, that require a gradient."""
     x = torch.randn(batch or device_and_batch()[2], c, h, w, device=device)
     return x.to(dtype, memory_format=torch.channels_last).requires_grad_()
 
 
 def differentiated(make: Callable[[], nn.Module], device: torch.device, *, compiled: bool = False) -> Contender:
-    """A module's forward, and its gradients for a random one of its output: of its parameters and floating inputs."""
+    """Returns a contender that computes a module's forward, and its gradients for a random gradient of its output.
+
+    The gradients are those of its parameters and of the inputs that require one.
+    """
     module = make().to(device).train()
     function = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False) if compiled else module
     directions: dict[torch.Size, Tensor] = {}
@@ -82,7 +86,7 @@ def differentiated(make: Callable[[], nn.Module], device: torch.device, *, compi
 
 
 def modules(ours: Callable[[], nn.Module], plain: Callable[[], nn.Module]) -> Mapping[str, Callable[..., Contender]]:
-    """Ours, PyTorch's operators, and, on a GPU, these compiled."""
+    """Returns as contenders ours, PyTorch's operators, and on a GPU these compiled, by name."""
     contenders = {OURS: partial(differentiated, ours), "PyTorch": partial(differentiated, plain)}
     if torch.cuda.is_available():
         contenders["torch.compile"] = partial(differentiated, plain, compiled=True)
@@ -91,7 +95,10 @@ def modules(ours: Callable[[], nn.Module], plain: Callable[[], nn.Module]) -> Ma
 
 @cache
 def batch_norms() -> dict[str, tuple[int, int, bool, bool]]:
-    """C, H (= W), with residual, with ReLU, of ResNet-50's BatchNorms; of equal ones the first in the network."""
+    """Returns C, H (= W), with residual and with ReLU of ResNet-50's distinct BatchNorms, by name.
+
+    Equal ones have the name of the first in the network.
+    """
     model = build_model("resnet50", num_classes=1000, seed=0).to(META)
     found: dict[tuple[int, int, bool, bool], str] = {}
 
@@ -108,7 +115,7 @@ def batch_norms() -> dict[str, tuple[int, int, bool, bool]]:
 
 
 def inputs_in_turn(layer: Layer, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
-    """As many sets of inputs as exceed the cache; on a CPU one."""
+    """Returns so many sets of inputs that they exceed the cache; on a CPU one."""
     first = layer.inputs(device, dtype)
     more = timing.sets(sum(x.nbytes for x in first), device) - 1
     return [first, *(layer.inputs(device, dtype) for _ in range(more))]
@@ -123,11 +130,11 @@ def step_of(contender: Contender, sets: list[Inputs], backward: bool) -> timing.
 
 
 def bytes_and_flops(layer: Layer, dtype: torch.dtype, backward: bool) -> tuple[int, int]:
-    """What our ops must move and compute, by the roofline."""
+    """Returns the bytes that our ops must move and the FLOPs that they must do, by the roofline."""
     contender = layer.contenders[OURS](META)
     inputs = layer.inputs(META, dtype)
     with recorded():
-        contender(*inputs, backward=backward)  # makes the gradient's direction, which is none of its work
+        contender(*inputs, backward=backward)  # makes the output's gradient, which is no part of the work
     with recorded() as calls:
         contender(*inputs, backward=backward)
     return sum(map(roofline.bytes_of, calls)), sum(map(roofline.flops_of, calls))
@@ -136,7 +143,10 @@ def bytes_and_flops(layer: Layer, dtype: torch.dtype, backward: bool) -> tuple[i
 def compare(
     layer: Layer, backward: bool, *, copy: int = COPY, n: int = MATMUL, rounds: int = 10
 ) -> list[dict[str, Any]]:
-    """A row against each other contender, and on a GPU one against the floor. A contender that fails says why."""
+    """Returns a row against each other contender, and on a GPU one against the floor.
+
+    The row of a contender that fails says why.
+    """
     device, dtype, _ = device_and_batch()
     sets = inputs_in_turn(layer, device, dtype)
     title, rows = layer.title(backward), []
@@ -167,7 +177,7 @@ def compare(
 
 
 def comparison(layers: list[Layer]) -> Callable[..., None]:
-    """The pytest-benchmark test of these layers: a group for each layer and phase."""
+    """Returns the pytest-benchmark test of these layers, with a group for each layer and phase."""
     cases = [(layer, backward, name) for layer in layers for backward in layer.phases for name in layer.contenders]
 
     @pytest.mark.parametrize(("layer", "backward", "name"), cases, ids=[f"{a.title(b)}: {c}" for a, b, c in cases])

@@ -1,12 +1,13 @@
-"""Every op of ResNet-50's training step against the floor that memory sets, and the optimizer's step against others.
+"""Times each op of ResNet-50's step against the floor that memory sets, and the optimizer's step against others.
 
 python -m benchmarks.ops [optimizer|layers] [--device=cpu|cuda] [--json FILE] [--seconds N]
 
-The floor of an op is the bytes it must move, over the copy bandwidth of the same rounds, or its FLOPs over their matrix
-rate, whichever takes longer: a `ratio` of 0.9 is 90 % of it. On a GPU gradients, model weights and activations (batch
-256) are fp16, each op is timed as a CUDA graph over several arenas or sets of tensors in turn, which together exceed
-any cache; whole optimizer steps are timed as their users call them. On a CPU the layers' ops are left out: references
-run there, which are not made for one pass. A step's convolutions stand beside cuDNN's, alone, without what is fused.
+The floor of an op is the time for the bytes it must move at the copy bandwidth of the same rounds, or for its FLOPs at
+their matrix rate, whichever is longer; a `ratio` of 0.9 means that the op reaches 90 % of it. On a GPU gradients, model
+weights and activations (batch 256) are fp16, and each op is timed as a CUDA graph over several arenas or sets of
+tensors in turn, which together exceed any cache; whole optimizer steps are timed as their users call them. On a CPU the
+layers' ops are left out, since the references that run there are not made for one pass. A step's convolutions stand
+beside cuDNN's convolutions alone, without what is fused into ours.
 """
 
 import argparse
@@ -34,24 +35,27 @@ from nvcnn.optimizer.larc import Larc
 OPS = ("gradient_statistics", "trust_ratio", "larc_update")
 ARENAS = 3
 LIBRARY = "cuDNN alone"
-CONVS = CANDIDATES  # what a run on a GPU mixes
+CONVS = CANDIDATES  # a run on a GPU mixes these
 Rows = list[dict[str, Any]]
 
 
 def copy(size: int, device: torch.device) -> timing.Step:
-    """Copies `size` bytes: reads and writes as many."""
+    """Returns a step that copies `size` bytes: it reads and writes as many."""
     source, target = torch.randn(2, size // 4, device=device)
     return partial(target.copy_, source)
 
 
 def matmul(n: int, dtype: torch.dtype, device: torch.device) -> timing.Step:
-    """2 n^3 FLOPs, on random values: zeros draw less power, and run faster."""
+    """Returns a step of 2 n^3 FLOPs on random values, since zeros draw less power and run faster."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 def ceilings(device: torch.device, dtypes: Iterable[torch.dtype], *, size: int, n: int, rounds: int) -> Rows:
-    """What this machine does at best: its copy bandwidth, bytes read and written, and its matrix rate."""
+    """Returns rows of what this machine does at best: its copy bandwidth and its matrix rate in each dtype.
+
+    The bandwidth, in GB/s, counts bytes read and bytes written; the rate is in TFLOP/s.
+    """
     work = {f"ceiling: copy of {size >> 20} MiB": (2 * size / 1e9, "GB/s", copy(size, device))}
     for dtype in dtypes:
         name = f"ceiling: {n} x {n} matmul, {str(dtype).removeprefix('torch.')}"
@@ -74,14 +78,14 @@ def optimizer(model: str, device: torch.device, dtype: torch.dtype) -> Larc:
 
 
 def launches(larc: Larc) -> dict[str, timing.Step]:
-    """The three launches of `larc.step`, with its very arguments, each on its own."""
+    """Returns the three launches of `larc.step`, each as a step of its own, with the same arguments."""
     with mock.patch.multiple(kernels, **dict.fromkeys(OPS, mock.DEFAULT)) as calls:
         larc.step()
     return {op: partial(getattr(kernels, op), *calls[op].call_args.args, **calls[op].call_args.kwargs) for op in OPS}
 
 
 def bytes_of(arena: Arena) -> dict[str, int]:
-    """What the ops must move, without the arena's padding: master weight and momentum are fp32."""
+    """Returns the bytes that each op must move, without the arena's padding. Master weight and momentum are fp32."""
     sizes = [slot.parameter.numel() for slot in arena.slots]
     matrix = sum(n for n, slot in zip(sizes, arena.slots, strict=True) if slot.start < arena.matrix_elements)
     vector = sum(sizes) - matrix
@@ -94,7 +98,10 @@ def bytes_of(arena: Arena) -> dict[str, int]:
 
 
 def floor(needed: int, flops: int, times: dict[str, list[float]], *, size: int, n: int) -> list[float]:
-    """The milliseconds of each round that no device with its "copy" of `size` bytes and its "matmul" of n can pass."""
+    """Returns the least milliseconds that the work can take, for each round.
+
+    They follow from the round's times of the "copy" of `size` bytes and the "matmul" of n x n matrices.
+    """
     memory = [ms * needed / (2 * size) for ms in times["copy"]]
     if not flops:
         return memory
@@ -102,16 +109,17 @@ def floor(needed: int, flops: int, times: dict[str, list[float]], *, size: int, 
 
 
 def rates(needed: int, flops: int, us: float) -> str:
-    """Of what moves so many bytes and does so many FLOPs in that time."""
+    """Returns, as text, the rates of what moves so many bytes and does so many FLOPs in so many microseconds."""
     return f"{timing.significant(needed / us / 1e3)} GB/s" + (
         f", {timing.significant(flops / us / 1e6)} TFLOP/s" if flops else ""
     )
 
 
 def layer_calls(model: str, batch: int, dtype: torch.dtype, *convs: str) -> Counter[Call]:
-    """The calls of the project's ops in a step of the model, but for the optimizer's, and how often each occurs.
+    """Returns the calls of the project's ops in a step of the model, and how often each occurs.
 
-    With each --conv of `convs`: what is in several counts as in the one that has most.
+    The optimizer's are left out. A call that occurs with several --conv of `convs` counts as with the one that has it
+    most often.
     """
     optimizer_ops = {f"nvcnn::{op}" for op in OPS}
     calls: Counter[Call] = Counter()
@@ -124,10 +132,10 @@ def layer_calls(model: str, batch: int, dtype: torch.dtype, *convs: str) -> Coun
 def measure_layers(
     calls: Counter[Call], device: torch.device, dtype: torch.dtype, *, size: int, n: int, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each call, the heaviest first: ours, the library's convolution alone, and the floor, in microseconds.
+    """Yields a row for each call, the heaviest first: ours, the library's convolution alone, and the floor.
 
-    Ours is what a step calls, with what is fused into it; the floor, of its bytes and FLOPs, is that of the copy and
-    the product of matrices of the same rounds. A call that fails says why.
+    Times are in microseconds. Ours is what a step calls, with what is fused into it. The floor of its bytes and FLOPs
+    follows from the copy and the matrix product of the same rounds. The row of a call that fails says why.
     """
     ceiling = {"copy": copy(size, device), "matmul": matmul(n, dtype, device)}
     ceiling = {name: timing.captured(step, device) for name, step in ceiling.items()}
@@ -157,7 +165,10 @@ def measure_layers(
 
 
 def amp_unscale(arena: Arena) -> timing.Step:
-    """What a GradScaler does to the fp32 gradients of as many parameters: the same check, and no norms."""
+    """Returns a step that does what a GradScaler does to the fp32 gradients of as many parameters.
+
+    It makes the same check, and takes no norms.
+    """
     gradients = [torch.randn_like(slot.parameter, dtype=torch.float32) for slot in arena.slots]
     found, inverse = torch.zeros(1, device=gradients[0].device), torch.ones(1, device=gradients[0].device)
     return partial(torch._amp_foreach_non_finite_check_and_unscale_, gradients, found, inverse)
@@ -172,7 +183,10 @@ def in_turn(steps: list[timing.Step]) -> timing.Step:
 
 
 def measure_ops(model: str, device: torch.device, dtype: torch.dtype, *, size: int, rounds: int) -> Rows:
-    """Each op over ARENAS arenas in turn, between copies of `size` bytes. Raises RuntimeError if a step was skipped."""
+    """Returns rows of each op, timed over ARENAS arenas in turn, between copies of `size` bytes.
+
+    Raises RuntimeError if a step was skipped.
+    """
     optimizers = [optimizer(model, device, dtype) for _ in range(ARENAS)]
     for larc in optimizers:
         larc.step()
@@ -205,7 +219,7 @@ def measure_steps(
     rounds: int,
     repeat: int,
 ) -> Rows:
-    """Whole optimizer steps, all contenders in each round; a peer that fails has a row that says why."""
+    """Returns rows of whole optimizer steps, all contenders in each round. The row of a peer that fails says why."""
     failed: Rows = []
     steps = {name: make() for name, make in ours.items()}
     for name, make in peers.items():

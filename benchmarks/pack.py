@@ -1,12 +1,13 @@
-"""Kernels compiled where there is no GPU, for a machine that has one: Triton's cache, in one archive.
+"""Compiles kernels where there is no GPU, for a machine that has one, into one archive of Triton's cache.
 
 python3 -m benchmarks.gpu pack [--out DIR] [--keys N] [--rings N] [--workers N]
 
-What `benchmarks.gpu first` launches, and what `tune` tries first for the heaviest configurations, is collected on
-tensors without memory, compiled for sm_90 in parallel processes, and archived with a key that says what compiled it.
-`benchmarks.gpu` on the GPU machine unpacks it, says hits and misses, and compiles what is missing, all at once; where
-the key differs, that is everything. Triton finds an entry by its source, its specialisation and the compiler's files;
-where the checkout lies does not count. The archive holds no launchers: these are linked where they run.
+The kernels that `benchmarks.gpu first` launches, and that `tune` tries first for the heaviest configurations, are
+collected on tensors without memory, compiled for sm_90 in parallel processes, and archived with a key that says what
+compiled them. On the GPU machine `benchmarks.gpu` unpacks the archive, prints hits and misses, and compiles what is
+missing, all at once; where the key differs, everything is missing. Triton finds an entry by its source, its
+specialisation and the compiler's files, wherever the checkout lies. The archive holds no launchers, which are linked
+where they run.
 """
 
 import argparse
@@ -41,19 +42,19 @@ from benchmarks.trace import Launch, compiled
 from kernels.implementation import INTERPRETED
 
 CHIP = 90  # H100 and H200
-FOLDER = Path(__file__).parents[1] / "build" / "gpu"  # which git ignores
+FOLDER = Path(__file__).parents[1] / "build" / "gpu"  # git ignores it
 CACHE = FOLDER / "triton"
 ARCHIVE = "kernels.tar.xz"
 MOST_BYTES = 60_000_000  # of the archive
-MOST_SECONDS = 60.0  # to compile one kernel: of candidates, tiles that spill take minutes
+MOST_SECONDS = 60.0  # to compile one kernel: candidates whose tiles spill take minutes
 
 Lists = dict[str, list[Launch]]  # what each part of `benchmarks.gpu` launches
 
 
 def key() -> dict[str, str]:
-    """What must be equal for Triton to find an entry, in words and in digests."""
+    """Returns what must be equal for Triton to find an entry, in words and in digests."""
     version = sys.version_info
-    compiler = str(make_backend(GPUTarget("cuda", CHIP, 32)).hash())  # ptxas says a lot of itself
+    compiler = str(make_backend(GPUTarget("cuda", CHIP, 32)).hash())  # it contains ptxas's long description of itself
     return {
         "python": f"{version.major}.{version.minor}",
         "triton": triton.__version__,
@@ -65,7 +66,7 @@ def key() -> dict[str, str]:
 
 @dataclass
 class Outcome:
-    """What became of a list of kernels. `failed`: what the compiler said, for each it refused."""
+    """Counts what became of a list of kernels. `failed` has what the compiler said of each kernel it refused."""
 
     hits: int = 0
     compiled: int = 0
@@ -79,7 +80,7 @@ class Outcome:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside when the time is up. In a process' main thread."""
+    """Raises TimeoutError inside when the time is up. It works in a process's main thread only."""
 
     def end(*_: Any) -> None:
         raise TimeoutError(f"not compiled in {seconds:.0f} s")
@@ -94,7 +95,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def compile_one(launch: Launch) -> tuple[bool, str]:
-    """Whether the kernel was in the cache, and what the compiler said if it refused it.
+    """Returns whether the kernel was in the cache, and what the compiler said if it refused it.
 
     Where there is a GPU its launcher is built as well, which takes the C compiler 0.3 s.
     """
@@ -107,13 +108,16 @@ def compile_one(launch: Launch) -> tuple[bool, str]:
                 kernel = compiled(launch)
                 if torch.cuda.is_available():
                     driver.active.launcher_cls(kernel.src, kernel.metadata)
-        except Exception as error:  # the compiler has no one class
+        except Exception as error:  # the compiler raises many classes
             return False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return hits == [True], ""
 
 
 def workers(count: int) -> ProcessPoolExecutor:
-    """Compilers. To be made, and used, before this process touches a GPU: they are forked from it."""
+    """Returns a pool of compilers, which are forked from this process.
+
+    Make and use it before this process touches a GPU.
+    """
     pool = ProcessPoolExecutor(count, mp_context=get_context("fork"))
     pool.submit(os.getpid).result()  # forks all of them
     return pool
@@ -132,11 +136,11 @@ def compile_all(launches: Iterable[Launch], pool: ProcessPoolExecutor) -> Outcom
 
 
 def write(lists: Lists, archive: Path, count: int) -> Outcome:
-    """Compiles every launch of the lists and archives the cache, the lists and the key."""
+    """Compiles every launch of the lists, and archives cache, lists and key. Returns what became of the launches."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as folder, knobs.cache.scope():
         root = Path(folder)
-        knobs.cache.dir = str(root / "cache")  # which the workers inherit
+        knobs.cache.dir = str(root / "cache")  # the workers inherit it
         with workers(count) as pool:
             outcome = compile_all((launch for launches in lists.values() for launch in launches), pool)
         (root / "key.json").write_text(json.dumps(key(), indent=1))
@@ -151,7 +155,10 @@ def write(lists: Lists, archive: Path, count: int) -> Outcome:
 
 
 def read(archive: Path, cache: Path) -> tuple[Lists, str]:
-    """Unpacks the archive into an empty `cache`. Its lists, and a line about it; no list if its key differs."""
+    """Unpacks the archive into an empty `cache`. Returns its lists, and a line about it.
+
+    There are no lists if there is no archive or its key differs.
+    """
     if not archive.exists():
         return {}, f"no {archive.name}: every kernel is compiled here"
     shutil.rmtree(cache, ignore_errors=True)
@@ -165,7 +172,7 @@ def read(archive: Path, cache: Path) -> tuple[Lists, str]:
             return {}, f"{archive.name} does not fit: of {'; of '.join(differing)}: every kernel is compiled here"
         os.replace(root / "cache", cache)
         content = json.loads((root / "launches.json").read_text())
-    for group in cache.glob("*/__grp__*"):  # Triton's lists of an entry's files, by absolute paths
+    for group in cache.glob("*/__grp__*"):  # Triton lists an entry's files there, by absolute paths
         files = json.loads(group.read_text())["child_paths"]
         group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in files}}))
     lists = {name: [Launch(**launch) for launch in found] for name, found in content.items()}
@@ -179,7 +186,10 @@ def collect(keys: int, rings: int) -> Lists:
 
 
 def fill(names: Sequence[str], archive: Path, cache: Path, count: int) -> str:
-    """Makes `cache` what the archive holds, and compiles what else these parts launch. A line with hits and misses."""
+    """Fills `cache` from the archive, and compiles what else these parts launch. Returns a line with hits and misses.
+
+    Raises ValueError where Triton interprets kernels.
+    """
     if INTERPRETED:
         raise ValueError("TRITON_INTERPRET=1 replaces the compiler: unset it")
     lists, line = read(archive, cache)
@@ -227,5 +237,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # On the GPU machine: unpacks, and compiles what the parts that are named launch.
+    # This runs on the GPU machine: it unpacks the archive and compiles what the named parts launch.
     print(fill(sys.argv[1:], FOLDER / ARCHIVE, CACHE, min(14, len(os.sched_getaffinity(0)))))

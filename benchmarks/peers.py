@@ -1,4 +1,4 @@
-"""What users would otherwise call, made importable beside any PyTorch, and under the rules that ours keeps to."""
+"""Makes what users would otherwise call importable beside any PyTorch, and holds it to the rules that ours keeps."""
 
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-CUDNN = "cudnn.benchmark and cudnn.deterministic"  # what a table says of both contenders
+CUDNN = "cudnn.benchmark and cudnn.deterministic"  # tables say it of both contenders
 
 
 def cudnn() -> AbstractContextManager[None]:
-    """The fastest of cuDNN's deterministic algorithms, as `nvcnn.machine.use_device` has it for a run."""
+    """Returns a context with the fastest of cuDNN's deterministic algorithms, as `nvcnn.machine.use_device` has it."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=True)
 
 
@@ -23,10 +23,10 @@ def loads(library: Path) -> bool:
 
 
 def declare_torchvision_operators() -> torch.library.Library | None:
-    """Lets `import torchvision` succeed where its compiled operators do not fit this PyTorch, as a CPU build.
+    """Lets `import torchvision` succeed where its compiled operators do not fit this PyTorch, such as a CPU build.
 
     Importing it registers fake versions of two operators, whose schemas must be known. Models and transforms need
-    neither. The declaration lasts as long as what is returned.
+    neither. Returns the declaration, which lasts as long as that object, or None where none is needed.
     """
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None or any(map(loads, Path(spec.origin).parent.glob("_C*"))):

@@ -1,4 +1,7 @@
-"""Calls that `benchmarks.trace` recorded, run for real: on random tensors, more of them in turn than a cache holds."""
+"""Runs calls that `benchmarks.trace` recorded for real, on random tensors.
+
+Several sets of them take turns, so that together they exceed a cache.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +19,11 @@ WEIGHT_GRADIENT = "nvcnn::convolution_weight_gradient"
 
 
 def arguments(call: Call, device: torch.device) -> Arguments:
-    """The call's arguments, with tensors of its layouts: activations are normal, other factors in 0.5 .. 1.5.
+    """Returns the call's arguments, with random tensors of its layouts.
 
-    A weight's gradient is a sum over all pixels: what would make it grow with their number, and not with its root, is
-    divided by the root, and all of the gradient by 16, so that fp16 holds it.
+    Activations are normal, and other factors lie in 0.5 .. 1.5. A weight's gradient is a sum over all pixels. What
+    would make it grow with their number, and not with the square root of that, is divided by the root, and all of the
+    gradient by 16, so that fp16 holds it.
     """
 
     def tensor(name: str, layout: Layout) -> Tensor:
@@ -28,7 +32,7 @@ def arguments(call: Call, device: torch.device) -> Arguments:
             return x.normal_() if x.dim() == 4 else x.uniform_(0.5, 1.5)
         if layout.dtype == torch.bool:
             return x.random_(0, 2)
-        # Labels, below the number of classes; positions in a pooling window; pixels.
+        # Labels lie below the number of classes, positions below the size of a pooling window, and pixels below 256.
         top = call["logits"].shape[1] if name == "targets" else call["kernel_size"] ** 2 if name == "argmax" else 256
         return x.random_(0, top)
 
@@ -47,7 +51,7 @@ def arguments(call: Call, device: torch.device) -> Arguments:
 
 
 def outcome(call: Call, made: Arguments) -> list[Tensor]:
-    """What the call returns, and what it writes into its arguments."""
+    """Returns the tensors that the call returns or writes into its arguments."""
     returned = call.op(**made)
     written = [
         made.get(a.name) for a in call.op._schema.arguments if a.alias_info is not None and a.alias_info.is_write
@@ -56,28 +60,31 @@ def outcome(call: Call, made: Arguments) -> list[Tensor]:
 
 
 def whole(results: list[Tensor]) -> list[Tensor]:
-    """The results with sums that are whole: they are (2, parts, channels), and how many parts is the kernel's business.
+    """Returns the results in float64, except for whole numbers, with sums added over their parts.
 
-    In float64, but for whole numbers.
+    Sums are (2, parts, channels), and each kernel chooses how many parts there are.
     """
     return [t.double().sum(1) if t.dim() == 3 else t.double() if t.is_floating_point() else t for t in results]
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """The norm of the difference over that of theirs (NaN if there is one); of whole numbers the share that differs."""
+    """Returns the norm of the difference over the norm of `theirs`, which is NaN if there is a NaN.
+
+    For whole numbers it returns the share that differs.
+    """
     if not theirs.is_floating_point():
         return (ours != theirs).double().mean().item()
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-300)).item()
 
 
 def argument_sets(call: Call, device: torch.device) -> list[Arguments]:
-    """As many sets of arguments as exceed the cache."""
+    """Returns so many sets of arguments that they exceed the cache."""
     count = timing.sets(sum(times * layout.bytes for layout, times in moved(call)), device)
     return [arguments(call, device) for _ in range(count)]
 
 
 def replay(function: Callable[..., object], made: list[Arguments]) -> timing.Step:
-    """A step that calls the function with each set in turn."""
+    """Returns a step that calls the function with each set in turn."""
 
     def step() -> None:
         for one in made:
@@ -87,7 +94,10 @@ def replay(function: Callable[..., object], made: list[Arguments]) -> timing.Ste
 
 
 def library(call: Call) -> Callable[..., object] | None:
-    """PyTorch's convolution alone (on a GPU cuDNN's), of a convolution's arguments, without what is fused into it."""
+    """Returns PyTorch's convolution alone (on a GPU cuDNN's), or None if the call is no convolution.
+
+    It takes the call's arguments and leaves out what is fused into the call.
+    """
 
     def geometry(made: Arguments) -> tuple[Any, ...]:
         return made["stride"], made["padding"], [1, 1], False, [0, 0], made.get("groups", 1)
@@ -110,7 +120,7 @@ def library(call: Call) -> Callable[..., object] | None:
 
 
 def describe(call: Call) -> str:
-    """The op, its shape, the weight's and the stride, the flags that are set, and what else is fused."""
+    """Returns the op, its shape, the weight's shape and stride, the flags that are set, and what else is fused."""
     values = dict(call.arguments)
     words = [call.name.removeprefix("nvcnn::")]
     shape = next((v.shape for v in values.values() if isinstance(v, Layout)), ())

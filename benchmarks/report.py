@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: a table, and {"machine", "versions", "command", "rows"} as JSON."""
+"""Formats what benchmarks print, a table, and writes {"machine", "versions", "command", "rows"} as JSON."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def processor() -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows, which share their keys, under a header line."""
+    """Returns the rows, which share their keys, as text under a header line."""
     if not rows:
         return "no rows"
     lines = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
@@ -29,7 +29,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(file: str, name: str, rows: list[dict[str, Any]], **machine: Any) -> None:
-    """Writes the rows with what ran, and on what, to a JSON file, whole or not at all. `machine`: what else it has."""
+    """Writes the rows, with what ran and on what, to a JSON file, whole or not at all.
+
+    machine: what else is known of the machine.
+    """
     cores = len(os.sched_getaffinity(0))
     content = {
         "machine": {"processor": processor(), "cores": cores, "system": platform.platform()} | machine,

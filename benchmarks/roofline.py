@@ -1,12 +1,12 @@
-"""What a training step must take on GPUs that need not be here: bytes over bandwidth, FLOPs over matrix rate.
+"""Computes the least time of a training step on GPUs that need not be here, from bytes and FLOPs.
 
 python -m benchmarks.roofline [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--json FILE]
                               [--conv triton|triton-materialized|cudnn|torch|plain]
 
-Every call of the step moves the bytes of its tensors and does its FLOPs; its floor is the longer of the two. The sum of
-the floors is what no implementation with these calls can pass; fusing calls moves the limit. --conv: as the trainer's,
-where triton has BatchNorms, additions and ReLUs in the convolutions; plain: the same model as torchvision has it, with
-all of them apart, without an optimizer.
+Every call of the step moves the bytes of its tensors and does its FLOPs. Its floor is the bytes over the bandwidth or
+the FLOPs over the matrix rate, whichever is longer. No implementation with these calls can take less than the sum of
+the floors; fusing calls moves the limit. --conv is the trainer's, where triton has BatchNorms, additions and ReLUs in
+the convolutions; plain is the same model as torchvision has it, with all of them apart, and without an optimizer.
 """
 
 import argparse
@@ -36,21 +36,24 @@ class GPU:
 
 
 GPUS = (
-    # Peaks that nothing reaches: NVIDIA's data sheets of the A100 80 GB SXM and the HGX B200 (a GPU of eight).
+    # These are peaks that nothing reaches, from NVIDIA's data sheets of the A100 80 GB SXM and the HGX B200 (a GPU of
+    # eight).
     GPU("A100 (data sheet)", 2.039e12, 312e12),
     GPU("B200 (data sheet)", 8.0e12, 2250e12),
-    # Measured: a copy, and a product of random 8192 x 8192 matrices.
+    # These were measured with a copy and a product of random 8192 x 8192 matrices.
     GPU("H100", 3.0e12, 790e12),
     GPU("H200", 4.3e12, 790e12),
 )
 
-# How often an argument moves, where it is not read once, or read and written once if the schema says it is mutated.
+# How often an argument moves. One that is not listed is read once, and if the schema says that it is mutated, written
+# once, too.
 MOVES: dict[str, dict[str, int]] = {
     "aten::copy_": {"self": 1},  # written only
-    "aten::native_batch_norm": {"input": 2},  # for the statistics, for y
-    "aten::native_batch_norm_backward": {"grad_out": 2, "input": 2},  # for the sums, for dx
+    "aten::native_batch_norm": {"input": 2},  # read for the statistics and for y
+    "aten::native_batch_norm_backward": {"grad_out": 2, "input": 2},  # read for the sums and for dx
     "aten::max_pool2d_with_indices_backward": {"self": 0},  # the indices say it all
-    # For the sums, for dx. With g, the gradient behind the mask, the first pass writes g, and the second reads it.
+    # Read for the sums and for dx. Where g, the gradient behind the mask, is asked for, the first pass writes it, and
+    # the second reads it.
     "nvcnn::batch_norm_backward": {"dy": 2, "x": 2},
     "nvcnn::convolution_weight_gradient": {"out": 1},  # written only; sums over parts stay in the L2 cache
     "nvcnn::gradient_statistics": {"square_sums": 1},
@@ -59,7 +62,7 @@ MOVES: dict[str, dict[str, int]] = {
 }
 
 
-# The arguments that have the shapes of the convolution's output ("": the result itself) and of its weight.
+# These arguments have the shape of the convolution's output ("" is the result itself) and that of its weight.
 CONVOLUTIONS = {
     "nvcnn::convolution": ("", "weight"),
     "nvcnn::convolution_data_gradient": ("g", "weight"),
@@ -68,7 +71,7 @@ CONVOLUTIONS = {
 
 
 def moved(call: Call) -> Iterator[tuple[Layout, int]]:
-    """The tensors that the call must move to or from memory, and how often: as MOVES has it, each result once."""
+    """Yields each tensor that the call must move to or from memory, and how often: as MOVES has it, a result once."""
     moves = MOVES.get(call.name, {})
     for argument in call.op._schema.arguments:
         default = 2 if argument.alias_info is not None and argument.alias_info.is_write else 1
@@ -84,7 +87,7 @@ def bytes_of(call: Call) -> int:
 
 
 def flops_of(call: Call) -> int:
-    """FLOPs of a convolution or matrix product, 0 of anything else."""
+    """Returns the FLOPs of a convolution or matrix product, and 0 for anything else."""
     if call.name in CONVOLUTIONS:
         y, weight = CONVOLUTIONS[call.name]
         return 2 * prod((call[y] if y else call.outputs[0]).shape) * prod(call[weight].shape[1:])
@@ -103,7 +106,10 @@ def name_of(call: Call) -> str:
 
 
 def rows_of(calls: Iterable[Call], batch: int) -> list[dict[str, Any]]:
-    """A row for each op, the largest first, and one for the step: floors in microseconds."""
+    """Returns a row for each op, the largest first, one for the step, and one for its images/s.
+
+    Floors are in microseconds.
+    """
     names = [gpu.name for gpu in GPUS]
     rows: dict[str, dict[str, Any]] = {}
     step: dict[str, Any] = {"name": "step", "calls": 0} | dict.fromkeys(("MB/image", "GFLOP/image", *names), 0.0)

@@ -1,12 +1,12 @@
-"""The whole training step on synthetic data (forward, backward, optimizer) against what one would otherwise write.
+"""Times the whole training step on synthetic data (forward, backward, optimizer) against what others would write.
 
 python -m benchmarks.step [--device=cpu|cuda] [--json FILE]
 
-On a GPU: ResNet-50, batch 256, 224 x 224, fp16. On the CPU, to prove the script: ResNet-18, batch 4, 64 x 64, fp32.
-The peers are plain channels-last loops with SGD(fused=True), on a GPU with automatic mixed precision, GradScaler and
-cuDNN under the rules of ours: the fastest of its deterministic algorithms. They get normalised fp32 images; ours starts
-from uint8, as from a decoder, and has LARC. On a GPU ours runs with --conv=auto and as a CUDA graph; its other ways to
-compute convolutions, and without, are among the peers.
+On a GPU it runs ResNet-50 at batch 256, 224 x 224, in fp16. On the CPU, to prove the script, it runs ResNet-18 at batch
+4, 64 x 64, in fp32. The peers are plain channels-last loops with SGD(fused=True), on a GPU with automatic mixed
+precision, GradScaler and, by the same rule as ours, the fastest of cuDNN's deterministic algorithms. They get
+normalised fp32 images; ours starts from uint8, as from a decoder, and has LARC. On a GPU ours runs with --conv=auto and
+as a CUDA graph; its other --conv, and ours without a graph, are among the peers.
 """
 
 import argparse
@@ -55,7 +55,7 @@ GPU = Case(torch.device("cuda"), "resnet50", 256, 224, torch.float16)
 
 
 def ours(case: Case, conv: str = "auto", cuda_graph: str = "off") -> timing.Step:
-    """The trainer's own step with --conv and --cuda_graph."""
+    """Returns the trainer's own step with --conv and --cuda_graph."""
     transport = connect("torch")
     if (device := use_device(transport)[0]).type != case.device.type:
         raise RuntimeError(f"the trainer runs on {device}, not on {case.device}")
@@ -82,9 +82,10 @@ def ours(case: Case, conv: str = "auto", cuda_graph: str = "off") -> timing.Step
 def plain_loop(
     model: nn.Module, *, device: torch.device, dtype: torch.dtype, compile_mode: str | None = None, **sgd: Any
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A training step as PyTorch's documentation has it: images (fp32, channels-last) and labels in, loss out.
+    """Returns a training step as PyTorch's documentation has it.
 
-    `dtype` other than fp32 is automatic mixed precision. `sgd`: options of torch.optim.SGD.
+    The step takes images (fp32, channels-last) and labels, and returns the loss. A `dtype` other than fp32 means
+    automatic mixed precision. `sgd` are options of torch.optim.SGD.
     """
     model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     options: dict[str, Any] = {"momentum": MOMENTUM, "nesterov": True, "weight_decay": WEIGHT_DECAY}
@@ -138,7 +139,7 @@ PEERS: dict[str, Callable[[Case], timing.Step]] = {"torchvision": torchvision, "
 OURS: dict[str, Callable[[Case], timing.Step]] = {
     f"nvcnn, --conv={conv}": partial(ours, conv=conv, cuda_graph="auto") for conv in ALGORITHMS
 } | {"nvcnn, --cuda_graph=off": ours}
-# Last: on a GPU it tunes for minutes, and what stands by then is kept.
+# It comes last, since on a GPU it tunes for minutes, and the rows of the others are written by then.
 COMPILED = {"torchvision, max-autotune": lambda case: torchvision(case, "max-autotune")}
 
 
@@ -150,7 +151,7 @@ def compare(
     repeat: int,
     write: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """A row for every peer, each in turns with ours. `write` gets all of them whenever one is added."""
+    """Returns a row for every peer, each of which takes turns with ours. `write` gets all rows when one is added."""
     rows: list[dict[str, Any]] = []
     own = ours(case, cuda_graph="auto")
     for peer, make in others.items():

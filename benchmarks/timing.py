@@ -1,4 +1,4 @@
-"""How benchmarks report what `nvcnn.timing` measures: ratios are of one round, medians of all."""
+"""Makes the rows by which benchmarks report what `nvcnn.timing` measures: ratios of each round, medians of all."""
 
 from collections.abc import Callable
 from statistics import median, quantiles
@@ -23,9 +23,11 @@ __all__ = [
 def row(
     name: str, unit: str, ours: list[float], peer: list[float], *, images: float = 0, note: str = ""
 ) -> dict[str, Any]:
-    """A row of the report from milliseconds of the same rounds, as ms, us, images/s or MB/s (of steps of `images`).
+    """Returns a row of the report, from the milliseconds of both contenders in the same rounds.
 
-    Medians; `ratio` says how many times faster ours is, `spread` its quartiles over the rounds.
+    unit: ms, us, images/s or MB/s. images: how many images, or MB, a step has.
+    The row has medians over the rounds; its `ratio` says how many times faster ours is, and `spread` has the quartiles
+    of that.
     """
     factor: Callable[[float], float] = {
         "ms": lambda ms: ms,
@@ -47,27 +49,27 @@ def row(
 
 
 def missing(name: str, unit: str, why: BaseException | str) -> dict[str, Any]:
-    """The row of a peer that cannot be measured."""
+    """Returns the row of a peer that cannot be measured."""
     note = reason(why) if isinstance(why, BaseException) else why[:200]
     return {"name": name, "ours": None, "peer": None, "unit": unit, "ratio": None, "spread": "", "note": note}
 
 
 def reason(error: BaseException) -> str:
-    """One line."""
+    """Returns the error as one line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
 
 def lost(error: BaseException) -> bool:
-    """Whether the GPU answers this process no more, so that whatever follows would fail, too."""
+    """Returns whether the GPU answers this process no more, so that whatever follows would fail, too."""
     words = "illegal", "unspecified launch failure", "misaligned address", "device-side assert"
     return any(word in str(error) for word in words)
 
 
 def significant(value: float) -> float:
-    """Four digits: no measurement here has more."""
+    """Returns the value with four digits, as no measurement here has more."""
     return float(f"{value:.4g}")
 
 
 def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For a table: nothing measured is a dash."""
+    """Returns the rows for a table, with a dash for what was not measured."""
     return [{key: "-" if value is None else value for key, value in row.items()} for row in rows]

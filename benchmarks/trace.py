@@ -1,4 +1,4 @@
-"""One training step recorded without computing: what is called, with which shapes; and the kernel launches of an op.
+"""Records what a training step calls, with which shapes, without computing; and the kernel launches of an op.
 
 The step is the trainer's own, on tensors of the meta device, which have no memory. An op's launches are those of its
 own launcher, specialised by Triton itself for a GPU that need not be here.
@@ -40,7 +40,7 @@ aten = torch.ops.aten
 
 
 class Layout(NamedTuple):
-    """A tensor without its values."""
+    """Describes a tensor without its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """In memory: an expanded dimension is there once."""
+        """Returns the bytes in memory, where an expanded dimension is there once."""
         return prod(n for n, stride in zip(self.shape, self.stride, strict=True) if stride) * self.dtype.itemsize
 
     def meta(self) -> Tensor:
@@ -57,7 +57,10 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """An operator and what it was called with: arguments by name, tensors as their layouts. Equal calls do the same."""
+    """Holds an operator and what it was called with: arguments by name, and tensors as their layouts.
+
+    Equal calls do the same.
+    """
 
     op: torch._ops.OpOverload
     arguments: tuple[tuple[str, Any], ...]
@@ -72,7 +75,7 @@ class Call:
 
 
 def layouts(value: Any) -> Any:
-    """The value, hashable: its tensors as layouts, its lists as tuples."""
+    """Returns the value in hashable form, with its tensors as layouts and its lists as tuples."""
     if isinstance(value, list | tuple):
         return tuple(map(layouts, value))
     return Layout(tuple(value.shape), value.dtype, value.stride()) if isinstance(value, Tensor) else value
@@ -85,9 +88,9 @@ def call_of(op: torch._ops.OpOverload, *args: Any, outputs: Any = (), **kwargs: 
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps every operator that touches memory: neither views nor allocations.
+    """Keeps every call that touches memory, so neither views nor allocations.
 
-    What convolutions return is channels-last like what they get, as cuDNN has it: PyTorch's meta kernels do not know.
+    Convolutions return channels-last tensors, as cuDNN does for channels-last ones; PyTorch's meta kernels do not.
     """
 
     def __init__(self) -> None:
@@ -106,7 +109,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def convolution_backward(self, dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> list[Tensor | None]:
-        """Two calls, as libraries compute the gradients, each without the tensor it does not read."""
+        """Keeps a call for each gradient, as libraries do, each without the tensor it does not read."""
         *rest, mask = rest  # type: ignore[assignment]
         results: list[Tensor | None] = [None, None, dy.sum((0, 2, 3)) if mask[2] else None]
         for i, (like, inputs) in enumerate(((x, (None, weight)), (weight, (x, None)))):
@@ -121,7 +124,7 @@ class Recorder(TorchDispatchMode):
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """The calls made inside. The ops are those of a GPU: with kernels, not references."""
+    """Yields the list of the calls made inside. Ops run as on a GPU, with kernels and not with references."""
     recorder = Recorder()
     with mock.patch.dict(os.environ, NVCNN_KERNELS="triton"), recorder:
         yield recorder.calls
@@ -130,7 +133,7 @@ def recorded() -> Iterator[list[Call]]:
 def meta_step(
     model: str, batch: int, dtype: torch.dtype, *, conv: str = "torch", bfloat16_transport: bool = True
 ) -> Step:
-    """The trainer's step on one rank, with LARC and a dynamic loss scale, on the meta device."""
+    """Returns the trainer's step on one rank, with LARC and a dynamic loss scale, on the meta device."""
     transport = Transport(Launched())
     transport.bfloat16 = bfloat16_transport
     network, size = build_model(model, num_classes=SYNTHETIC_CLASSES, seed=1), MODELS[model].image_size
@@ -150,7 +153,7 @@ def meta_step(
 def step_calls(
     model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16, conv: str = "torch"
 ) -> list[Call]:
-    """All calls of one training step of the model with --conv, from uint8 images to new weights."""
+    """Returns all calls of one training step of the model with --conv, from uint8 images to new weights."""
     step, size = meta_step(model, batch, dtype, conv=conv), MODELS[model].image_size
     empty = partial(torch.empty, device=META)
     data = Batch(
@@ -166,7 +169,7 @@ def step_calls(
 def evaluation_calls(
     model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16, conv: str = "triton"
 ) -> list[Call]:
-    """All calls of the model with --conv on a batch of images, in evaluation."""
+    """Returns all calls of the model with --conv on a batch of images, in evaluation."""
     step, size = meta_step(model, batch, dtype, conv=conv), MODELS[model].image_size
     images = torch.empty(batch, step.channels, size, size, device=META, dtype=dtype)
     step.model.eval()
@@ -176,7 +179,10 @@ def evaluation_calls(
 
 
 def plain_calls(model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16) -> list[Call]:
-    """Forward, loss and backward of torchvision's model of that name, whose operators are PyTorch's own."""
+    """Returns all calls of forward, loss and backward of torchvision's model of that name.
+
+    Its operators are PyTorch's own.
+    """
     import torchvision.models
 
     network = getattr(torchvision.models, model)().to(META, dtype, memory_format=torch.channels_last)
@@ -189,7 +195,10 @@ def plain_calls(model: str = "resnet50", batch: int = 256, dtype: torch.dtype = 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as Triton compiles it: `specialization` is its own JSON of signature, constants, alignment, options."""
+    """Describes a kernel as Triton compiles it.
+
+    `specialization` is Triton's own JSON of signature, constants, alignment and options.
+    """
 
     module: str
     kernel: str
@@ -199,7 +208,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """What tells it from other launches: dtypes but fp32, sizes divisible by 16, constants, warps."""
+        """Returns what tells it from other launches: dtypes except fp32, sizes divisible by 16, constants, warps."""
         data = json.loads(self.specialization)
         arguments = list(data["signature"])
         constants = {
@@ -229,7 +238,7 @@ class Chip:
         return GPUTarget("cuda", self.chip, 32)
 
     def get_current_device(self) -> int:
-        # Triton's caches are by device: one that holds no kernel asks for each, and launches none.
+        # Triton caches by device. For one whose cache is empty, it asks for every kernel, and launches none.
         return self.chip if self.compiles else -self.chip
 
     def get_current_stream(self, device: int) -> int:
@@ -237,14 +246,17 @@ class Chip:
 
 
 def launches(call: Call, chip: int, table: str = "") -> list[Launch]:
-    """What the op's launcher starts for the call, on that chip, configured by kernels/configs/`table`.json."""
+    """Returns what the op's launcher starts for the call on that chip, configured by kernels/configs/`table`.json."""
     arguments = {k: v.meta() if isinstance(v, Layout) else v for k, v in call.arguments}
     # The operator itself would be the fake one for meta tensors.
     return launches_of(partial(operators[call.name].launcher, **arguments), chip, table)
 
 
 def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[Launch]:
-    """What `step` starts on tensors of the meta device, on that chip, configured by kernels/configs/`table`.json."""
+    """Returns what `step` starts on tensors of the meta device, on that chip.
+
+    It is configured by kernels/configs/`table`.json.
+    """
     found: list[Launch] = []
     run = JITFunction.run
 
@@ -270,7 +282,7 @@ def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[
 
 
 def compiled(launch: Launch) -> Any:
-    """The launch's kernel as Triton's CompiledKernel; nothing of it is loaded."""
+    """Returns the launch's kernel as Triton's CompiledKernel, of which nothing is loaded."""
     module = import_module(launch.module)
     hash_callees_first(vars(module))
     with mock.patch.object(driver, "_active", Chip(launch.chip)):

@@ -1,9 +1,9 @@
-"""The training loop's images/s on the CPU, against a bare PyTorch loop of the same model on the same batches.
+"""Times the training loop on the CPU against a bare PyTorch loop of the same model on the same batches.
 
 python -m benchmarks.train_cpu [--data_dir DIR] [--steps N] [--json FILE]
 
 Ours is the whole loop of nvcnn/train.py (gradients into the arena, skip on overflow, table lines, signals); the bare
-one is plain modules, SGD and nothing else. They take turns of N steps in one process, on synthetic data and, with
+one has plain modules, SGD and nothing else. They take turns of N steps in one process, on synthetic data and, with
 --data_dir, on the batches of our reader. bf16 is `torch.autocast` in the bare loop.
 """
 
@@ -47,11 +47,11 @@ def resnet18(num_classes: int) -> nn.Module:
 
 
 BARE: dict[str, Callable[[int], nn.Module]] = {"lenet": lenet, "resnet18": resnet18}
-CASES = [("lenet", 64, 1), ("resnet18", 8, 20)]  # model, batch, share of --steps in a turn: a step takes 20 x as long
+CASES = [("lenet", 64, 1), ("resnet18", 8, 20)]  # model, batch, divisor of --steps in a turn: a step takes 20 x as long
 
 
 class Turns:
-    """The data of our loop; after every `steps` batches it lets `other` have as many, and times both.
+    """Feeds our loop its data. After every `steps` batches it lets `other` have as many, and times both.
 
     So our loop runs as it is, from beginning to end.
     """
@@ -87,7 +87,7 @@ class Turns:
 
 
 def compare(model: str, batch: int, *, bf16: bool, data_dir: str | None, steps: int, turns: int) -> dict[str, Any]:
-    """One row. The first turn of each warms up and is not counted."""
+    """Returns one row. The first turn of each warms up and is not counted."""
     settings = Settings(
         model=model,
         data_dir=data_dir,

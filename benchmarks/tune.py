@@ -3,12 +3,12 @@
 python3 -m benchmarks.tune [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--minutes 25] [--keys N] [NAME ...]
                            [--dry_run]                                                                 (`make tune`)
 
-For every call of the model's step, with --conv=triton and with --conv=cudnn: from the configuration in use, climb to
-the best neighbour (one of its numbers doubled or halved, TMA on or off, as many programs as run at once in place of one
-a tile) until none is faster by MARGIN; what does not compile, or changes the result, is no neighbour. Neighbours are
-compiled ahead, in parallel processes, and those in Triton's cache (`benchmarks.pack`) not at all. The table keeps what
-it has of other ops and keys, and is written after each call, so that what is measured stays when time runs out; heavy
-calls come first. NAME: only ops whose name contains one.
+For every call of the model's step, with --conv=triton and with --conv=cudnn, it climbs from the configuration in use to
+the best neighbour until none is faster by MARGIN. A neighbour has one number doubled or halved, TMA on or off, or as
+many programs as run at once in place of one for each tile; what does not compile, or changes the result, is none.
+Neighbours are compiled ahead, in parallel processes, except those in Triton's cache (`benchmarks.pack`). The table
+keeps what it has of other ops and keys, and is written after each call, so that what is measured stays when time runs
+out; heavy calls come first. With NAME, only ops whose name contains one are tuned.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from kernels.operators import looked_up_again
 from nvcnn.models import MODELS
 
 MARGIN = 0.02  # a gain below it is noise
-SECONDS = 0.4  # a candidate, compiled: checked and timed
-TOLERANCE = 1e-3  # of the norm: twice a rounding to fp16, and under one to bf16
+SECONDS = 0.4  # it takes to check and time a compiled candidate
+TOLERANCE = 1e-3  # of the norm: it is twice a rounding to fp16, and less than one to bf16
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 Table = dict[str, dict[str, Configuration]]
 Clock = Callable[[Call], float]
@@ -52,7 +52,7 @@ Compilable = Callable[[Call, str, str, list[Configuration]], list[Configuration]
 
 @contextmanager
 def launched_with(table: Table) -> Iterator[None]:
-    """Ops look their configurations up in `table`; what it lacks, they compute."""
+    """Has ops look their configurations up in `table` within its context; what the table lacks, they compute."""
     with (
         mock.patch.object(configurations, "read_table", return_value=table),
         mock.patch.object(configurations, "say_once"),
@@ -62,7 +62,7 @@ def launched_with(table: Table) -> Iterator[None]:
 
 
 def looked_up(run: Callable[[], object], table: Table) -> dict[tuple[str, str], Configuration]:
-    """What the launchers that `run` calls ask the table for, by op and key, and are answered."""
+    """Returns the configurations that launchers get from the table or compute when `run` calls them, by op and key."""
     configurations.answers.clear()
     with launched_with(table):
         run()
@@ -76,8 +76,8 @@ def neighbours(config: Configuration) -> Iterator[Configuration]:
             yield {**config, name: 1 - value}
             continue
         if name in ("BOX_H", "BOX_W") and not config["TMA"]:
-            continue  # there are no boxes
-        if name == "BOX_W":  # another form of as many pixels; BOX_H alone changes the number of images
+            continue  # without TMA there are no boxes
+        if name == "BOX_W":  # another form, with as many pixels; BOX_H alone changes the number of images
             forms = [(config["BOX_H"] // 2, value * 2), (config["BOX_H"] * 2, value // 2)]
             yield from ({**config, "BOX_H": h, "BOX_W": w} for h, w in forms if h and w)
             continue
@@ -92,7 +92,7 @@ def neighbours(config: Configuration) -> Iterator[Configuration]:
 
 
 def within(config: Configuration, rings: int) -> list[Configuration]:
-    """The configuration, and those that so many steps from neighbour to neighbour lead to."""
+    """Returns the configuration, and those that at most so many steps from neighbour to neighbour lead to."""
     found = {tuple(config.items()): config}
     ring = [config]
     for _ in range(rings):
@@ -103,7 +103,7 @@ def within(config: Configuration, rings: int) -> list[Configuration]:
 
 
 def candidate(call: Call, op: str, key: str, config: Configuration, chip: int) -> list[Launch]:
-    """What the call starts with this configuration of one of its ops; nothing if its launcher refuses it."""
+    """Returns what the call starts with this configuration of one of its ops; nothing if its launcher refuses it."""
     with launched_with({op: {key: config}}):
         try:
             return launches(call, chip)
@@ -112,7 +112,7 @@ def candidate(call: Call, op: str, key: str, config: Configuration, chip: int) -
 
 
 def heaviest(calls: Counter[Call], chip: int, table: Table, count: int) -> Iterator[tuple[Call, str, str]]:
-    """So many ops and keys of the table, of the heaviest calls, each with the first call that asks for it."""
+    """Yields so many ops and keys of the table, of the heaviest calls, each with the first call that asks for it."""
     done: set[tuple[str, str]] = set()
     for call in sorted(calls, key=lambda call: -calls[call] * bytes_of(call)):
         for op, key in looked_up(partial(launches, call, chip), table):
@@ -122,7 +122,10 @@ def heaviest(calls: Counter[Call], chip: int, table: Table, count: int) -> Itera
 
 
 def launched(keys: int, rings: int) -> list[Launch]:
-    """What tuning the heaviest keys of ResNet-50's fp16 step tries first, on the chip that `pack` compiles for."""
+    """Returns the launches that tuning the heaviest keys of ResNet-50's fp16 step tries first.
+
+    They are those of the chip that `pack` compiles for.
+    """
     calls, found = layer_calls("resnet50", 256, torch.float16, *CONVS), []
     for call, op, key in heaviest(calls, pack.CHIP, {}, keys):
         start = looked_up(partial(launches, call, pack.CHIP), {})[op, key]
@@ -141,7 +144,7 @@ def compiled_ahead(
     chip: int,
     totals: pack.Outcome,
 ) -> list[Configuration]:
-    """Those of the configurations that compile, all at once, in the pool's processes."""
+    """Returns those of the configurations that compile. The pool's processes compile them all at once."""
     found = [candidate(call, op, key, config, chip) for config in configs]
     became = pack.compile_all(chain.from_iterable(found), pool)
     for count in ("hits", "compiled", "seconds"):
@@ -151,14 +154,14 @@ def compiled_ahead(
 
 
 def results(call: Call, device: torch.device) -> list[Tensor]:
-    """What the call returns and writes, always for the same arguments."""
+    """Returns what the call returns and writes, always for the same arguments."""
     torch.manual_seed(0)
     return whole(outcome(call, arguments(call, device)))
 
 
 def agrees(call: Call, device: torch.device, expected: list[Tensor]) -> bool:
-    """Whether the call gives `expected`, but for the order of its sums and the roundings that follow."""
-    # A NaN is no agreement.
+    """Returns whether the call gives `expected`, except for the order of its sums and the roundings that follow."""
+    # A NaN does not agree with anything.
     return all(difference(a, b) <= TOLERANCE for a, b in zip(results(call, device), expected, strict=True))
 
 
@@ -180,9 +183,9 @@ def climb(
     compilable: Compilable = lambda call, op, key, configs: configs,
     end: float = float("inf"),
 ) -> tuple[Configuration, float, float]:
-    """The best configuration found for the call until `end`, its time and that of `start`, in the clock's unit.
+    """Returns the best configuration found for the call until `end`, its time and that of `start`.
 
-    `compilable` says which configurations compile, and compiles them, many at a time.
+    Times are in the clock's unit. `compilable` says which configurations compile, and compiles them, many at a time.
     """
     with launched_with(table):
         expected = results(call, device)
@@ -193,7 +196,7 @@ def climb(
         with launched_with({**table, op: {**table.get(op, {}), key: config}}):
             try:
                 return clock(call) if agrees(call, device, expected) else float("inf")
-            except Exception as error:  # out of shared memory, or refused by the compiler: Triton has no one class
+            except Exception as error:  # shared memory runs out, or the compiler refuses: Triton raises many classes
                 if timing.lost(error):
                     raise
                 return float("inf")
@@ -212,7 +215,7 @@ def climb(
 
 
 def text_of(table: Table) -> str:
-    """The table as JSON, a line for each key."""
+    """Returns the table as JSON, with a line for each key."""
     ops = []
     for op, entries in sorted(table.items()):
         lines = [f"    {json.dumps(key)}: {json.dumps(dict(config))}" for key, config in sorted(entries.items())]
@@ -230,9 +233,9 @@ def tune(
     keys: int = 1000,
     **options: Any,
 ) -> None:
-    """Tunes so many keys, those of the heaviest calls first, and writes `file` after each; says each result.
+    """Tunes so many keys, those of the heaviest calls first. It writes `file` and prints the result after each.
 
-    `options`: of `climb`.
+    `options` are those of `climb`.
     """
     table: Table = json.loads(file.read_text()) if file.exists() else {}
     end = time.monotonic() + seconds
@@ -285,7 +288,7 @@ def main() -> int:
                   f"about {3 * around * SECONDS:.0f} s")  # fmt: skip
         return 0
     totals = pack.Outcome()
-    with pack.workers(min(14, len(os.sched_getaffinity(0)))) as pool:  # before the GPU is touched
+    with pack.workers(min(14, len(os.sched_getaffinity(0)))) as pool:  # the pool is made before the GPU is touched
         device = torch.device("cuda")
         major, minor = torch.cuda.get_device_capability(device)
         file = configurations.TABLES / f"{configurations.table_name(device)}.json"

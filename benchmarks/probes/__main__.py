@@ -1,12 +1,13 @@
-"""Runs the probes, the most decisive first: right? how long? and so?
+"""Runs the probes, the most decisive first, and says of each whether it is right, how long it takes, what follows.
 
 python -m benchmarks.probes [NAME ...] [--json FILE] [--seconds 60] [--dry_run]
 
-One line a probe: the largest relative error on a small input against float64, the microseconds of each contender, the
-floor of the first, the threshold and the verdict. Contenders take turns, as CUDA graphs over sets of tensors that
-together exceed the cache. Thresholds are for a H100, whose memory moves 3.0 TB/s: on a faster one times are multiplied
-by its copy bandwidth over that before they are judged. The probes run in another process, which is replaced when a
-probe ruins it or hangs. Exit code 1 if a probe failed, was wrong or was not reached, 2 without a GPU of capability 9.0.
+It prints one line for each probe: the largest relative error on a small input against float64, the microseconds of each
+contender, the floor of the first, the threshold and the verdict. Contenders take turns, as CUDA graphs over sets of
+tensors that together exceed the cache. Thresholds are for a H100, whose memory moves 3.0 TB/s; before times are judged,
+they are multiplied by this GPU's copy bandwidth over that. The probes run in another process, which is replaced when a
+probe ruins it or hangs. The exit code is 1 if a probe failed, was wrong or was not reached, and 2 without a GPU of
+capability 9.0.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from benchmarks.roofline import GPUS
 
 COPY, MATMUL = 1 << 30, 8192
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
-START = 20  # seconds in which a process is ready for its first probe
+START = 20  # in so many seconds a process is ready for its first probe
 Row = dict[str, Any]
 
 
 def measure(probe: Probe, device: torch.device) -> Row:
-    """The probe's row: errors, microseconds and floors by contender, verdict."""
+    """Returns the probe's row: errors, microseconds and floors by contender, and the verdict."""
     found = probe.check(device)
     made = [probe.contenders(device)]
     count = timing.sets(min(contender.bytes for contender in made[0].values()), device)
@@ -51,7 +52,10 @@ def measure(probe: Probe, device: torch.device) -> Row:
 
 
 def judged(probe: Probe, found: dict[str, float], us: dict[str, float], floors: dict[str, float], factor: float) -> Row:
-    """The row of what was measured; wrong results say so before the verdict, which then is only about their time."""
+    """Returns the row of what was measured.
+
+    Where results are wrong, the verdict says so first, and is then only about their time.
+    """
     wrong = [name for name, value in found.items() if not value <= probe.tolerance]
     verdict = probe.verdict(us, factor)
     return {
@@ -67,7 +71,7 @@ def judged(probe: Probe, found: dict[str, float], us: dict[str, float], floors: 
 
 
 def failed(name: str, why: BaseException | str) -> Row:
-    """The row of a probe without a result; of an error what caused it first, and where."""
+    """Returns the row of a probe without a result. Of an error it says what caused it first, and where."""
     trace = ""
     if isinstance(why, BaseException):
         trace = "".join(traceback.format_exception(why))
@@ -80,7 +84,7 @@ def failed(name: str, why: BaseException | str) -> Row:
 
 
 def line(row: Row) -> str:
-    """The row in one line."""
+    """Returns the row as one line."""
     if not row["us"]:
         return f"{row['name']}: {row['verdict']}"
     times = ", ".join(f"{name} {value:g}" for name, value in row["us"].items())
@@ -90,7 +94,7 @@ def line(row: Row) -> str:
 
 
 def serve(names: list[str], answers: Connection) -> None:
-    """Sends a row for each, and whether the process can go on; else ends."""
+    """Sends the row of each probe, and whether the process can go on. Returns early if it cannot."""
     for name in names:
         alive = True
         try:
@@ -113,7 +117,10 @@ def run(
     add: Callable[[Row], None],
     target: Callable[[list[str], Connection], None] = serve,
 ) -> None:
-    """Calls `add` with a row for each probe in order, within the seconds; a process runs `target`, as `serve` does."""
+    """Calls `add` with a row for each probe in order, and takes no more than so many seconds.
+
+    Another process runs `target`, which does what `serve` does.
+    """
     context = multiprocessing.get_context("spawn")
     end, left = time.monotonic() + seconds, list(names)
     while left and time.monotonic() < end:
@@ -135,7 +142,7 @@ def run(
             add(row)
             patience = 0
         process.kill()
-        process.join(10)  # of a kernel that never ends the driver has to dispose
+        process.join(10)  # the driver has to end a kernel that never ends
     for name in left:
         add(failed(name, f"not reached in --seconds={seconds:g}"))
 

@@ -1,10 +1,11 @@
 """Can cuDNN's fused graph take over the 3 x 3 convolutions?
 
     y = relu(x scale + shift) * W, 3 x 3, stride 1, with the sums of y and y^2
-One graph of scale, bias, ReLU, convolution and statistics, of scale and shift in halves, by `nvidia-cudnn-frontend`
-(1.18: a wheel of 2.2 MB without dependencies, `pip install --no-deps nvidia-cudnn-frontend==1.18.0`); the first plan
-that cuDNN's heuristics propose. Beside it cuDNN's convolution alone, and the project's kernel with the same fused into
-it. Bytes: x and y once. Up to 120 us on a H100, for 64 channels at 56 x 56 and for 256 at 14 x 14, it may.
+`nvidia-cudnn-frontend` (1.18: a wheel of 2.2 MB without dependencies, `pip install --no-deps
+nvidia-cudnn-frontend==1.18.0`) makes one graph of scale, bias, ReLU, convolution and statistics, with scale and shift
+in halves. It runs by the first plan that cuDNN's heuristics propose. Beside it run cuDNN's convolution alone, and the
+project's kernel with the same fused into it. x and y are moved once. The graph may take over if it takes up to 120 us
+on a H100, both for 64 channels at 56 x 56 and for 256 at 14 x 14.
 """
 
 from functools import partial
@@ -22,9 +23,10 @@ SHAPES = ((64, 56), (256, 14))  # channels in and out; pixels across
 
 
 def fused(x: Tensor, weight: Tensor, x_norm: Tensor) -> tuple[Step, Tensor, Tensor]:
-    """A step, what it writes to: y, like x, and sums, (2, K). x: images; weight: (K, C, 3, 3), both channels-last.
+    """Returns a step, and what it writes: y, like x, and the sums of y and y^2, (2, K), fp32.
 
-    ImportError, with what to do, without the package.
+    x: images. weight: (K, C, 3, 3). Both are channels-last. x_norm: (2, C), scale and shift.
+    Raises ImportError, which says what to do, without the package.
     """
     try:
         import cudnn
@@ -58,7 +60,7 @@ def fused(x: Tensor, weight: Tensor, x_norm: Tensor) -> tuple[Step, Tensor, Tens
 
 
 def operands(number: int, c: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and x_norm of `fused`."""
+    """Returns x, weight and x_norm of `fused`."""
     weight = normal(c, 3, 3, c, device=device, std=(9 * c) ** -0.5).permute(0, 3, 1, 2)
     return images(normal(number * size * size, c, device=device), size), weight, random_norm(c, device)
 

@@ -1,7 +1,8 @@
-"""The data gradient of a 1 x 1 convolution as two probes launch it, its operands, and what it must be.
+"""Computes the data gradient of a 1 x 1 convolution as two probes launch it, its operands, and what it must be.
 
-dy = scale g + (slope y + offset), rounded;   dx = dy W where a > 0;   a = relu(x scale + shift) in halves
-sums over the rows of dx and of dx d, d = (x - mean) / deviation in halves, their product in fp32
+    dy = scale g + (slope y + offset), rounded;   dx = dy W where a > 0;   a = relu(x scale + shift) in halves
+The sums are those of dx and of dx d over the rows, where d = (x - mean) / deviation in halves. The product dx d is
+taken in fp32.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,11 @@ from benchmarks.probes.present import POINTWISE, norm
 
 @dataclass(frozen=True)
 class Operands:
-    """g, y: (rows, K); weight: (K, C); factors: (3, K), fp32, scale, slope, offset; x: (rows, C); norm: (2, C)."""
+    """Holds the operands of a data gradient, which are fp16 except for the factors.
+
+    g, y: (rows, K). weight: (K, C). factors: (3, K), fp32: scale, slope and offset. x: (rows, C). x_norm, d_norm:
+    (2, C), the scale and shift by which a and d are computed from x.
+    """
 
     g: Tensor
     y: Tensor
@@ -31,12 +36,12 @@ class Operands:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """rows, K, C."""
+        """Returns rows, K and C."""
         k, c = self.weight.shape
         return self.g.shape[0], k, c
 
     def present(self, size: int) -> dict[str, Any]:
-        """g, and what the project's data gradient takes by name, as images of size x size."""
+        """Returns what the project's data gradient takes, by name, with pixels as images of size x size."""
         _, k, c = self.sizes
         device = self.g.device
         return {
@@ -53,7 +58,7 @@ class Operands:
         }
 
     def present_weight(self, size: int) -> dict[str, Any]:
-        """The same for the weight gradient."""
+        """Returns the same for the project's weight gradient."""
         common = self.present(size)
         out = torch.empty_like(common.pop("weight"), dtype=torch.float32)
         del common["size"]
@@ -70,7 +75,7 @@ def operands(rows: int, k: int, c: int, device: torch.device) -> Operands:
 
 
 def reference(of: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dw, sums, (2, C), and dy, in float64 but for what a kernel must round: a, d and dy."""
+    """Returns dx, dw, sums, (2, C), and dy, in float64 except for what a kernel must round: a, d and dy."""
     scale, slope, offset = of.factors.double()
     dy = (of.g.double() * scale + (of.y.double() * slope + offset)).half().double()
     a = normalised(of.x, of.x_norm).relu().double()
@@ -81,9 +86,10 @@ def reference(of: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @triton.jit
 def store_masked(result, x, x_norm, d_norm, dx, sums, part, parts, c, C: tl.constexpr):
-    """The epilogue for a tile of rows: the mask, dx, and the sums of it as it is stored.
+    """Ends a tile of rows: applies the mask, and stores dx and the sums of dx as it is stored.
 
-    Its values are laid out as x is loaded, a thread's columns side by side, of several rows: sums take few shuffles.
+    Values are laid out as x is loaded: a thread has columns side by side of several rows, so that sums take few
+    shuffles.
     """
     row = tl.arange(0, result.shape[0])
     at = part.to(tl.int64) * result.shape[0] * C + (row[:, None] * C + c[None, :])
@@ -94,7 +100,7 @@ def store_masked(result, x, x_norm, d_norm, dx, sums, part, parts, c, C: tl.cons
     d = fma(raw, tl.load(d_norm + c)[None, :], tl.load(d_norm + C + c)[None, :])
     out = out.to(tl.float32)
     tl.store(sums + part * C + c, tl.sum(out, 0))
-    # In fp32: of products of halves a third would be subnormal at a loss scale of 128.
+    # The product is in fp32, since a third of the products would be subnormal halves at a loss scale of 128.
     tl.store(sums + (parts + part) * C + c, tl.sum(out * d.to(tl.float32), 0))
 
 
@@ -117,7 +123,10 @@ def data_gradient(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """One program: BLOCK_ROWS x BLOCK_OUT of dx; the first column block of a row tile stores dy, if it is asked for."""
+    """One program computes BLOCK_ROWS x BLOCK_OUT of dx.
+
+    Where dy is asked for, the program of the first column block of a row tile stores it.
+    """
     blocks: tl.constexpr = C // BLOCK_OUT
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     row, c = tl.arange(0, BLOCK_ROWS), block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -127,7 +136,7 @@ def data_gradient(
     else:
         result = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     for step in range(K // BLOCK_IN):
-        # Prologue: through BatchNorm, in fp32, rounded once at the end.
+        # Prologue: g goes through BatchNorm in fp32, and is rounded once at the end.
         k = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
         at = first + (row[:, None] * K + k[None, :])
         slope, offset = tl.load(factors + K + k)[None, :], tl.load(factors + 2 * K + k)[None, :]
@@ -148,7 +157,7 @@ def data_gradient(
 def launch(
     of: Operands, block_out: int, block_in: int, *, store: bool = False, **options: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx, (rows, C), sums, (2, parts, C), and dy, (rows, K), or None unless `store`."""
+    """Returns dx, (rows, C), sums, (2, parts, C), fp32, and dy, (rows, K), which is None unless `store`."""
     rows, k, c = of.sizes
     parts = divides(128, rows)
     dx, sums = of.x.new_empty(rows, c), torch.empty(2, parts, c, device=of.x.device)

@@ -1,7 +1,8 @@
 """Which tiles suit the data gradient of a 1 x 1 convolution in the deep layers, 1024 to 256 channels at 14 x 14?
 
-128 x 256 read and map g and y once, by one program an SM; 128 x 128 in steps of 32 channels with 128 registers do it
-twice, but two programs share an SM, so that one loads while the other stores. Bytes: g, y, x and dx once.
+With tiles of 128 x 256, g and y are read and mapped once, and an SM holds one program. With 128 x 128 in steps of 32
+channels and with 128 registers they are read and mapped twice, but two programs share an SM, so that one loads while
+the other stores. The floor counts g, y, x and dx once.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Is a forward join of 256 to 64 channels near its floor in Triton, or does it want Gluon?
 
     z = relu(x scale + (r + shift)) in halves, stored;   y = z W^T, with sums of d and d^2 as in `resident_forward`
-All of y's channels fit one program, so that x and r are read, and z is formed, once. Bytes: x, r, z and y once, 1336 MB
-at 56 x 56. Above 1.25 times their floor a Gluon kernel is worth writing.
+All of y's channels fit one program, so that x and r are read, and z is formed, once. x, r, z and y are moved once, 1336
+MB at 56 x 56. If the kernel takes more than 1.25 times the floor of these bytes, a Gluon kernel is worth writing.
 """
 
 from functools import partial
@@ -38,13 +38,13 @@ def join(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """One program: whole rows of z and y."""
+    """One program computes whole rows of z and y."""
     part = tl.program_id(0)
     row, k = tl.arange(0, BLOCK_ROWS), tl.arange(0, K)
     first = part.to(tl.int64) * BLOCK_ROWS
     result = tl.zeros((K, BLOCK_ROWS), tl.float32)
     for step in range(C // BLOCK_IN):
-        # Prologue: the join, written as it is formed.
+        # Prologue: the join is written as it is formed.
         c = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
         at = first * C + (row[:, None] * C + c[None, :])
         scale, shift = tl.load(x_norm + c)[None, :], tl.load(x_norm + C + c)[None, :]
@@ -65,7 +65,10 @@ def join(
 def launch(
     x: Tensor, residual: Tensor, weight: Tensor, x_norm: Tensor, y_norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z, (rows, C); y, (rows, K); sums, (2, parts, K). x, residual: (rows, C); weight: (K, C); norm: halves."""
+    """Returns z, (rows, C), y, (rows, K), and sums, (2, parts, K), fp32.
+
+    x, residual: (rows, C). weight: (K, C). x_norm, y_norm: (2, C) and (2, K), halves.
+    """
     rows = x.shape[0]
     parts = divides(BLOCK_ROWS, rows)
     z, y = torch.empty_like(x), x.new_empty(rows, K)
@@ -81,7 +84,7 @@ def launch(
 
 
 def operands(rows: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Those of `launch`."""
+    """Returns the operands of `launch`."""
     x, residual = (normal(rows, C, device=device) for _ in range(2))
     weight = normal(K, C, device=device, std=C**-0.5)
     return x, residual, weight, random_norm(C, device), random_norm(K, device)

@@ -1,18 +1,20 @@
 """Are data and weight gradient of a 1 x 1 convolution from 256 to 64 channels worth one kernel, written in Gluon?
 
     dy = scale g + (slope y + offset), rounded;   dx = dy W where a > 0;   dw = dy^T a;   a = relu(x scale + shift)
-g, y and x are read once for both, dy is formed once; dw and the sums of `data_gradient` stay in registers until the end
-of a program. Triton cannot: it maps once for each layout, and spills. Bytes: g, y, x and dx once, 1028 MB at 56 x 56.
+g, y and x are read once for both, and dy is formed once; dw and the sums of `data_gradient` stay in registers until the
+end of a program. Triton cannot do this: it maps once for each layout, and spills. g, y, x and dx are moved once, 1028
+MB at 56 x 56.
 
-One warp, the producer, moves tiles of rows by TMA into a ring of STAGES; eight, the consumers, compute. Who waits:
-    full[s]   1 arrival and the bytes of g, y and x: the producer announces them, TMA completes it. Consumers wait for
-              the phase of the ring's turn before they read stage s.
-    empty[s]  1 arrival: of the consumers, after both products have read stage s. The producer waits for the phase
-              before its own, which passes at once in the ring's first turn.
-    loaded    1 arrival and the bytes of the weight, before the warps part.
-Consumers write dy (in place of g) and a to shared memory by ordinary stores, and wgmma reads them by another proxy:
-hence fence, then barrier, before the products. `activation` and `result`, of which there is one each, are overwritten
-after the barrier that ends a turn: no product is in flight then, and all have read their rows.
+One warp, the producer, moves tiles of rows by TMA into a ring of STAGES; eight, the consumers, compute. They wait for
+these barriers:
+    full[s]   takes 1 arrival and the bytes of g, y and x: the producer announces them, and TMA completes it. Consumers
+              wait for the phase of the ring's turn before they read stage s.
+    empty[s]  takes 1 arrival, that of the consumers, after both products have read stage s. The producer waits for the
+              phase before its own, which passes at once in the ring's first turn.
+    loaded    takes 1 arrival and the bytes of the weight, before the warps part.
+Consumers write dy (in place of g) and a to shared memory by ordinary stores, and wgmma reads them by another proxy.
+So a fence and then a barrier come before the products. There is one `activation` and one `result`. They are overwritten
+after the barrier that ends a turn, when no product is in flight and all have read their rows.
 """
 
 from functools import partial
@@ -45,7 +47,7 @@ load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared 
 
 @gluon.jit
 def fma(x, scale, shift):
-    """As `halves.fma`: Gluon calls no function of Triton's."""
+    """Returns what `halves.fma` does. It is here since Gluon calls no function of Triton's."""
     asm: gl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
     return gl.inline_asm_elementwise(asm, "=r,r,r,r", [x, scale, shift], dtype=gl.float16, is_pure=True, pack=2)
 
@@ -108,7 +110,7 @@ def consume(ring, memory, factors, x_norm, d_norm, dx, dw, sums, tiles):
         stage, phase = turn % STAGES, turn // STAGES & 1
         dy, y_tile, x_tile = g_ring.index(stage), y_ring.index(stage), x_ring.index(stage)
         mbarrier.wait(full.index(stage), phase)
-        # Prologue: dy in the place of g, and a.
+        # Prologue: dy takes the place of g, and a is formed.
         map_y = y_tile.load(wide).to(gl.float32) * slope + offset
         dy.store((dy.load(wide).to(gl.float32) * scale + map_y).to(gl.float16))
         raw = x_tile.load(narrow)
@@ -120,7 +122,7 @@ def consume(ring, memory, factors, x_norm, d_norm, dx, dw, sums, tiles):
         product = warpgroup_mma(dy, w, gl.zeros([BLOCK_ROWS, C], gl.float32, of_dx), is_async=True)
         summing = warpgroup_mma(dy.permute([1, 0]), activation, total_dw, is_async=True)
         product = warpgroup_mma_wait(1, [product])
-        # Epilogue: from the product's layout to rows of 16 bytes a thread, the mask, dx, and its sums.
+        # Epilogue: the product's layout becomes rows of 16 bytes a thread; then come the mask, dx, and its sums.
         result.store(product.to(gl.float16))
         barrier()
         out = where_positive(result.load(narrow), a)
@@ -154,7 +156,7 @@ def joint_gradient(
     tiles,
     STAGES: gl.constexpr,
 ):
-    """One program: every n-th tile of rows, of n programs; whole rows of dx, and one part of dw."""
+    """One of n programs computes every n-th tile of rows: whole rows of dx, and one part of dw."""
     BLOCK_ROWS: gl.constexpr = g.block_type.shape[0]
     K: gl.constexpr = weight.block_type.shape[0]
     C: gl.constexpr = weight.block_type.shape[1]
@@ -171,7 +173,7 @@ def joint_gradient(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
-    fence_async_shared()  # the barriers are there before TMA completes them
+    fence_async_shared()  # so that the barriers are there before TMA completes them
     barrier()
     mbarrier.expect(loaded, weight.block_type.nbytes)
     load_tile(weight, [0, 0], loaded, w)
@@ -188,7 +190,7 @@ def joint_gradient(
 
 
 def launch(of: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, (rows, C); dw, (K, C), fp32; sums, (2, P, C)."""
+    """Returns dx, (rows, C), dw, (K, C), fp32, and sums, (2, P, C), fp32."""
     rows, k, c = of.sizes
     tiles = divides(BLOCK_ROWS, rows)
     programs = min(tiles, processors(of.g.device))

@@ -1,9 +1,10 @@
 """How fast does the L2 cache feed a 3 x 3 convolution that reads its activation nine times, once a tap?
 
     y = a * W, a materialised, 3 x 3, stride 1, with sums of d and d^2 as in `resident_forward`
-Tiles are boxes of an image, moved by the tap, loaded by TMA; outside of the image is 0. The matrix products of 64
-channels need far less time than the reads. Bytes: a and y once; from the L2 cache, a box and a block of the weight for
-every tap and 64 channels. From 6.5 TB/s such kernels will do; up to 5.5, a halo in shared memory, or cuDNN, must.
+Tiles are boxes of an image, moved by the tap and loaded by TMA, which reads 0 outside of the image. The matrix products
+of 64 channels need far less time than the reads. a and y are moved once. For every tap and 64 channels, a box and a
+block of the weight are read from the L2 cache. From 6.5 TB/s such kernels will do; up to 5.5 it takes a halo in shared
+memory, or cuDNN.
 """
 
 from functools import partial
@@ -38,7 +39,7 @@ def convolution_3x3(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """One program: BLOCK_OUT channels of a box of BOX_H x BOX_W pixels of one image."""
+    """One program computes BLOCK_OUT channels of a box of BOX_H x BOX_W pixels of one image."""
     along: tl.constexpr = (SIZE + BOX_W - 1) // BOX_W
     of_image: tl.constexpr = (SIZE + BOX_H - 1) // BOX_H * along
     blocks: tl.constexpr = K // BLOCK_OUT
@@ -65,12 +66,15 @@ def convolution_3x3(
 
 
 def count(rows: int, size: int) -> int:
-    """The boxes of images of size x size."""
+    """Returns the number of boxes in all images of size x size, which have so many rows together."""
     return divides(size * size, rows) * triton.cdiv(size, BOX_H) * triton.cdiv(size, BOX_W)
 
 
 def launch(a: Tensor, weight: Tensor, y_norm: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """y, (rows, K), and sums, (2, P, K), of a, (rows, C), images of size x size, and weight, (K, 3, 3, C)."""
+    """Returns y, (rows, K), and sums, (2, P, K), fp32.
+
+    a: (rows, C), images of size x size. weight: (K, 3, 3, C). y_norm: (2, K), halves.
+    """
     rows, c = a.shape
     k, boxes = weight.shape[0], count(rows, size)
     block_out = min(k, 256)
@@ -89,7 +93,7 @@ def launch(a: Tensor, weight: Tensor, y_norm: Tensor, size: int) -> tuple[Tensor
 
 
 def operands(number: int, c: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """a, weight and y_norm of `launch`, for so many images and as many channels out as in."""
+    """Returns a, weight and y_norm of `launch`, for so many images and as many channels out as in."""
     weight = normal(c, 3, 3, c, device=device, std=(9 * c) ** -0.5)
     return normal(number * size * size, c, device=device).relu(), weight, random_norm(c, device)
 
@@ -120,7 +124,7 @@ def contenders(device: torch.device) -> dict[str, Contender]:
 
 
 def from_cache(c: int, size: int) -> float:
-    """Bytes that the kernel reads through the L2 cache; of a box those inside of the image."""
+    """Returns the bytes that the kernel reads through the L2 cache. Of a box only those inside of the image count."""
     rows = IMAGES * size * size
     block_out = min(c, 256)
     return 9 * 2 * c * (c // block_out * rows + count(rows, size) * c)

@@ -3,11 +3,11 @@
 y = W a is linear, so its statistics follow from those of the narrow a, before y exists, and backward needs no y:
     A = a^T a,  m = sum(a) / n,  cov = A / n - m m^T;   mean = W m,  var = diag(W cov W^T),  s = gamma (var + eps)^-1/2
     dx = g (s W) + a M + const where a > 0;   M = W^T slope W,   const = offset W - m M
-where slope and offset are the factors of `norm_gradient`, and sum(g (y - mean)) = rowsum(W * g^T a) -
-mean sum(g). Derived by inserting y = W a into Ioffe and Szegedy 2015, arXiv:1502.03167. s W and M are halves, both
-multiplied by one power of two, as M is about 1e-5 of s W. Sums of a come out of the same product as A, whose
-accumulator may truncate. Bytes: a pass over x; then g, x and dx once: y, which today is read beside g, is not.
-Worth it if the pass over x and this data gradient together take less than today's data gradient.
+where slope and offset are the factors of `norm_gradient`, and sum(g (y - mean)) = rowsum(W * g^T a) - mean sum(g). This
+follows when y = W a is inserted into Ioffe and Szegedy 2015, arXiv:1502.03167. s W and M are halves, both multiplied by
+one power of two, as M is about 1e-5 of s W. Sums of a come out of the same product as A, whose accumulator may
+truncate. One pass reads x; then g, x and dx are moved once, and y, which today is read beside g, is not. It pays if the
+pass over x and this data gradient together take less than today's data gradient.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ OURS = "Gram matrix and data gradient"
 
 @triton.jit(do_not_specialize=["tiles"])
 def gram_matrix(x, x_norm, gram, tiles, C: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """One program: (C, 2 C) of a part of the rows: a^T a in the even columns, the sums of a in the odd ones."""
+    """One program computes (C, 2 C) of a part of the rows: a^T a in the even columns, sums of a in the odd ones."""
     row, c, column = tl.arange(0, BLOCK_ROWS), tl.arange(0, C), tl.arange(0, 2 * C)
     program, programs = tl.program_id(0), tl.num_programs(0)
     scale, shift = tl.load(x_norm + c)[None, :], tl.load(x_norm + C + c)[None, :]
@@ -62,11 +62,11 @@ def linear_data_gradient(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """One program: whole rows of dx."""
+    """One program computes whole rows of dx."""
     part = tl.program_id(0)
     c, step_in = tl.arange(0, C), tl.arange(0, BLOCK_IN)
     result = tl.zeros((BLOCK_ROWS, C), tl.float32)
-    # Products: of g, without a map, and of a.
+    # Products: g is multiplied without a map, then a.
     for step in range(K // BLOCK_IN):
         w = tl.load(scaled_weight + ((step * BLOCK_IN + step_in)[:, None] * C + c[None, :]))
         result = tl.dot(g_tiles.load([part * BLOCK_ROWS, step * BLOCK_IN]), w, result)
@@ -75,13 +75,13 @@ def linear_data_gradient(
         scale, shift = tl.load(x_norm + k)[None, :], tl.load(x_norm + C + k)[None, :]
         a = fma_relu(x_tiles.load([part * BLOCK_ROWS, step * BLOCK_IN]), scale, shift)
         result = tl.dot(a, tl.load(scaled_m + (k[:, None] * C + c[None, :])), result)
-    # Epilogue: the power of two is taken back, the constant added.
+    # Epilogue: the power of two is taken back, and the constant is added.
     result = result * tl.load(constants + C + c)[None, :] + tl.load(constants + c)[None, :]
     store_masked(result, x, x_norm, d_norm, dx, sums, part, parts, c, C)
 
 
 def launch_gram(of: Operands) -> Tensor:
-    """(C, 2 C), fp32, as `gram_matrix` has it, of all rows."""
+    """Returns what `gram_matrix` computes, of all rows: (C, 2 C), fp32."""
     rows, _, c = of.sizes
     tiles = divides(BLOCK_ROWS, rows)
     programs = min(tiles, 2 * processors(of.x.device))
@@ -91,7 +91,7 @@ def launch_gram(of: Operands) -> Tensor:
 
 
 def launch_gradient(of: Operands, factors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """dx, (rows, C), and its sums, (2, parts, C); factors as `gradient_factors` returns them."""
+    """Returns dx, (rows, C), and its sums, (2, parts, C), fp32. factors: as `gradient_factors` returns them."""
     rows, k, c = of.sizes
     parts = divides(BLOCK_ROWS, rows)
     dx, sums = torch.empty_like(of.x), torch.empty(2, parts, c, device=of.x.device)
@@ -110,7 +110,7 @@ def launch_gradient(of: Operands, factors: tuple[Tensor, Tensor, Tensor]) -> tup
 
 
 def statistics(gram: Tensor, rows: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """m, (C,), and the mean and variance of y, (K,), in float64."""
+    """Returns m, (C,), and the mean and variance of y, (K,), in float64."""
     gram, w = gram.double() / rows, weight.double()
     m = gram[:, 1]
     return m, w @ m, ((w @ (gram[:, ::2] - m.outer(m))) * w).sum(1)
@@ -119,7 +119,10 @@ def statistics(gram: Tensor, rows: int, weight: Tensor) -> tuple[Tensor, Tensor,
 def gradient_factors(
     gram: Tensor, rows: int, weight: Tensor, products: Tensor, g_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """2^p s W, 2^p M, halves, and (2, C), fp32: the constant, 2^-p; of products = g^T a, (K, C), with gamma 1."""
+    """Returns 2^p s W and 2^p M, halves, and the constant and 2^-p, (2, C), fp32, for a gamma of 1.
+
+    gram: of `launch_gram`. weight: (K, C). products: g^T a, (K, C). g_sum: sum(g), (K,).
+    """
     m, mean, var = statistics(gram, rows, weight)
     w, rstd = weight.double(), (var + EPS).rsqrt()
     slope = -(rstd**3) * ((w * products).sum(1) - mean * g_sum) / rows
@@ -134,7 +137,7 @@ def check(device: torch.device) -> dict[str, float]:
     of = operands(small_rows(device), K, C, device)
     rows = of.sizes[0]
     gram = launch_gram(of)
-    # As today, in float64: y, its statistics, the gradient through BatchNorm.
+    # This is how it is done today, in float64: y, its statistics, and the gradient through BatchNorm.
     g, w, a = of.g.double(), of.weight.double(), normalised(of.x, of.x_norm).relu().double()
     y = a @ w.T
     d = y - y.mean(0)
@@ -142,7 +145,7 @@ def check(device: torch.device) -> dict[str, float]:
     rstd = (var + EPS).rsqrt()
     dy = rstd * (g - g.mean(0) - d * rstd.square() * (g * d).mean(0))
     true_dx = torch.where(a > 0, dy @ w, 0.0)
-    # From the Gram matrix.
+    # This is how it follows from the Gram matrix.
     dx, sums = launch_gradient(of, gradient_factors(gram, rows, of.weight, g.T @ a, g.sum(0)))
     of_x = normalised(of.x, of.d_norm).double()
     stored = dx.double()

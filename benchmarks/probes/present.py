@@ -1,4 +1,4 @@
-"""What there is for the same work: the project's kernels, and PyTorch's convolutions, which on a GPU are cuDNN's."""
+"""Calls what there is for the same work: the project's kernels, and PyTorch's convolutions (cuDNN's on a GPU)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,17 +17,17 @@ PADDED = ((1, 1), (1, 1))  # of a 3 x 3 that keeps the size
 
 
 def present(op: str) -> Callable[..., Any]:
-    """The launcher of the project's op: of tensors without memory, the operator itself would launch nothing."""
+    """Returns the launcher of the project's op, since on tensors without memory the operator would launch nothing."""
     return operators[f"nvcnn::{op}"].launcher
 
 
 def norm(channels: int, device: torch.device) -> Tensor:
-    """(5, channels), as `batch_norm_statistics` returns them, of a mean of 0 and a variance of 1."""
+    """Returns the norm, (5, channels), fp32, of a mean of 0 and a variance of 1, as `batch_norm_statistics` does."""
     return torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0], device=device)[:, None].repeat(1, channels)
 
 
 def library(x: Tensor, weight: Tensor, how: tuple) -> Step:
-    """The convolution alone, by the fastest of the library's algorithms."""
+    """Returns a step of the convolution alone, by the fastest of the library's algorithms."""
 
     def step() -> Tensor:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
@@ -37,7 +37,7 @@ def library(x: Tensor, weight: Tensor, how: tuple) -> Step:
 
 
 def library_gradients(g: Tensor, x: Tensor, weight: Tensor, how: tuple, *, of_x: bool, of_weight: bool) -> Step:
-    """The gradients of the convolution alone, without BatchNorm or mask."""
+    """Returns a step of the gradients of the convolution alone, without BatchNorm or mask."""
     mask = [of_x, of_weight, False]
 
     def step() -> Any:
@@ -48,8 +48,8 @@ def library_gradients(g: Tensor, x: Tensor, weight: Tensor, how: tuple, *, of_x:
 
 
 def summed(parts: Tensor) -> Tensor:
-    """The sum of (parts, K, C), fp32, over the parts, by the kernel that ends the project's weight gradient."""
-    if parts.device.type == "cpu":  # the interpreter takes a minute
+    """Returns the sum of (parts, K, C), fp32, over the parts, by the kernel that ends the project's weight gradient."""
+    if parts.device.type == "cpu":  # the interpreter would take a minute
         return parts.sum(0)
     out = parts.new_empty(parts.shape[1:])
     grid = (cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)

@@ -3,7 +3,8 @@
     y = relu(x scale + shift) W^T,   sums of d and d^2 over the rows, d = (y - center) / deviation
 The weight stays in shared memory, a program walks over tiles of rows, and the sums stay in its registers, as products
 with ones, until its end. Against one program a tile this spares loads of the weight and three quarters of the sums.
-Bytes: x and y once. At most 230 us on a H100 where the bytes take 171, or a Gluon kernel is worth writing.
+x and y are moved once, which takes 171 us on a H100. If the kernel takes more than 230 us there, a Gluon kernel is
+worth writing.
 """
 
 from functools import partial
@@ -20,7 +21,7 @@ from benchmarks.timing import Step
 
 C, K, SIZE = 64, 256, 56
 BLOCK_OUT = 128  # 256 spill
-TILES = (128, 64)  # rows: of 8 warps, one program an SM; of 4, two
+TILES = (128, 64)  # rows; programs have 8 warps, one an SM, or 4, two an SM
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -37,8 +38,8 @@ def resident_forward(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """One program: BLOCK_OUT channels of every n-th tile of rows, where n programs share a column block."""
-    # What stays: the block of the weight, the norms, the sums.
+    """One program computes BLOCK_OUT channels of every n-th tile of rows, where n programs share a column block."""
+    # The block of the weight, the norms and the sums stay.
     blocks: tl.constexpr = K // BLOCK_OUT
     block, program, programs = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     row, c, k = tl.arange(0, BLOCK_ROWS), tl.arange(0, C), block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -52,7 +53,7 @@ def resident_forward(
         # Prologue and product.
         a = fma_relu(tl.load(x + first * C + (row[:, None] * C + c[None, :])), scale, shift)
         out = tl.dot(a, tl.trans(w)).to(tl.float16)
-        # Epilogue: y, and the sums of it as it is stored.
+        # Epilogue: y is stored, and the sums are those of y as it is stored.
         tl.store(y + first * K + (row[:, None] * K + k[None, :]), out)
         d = deviation(out, inverse, origin)
         total = column_sums(d, total)
@@ -62,7 +63,10 @@ def resident_forward(
 
 
 def launch(x: Tensor, weight: Tensor, x_norm: Tensor, y_norm: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """y, (rows, K), and sums, (2, P, K), of x, (rows, C), and weight, (K, C); norm: (2, C) and (2, K), halves."""
+    """Returns y, like x but with K channels, and sums, (2, P, K), fp32.
+
+    x: (N H W, C). weight: (K, C). x_norm, y_norm: (2, C) and (2, K), halves. rows: those of a tile.
+    """
     tiles, blocks = divides(rows, x.shape[0]), K // BLOCK_OUT
     programs = min(tiles, processors(x.device) * 128 // rows // blocks)
     y = x.new_empty(x.shape[0], K)
