@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from scipy.stats import ks_2samp
-from torchvision.transforms import RandomResizedCrop
 
 from nvcnn.data.backend import open_evaluation, open_training
 from nvcnn.data.class_folders import SUFFIXES
 from nvcnn.data.crops import random_crop
 from nvcnn.data.dataset import find_dataset
 from tests.samples import file_of
+
+ks_2samp = pytest.importorskip("scipy.stats").ks_2samp
+RandomResizedCrop = pytest.importorskip("torchvision.transforms").RandomResizedCrop
 
 CPU = torch.device("cpu")
 backends = pytest.mark.parametrize("backend", ["dali_cpu", "torch"])

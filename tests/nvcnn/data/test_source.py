@@ -29,12 +29,16 @@ everywhere = pytest.mark.parametrize(
 
 
 def training(dataset, backend, **changes):
+    if backend == "dali_cpu":
+        pytest.importorskip("nvidia.dali")
     values = {"batch_size": 4, "image_size": 16, "crop_area": (0.3, 1.0), "crop_aspect": (0.8, 1.25), "seed": 1}
     values |= {"rank": 0, "ranks": 1, "device": CPU, "threads": 1}
     return open_training(dataset, backend, **values | changes)
 
 
 def evaluation(dataset, backend, **changes):
+    if backend == "dali_cpu":
+        pytest.importorskip("nvidia.dali")
     values = {"batch_size": 7, "image_size": 28, "crop": 1.0, "rank": 0, "ranks": 1, "device": CPU, "threads": 1}
     return open_evaluation(dataset, backend, **values | changes)
 
@@ -298,6 +302,7 @@ def test_indexes_of_tars(tmp_path, write_kind, capfd):
 
 
 def test_the_backend_is_dalis_and_never_pillow_unasked(monkeypatch):
+    pytest.importorskip("nvidia.dali")
     assert choose_backend(None, CPU) == "dali_cpu"
     assert choose_backend(None, torch.device("cuda")) == "dali_gpu"
     assert choose_backend("dali_cpu", torch.device("cuda")) == "dali_cpu"

@@ -5,7 +5,6 @@ import struct
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,8 @@ from nvcnn.data.records import Records
 from nvcnn.data.shard_source import index_path
 from nvcnn.program import InputError
 from tests.samples import write_shard
+
+pytest.importorskip("google.protobuf")  # comes with TensorBoard
 
 values = st.one_of(
     st.lists(st.binary(max_size=300), max_size=4),
@@ -25,6 +26,8 @@ features = st.dictionaries(st.text(max_size=20), values, max_size=5)
 
 def protobuf_example():
     """tf.train.Example as the protobuf library has it, from the fields of tensorflow/core/example."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tf", syntax="proto3")
     field = descriptor_pb2.FieldDescriptorProto
 
