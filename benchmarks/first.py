@@ -38,6 +38,7 @@ from benchmarks.replay import Arguments, arguments, describe, difference, outcom
 from benchmarks.trace import Call, Launch, launches, step_calls
 from kernels import configurations, conv_shape
 from kernels.configurations import Configuration
+from kernels.operators import looked_up_again
 
 MODEL, BATCH, FEW, DTYPE = "resnet50", 256, 8, torch.float16
 STEPS = "triton", "cudnn", "auto"  # a fourth graph of ResNet-50 at this batch may not fit a H100
@@ -89,7 +90,7 @@ def configured_for(n: int, batch: int) -> Iterator[None]:
     def configuration(op: str, key: str, *rest: Any) -> Configuration:
         return configurations.configuration(op, key.replace(f" N={n} ", f" N={batch} "), *rest)
 
-    with mock.patch.object(conv_shape, "configuration", configuration):
+    with mock.patch.object(conv_shape, "configuration", configuration), looked_up_again():
         yield
 
 
@@ -150,6 +151,8 @@ def check(call: Call, device: torch.device, n: int, times: int, *, graph: bool) 
         comparable[1] = index_of(ours[1], made, *made["x"].shape[2:])[0]
     errors = [difference(a, b) for a, b in zip(whole(comparable), exact, strict=True)]
     wrong = [] if all(error <= TOLERANCE for error in errors) else [f"{n} images: {shown(errors)}"]
+    if not all(map(torch.equal, outcome(call, copied(made)), ours)):
+        wrong.append("a second call gives other bits")
     if graph and not all(map(torch.equal, replayed(call, made, device), ours)):
         wrong.append("a CUDA graph gives other bits")
     if call.name.removeprefix("nvcnn::") in BY_IMAGE:

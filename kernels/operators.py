@@ -19,8 +19,7 @@ from kernels.implementation import runs_triton
 from kernels.launch import PLAIN, Recording, Repetition, form, silent
 
 operators: dict[str, "Operator"] = {}  # by qualified name: what `benchmarks` and tests launch on tensors without memory
-
-new = Repetition()  # stands for one that is not known yet
+UNKNOWN: Any = object()  # stands for a repetition that is not recorded yet
 
 
 def traced(x: Tensor) -> bool:
@@ -66,10 +65,10 @@ class Operator:
             return self.launcher(*args, **kwargs)
         key = (tuple(kwargs), *form(arguments))
         try:
-            repetition = self.repetitions.get(key, new)
+            repetition = self.repetitions.get(key, UNKNOWN)
         except TypeError:  # a list has no hash
             repetition = None
-        if repetition is new:
+        if repetition is UNKNOWN:
             output, self.repetitions[key] = Recording().run(self.launcher, *args, **kwargs)
             return output
         return self.launcher(*args, **kwargs) if repetition is None else repetition(arguments)

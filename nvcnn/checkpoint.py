@@ -39,7 +39,7 @@ def path_of(log_dir: Path, step: int) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Returns a file that is at `path` once all is written to it, also after a power cut, or not at all."""
+    """Yields a file that is at `path` once all is written to it, also after a power cut, or not at all."""
     temporary = path.with_name(".part")  # one name: a killed run leaves one at most
     try:
         with temporary.open("wb") as file:

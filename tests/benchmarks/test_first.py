@@ -11,6 +11,7 @@ from benchmarks.replay import library
 from benchmarks.trace import Call, call_of
 from kernels import configurations
 from kernels.implementation import INTERPRETED
+from kernels.launch import Repetition
 
 CPU = torch.device("cpu")
 N, TIMES = 3, 2
@@ -64,7 +65,7 @@ def test_a_right_kernel_is_right_on_few_images_on_many_and_in_a_graph(name):
 
 @interpreted
 def test_an_op_on_bytes_is_checked_too():
-    """Of four images, as its norm have three values."""
+    """It has four images, since its vectors have three values."""
     call = call_of(
         torch.ops.nvcnn.prepare_input.default,
         *(torch.empty(4, 4, 4, 3, dtype=torch.uint8), torch.empty(4, dtype=torch.bool)),
@@ -99,6 +100,22 @@ def changed(change, when=lambda results: True):
 def test_a_wrong_kernel_is_found(name, change, when, wrong, monkeypatch):
     monkeypatch.setattr(first, "outcome", changed(change, when))
     assert first.check(some_calls()[name], CPU, N, TIMES, graph=False)["wrong"].startswith(wrong)
+
+
+@interpreted
+def test_a_wrong_repetition_is_found(monkeypatch):
+    """What a step does from the second call on."""
+    real = Repetition.__call__
+
+    def repeat(self, arguments):
+        results = real(self, arguments)
+        results[0][-1, 0, 0, 0] += 1
+        return results
+
+    monkeypatch.setattr(Repetition, "__call__", repeat)
+    with first.configured_for(N, N):
+        wrong = first.check(some_calls()["forward"], CPU, N, TIMES, graph=False)["wrong"]
+    assert wrong.startswith("a second call gives other bits")
 
 
 @interpreted

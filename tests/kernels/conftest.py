@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import configurations
+from kernels.operators import looked_up_again
 
 
 @pytest.fixture(scope="module", params=["reference", "triton"])
@@ -27,6 +28,13 @@ def poisoned():
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
         yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """No test repeats the launches of another, whose configurations may be others."""
+    with looked_up_again():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.convolution import convolution
 from kernels.launch import launch, silent
-from kernels.operators import looked_up_again, operator
+from kernels.operators import operator
 from tests.kernels.convolutions import OF_ONE_IMAGE, configured
 
 calls: list[str] = []
@@ -54,8 +54,6 @@ def computes(x: Tensor) -> Tensor:
 def fresh(monkeypatch):
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     calls.clear()
-    with looked_up_again():
-        yield
 
 
 def check(x: Tensor, bias: Tensor | None = None, **named: Tensor) -> None:
