@@ -39,14 +39,12 @@ from kernels.partial_sums import NORM_CONFIG, few_parts, parts_of_rows, sum_part
 from kernels.tiles import configured_for_rows
 
 
-def reference(x: Tensor, norm: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def reference(x, norm, residual, relu):
     """Returns y in plain PyTorch. Arguments as in `batch_norm`."""
     return normalise(x, norm, residual, relu)
 
 
-def backward_reference(
-    dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, relu: bool, batch: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward_reference(dy, x, y, norm, relu, batch):
     """Returns dx, d_gamma, d_beta, g in plain PyTorch. Arguments as in `batch_norm_backward`."""
     mean, scale, _, rstd, _ = norm
     g = dy
@@ -62,7 +60,7 @@ def backward_reference(
     return dx.to(x.dtype), d_gamma, d_beta, g
 
 
-def norm_gradient_reference(sums: Tensor, norm: Tensor, count: int) -> Tensor:
+def norm_gradient_reference(sums, norm, count):
     """Returns the rows in plain PyTorch. Arguments as in `norm_gradient`."""
     d_beta, products = sums.sum(1)
     _, scale, _, rstd, mean_low = norm

@@ -27,7 +27,7 @@ from kernels.partial_sums import NORM_CONFIG, few_parts, parts_of_rows, sum_part
 from kernels.tiles import configured_for_rows
 
 
-def reference(x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_var: Tensor, *, eps: float) -> Tensor:
+def reference(x, gamma, beta, batch_mean, batch_var, *, eps):
     """Returns `norm` in plain PyTorch, in the precision of `gamma`. Arguments as in `batch_norm_statistics`."""
     # Running statistics of a momentum of 0: they stay, and make PyTorch answer in their dtype.
     mean, var = torch.batch_norm_update_stats(x, torch.zeros_like(gamma), torch.ones_like(gamma), 0.0)
@@ -37,17 +37,7 @@ def reference(x: Tensor, gamma: Tensor, beta: Tensor, batch_mean: Tensor, batch_
     return norm_of(mean, var, gamma, beta, eps)
 
 
-def norm_from_sums_reference(
-    sums: Tensor,
-    center: Tensor,
-    count: int,
-    gamma: Tensor,
-    beta: Tensor,
-    batch_mean: Tensor,
-    batch_var: Tensor,
-    *,
-    eps: float,
-) -> Tensor:
+def norm_from_sums_reference(sums, center, count, gamma, beta, batch_mean, batch_var, *, eps):
     """Returns `norm` in plain PyTorch. Arguments as in `norm_from_sums`."""
     offset, square = sums.sum(1) / count
     var = (square - offset.square()).clamp_(min=0)

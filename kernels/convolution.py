@@ -57,21 +57,7 @@ from kernels.partial_sums import empty_sums
 from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    norm: Tensor | None,
-    residual: Tensor | None,
-    residual_norm: Tensor | None,
-    center: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    add: Tensor | None,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference(x, weight, stride, padding, groups, norm, residual, residual_norm, center, scale, shift, add, relu):
     """Returns y, z, sums in plain PyTorch; the sums have one part. Arguments as in `convolution`."""
     wide = single_or_double(x)  # in halves PyTorch's convolutions sum in halves on some CPUs
     a = activation(x, norm, residual, residual_norm)

@@ -61,23 +61,7 @@ from kernels.partial_sums import empty_sums
 from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
 
 
-def reference(
-    g: Tensor,
-    weight: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    y: Tensor | None,
-    norm: Tensor | None,
-    factors: Tensor | None,
-    skip: Tensor | None,
-    z: Tensor | None,
-    x: Tensor | None,
-    x_norm: Tensor | None,
-    branch: Tensor | None,
-    branch_norm: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference(g, weight, size, stride, padding, groups, y, norm, factors, skip, z, x, x_norm, branch, branch_norm):
     """Returns dx and sums in plain PyTorch; the sums have one part. Arguments as in `convolution_data_gradient`."""
     wide = single_or_double(g)
     dy, weight = output_gradient(g, y, norm, factors).to(wide), weight.to(wide)

@@ -41,18 +41,7 @@ from kernels.partial_sums import sum_parts
 from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
 
 
-def reference(
-    g: Tensor,
-    x: Tensor,
-    out: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    y: Tensor | None,
-    norm: Tensor | None,
-    factors: Tensor | None,
-    x_norm: Tensor | None,
-) -> None:
+def reference(g, x, out, stride, padding, groups, y, norm, factors, x_norm):
     """Computes dw in plain PyTorch. Arguments as in `convolution_weight_gradient`."""
     wide = single_or_double(g)
     dy, a = output_gradient(g, y, norm, factors).to(wide), activation(x, x_norm).to(wide)

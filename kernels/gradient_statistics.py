@@ -20,16 +20,7 @@ from kernels.launch import launch, state
 from kernels.operators import named, operator
 
 
-def reference(
-    matrix_gradient: Tensor,
-    vector_gradient: Tensor,
-    weight: Tensor,
-    loss_scale: Tensor,
-    square_sums: Tensor,
-    *,
-    ranks: int,
-    weight_decay: float,
-) -> None:
+def reference(matrix_gradient, vector_gradient, weight, loss_scale, square_sums, *, ranks, weight_decay):
     """Computes the sums in plain PyTorch, in the precision of `weight`. Arguments as in `gradient_statistics`."""
     scale = loss_scale.item() * ranks
     weights = weight.view(-1, BLOCK)

@@ -35,25 +35,10 @@ MAX_LOSS_SCALE = tl.constexpr(2.0**24)  # lifts fp16's smallest number, 2^-24, t
 
 
 def reference(
-    matrix_gradient: Tensor,
-    vector_gradient: Tensor,
-    weight: Tensor,
-    momentum: Tensor,
-    model_weight: Tensor | None,
-    tensor_of_block: Tensor,
-    ratio: Tensor,
-    scalars: Tensor,
-    weight_square_sums: Tensor,
-    running: Tensor,
-    batch: Tensor,
-    counters: Tensor,
-    loss_scale: Tensor,
-    *,
-    momentum_factor: float,
-    weight_decay: float,
-    statistics_momentum: float,
-    growth_interval: int,
-) -> None:
+    matrix_gradient, vector_gradient, weight, momentum, model_weight, tensor_of_block, ratio, scalars,
+    weight_square_sums, running, batch, counters, loss_scale,
+    *, momentum_factor, weight_decay, statistics_momentum, growth_interval,
+):  # fmt: skip
     """Computes the step in plain PyTorch, in the precision of `weight`. Arguments as in `larc_update`.
 
     Waits for the finite flag, which costs nothing on the CPU.
@@ -83,7 +68,7 @@ def reference(
         counters[2] = 0
 
 
-def refresh_reference(weight: Tensor, model_weight: Tensor | None, weight_square_sums: Tensor) -> None:
+def refresh_reference(weight, model_weight, weight_square_sums):
     """Computes `refresh` in plain PyTorch, with the sums of `reference`."""
     weights = weight.view(-1, BLOCK)
     scratch = torch.empty_like(weights[:CHUNK])

@@ -21,12 +21,12 @@ from kernels.operators import named, operator
 LARGEST = 15  # kernel size: 15 x 15 positions fit into the byte
 
 
-def reference(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+def reference(x, kernel_size, stride, padding):
     """Returns PyTorch's y and the int64 indices into H x W that its backward takes, both (N, C, OH, OW)."""
     return torch.ops.aten.max_pool2d_with_indices(x, [kernel_size] * 2, [stride] * 2, [padding] * 2)
 
 
-def backward_reference(dy: Tensor, argmax: Tensor, dx: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+def backward_reference(dy, argmax, dx, kernel_size, stride, padding):
     """Returns dx; the dx argument is used only for its shape."""
     window = [kernel_size] * 2, [stride] * 2, [padding] * 2
     return torch.ops.aten.max_pool2d_with_indices_backward(dy, dx, *window, [1, 1], False, argmax)

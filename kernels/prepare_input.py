@@ -18,9 +18,7 @@ from kernels.launch import launch
 from kernels.operators import named, operator
 
 
-def reference(
-    images: Tensor, flip: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, channels: int = 3
-) -> Tensor:
+def reference(images, flip, scale, shift, dtype, channels=3):
     """Returns the formula in plain PyTorch, a row of pixels at a time: long inner loops."""
     n, h, w, c = images.shape
     either = torch.arange(n, device=images.device) + n * flip  # whole images: torch.where would choose byte by byte

@@ -31,25 +31,10 @@ KEPT, NEW = tl.constexpr(0.9), tl.constexpr(0.1)  # of an average, of what it fo
 
 
 def reference(
-    gradient_square_sums: Tensor,
-    weight_square_sums: Tensor,
-    first_block: Tensor,
-    counters: Tensor,
-    loss_scale: Tensor,
-    schedule: Tensor,
-    rows: Tensor,
-    ratio: Tensor,
-    gradient_norm: Tensor,
-    weight_norm: Tensor,
-    scalars: Tensor,
-    latest: Tensor,
-    average: Tensor,
-    *,
-    ranks: int,
-    larc_mode: str,
-    eta: float,
-    excluded_from: int,
-) -> None:
+    gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule,
+    rows, ratio, gradient_norm, weight_norm, scalars, latest, average,
+    *, ranks, larc_mode, eta, excluded_from,
+):  # fmt: skip
     """Computes the results in plain PyTorch, in the precision of `scalars`. Arguments as in `trust_ratio`."""
     learning_rate = schedule[counters[:1].clamp(max=len(schedule) - 1)]
     finite = gradient_square_sums.sum(0, keepdim=True).isfinite()
