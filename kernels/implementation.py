@@ -1,7 +1,8 @@
 """Which implementation of an op runs, by the environment variable NVCNN_KERNELS.
 
-`auto` (default): the Triton kernel for CUDA tensors, the reference for CPU tensors. `reference` and `triton`: that one
-everywhere; Triton's interpreter runs kernels on CPU tensors where TRITON_INTERPRET=1.
+`auto` (default): the Triton kernel for CUDA tensors and for those on "meta", without memory, the reference for CPU
+tensors. `reference` and `triton`: that one everywhere; Triton's interpreter runs kernels on CPU tensors where
+TRITON_INTERPRET=1.
 """
 
 import os
@@ -22,7 +23,7 @@ def runs_triton(device: torch.device) -> bool:
         raise ValueError(f"NVCNN_KERNELS={choice}: it must be auto, reference or triton")
     if choice == "triton" and device.type == "cpu" and not INTERPRETED:
         raise ValueError("NVCNN_KERNELS=triton: tensors on the CPU need TRITON_INTERPRET=1, set before Python starts")
-    return choice == "triton" or (choice == "auto" and device.type == "cuda")
+    return choice == "triton" or (choice == "auto" and device.type in ("cuda", "meta"))
 
 
 def keep_masks_boolean() -> None:

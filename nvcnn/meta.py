@@ -49,8 +49,8 @@ def gradient_order(model: nn.Module, image_size: int) -> list[str]:
 def activation_bytes(model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype) -> int:
     """Returns the bytes that autograd keeps from forward for backward, images included, parameters not.
 
-    The weights count as if they were in `dtype`. This is an estimate from below: the gradients that backward holds at a
-    time, cuDNN's workspaces and the allocator's rounding come on top.
+    The weights count as if they were in `dtype`; ops keep what their Triton kernels do. This is an estimate from below:
+    the gradients that backward holds at a time, cuDNN's workspaces and the allocator's rounding come on top.
     """
     state, images = on_meta(model, batch_size, image_size, dtype)
     saved: dict[int, torch.UntypedStorage] = {}  # by identity; held, so that no identity is given out twice

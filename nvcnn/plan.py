@@ -8,8 +8,9 @@ from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype
-from nvcnn.meta import activation_bytes, places
+from nvcnn.meta import activation_bytes
 from nvcnn.models import MODELS, build_model
+from nvcnn.models.layers import Conv2d
 from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json
 
@@ -100,8 +101,8 @@ def describe(settings: Settings, run: Plan) -> list[str]:
 def dry_run(settings: Settings, run: Plan) -> None:
     """Prints the resolved settings, steps, parameter count and a memory estimate."""
     model = build_model(settings.model, num_classes=run.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed)
-    convolutions = places(model, settings.batch_size, run.image_size, run.dtype)
-    use(model, dict.fromkeys(convolutions, "torch" if settings.conv == "auto" else settings.conv))  # the largest
+    if settings.conv != "auto":  # else torch's, which keep the most
+        use(model, {name: settings.conv for name, module in model.named_modules() if isinstance(module, Conv2d)})
     parameters = sum(p.numel() for p in model.parameters())
     # Master weight, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
     state = parameters * (4 + run.momentum_dtype.itemsize + 4)

@@ -328,12 +328,11 @@ def test_memory_of_a_resnet50():
     read, raw, joined = (sum(values) for values in zip(*stages, strict=True))
     stem = 112 * 112 * 64
     pooled, images, features = stem // 4, 3 * 224 * 224, 2048
-    values = images + 2 * stem + pooled + read + raw + joined + features
+    values = images + stem + pooled + pooled / 2 + read + raw + joined + features  # half: a byte says which was largest
     norm = 5 * 4 * 26560 / 256  # of each BatchNorm, in fp32, once a batch
     assert kept("triton") == pytest.approx(2 * values + norm, rel=0.01)
-    assert kept("triton-materialized") == kept("cudnn") == kept("triton") + 2 * read  # their activations, too
-    assert kept("cudnn") < kept("torch")
-    assert kept("triton") < 0.82 * kept("torch")
+    for others in ("triton-materialized", "cudnn", "torch"):
+        assert kept(others) == kept("triton") + 2 * read  # their activations, too
 
 
 @pytest.mark.parametrize(
