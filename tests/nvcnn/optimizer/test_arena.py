@@ -12,6 +12,7 @@ from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d, Conv2d, Linear
 from nvcnn.optimizer.arena import Arena
 from nvcnn.program import InputError
+from tests.nvcnn.optimizer.test_larc import tiny
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -83,9 +84,8 @@ def test_layout(shapes, dtype, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_state_dict_round_trip(dtype, momentum_dtype):
     def arena_of(seed):
-        model = build_model("resnet18", num_classes=10, seed=seed)
-        order = gradient_order(model, 224)
-        return Arena(model, order, device=CPU, dtype=dtype, momentum_dtype=momentum_dtype)
+        model = tiny(seed)
+        return Arena(model, gradient_order(model, 28), device=CPU, dtype=dtype, momentum_dtype=momentum_dtype)
 
     one, other = arena_of(1), arena_of(2)
     one.momentum.copy_(torch.randn_like(one.momentum))
@@ -97,7 +97,7 @@ def test_state_dict_round_trip(dtype, momentum_dtype):
         assert torch.equal(getattr(one, buffer), getattr(other, buffer)), buffer
     if dtype != torch.float32:
         assert torch.equal(one.model_weight, other.model_weight)
-    plain = build_model("resnet18", num_classes=10, seed=3).state_dict()
+    plain = tiny().state_dict()
     assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in one.state_dict().items()}
     assert {v.dtype for v in one.momentum_dict().values()} == {momentum_dtype}
     assert all(v.is_contiguous() and v.dtype == plain[k].dtype for k, v in one.state_dict().items())
