@@ -105,28 +105,30 @@ def backward_call(c: int = 24, residual: bool = False) -> tuple:
     return dy, x, y if residual else None, norm(), True, True, residual
 
 
-def weight(k: int, c: int, size: int) -> Tensor:
-    return torch.randn(k, c, size, size).half().to(memory_format=torch.channels_last)
+def weight(rows: int) -> Tensor:
+    """As many taps, below each other: enough to read x more than once."""
+    return torch.randn(24, 24, rows, 1).half().to(memory_format=torch.channels_last)
 
 
 ONE = ([1, 1], [0, 0], 1)  # stride, padding, groups
+THREE = ([1, 1], [1, 0], 1)
 
 
 def convolution_call(joins: bool) -> tuple:
-    """3x3 of a raw tensor; 1x1 of a join of two, which it writes; both with sums."""
+    """Three taps of a raw tensor; one of a join of two, which it writes; both with sums."""
     center = torch.zeros(24)
     if joins:
-        return images(24, 26), weight(24, 24, 1), *ONE, norm(), images(24, 26), norm(), center
-    return images(24, 14), weight(24, 24, 3), [1, 1], [1, 1], 1, norm(), None, None, center
+        return images(24, 14), weight(1), *ONE, norm(), images(24, 14), norm(), center
+    return images(24, 14), weight(3), *THREE, norm(), None, None, center
 
 
 def data_gradient_call(joined: bool) -> tuple:
     """Through BatchNorm, with sums: of a raw input; of a join of two with a skip gradient."""
-    prologue = images(24, 26), norm(), torch.rand(2, 24)
-    epilogue = None, None, images(24, 26), norm(), None, None
+    prologue = images(24, 14), norm(), torch.rand(2, 24)
+    epilogue = None, None, images(24, 14), norm(), None, None
     if joined:
-        epilogue = images(24, 26), images(24, 26), images(24, 26), norm(), images(24, 26), norm()
-    return images(24, 26), weight(24, 24, 1), [26, 26], *ONE, *prologue, *epilogue
+        epilogue = images(24, 14), images(24, 14), images(24, 14), norm(), images(24, 14), norm()
+    return images(24, 14), weight(1), [14, 14], *ONE, *prologue, *epilogue
 
 
 CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
@@ -158,7 +160,7 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     "convolution_weight_gradient": (
         "convolution_weight_gradient",
         lambda: (
-            *(images(24, 14), images(24, 14), weight(24, 24, 3), [1, 1], [1, 1], 1),
+            *(images(24, 14), images(24, 14), weight(3), *THREE),
             *(images(24, 14), norm(), torch.rand(2, 24), norm()),
         ),
     ),
