@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvcnn.data.batch import prepare_input
@@ -26,8 +26,12 @@ def formula(images: torch.Tensor, flip: torch.Tensor, normalize: str) -> torch.T
     )
 
 
-@pytest.mark.parametrize("dtype", EPSILON, ids=str)
-@pytest.mark.parametrize("normalize", ["signed", "imagenet"])
+@pytest.mark.parametrize(
+    ("normalize", "dtype"),
+    [("imagenet", torch.float32), ("signed", torch.float16), ("imagenet", torch.bfloat16)],
+    ids=str,
+)
+@settings(max_examples=8)
 @given(
     n=st.integers(1, 4),
     h=st.integers(1, 9),
@@ -35,7 +39,7 @@ def formula(images: torch.Tensor, flip: torch.Tensor, normalize: str) -> torch.T
     channels=st.sampled_from([3, 4]),
     seed=st.integers(0, 2**31),
 )
-def test_is_mirrored_and_normalised(device, dtype, normalize, n, h, w, channels, seed):
+def test_is_mirrored_and_normalised(device, normalize, dtype, n, h, w, channels, seed):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (n, h, w, 3), dtype=torch.uint8, generator=generator).to(device)
     flip = torch.randint(2, (n,), generator=generator).bool().to(device)

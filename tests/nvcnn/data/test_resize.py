@@ -1,3 +1,5 @@
+"""The resize of DALI's crops on a CPU, against Pillow."""
+
 import numpy as np
 import pytest
 import torch

@@ -12,7 +12,19 @@ from PIL import Image
 from nvcnn.data.backend import choose_backend, open_training
 from nvcnn.data.batch import Batch
 from nvcnn.program import InputError
-from tests.nvcnn.data.reading import ALONE, BACKENDS, CPU, TRAINING, WHOLE, epoch, evaluation, find, joined, same, training
+from tests.nvcnn.data.reading import (
+    ALONE,
+    BACKENDS,
+    CPU,
+    TRAINING,
+    WHOLE,
+    epoch,
+    evaluation,
+    find,
+    joined,
+    same,
+    training,
+)
 from tests.samples import IMAGES, WRITERS, picture
 
 everywhere = pytest.mark.parametrize(("kind", "backend"), list(itertools.product(WRITERS, BACKENDS)))
