@@ -12,11 +12,11 @@ def die(*_, **__):
     os._exit(9)
 
 
-def test_a_killed_worker_is_one_line(folders, raw, copy, monkeypatch):
+def test_a_killed_worker_is_one_line(folders, raw, prepared, monkeypatch):
     for module, function, run in (
         (folder, "scan_class", lambda: folder.scan_folders(folders[0], "--train", 2)),
         (imagenet, "scan_class", lambda: imagenet.scan_train(raw.train, 2)),
-        (verify, "check_shard", lambda: verify.verify(copy, 2)),
+        (verify, "check_shard", lambda: verify.verify(prepared, 2)),
     ):
         monkeypatch.setattr(module, function, die)
         with pytest.raises(InputError, match="a worker process was killed, perhaps for lack of memory: give"):
