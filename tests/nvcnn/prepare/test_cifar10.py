@@ -1,20 +1,18 @@
 """CIFAR-10 from small files of both formats."""
 
 import gzip
-import io
 import os
 import pickle
 import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.prepare import cifar10
 from nvcnn.prepare.write import write_dataset
 from nvcnn.program import InputError
-from tests.raw_imagenet import add
+from tests.nvcnn.prepare.preparing import examples, opened
+from tests.samples import add
 
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
@@ -45,9 +43,8 @@ def archive(path, binary: bool, **changes: bytes | None):
     return path
 
 
-@pytest.mark.parametrize("binary", [True, False])
-@pytest.mark.parametrize("unpacked", [True, False])
-def test_every_image_with_its_label(tmp_path, binary, unpacked):
+@pytest.mark.parametrize(("unpacked", "binary"), [(True, True), (False, False)])
+def test_every_image_with_its_label(tmp_path, unpacked, binary):
     source = archive(tmp_path / "cifar.tar.gz", binary)
     if unpacked:
         with tarfile.open(source) as tar:
@@ -55,10 +52,9 @@ def test_every_image_with_its_label(tmp_path, binary, unpacked):
         source = tmp_path / "unpacked"
     write_dataset(cifar10.blueprint(source), tmp_path / "out", workers=2)
     for split, names in (("train", NAMES[:5]), ("validation", NAMES[5:])):
-        records = [r for p in sorted((tmp_path / "out").glob(f"{split}-?????-of-?????")) for r in read_records(p)]
         stored = []
-        for example in map(decode_example, records):
-            image = Image.open(io.BytesIO(example["image/encoded"][0]))
+        for example in examples(tmp_path / "out", split):
+            image = opened(example["image/encoded"][0])
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
             label = example["image/class/label"][0]
             assert example["image/class/text"] == [cifar10.CLASS_NAMES[label - 1].encode()]

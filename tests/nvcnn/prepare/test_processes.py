@@ -4,18 +4,20 @@ import os
 
 import pytest
 
-from nvcnn.prepare import folder, imagenet, verify
+from nvcnn.prepare import folder, imagenet, verify, write
 from nvcnn.program import InputError
+from tests.nvcnn.prepare import preparing
 
 
 def die(*_, **__):
     os._exit(9)
 
 
-def test_a_killed_worker_is_one_line(folders, raw, prepared, monkeypatch):
+def test_a_killed_worker_is_one_line(folders, raw, prepared, tmp_path, monkeypatch):
     for module, function, run in (
         (folder, "scan_class", lambda: folder.scan_folders(folders[0], "--train", 2)),
         (imagenet, "scan_class", lambda: imagenet.scan_train(raw.train, 2)),
+        (write, "write_shard", lambda: preparing.run(folders, tmp_path / "out")),
         (verify, "check_shard", lambda: verify.verify(prepared, 2)),
     ):
         monkeypatch.setattr(module, function, die)
