@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from nvcnn.data.class_folders import SUFFIXES
 from nvcnn.data.crops import random_crop
 from nvcnn.data.dataset import Dataset
-from tests.nvcnn.data.reading import BACKENDS, WHOLE, evaluation, find, joined, training
+from tests.nvcnn.data.reading import BACKENDS, evaluation, find, joined, training
 from tests.samples import file_of, write_split
 
 ks_2samp = pytest.importorskip("scipy.stats").ks_2samp
@@ -83,18 +83,6 @@ def test_pillow_s_crops_are_distributed_as_torchvision_s(area, aspect, size):
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     crops = np.stack((width * height / (size[0] * size[1]), width / height))
     assert_same_distribution(crops, torchvision_crops(*size, area, aspect, 3000))
-
-
-@backends
-@pytest.mark.parametrize(("size", "image_size"), [(200, 64), (64, 64), (48, 64)], ids=["smaller", "same", "larger"])
-def test_resizes_as_pillow_does_with_antialiasing(tmp_path, backend, size, image_size):
-    """Noise, the worst case: within a level of Pillow on average; the same where nothing changes."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
-    dataset = data_of(tmp_path, [file_of(noise, "PNG")] * 4)
-    batch = next(training(dataset, backend, image_size=image_size, **WHOLE))
-    for image in batch.images.double().numpy():
-        difference = np.abs(image - by_pillow(noise, image_size))
-        assert difference.mean() < (1.0 if size != image_size else 1e-9)
 
 
 def smooth(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:

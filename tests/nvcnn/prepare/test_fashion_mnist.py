@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvcnn.data.backend import open_evaluation
-from nvcnn.data.dataset import find_dataset
 from nvcnn.prepare import fashion_mnist
 from nvcnn.program import InputError
+from tests.nvcnn.data.reading import evaluation, find
 from tests.nvcnn.prepare.preparing import contents, examples, opened
 
 ROOT = Path(__file__).parents[3]
@@ -82,11 +81,8 @@ def test_writes_every_image_once_with_its_features(tmp_path, source, main):
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "webdataset"])
 def test_dali_reads_it(tmp_path, source, device, file_format):
-    pytest.importorskip("nvidia.dali")
     fashion_mnist.fetch_and_write(tmp_path / "out", source, file_format=file_format)
-    found = find_dataset(tmp_path / "out", num_classes=None, label_base=None, split="validation")
-    how = {"image_size": 28, "crop": 1.0, "rank": 0, "ranks": 1, "device": device, "threads": 1}
-    (batch,) = open_evaluation(found, "dali_cpu", batch_size=50, **how)
+    (batch,) = evaluation(find(tmp_path / "out", "validation"), batch_size=50, device=device)
     seen = zip(batch.images.cpu().numpy(), batch.labels.tolist(), strict=True)
     expected = zip(pixels("t10k"), labels("t10k"), strict=True)
     assert sorted((image[..., 2].tobytes(), label) for image, label in seen) == sorted(

@@ -204,34 +204,26 @@ def test_damaged_archives(raw, tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    ("lines", "what"),
+    ("flag", "text", "what"),
     [
-        (["n01440764"], r"labels 1 images, but --val=.* holds 23"),
-        (["n01440764"] * 22 + ["n99999999"], r"line 23 is 'n99999999', neither a synset"),
-        (["0"] * 23, r"line 1 is '0', neither .* from 1 to 5"),
-        (["6"] * 23, r"line 1 is '6'"),
-        (["490", "361", "171", "822", "297", "1"], r"order of ILSVRC2012_ID.*give --devkit"),
+        ("val_labels", "n01440764\n", r"labels 1 images, but --val=.* holds 23"),
+        ("val_labels", "n01440764\n" * 22 + "n99999999", r"line 23 is 'n99999999', neither a synset"),
+        ("val_labels", "0\n" * 23, r"line 1 is '0', neither .* from 1 to 5"),
+        ("val_labels", "6\n" * 23, r"line 1 is '6'"),
+        ("val_labels", "490\n361\n171\n822\n297\n1\n", r"order of ILSVRC2012_ID.*give --devkit"),
+        ("val_labels", None, r"--val_labels=.*: cannot be read \(Is a directory\): give a text file"),
+        ("synsets", None, r"--synsets=.*: cannot be read \(Is a directory\): give a text file"),
+        ("synsets", "tench", "line 1 begins with tench"),
+        ("synsets", "n01440764\nn01440764\n", "n01440764 twice"),
+        ("synsets", "n01440764\n", r"--synsets=.*has no n02012849"),
+        ("synsets", "\n".join([*LABELS, "n99999999"]), r"--train=.*has no n99999999"),
     ],
 )
-def test_wrong_validation_labels(raw, tmp_path, lines, what):
-    (tmp_path / "labels.txt").write_text("\n".join(lines))
+def test_wrong_lists(raw, tmp_path, flag, text, what):
+    path = tmp_path / "list.txt"
+    path.mkdir() if text is None else path.write_text(text)
     with pytest.raises(InputError, match=what):
-        blueprint(raw, devkit=None, val_labels=tmp_path / "labels.txt")
-
-
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ("tench", "line 1 begins with tench"),
-        ("n01440764\nn01440764\n", "n01440764 twice"),
-        ("n01440764\n", r"--synsets=.*has no n02012849"),
-        ("\n".join([*LABELS, "n99999999"]), r"--train=.*has no n99999999"),
-    ],
-)
-def test_wrong_synsets(raw, tmp_path, text, what):
-    (tmp_path / "synsets.txt").write_text(text)
-    with pytest.raises(InputError, match=what):
-        blueprint(raw, synsets=tmp_path / "synsets.txt")
+        blueprint(raw, **{"devkit": None if flag == "val_labels" else raw.devkit, flag: path})
 
 
 def test_a_flat_val_needs_labels(raw):
@@ -255,12 +247,6 @@ def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypa
     monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everywhere
     with pytest.raises(InputError, match=r"--val=.*val: cannot be listed \(Permission denied\)"):
         blueprint(raw, val=val)
-
-
-def test_lists_that_cannot_be_read(raw, tmp_path):
-    for flag in ("val_labels", "synsets"):
-        with pytest.raises(InputError, match=rf"--{flag}=.*: cannot be read \(Is a directory\): give a text file"):
-            blueprint(raw, **{flag: tmp_path})
 
 
 def test_the_ground_truth_is_no_list_of_labels(raw, tmp_path):
