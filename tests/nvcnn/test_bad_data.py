@@ -65,48 +65,31 @@ def grey(value: int, kind: str = "JPEG") -> bytes:
 
 
 def shard(directory: Path) -> Path:
-    """The second file, where the bad sample is the second one."""
+    """Returns the second file, where the bad sample is the second one."""
     return next(p for p in sorted(directory.glob("train-00001*")) if p.suffix != ".idx")
-
-
-def bad_record(directory: Path) -> list[int]:
-    """Offset and size of the bad record."""
-    return [int(n) for n in index_path(shard(directory)).read_text().splitlines()[BAD - IMAGES // 2].split()]
 
 
 def shorter(directory: Path, _: str, *, index: bool) -> None:
     path = shard(directory)
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 2 // 3])
+    os.truncate(path, path.stat().st_size * 2 // 3)
     if not index:
         index_path(path).unlink()
 
 
 def changed(directory: Path, _: str, *, label: bool) -> None:
-    """The bad record's last byte, its label, from 2 to 1; or its first, the number of a field."""
-    data = bytearray(shard(directory).read_bytes())
-    start, size = bad_record(directory)
+    """Changes the bad record's last byte, its label, from 2 to 1; or its first, the number of a field."""
+    path = shard(directory)
+    start, size = map(int, index_path(path).read_text().splitlines()[BAD - IMAGES // 2].split())
+    data = bytearray(path.read_bytes())
     data[start + size - 5 if label else start + 12] ^= 3
-    shard(directory).write_bytes(data)
+    path.write_bytes(data)
 
 
 def unreadable(directory: Path, kind: str) -> None:
-    """A link in a circle, which root cannot read either."""
+    """Puts a link in a circle there, which root cannot read either."""
     path = directory / "train/class1" if kind == "folders" else shard(directory)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     path.symlink_to(path.name)
-
-
-@dataclass
-class Case:
-    """Damaged content or label of the bad sample, or a `damage` done to the finished files."""
-
-    title: str
-    image: Callable[[], bytes] | None = None
-    label: object = None
-    damage: Callable[[Path, str], None] | None = None
-    kinds: tuple[str, ...] = KINDS
-    while_training: bool = False
 
 
 def deleted(directory: Path, kind: str) -> None:
@@ -115,12 +98,24 @@ def deleted(directory: Path, kind: str) -> None:
             path.unlink()
 
 
+@dataclass
+class Case:
+    """Damaged content or label of the bad sample, or a `damage` done to the finished files."""
+
+    title: str
+    image: bytes | None = None
+    label: object = None
+    damage: Callable[[Path, str], None] | None = None
+    kinds: tuple[str, ...] = KINDS
+    while_training: bool = False
+
+
 CASES = [
-    Case("A JPEG cut in the middle", image=lambda: jpeg(BAD)[: len(jpeg(BAD)) // 2]),
-    Case("An image without bytes", image=lambda: b""),
-    Case("Something that is not an image", image=lambda: b"<html>404 Not Found</html>"),
-    Case("A GIF under the name of a JPEG", image=lambda: grey(9, "GIF")),
-    Case("An image of 30 000 x 30 000 pixels", image=lambda: png(b"", 30_000, 30_000)),
+    Case("A JPEG cut in the middle", image=jpeg(BAD)[: len(jpeg(BAD)) // 2]),
+    Case("An image without bytes", image=b""),
+    Case("Something that is not an image", image=b"<html>404 Not Found</html>"),
+    Case("A GIF under the name of a JPEG", image=grey(9, "GIF")),
+    Case("An image of 30 000 x 30 000 pixels", image=png(b"", 30_000, 30_000)),
     Case("A label outside the classes", label=3, kinds=("records", "tars")),
     Case("A label that is not a number", label="cat", kinds=("tars",)),
     Case("A file cut short, without an index", damage=partial(shorter, index=False), kinds=("records", "tars")),
@@ -173,8 +168,8 @@ def rows(case: Case, directory: Path) -> Iterator[str]:
     for kind in case.kinds:
         for n, (flag, how) in enumerate(WITH.items()):
             data = directory / f"{kind}{n}"
-            images = {BAD: case.image()} if case.image else {}
-            write(kind, data, images, {BAD: case.label} if case.label is not None else {})
+            images = {} if case.image is None else {BAD: case.image}
+            write(kind, data, images, {} if case.label is None else {BAD: case.label})
             if case.damage and not case.while_training:
                 find(kind, data)  # builds the indexes
                 case.damage(data, kind)

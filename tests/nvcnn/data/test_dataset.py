@@ -13,7 +13,7 @@ from nvcnn.program import InputError
 from tests.nvcnn.data.reading import find, training
 from tests.samples import IMAGES, WRITERS, add, write_folders, write_shard, write_tars
 
-MIDDLE = "train-00001-of-00003"  # the shard that tests damage
+FIRST, MIDDLE = "train-00000-of-00003", "train-00001-of-00003"  # the second is the shard that tests damage
 
 
 @pytest.fixture
@@ -78,49 +78,43 @@ def cut(directory, size: int, index: bool = True):
 
 
 def garbled(text):
-    return (lambda d: index_path(d / MIDDLE).write_text(text)), {}, rf"{MIDDLE}\.idx: is not an index"
+    return (lambda d: index_path(d / MIDDLE).write_text(text)), rf"{MIDDLE}\.idx: is not an index"
 
 
 def first(record, what):
-    return (lambda d: write_shard(d / MIDDLE, [record])), {}, rf"{MIDDLE}: the record at byte 0 .*{what}"
+    return (lambda d: write_shard(d / MIDDLE, [record])), rf"{MIDDLE}: the record at byte 0 .*{what}"
 
 
 def outside(label, **flags):
-    return (lambda d: None), flags, rf"train-00.*: the record at byte \d+: label {label} is outside"
+    return (lambda d: None), rf"train-00.*: the record at byte \d+: label {label} is outside", flags
 
 
-REFUSED = {  # what is done to a directory of TFRecords, with which flags it is opened, and the words of the message
-    "num_classes against dataset.json": (declare, {"num_classes": 62}, r"--num_classes=.*dataset\.json says"),
-    "label_base against dataset.json": (declare, {"label_base": 0}, r"--label_base=.*dataset\.json says"),
-    "no such directory": (shutil.rmtree, {}, r"--data_dir=.*data: No such file or directory"),
-    "a file": (lambda d: (shutil.rmtree(d), d.touch()), {}, r"--data_dir=.*data: Not a directory"),
-    "empty": (lambda d: delete(d, "*"), {}, "is empty"),
-    "no training files": (lambda d: delete(d, "train-*"), {}, r"no train-\* files"),
-    "no validation files": (lambda d: delete(d, "val*"), {"split": "validation"}, r"no validation-\* files"),
-    "no images": (lambda d: (delete(d, "*"), write_shard(d / "train-0", [])), {}, "no images"),
+REFUSED = {  # what is done to a directory of TFRecords, the words of the message, and the flags, if any
+    "num_classes against dataset.json": (declare, r"--num_classes=.*dataset\.json says", {"num_classes": 62}),
+    "label_base against dataset.json": (declare, r"--label_base=.*dataset\.json says", {"label_base": 0}),
+    "no such directory": (shutil.rmtree, r"--data_dir=.*data: No such file or directory"),
+    "a file": (lambda d: (shutil.rmtree(d), d.touch()), r"--data_dir=.*data: Not a directory"),
+    "empty": (lambda d: delete(d, "*"), "is empty"),
+    "no training files": (lambda d: delete(d, "train-*"), r"no train-\* files"),
+    "no validation files": (lambda d: delete(d, "val*"), r"no validation-\* files", {"split": "validation"}),
+    "no images": (lambda d: (delete(d, "*"), write_shard(d / "train-0", [])), "no images"),
     "a missing shard": (
         lambda d: (declare(d, images={"train": IMAGES}), (d / MIDDLE).unlink()),
-        {"num_classes": IMAGES},
-        r"train images, but dataset\.json says 61",
+        r"41 train images, but dataset\.json says 61",
     ),
-    "cut in a record's end": (lambda d: cut(d, 1), {}, rf"{MIDDLE}\.idx: .*{MIDDLE} has .*truncated"),
-    "cut before a record": (lambda d: cut(d, 400), {}, rf"{MIDDLE}\.idx: .*{MIDDLE} has .*truncated"),
-    "cut, without an index": (lambda d: cut(d, 400, index=False), {}, rf"{MIDDLE}: .*cut short"),
-    "the index of another shard": (
-        lambda d: shutil.copy(d / "train-00000-of-00003.idx", d / f"{MIDDLE}.idx"),
-        {},
-        rf"{MIDDLE}\.idx: ends at byte",
+    "cut in a record's end": (lambda d: cut(d, 1), rf"{MIDDLE}\.idx: .*{MIDDLE} has .*truncated"),
+    "cut before a record": (lambda d: cut(d, 400), rf"{MIDDLE}\.idx: .*{MIDDLE} has .*truncated"),
+    "cut, without an index": (lambda d: cut(d, 400, index=False), rf"{MIDDLE}: .*cut short"),
+    "another index": (
+        lambda d: shutil.copy(index_path(d / FIRST), index_path(d / MIDDLE)),
+        rf"{MIDDLE}.*: ends at byte",
     ),
     "an index without its last line's end": garbled("0 10"),
     "an index of one number": garbled("0\n"),
     "an index of words": garbled("zero ten\n"),
     "an index with a sign": garbled("-1 5\n"),
     "an index with an empty line": garbled("\n"),
-    "no TFRecord": (
-        lambda d: (d / "train-notes.txt").write_text("a file like any other"),
-        {},
-        r"train-notes\.txt: no TFRecord at byte 0",
-    ),
+    "no TFRecord": (lambda d: (d / "train-x").write_text("a file like any other"), "train-x: no TFRecord at byte 0"),
     "no tf.train.Example": first(b"not a message", "not a tf.train.Example"),
     "no image": first(encode_example({"image/class/label": [1]}), "image/encoded"),
     "no label": first(encode_example({"image/encoded": [b"png"], "image/class/label": []}), "image/class/label"),
@@ -132,10 +126,10 @@ REFUSED = {  # what is done to a directory of TFRecords, with which flags it is 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_in_one_line(directory, case):
-    damage, flags, words = REFUSED[case]
+    damage, words, *flags = REFUSED[case]
     damage(directory)
     with pytest.raises(InputError, match=words) as error:
-        find(directory, **flags)
+        find(directory, **dict(*flags))
     assert "\n" not in str(error.value)
 
 
@@ -200,41 +194,33 @@ def test_images_of_a_class_at_any_depth(tmp_path):
     training(find(tmp_path)).close()
 
 
-FOLDERS_REFUSED = {  # what is done to train/ and val/ of two classes, with which flags, and the words of the message
-    "classes of training alone": (
-        lambda d: shutil.copytree(d / "train/n00000", d / "train/n77777"),
-        {},
-        r"/val: has no folder n77777, which .*/train has \(1 such\)",
-    ),
-    "classes of validation alone": (
-        lambda d: shutil.copytree(d / "val/n00000", d / "val/n77777"),
-        {},
-        r"/train: has no folder n77777, which .*/val has \(1 such\)",
-    ),
-    "other num_classes": (lambda d: None, {"num_classes": 5}, r"--num_classes=5: .* has 2: leave the flag out"),
-    "other label_base": (lambda d: None, {"label_base": 1}, r"--label_base=1: .* has 0"),
-    "other dataset.json": (declare, {}, r"dataset\.json: num_classes is not that of the class folders"),
+def more_classes(here, there):
+    words = rf"/{there}: has no folder n77777, which .*/{here} has \(1 such\)"
+    return (lambda d: shutil.copytree(d / here / "n00000", d / here / "n77777")), words
+
+
+FOLDERS_REFUSED = {  # what is done to train/ and val/ of two classes, the words of the message, and the flags, if any
+    "more classes in training": more_classes("train", "val"),
+    "more classes in validation": more_classes("val", "train"),
+    "other num_classes": (lambda d: None, r"--num_classes=5: .* has 2: leave the flag out", {"num_classes": 5}),
+    "other label_base": (lambda d: None, r"--label_base=1: .* has 0", {"label_base": 1}),
+    "other dataset.json": (declare, r"dataset\.json: num_classes is not that of the class folders"),
     "a class without images": (
         lambda d: [(d / split / "empty").mkdir() for split in ("train", "val")],
-        {},
         r"train/empty: holds no images",
     ),
-    "no validation": (
-        lambda d: shutil.rmtree(d / "val"),
-        {"split": "validation"},
-        "no folder val or validation there",
-    ),
+    "no validation": (lambda d: shutil.rmtree(d / "val"), "no folder val or validation", {"split": "validation"}),
 }
 
 
 @pytest.mark.parametrize("case", FOLDERS_REFUSED)
 def test_refuses_class_folders_in_one_line(tmp_path, case):
-    damage, flags, words = FOLDERS_REFUSED[case]
+    damage, words, *flags = FOLDERS_REFUSED[case]
     for split in ("train", "val"):
-        write_folders(tmp_path / "data", split, images=2)
-    damage(tmp_path / "data")
+        write_folders(tmp_path, split, images=2)
+    damage(tmp_path)
     with pytest.raises(InputError, match=words):
-        find(tmp_path / "data", **flags)
+        find(tmp_path, **dict(*flags))
 
 
 def test_the_folder_of_the_classes_instead_of_the_one_above(tmp_path):

@@ -161,21 +161,20 @@ def kit_with(name: str, content: bytes | None):
     return lambda raw: rewrite(raw.devkit, change)
 
 
-TRUTH = "ground_truth.txt"
+def fox_with(change):
+    """Gives a class's tar another content, made of its own."""
+    return lambda raw: rewrite(raw.train, lambda files: files | {FOX: change(files[FOX])})
+
+
+FOX, TRUTH = "n02119789.tar", "ground_truth.txt"
 DAMAGE = {
     "no train tar": (lambda raw: raw.train.unlink(), r"--train=.*train\.tar: cannot be read \(No such file"),
     "train is no tar": (lambda raw: raw.train.write_bytes(b"x" * 5000), r"--train=.*cannot be read .*as it was down"),
     "train is empty": (lambda raw: raw.train.write_bytes(b""), r"--train=.*cannot be read .*empty"),
     "train cut in a class": (lambda raw: without_end(raw.train, 30_000), r"--train=.*(unexpected end|cut short)"),
     "train is the val tar": (lambda raw: raw.val.rename(raw.train), r"--train=.*holds ILSVRC2012_val_.*img_train\.tar"),
-    "a class tar is empty": (
-        lambda raw: rewrite(raw.train, lambda files: files | {"n02119789.tar": bytes(10240)}),
-        r"n02119789\.tar: holds no images",
-    ),
-    "a class tar is cut": (
-        lambda raw: rewrite(raw.train, lambda files: files | {"n02119789.tar": files["n02119789.tar"][:1024]}),
-        r"n02119789\.tar: is cut short in n02119789_0",
-    ),
+    "a class tar is empty": (fox_with(lambda tar: bytes(10240)), r"n02119789\.tar: holds no images"),
+    "a class tar is cut": (fox_with(lambda tar: tar[:1024]), r"n02119789\.tar: is cut short in n02119789_0"),
     "val cut": (lambda raw: without_end(raw.val, 12_000), r"--val=.*(unexpected end|cut short)"),
     "val has one image less": (
         lambda raw: rewrite(raw.val, lambda files: dict(list(files.items())[1:])),
@@ -226,34 +225,31 @@ def test_wrong_lists(raw, tmp_path, flag, text, what):
         blueprint(raw, **{"devkit": None if flag == "val_labels" else raw.devkit, flag: path})
 
 
-def test_a_flat_val_needs_labels(raw):
+def test_a_flat_val_needs_labels_and_not_the_ground_truth(raw, tmp_path):
     with pytest.raises(InputError, match=r"--val=.*not in class folders: give --devkit, or --val_labels"):
         blueprint(raw, devkit=None)
+    path = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+    path.write_text("1\n" * 23)
+    with pytest.raises(InputError, match="give --devkit"):
+        blueprint(raw, devkit=None, val_labels=path)
 
 
 def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypatch):
     val = tmp_path / "val"
     val.mkdir()
-    with tarfile.open(raw.val) as tar:
-        tar.extractall(val, filter="data")
-    (val / "ILSVRC2012_val_00000003.JPEG").unlink()
-    (val / "ILSVRC2012_val_00000003.JPEG").symlink_to("nowhere")
-    with pytest.raises(InputError, match=r"1 unreadable images.*val_00000003\.JPEG: cannot be read \(No such file"):
+    for name, (data, _) in raw.images["validation"].items():
+        (val / name).write_bytes(data)
+    (val / name).unlink()
+    (val / name).symlink_to("nowhere")
+    with pytest.raises(InputError, match=rf"1 unreadable images.*{name}: cannot be read \(No such file"):
         write_dataset(blueprint(raw, val=val), tmp_path / "out")
 
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everywhere
-    with pytest.raises(InputError, match=r"--val=.*val: cannot be listed \(Permission denied\)"):
+    with pytest.raises(InputError, match=r"--val=.*: cannot be listed \(Permission denied\)"):
         blueprint(raw, val=val)
-
-
-def test_the_ground_truth_is_no_list_of_labels(raw, tmp_path):
-    path = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
-    path.write_text("1\n" * 23)
-    with pytest.raises(InputError, match="give --devkit"):
-        blueprint(raw, devkit=None, val_labels=path)
 
 
 def test_folders_that_are_not_imagenets(raw, tmp_path):
