@@ -81,13 +81,11 @@ def make(
         data = file_of(picture(100 * label[synset] + i, label[synset]))
         images["train"][f"{synset}/{synset}_{i}.JPEG"] = data, synset
     setter = label["n02100735"]
-    rotated = Image.Exif()
-    rotated[0x112] = 6
     for name, data in (
         (CMYK, file_of(picture(3, setter).convert("CMYK"))),
         (DISGUISED, file_of(picture(5, setter), kind="PNG")),
         (GREY, file_of(picture(7, setter).convert("L"))),
-        (ROTATED, file_of(picture(9, setter).transpose(Image.Transpose.ROTATE_90), exif=rotated)),
+        (ROTATED, file_of(picture(9, setter).transpose(Image.Transpose.ROTATE_90), orientation=6)),
     ):
         images["train"][name] = data, "n02100735"
     ids = np.random.default_rng(1).integers(0, CLASSES, val).tolist()

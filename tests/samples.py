@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 IMAGES = 61  # a prime: no number of ranks or batch size divides it
 
 
-def file_of(image: "Image.Image", kind: str = "JPEG", **options) -> bytes:
+def file_of(image: "Image.Image", kind: str = "JPEG", orientation: int | None = None, **options) -> bytes:
+    """Returns the image as a file. orientation: EXIF's, by which viewers turn it; options: of Pillow's writer."""
+    if orientation is not None:
+        options["exif"] = image.getexif()
+        options["exif"][0x0112] = orientation
     data = io.BytesIO()
     image.save(data, kind, **options)
     return data.getvalue()

@@ -29,7 +29,7 @@ def pins() -> dict[str, str]:
 
 @pytest.fixture
 def metadata(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """What setup.py tells setuptools."""
+    """Returns what setup.py tells setuptools."""
     found: dict = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.update(arguments))
     monkeypatch.chdir(ROOT)
@@ -263,7 +263,7 @@ def test_doctor_without_mpi(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fake_mpiexec(tmp_path, monkeypatch):
-    """Takes what an mpiexec does in place of the real one; there "$@" is the command to run."""
+    """Returns a function that takes an mpiexec's shell script, where "$@" is the command to run."""
     monkeypatch.setattr(doctor, "search_path", lambda: f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     first = '[ "$1" = --version ] && exec echo Fake\nshift 2\n'
     return lambda text: script(tmp_path / "mpiexec", first + text)
@@ -307,7 +307,7 @@ def test_open_mpi_is_told_what_it_needs(monkeypatch, tmp_path):
 
 
 def test_triton_compiles_here():
-    """In a process of its own: where kernels ran in the interpreter, Triton no longer compiles."""
+    """It needs a process of its own: where kernels ran in the interpreter, Triton no longer compiles."""
     program = "from nvcnn import doctor; print(doctor.check_triton())"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -318,7 +318,7 @@ def test_triton_compiles_here():
 
 
 def make(*arguments: str, **environment: str) -> str:
-    """What `make` prints, as a user's shell would start it: not as part of the make that runs the tests."""
+    """Returns what `make` prints, as a user's shell would start it: not as part of the make that runs the tests."""
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MPI")}
     command = ["make", "-C", str(ROOT), "--no-print-directory", *arguments]
     run = subprocess.run(command, env=env | environment, capture_output=True, text=True, check=True, timeout=60)

@@ -134,7 +134,7 @@ WITH = {  # what a row of the table is about -> backend, --check_data, --skip_ba
 
 
 def run(directory: Path, kind: str, case: Case, backend: str, check: str, skip: bool) -> tuple[list[str], set[int]]:
-    """What train.py prints of the data, and the labels of three epochs, by the functions that train.py calls."""
+    """Returns what train.py prints of the data, and the labels of three epochs, by the functions that it calls."""
     printed: list[str] = []
     labels: set[int] = set()
     try:
@@ -157,13 +157,13 @@ SAMPLE = rf"{SHARD}: (?:the record|\d\d\.jpg) at byte \d+|DIR/train/class\d/\d\d
 
 
 def shown(printed: list[str], directory: Path) -> str:
-    """With names for the places of a sample, and one line for many that say the same."""
+    """Returns the lines with names for the places of a sample, and one line for many that say the same."""
     lines = [line.replace(str(directory), "DIR").replace("|", "\\|") for line in printed]
     return "<br>".join(dict.fromkeys(re.sub(SHARD, "SHARD", re.sub(SAMPLE, "SAMPLE", line)) for line in lines))
 
 
 def rows(case: Case, directory: Path) -> Iterator[str]:
-    """Of the table: the kinds of files and the flags under which the same is said share a row."""
+    """Yields rows of the table: the kinds of files and the flags under which the same is said share a row."""
     said: dict[str, dict[str, list[str]]] = {}
     for kind in case.kinds:
         for n, (flag, how) in enumerate(WITH.items()):
@@ -189,7 +189,7 @@ HEAD, TABLE = DOCS.read_text().split("|---|---|---|\n")
 
 
 def normal(text: str) -> str:
-    """Without sizes and offsets, which follow the version of a JPEG encoder or of zlib."""
+    """Returns the text without sizes and offsets, which follow the version of a JPEG encoder or of zlib."""
     return re.sub(r"\b\d{2,}\b", "N", text)
 
 
@@ -214,7 +214,7 @@ def test_the_table_has_nothing_else():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", reading.BACKENDS)
 def test_what_is_left_out_is_the_bad_alone(tmp_path, kind, backend):
-    """Two bad ones of twelve. The good ones keep their labels: each class has its own grey."""
+    """Two of twelve are bad. The good ones keep their labels: each class has its own grey."""
     good = {i: grey(40 if label_of(kind, i) == 0 else 200) for i in range(IMAGES)}
     write(kind, tmp_path / "data", good | {0: b"", BAD: jpeg(BAD)[:300]})
     dataset, left_out = check_data(find(kind, tmp_path / "data", lenient=True), "train", "none", True, ALONE, 1)
@@ -269,7 +269,7 @@ def test_a_search_whose_process_is_killed(tmp_path, monkeypatch):
 
 
 def test_a_search_ends_at_ctrl_c(tmp_path, monkeypatch):
-    """Not after all pieces: those of ImageNet take the better part of an hour."""
+    """It does not end after all pieces: those of ImageNet take the better part of an hour."""
 
     pieces = []
 

@@ -9,7 +9,7 @@ from tests.samples import IMAGES, WRITERS
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
-    """The same 61 grey 28 x 28 images in each kind of files, for both splits; an image's number is its class."""
+    """Returns 61 grey 28 x 28 images, the same in each kind of files and each split; an image's number is its class."""
     found = {}
     for kind, write in WRITERS.items():
         directory = tmp_path_factory.mktemp(kind)
@@ -22,5 +22,5 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
 
 @pytest.fixture(scope="session")
 def dataset(sources: dict[str, Dataset]) -> Dataset:
-    """61 grey 28 x 28 images in each split, in TFRecords."""
+    """Returns those in TFRecords."""
     return sources["records"]

@@ -27,7 +27,7 @@ def test_batches_stay_valid(dataset, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("crop", [1.0, 0.875])
 def test_a_gpu_shows_what_a_cpu_shows(dataset, crop):
-    """Within a level, by rounding: both decode PNG on the CPU, each resizes for itself."""
+    """They differ by a level at most, by rounding: both decode PNG on the CPU, each resizes for itself."""
     cpu, gpu = (evaluation(dataset, device=torch.device(name), crop=crop, image_size=20) for name in ("cpu", "cuda"))
     for a, b in zip(cpu, gpu, strict=True):
         assert torch.equal(a.labels, b.labels.cpu())

@@ -179,7 +179,7 @@ def test_classes_are_the_folders_in_order_of_name(tmp_path):
 
 
 def test_images_of_a_class_at_any_depth(tmp_path):
-    """As torchvision's ImageFolder and prepare.py folder have them."""
+    """torchvision's ImageFolder and `prepare.py folder` find the same images."""
     one, other = write_folders(tmp_path, "train", images=2)
     (one.parent / "deep" / "er").mkdir(parents=True)
     shutil.copy(other, one.parent / "deep" / "er" / "1.PNG")

@@ -26,7 +26,7 @@ def data_of(directory, pictures: list[bytes], split: str = "train") -> Dataset:
 
 
 def shown(dataset, backend, image_size: int, **options) -> dict[int, np.ndarray]:
-    """What evaluation shows of each picture, by label."""
+    """Returns what evaluation shows of each picture, by label."""
     batch = joined(list(evaluation(dataset, backend, image_size=image_size, **options)))
     return dict(zip(batch.labels.tolist(), batch.images.double().numpy(), strict=True))
 
@@ -36,7 +36,7 @@ def by_pillow(image: Image.Image, size: int, **options) -> np.ndarray:
 
 
 def torchvision_crops(width: int, height: int, area, aspect, n: int) -> np.ndarray:
-    """Area, as a share, and aspect of n crops by torchvision's rule."""
+    """Returns area, as a share, and aspect of n crops by torchvision's rule."""
     torch.manual_seed(0)
     picture = torch.empty(3, height, width)
     sizes = np.array([RandomResizedCrop.get_params(picture, area, aspect)[2:] for _ in range(n)], float)
@@ -75,7 +75,7 @@ def test_crops_are_distributed_as_torchvision_s(tmp_path, device, backend):
     ],
 )
 def test_pillow_s_crops_are_distributed_as_torchvision_s(area, aspect, size):
-    """Of shapes on which ten attempts fail, too."""
+    """Some pictures have shapes on which ten attempts fail."""
     generator = random.Random(0)
     boxes = np.array([random_crop(*size, area, aspect, generator) for _ in range(3000)])
     assert (boxes[:, :2] >= 0).all()
@@ -101,7 +101,7 @@ def smooth(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
     ],
 )
 def test_evaluation_shows_the_middle(tmp_path, mode, size, crop, image_size, kind, backend):
-    """Against Pillow's resize of that box, in floating point; beyond the edge, its pixels go on."""
+    """It is Pillow's resize of that box, in floating point; beyond the edge, its pixels go on."""
     data = file_of(smooth(mode, size), kind)
     dataset = data_of(tmp_path, [data], "validation")
     (image,) = shown(dataset, backend, image_size, crop=crop).values()
@@ -116,12 +116,6 @@ def test_evaluation_shows_the_middle(tmp_path, mode, size, crop, image_size, kin
         assert np.abs(image[..., channel] - exact).max() <= allowed
 
 
-def rotated(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return file_of(smooth(), "JPEG", quality=95, exif=exif.tobytes())
-
-
 PICTURES = {
     "grey PNG": file_of(smooth("L"), "PNG"),
     "grey JPEG": file_of(smooth("L"), "JPEG", quality=95),
@@ -132,7 +126,7 @@ PICTURES = {
     **{kind: file_of(smooth(), kind) for kind in ("BMP", "TIFF", "PPM", "JPEG2000")},
     "WebP": file_of(smooth(), "WEBP", lossless=True),
     "16 bits": file_of(Image.fromarray(np.asarray(smooth("L")).astype(np.uint16) * 257), "PNG"),
-    **{f"EXIF {orientation}": rotated(orientation) for orientation in range(1, 9)},
+    **{f"EXIF {n}": file_of(smooth(), "JPEG", orientation=n, quality=95) for n in range(1, 9)},
 }
 
 

@@ -31,7 +31,7 @@ print(len(next(data).labels), flush=True)
 
 
 def test_a_program_with_threads_searches_trains_and_ends(dataset, tmp_path):
-    """Without closing its data, whose workers ignore the signal by which Python ends them at exit."""
+    """It ends without closing its data, whose workers ignore the signal by which Python would end them at exit."""
     write_shard(tmp_path / "train-0", [record(b"", 1)] * 20_000)
     command = [sys.executable, "-c", SEARCH_AND_TRAIN, tmp_path, dataset.directory]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -96,7 +96,7 @@ def test_ranks_and_seeds_differ_in_order_crops_and_flips(sources, device, kind, 
 
 @orders
 def test_resuming_goes_on_bit_for_bit(sources, device, tmp_path, kind, backend):
-    """At batches around the end of an epoch, where readers shuffle anew. The state is small and of plain types."""
+    """It resumes from a small state of plain types, around the end of an epoch, where readers shuffle anew."""
     make = {"rank": 1, "ranks": 2, "batch_size": 7, "device": device}
     data = training(sources[kind], backend, threads=2, **make)
     assert data.steps_per_epoch == 4
@@ -120,7 +120,7 @@ def test_resuming_goes_on_bit_for_bit(sources, device, tmp_path, kind, backend):
 @orders
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 7), (3, 7), (2, 100), (70, 7)])
 def test_evaluation_sees_each_image_once(sources, device, kind, backend, ranks, batch_size):
-    """In order, and a second time the same. Of 70 ranks some have one image and some have none."""
+    """They come in order, and a second time the same. Of 70 ranks some have one image and some have none."""
     for rank in range(ranks) if ranks < 4 else (0, 1, 20, 21, 68, 69):
         source = evaluation(sources[kind], backend, rank=rank, ranks=ranks, batch_size=batch_size, device=device)
         batches = list(source)
@@ -134,7 +134,7 @@ def test_evaluation_sees_each_image_once(sources, device, kind, backend, ranks, 
 
 
 def test_pillows_batches_are_the_same_on_any_number_of_ranks_and_workers(dataset):
-    """Of one total batch, image for image, crop for crop."""
+    """Those of all ranks make up one total batch, image for image, crop for crop."""
     whole = training(dataset, "torch", batch_size=12)
     expected = [next(whole) for _ in range(7)]
     for ranks, threads in ((2, 1), (3, 2)):

@@ -134,7 +134,7 @@ def test_a_failed_writer_leaves_nothing(tmp_path):
 
 
 def test_a_file_has_its_name_only_when_it_is_whole_and_on_disk(tmp_path, monkeypatch):
-    """Many may write it at once."""
+    """Two writers of one file do not disturb each other."""
     path, done = tmp_path / "file", []
     for name in ("fsync", "replace"):
         function = getattr(os, name)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="session", autouse=True)
 def no_fsync() -> Iterator[None]:
-    """Only a machine that loses its power could tell the difference; test_tfrecord.py sees that it is called."""
+    """Leaves fsync out. Only a loss of power could tell the difference, and test_tfrecord.py sees that it is called."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
@@ -53,7 +53,7 @@ def tars(folders, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def main() -> Callable[[list[str]], int]:
-    """The program's function, which takes its arguments and returns its exit code."""
+    """Returns the program's function, which takes its arguments and returns its exit code."""
     spec = importlib.util.spec_from_file_location("launch_prepare", ROOT / "launch" / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -18,7 +18,7 @@ NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
 def batch(name: str) -> tuple[np.ndarray, list[int]]:
-    """Planar pixels (8, 3072) and labels."""
+    """Returns planar pixels, (8, 3072), and labels."""
     random = np.random.default_rng(NAMES.index(name))
     return random.integers(0, 256, (8, 3072), dtype=np.uint8), random.integers(0, 10, 8).tolist()
 

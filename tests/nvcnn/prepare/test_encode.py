@@ -17,7 +17,7 @@ def encoded(form: str, mode: str = "RGB", **options) -> bytes:
 
 
 def distance(data: bytes, expected: Image.Image) -> float:
-    """Mean difference in levels of 255."""
+    """Returns the mean difference in levels of 255."""
     image = opened(data)
     assert (image.format, image.size) == ("JPEG", expected.size)
     one, other = (np.asarray(i.convert("RGB"), dtype=np.int16) for i in (image, expected))
@@ -78,9 +78,7 @@ def test_imagenet_keeps_no_png():
 
 
 def test_what_is_encoded_anew_stands_upright():
-    exif = Image.Exif()
-    exif[0x112] = 6
-    data = file_of(PHOTOGRAPH.transpose(Image.Transpose.ROTATE_90).convert("CMYK"), exif=exif)
+    data = file_of(PHOTOGRAPH.transpose(Image.Transpose.ROTATE_90).convert("CMYK"), orientation=6)
     assert distance(standard(data, Encoding())[0], PHOTOGRAPH) < 4
 
 
@@ -101,7 +99,7 @@ def test_quality_decides_the_size():
 
 
 def with_thumbnail(data: bytes) -> bytes:
-    """A JPEG with another, whole one in its EXIF block, as cameras write them."""
+    """Returns a JPEG with another, whole one in its EXIF block, as cameras write them."""
     block = b"Exif\0\0" + encoded("JPEG")
     return data[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + data[2:]
 
@@ -132,7 +130,7 @@ def test_refused(data, why):
 
 
 def test_damage_in_the_middle_of_a_jpeg_is_not_found():
-    """The price of not decoding, as documented: a file that begins and ends as it should is taken."""
+    """This is the price of not decoding, as documented: a file that begins and ends as it should is taken."""
     middle = len(JPEG_FILE) // 2
     holed = JPEG_FILE[:middle] + bytes(200) + JPEG_FILE[middle + 200 :]
     assert standard(holed, Encoding()) == (holed, False)

@@ -41,7 +41,7 @@ FILES = {name: idx(name) for name in fashion_mnist.SHA256}
 
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
-    """A directory of four small IDX files, taken for the real ones; no other source is there."""
+    """Returns a directory of four small IDX files, taken for the real ones; no other source is there."""
     directory = tmp_path / "source"
     directory.mkdir()
     for name, data in FILES.items():
@@ -125,7 +125,7 @@ def test_the_installed_package_is_used(source, monkeypatch, capfd):
 
 @pytest.mark.parametrize("lists", [True, False])
 def test_debians_package_is_downloaded(tmp_path, source, monkeypatch, lists):
-    """By an apt-get and a dpkg that behave as Debian's; without package lists, `download` wants those of `update`."""
+    """The apt-get and dpkg here behave as Debian's; without package lists, `download` wants those of `update`."""
     tools = tmp_path / "bin"
     tools.mkdir()
     ready = "true" if lists else 'ls "$here"/lists/fetched'
@@ -159,7 +159,7 @@ def test_no_source_at_all(tmp_path, source, main):
 
 
 def test_the_script_refuses_a_foreign_directory_before_it_downloads(tmp_path):
-    """From the repository's root, where nothing of its own is on the path but by installation or PYTHONPATH."""
+    """It runs in the repository's root, which is on the path by installation or PYTHONPATH alone."""
     (tmp_path / "foreign").touch()
     result = subprocess.run(
         [sys.executable, "launch/prepare.py", "fashion-mnist", f"--out={tmp_path}"],

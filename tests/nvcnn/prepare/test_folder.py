@@ -16,7 +16,7 @@ from tests.samples import file_of
 
 @pytest.fixture
 def train(tmp_path):
-    """Two classes of 10 images in several formats, one of them behind a link; each has a folder `more` of images."""
+    """Writes two classes of 10 images in several formats, some in a folder `more`; one class is behind a link."""
     train = tmp_path / "train"
     for label, name in enumerate(("cat", "ant")):
         (train / name / "more").mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_a_link_to_nowhere_or_to_itself_is_an_unreadable_image(train, tmp_path, 
 
 
 def test_a_class_that_is_a_link_to_itself(train):
-    """It is none that may be passed over."""
+    """A class may not be passed over as an image may."""
     (train / "dog").symlink_to("dog")
     with pytest.raises(InputError, match=r"--train=.*train/dog: Too many levels of symbolic links: give a directory"):
         blueprint(train)

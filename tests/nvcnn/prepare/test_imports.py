@@ -11,7 +11,7 @@ SLOW = {"torch", "triton", "kernels", "nvidia", "numpy", "PIL", "scipy"}
 
 
 def imported(path: Path) -> set[str]:
-    """The modules that a file names in its imports, wherever they stand."""
+    """Returns the modules that a file names in its imports, wherever they stand."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -44,7 +44,7 @@ def test_the_seed_changes_the_order(folders, prepared, tmp_path):
 
 
 def test_a_killed_run_leaves_no_worker_and_goes_on_where_it_was(folders, prepared, tmp_path, monkeypatch, capfd):
-    """It is killed when both of its workers are in the middle of a shard."""
+    """The run is killed when both of its workers are in the middle of a shard."""
     out, written = tmp_path / "out", shards.Summed.write
     reader, writer = os.pipe()
 
@@ -84,7 +84,7 @@ def test_a_killed_run_leaves_no_worker_and_goes_on_where_it_was(folders, prepare
 
 @pytest.mark.parametrize("point", ["shard", "index", "part", "dataset.json", "manifest.json", "removal"])
 def test_killed_at_a_certain_point_it_ends_with_the_same_bytes(folders, prepared, tmp_path, monkeypatch, point):
-    """Between any two of the steps by which a file appears."""
+    """The points lie between any two of the steps by which files appear."""
     out, replace = tmp_path / "out", os.replace
     last = {"shard": SHARD, "index": f"{SHARD}.idx", "part": f"{SHARD}.json"}.get(point, point)
 
@@ -144,7 +144,7 @@ def test_what_is_lost_is_made_again(folders, prepared, copy, lost):
 
 @pytest.fixture(scope="module")
 def stopped(folders, tmp_path_factory) -> Path:
-    """A directory with all shards, where the run was stopped before the files beside them."""
+    """Returns a directory with all shards, where the run was stopped before it wrote the files beside them."""
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -255,7 +255,7 @@ def test_more_shards_than_images(folders, tmp_path):
 
 
 def test_a_full_disk(folders, prepared, tmp_path, monkeypatch):
-    """When a run begins, in the middle of a record, and beside a shard; the same command goes on."""
+    """The disk is full when a run begins, at a record, and beside a shard; the same command goes on."""
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
