@@ -14,7 +14,7 @@ ALL = list(layers.all_layers())
 
 
 def small(inputs, size=6):
-    """The inputs' upper left corners."""
+    """Returns the inputs' upper left corners."""
     return tuple(
         x.detach()[:, :, :size, :size].clone(memory_format=torch.channels_last).requires_grad_()
         if x.dim() == 4 and x.is_floating_point()

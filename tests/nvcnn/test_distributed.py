@@ -1,4 +1,4 @@
-"""What is refused, votes, and a single rank. What needs several ranks is in tests/end_to_end."""
+"""Wrong launchers are refused, ranks vote, and a single rank needs nobody. Several ranks are in tests/end_to_end."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The table, the throughput line, and files that other programs read."""
+"""The table and the throughput line are printed; other programs can read the files."""
 
 import json
 import math

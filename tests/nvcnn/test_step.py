@@ -1,4 +1,4 @@
-"""The training step: what it computes besides the update, and what it keeps where it is."""
+"""A training step computes more than the update, and keeps its state where it is."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ SIZE, CLASSES = 8, 10
 
 
 class Net(nn.Module):
-    """What models are made of: convolutions with BatchNorms, a skip connection, dropout, a linear layer with a bias."""
+    """Has what models are made of: convolutions with BatchNorms, a skip connection, dropout, a layer with a bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def make(device, conv="torch", **options) -> Step:
-    """LARC, and in fp16 a dynamic loss scale."""
+    """Makes a step with LARC, and in fp16 with a dynamic loss scale."""
     options = {"larc_eta": 0.003, "dtype": torch.float32, "transport": Transport(Launch())} | options
     options.setdefault("loss_scale", "dynamic" if options["dtype"] == torch.float16 else 1.0)
     with torch.random.fork_rng():

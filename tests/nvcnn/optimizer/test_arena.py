@@ -1,4 +1,4 @@
-"""The arena's layout, as properties, and that nothing of it shows outside."""
+"""The arena's layout has its properties, and nothing of it shows outside."""
 
 import pytest
 import torch

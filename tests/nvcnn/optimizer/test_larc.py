@@ -1,4 +1,4 @@
-"""The optimizer over a real model's arena, against plain PyTorch."""
+"""The optimizer does over a real model's arena what plain PyTorch does."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(seed: int = 1) -> nn.Module:
-    """Two convolutions with BatchNorm, big enough for several blocks and both segments."""
+    """Returns two convolutions with BatchNorm, big enough for several blocks and both segments."""
     torch.manual_seed(seed)
     return nn.Sequential(
         *(Conv2d(3, 32, 3, bias=False), BatchNorm2d(32), nn.ReLU()),
@@ -78,7 +78,7 @@ def batch(seed, size=28, n=8):
 
 
 def larc_by_the_book(parameters, momenta, learning_rate, eta, mode, exclude, decay=1e-4, momentum=0.9):
-    """Tensor by tensor, in float64."""
+    """Does a step of LARC tensor by tensor, in float64."""
     for p, m in zip(parameters, momenta, strict=True):
         g = p.grad + decay * p
         v_norm, g_norm = p.norm(), g.norm()
