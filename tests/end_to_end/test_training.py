@@ -139,6 +139,11 @@ def test_evaluation_counts_each_image_once(launch, records, undisturbed, tmp_pat
     assert len(events(log_dir, "eval")) == 3
 
 
+def test_a_run_of_more_ranks_is_not_resumed(launch, records, undisturbed):
+    arguments = (*UNTIL_THE_END, f"--data_dir={records}", f"--log_dir={undisturbed}")
+    assert "ranks: there 2, here 1" in launch.train(*arguments, code=2)
+
+
 def test_what_a_log_directory_holds(undisturbed):
     names = sorted(re.sub(r"tfevents.*", "tfevents", path.name) for path in undisturbed.iterdir())
     checkpoint = f"checkpoint-{STEPS:08d}.pt"

@@ -17,6 +17,19 @@ def test_an_mpiexec_of_another_library_is_refused():
         agree(Launch(2, 1, 0, "MPICH or Intel MPI", "PMI_SIZE=2"), 1, "Open MPI v5")
 
 
+class Late(Transport):
+    """Brings another rank's asks when it is waited for, and not before."""
+
+    def all_reduce(self, tensor, name):
+        return lambda: tensor.add_(1)
+
+
+def test_a_vote_waits_for_the_other_ranks():
+    vote = Vote(Late(Launch()), questions=1)
+    vote(False)
+    assert vote(False) == [True]
+
+
 def test_a_vote_is_known_one_step_later():
     vote = Vote(Transport(Launch()), questions=2)
     assert vote(False, True) == [False, False]

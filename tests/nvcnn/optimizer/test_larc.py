@@ -134,6 +134,7 @@ def test_running_statistics_are_pytorchs():
     plain = tiny().train()
     for module in plain.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.momentum == torch.nn.BatchNorm2d(1).momentum
             module.__class__ = torch.nn.BatchNorm2d
     for seed in range(3):
         training.step(*batch(seed))
@@ -158,11 +159,20 @@ def test_an_overflow_leaves_everything(dtype, momentum_dtype, poison):
     for name, value in training.state().items():
         assert torch.equal(value, before[name]), name
     assert training.optimizer.counters.tolist() == [2, 1, 0]
+    assert training.model[1].num_batches_tracked == 1
     assert training.optimizer.loss_scale.item() == scale / 2
     assert (training.arena.batch == 0).all()
     assert training.step(*batch(2)) < 100  # and goes on
     assert training.optimizer.counters.tolist() == [3, 2, 1]
     assert not torch.equal(training.arena.weight, before["weight"])
+
+
+def test_an_overflow_leaves_a_static_loss_scale():
+    training = Training(dtype=torch.float16, loss_scale=128.0)
+    x, y = batch(0)
+    training.step(x * float("inf"), y)
+    assert training.optimizer.counters.tolist() == [1, 0, 0]
+    assert training.optimizer.loss_scale.item() == 128
 
 
 def test_two_runs_give_the_same_bits():
