@@ -177,8 +177,8 @@ def of_weight(dy: Tensor, a: Tensor, shape: Shape) -> Tensor:
     return conv2d_weight(a.double(), shape.weight, dy.double(), *how)
 
 
-def integer_norm(rows, channels, device) -> Tensor:
-    return torch.randint(-2, 3, (rows, channels), device=device).float()
+def integer_norm(channels, device) -> Tensor:
+    return torch.randint(-2, 3, (5, channels), device=device).float()
 
 
 def random_norm(channels, device) -> Tensor:
@@ -273,11 +273,10 @@ def small_integers(shape, dtype, device) -> Tensor:
 
 
 def tensors(shape: Shape, dtype, device, make=randn) -> dict[str, Tensor]:
-    """x, weight, g and what else the ops take, by their arguments' names."""
-    return {
-        "x": make(shape.x, dtype, device),
-        "residual": make(shape.x, dtype, device),
-        "weight": make(shape.weight, dtype, device),
-        "g": make(shape.y, dtype, device),
-        "y": make(shape.y, dtype, device),
-    }
+    """What the gradients take, by their arguments' names, so `norm` is that of y; and the residual and center of y."""
+    rows = random_norm if make is randn else integer_norm
+    of_x = {name: make(shape.x, dtype, device) for name in ("x", "residual", "skip", "z", "branch")}
+    of_y = {name: make(shape.y, dtype, device) for name in ("g", "y")}
+    norms = {"norm": rows(shape.k, device), "x_norm": rows(shape.c, device), "branch_norm": rows(shape.c, device)}
+    factors, center = rows(shape.k, device)[:2].clone(), rows(shape.k, device)[0].clone()
+    return of_x | of_y | norms | {"weight": make(shape.weight, dtype, device), "factors": factors, "center": center}

@@ -26,9 +26,7 @@ from tests.kernels.convolutions import (
     check_same,
     configured,
     convolved,
-    integer_norm,
     product_error,
-    random_norm,
     random_shapes,
     rounded_bound,
     small_integers,
@@ -40,18 +38,25 @@ from tests.kernels.images import channels_last, randn
 POINTWISE = Shape(2, 21, 5, 4, 19, 1, 1)
 
 
+def forward(given, shape, **options):
+    return convolution(given["x"], given["weight"], *shape.how, **options)
+
+
+def sums_of(y, center):
+    d = y.double() - spread(center)
+    return torch.stack((d.sum((0, 2, 3)), d.square().sum((0, 2, 3))))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_exact_on_integers(implementation, device, shape):
     """With the producer's norm, and the sums for the next; padding is 0 behind them."""
     torch.manual_seed(0)
     given = tensors(shape, torch.float16, device, small_integers)
-    norm, center = integer_norm(5, shape.c, device), integer_norm(1, shape.k, device)[0]
-    y, z, sums = convolution(given["x"], given["weight"], *shape.how, norm=norm, center=center)
-    exact = convolved(activation(given["x"], norm, implementation).exact, given["weight"], shape)
+    y, z, sums = forward(given, shape, norm=given["x_norm"], center=given["center"])
+    exact = convolved(activation(given["x"], given["x_norm"], implementation).exact, given["weight"], shape)
     assert torch.equal(y, exact.half())
     assert y.is_contiguous(memory_format=torch.channels_last)
-    d = y.double() - spread(center)
-    assert torch.equal(sums.double().sum(1), torch.stack((d.sum((0, 2, 3)), d.square().sum((0, 2, 3)))))
+    assert torch.equal(sums.double().sum(1), sums_of(y, given["center"]))
     assert z.numel() == 0
 
 
@@ -59,7 +64,7 @@ def test_is_exact_on_integers(implementation, device, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_alone_is_exact_on_integers(implementation, device, dtype, shape):
     given = tensors(shape, dtype, device, small_integers)
-    y, z, sums = convolution(given["x"], given["weight"], *shape.how)
+    y, z, sums = forward(given, shape)
     assert torch.equal(y, convolved(given["x"], given["weight"], shape).to(dtype))
     assert z.numel() == sums.numel() == 0
 
@@ -68,25 +73,19 @@ def test_alone_is_exact_on_integers(implementation, device, dtype, shape):
 def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype):
     torch.manual_seed(0)
     given = tensors(COMMON, dtype, device)
-    x, weight = given["x"], given["weight"]
-    pytorch = F.conv2d(x, weight, None, COMMON.stride, COMMON.padding)
-    check_error(convolution(x, weight, *COMMON.how)[0], pytorch, convolved(x, weight, COMMON))
+    pytorch = F.conv2d(given["x"], given["weight"], None, COMMON.stride, COMMON.padding)
+    check_error(forward(given, COMMON)[0], pytorch, convolved(given["x"], given["weight"], COMMON))
 
 
 def check(shape, dtype, device, implementation, prologue, sums):
     given = tensors(shape, dtype, device)
-    x, weight, residual = given["x"], given["weight"], given["residual"]
-    arguments = {}
-    if prologue != "none":
-        arguments["norm"] = random_norm(shape.c, device)
-    if prologue in ("join", "raw join"):
-        arguments["residual"] = residual
-    if prologue == "raw join":
-        arguments["residual_norm"] = random_norm(shape.c, device)
-    center = torch.randn(shape.k, device=device) if sums else None
-    y, z, got = convolution(x, weight, *shape.how, **arguments, center=center)
+    weight, center = given["weight"], given["center"] if sums else None
+    names = {"none": (), "norm": ("x_norm",), "join": ("x_norm", "residual")}
+    operands = [given[name] for name in names.get(prologue, ("x_norm", "residual", "branch_norm"))]
+    arguments = dict(zip(("norm", "residual", "residual_norm"), operands, strict=False))
+    y, z, got = forward(given, shape, **arguments, center=center)
 
-    a = activation(x, arguments.get("norm"), implementation, *list(arguments.values())[1:])
+    a = activation(given["x"], arguments.get("norm"), implementation, *operands[1:])
     if "residual" in arguments:
         check_close(z, a.exact, a.error, "z")
         a = as_it_is(z)  # which is what is multiplied
@@ -125,11 +124,9 @@ def test_any_shape(implementation, device, shape, dtype, prologue, sums, seed):
 @pytest.mark.parametrize("raw", [False, True])
 def test_the_join_is_exact_on_integers(implementation, device, raw):
     given = tensors(POINTWISE, torch.float16, device, small_integers)
-    norm, others = integer_norm(5, POINTWISE.c, device), integer_norm(5, POINTWISE.c, device)
-    y, z, _ = convolution(
-        *(given["x"], given["weight"], *POINTWISE.how, norm, given["residual"], others if raw else None)
-    )
-    exact = activation(given["x"], norm, implementation, given["residual"], others if raw else None).exact
+    norm, residual, residual_norm = given["x_norm"], given["residual"], given["branch_norm"] if raw else None
+    y, z, _ = forward(given, POINTWISE, norm=norm, residual=residual, residual_norm=residual_norm)
+    exact = activation(given["x"], norm, implementation, residual, residual_norm).exact
     assert torch.equal(z, exact.half())
     assert torch.equal(y, convolved(exact, given["weight"], POINTWISE).half())
 
@@ -141,14 +138,9 @@ def test_scale_shift_add_relu_are_exact_on_integers(implementation, device, scal
     """Bias and ReLU, or an evaluation's folded BatchNorm, join and ReLU."""
     shape = Shape(2, 5, 6, 5, 19, 3, 3, (2, 1), (1, 1))
     given = tensors(shape, torch.float16, device, small_integers)
-    scale, shift = integer_norm(2, shape.k, device)
-    y, *_ = convolution(
-        *(given["x"], given["weight"], *shape.how),
-        scale=scale if scaled else None,
-        shift=shift,
-        add=given["g"] if add else None,
-        relu=relu,
-    )
+    scale, shift = given["factors"]
+    options = {"scale": scale if scaled else None, "shift": shift, "add": given["g"] if add else None, "relu": relu}
+    y = forward(given, shape, **options)[0]
     exact = convolved(given["x"], given["weight"], shape) * (spread(scale) if scaled else 1) + spread(shift)
     exact = exact + (given["g"].double() if add else 0)
     assert torch.equal(y, (exact.relu() if relu else exact).half())
@@ -157,8 +149,8 @@ def test_scale_shift_add_relu_are_exact_on_integers(implementation, device, scal
 def test_the_sums_make_the_norm_of_the_statistics(implementation, device):
     torch.manual_seed(0)
     given = tensors(POINTWISE, torch.float16, device)
-    center, gamma, beta = (torch.randn(POINTWISE.k, device=device) for _ in range(3))
-    y, _, sums = convolution(given["x"], given["weight"], *POINTWISE.how, center=center)
+    center, (gamma, beta) = given["center"], given["factors"]
+    y, _, sums = forward(given, POINTWISE, center=center)
     scratch = [torch.empty(POINTWISE.k, device=device) for _ in range(4)]
     norm = norm_from_sums(sums, center, y.numel() // POINTWISE.k, gamma, beta, *scratch[:2], 1e-4)
     assert torch.allclose(norm, batch_norm_statistics(y, gamma, beta, *scratch[2:], 1e-4), rtol=1e-4, atol=1e-5)
@@ -169,13 +161,7 @@ def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implem
     shape = Shape(2, 17, 5, 5, 3, 3, 3, (1, 1), (1, 1))
     given = tensors(shape, torch.float16, device)
     given["x"][1, 16, 2, 2] = value
-    y, _, sums = convolution(
-        given["x"],
-        given["weight"].abs(),
-        *shape.how,
-        norm=random_norm(17, device),
-        center=torch.zeros(3, device=device),
-    )
+    y, _, sums = forward(given | {"weight": given["weight"].abs()}, shape, norm=given["x_norm"], center=given["center"])
     assert not y[1, :, 1:4, 1:4].isfinite().any()
     assert y[0].isfinite().all()
     assert y[1, :, 0].isfinite().all()
@@ -185,34 +171,28 @@ def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implem
 @pytest.mark.parametrize("choices", [{"TMA": 1}, {"PERSISTENT": 4}], ids=str)
 def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, choices):
     given = tensors(TILES, torch.float16, device)
-    norm, epilogue = random_norm(TILES.c, device), {"center": torch.zeros(TILES.k, device=device)}
-    scale, shift = torch.randn(2, TILES.k, device=device)
+    scale, shift = given["factors"]
+    norm, sums = {"norm": given["x_norm"]}, {"center": given["center"]}
+    joined = {"residual": given["residual"], "residual_norm": given["branch_norm"]}
     folded = {"scale": scale, "shift": shift, "add": given["g"], "relu": True}
-    prologues = (), (norm,), (norm, given["residual"], norm)
-    for prologue, options in (*((p, epilogue) for p in prologues), ((), folded)):
-        check_same(
-            lambda: convolution(given["x"], given["weight"], *TILES.how, *prologue, **options),  # noqa: B023
-            2 * choices.get("TMA", 0),
-            **choices,
-        )
+    for options in (sums, sums | norm, sums | norm | joined, folded):
+        check_same(lambda: forward(given, TILES, **options), 2 * choices.get("TMA", 0), **choices)  # noqa: B023
 
 
 @pytest.mark.parametrize(("shape", "box"), BOXES, ids=[str(shape) for shape, _ in BOXES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = tensors(shape, torch.float16, device, small_integers)
-    norm, center = integer_norm(5, shape.c, device), integer_norm(1, shape.k, device)[0]
-    exact = convolved(activation(given["x"], norm, "triton").exact, given["weight"], shape)
+    exact = convolved(activation(given["x"], given["x_norm"], "triton").exact, given["weight"], shape)
     with configured(**box, PERSISTENT=3):
-        y, _, sums = convolution(given["x"], given["weight"], *shape.how, norm=norm, center=center, add=given["g"])
+        y, _, sums = forward(given, shape, norm=given["x_norm"], center=given["center"], add=given["g"])
     assert torch.equal(y, (exact + given["g"].double()).half())
-    d = y.double() - spread(center)
-    assert torch.equal(sums.double().sum(1), torch.stack((d.sum((0, 2, 3)), d.square().sum((0, 2, 3)))))
+    assert torch.equal(sums.double().sum(1), sums_of(y, given["center"]))
 
 
 def test_what_a_box_reads_outside_of_the_image_is_padding(device):
     shape = Shape(2, 16, 5, 4, 8, 2, 3, padding=(1, 1))
     given = tensors(shape, torch.float16, device, small_integers)
-    arguments, sums = (given["x"], given["weight"], *shape.how), {"center": torch.zeros(shape.k, device=device)}
+    arguments, sums = (given["x"], given["weight"], *shape.how), {"center": given["center"]}
     with configured(**OF_ONE_IMAGE):
         assert torch.equal(convolution(*arguments)[0], convolved(given["x"], given["weight"], shape).half())
         torch.library.opcheck(convolution.overload, arguments, sums, test_utils="test_faketensor")
@@ -232,7 +212,7 @@ def test_refuses_tma_where_tiles_are_no_boxes(device, shape):
     given = tensors(shape, torch.float16, device)
     refused = rf"convolution: TMA is for .*'TMA': 1.* for N=1 C={shape.c} .*x \(1, {shape.c}, .*\)"
     with configured(**OF_ONE_IMAGE), pytest.raises(ValueError, match=refused):
-        convolution(given["x"], given["weight"], *shape.how)
+        forward(given, shape)
 
 
 @pytest.mark.parametrize("width", [0, 3])
@@ -241,24 +221,20 @@ def test_refuses_boxes_that_no_tile_fills(device, width):
     given = tensors(shape, torch.float16, device)
     refused = rf"convolution: with TMA, BOX_H x BOX_W divides BLOCK_ROWS; got .*'BOX_W': {width}.* for N=1 C=24"
     with configured(TMA=1, BOX_H=1, BOX_W=width), pytest.raises(ValueError, match=refused):
-        convolution(given["x"], given["weight"], *shape.how)
+        forward(given, shape)
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
     given = tensors(POINTWISE, torch.float16, device)
-    arguments = {
-        "norm": random_norm(21, device),
-        "residual": given["residual"],
-        "center": torch.zeros(19, device=device),
-    }
-    first, second = (convolution(given["x"], given["weight"], *POINTWISE.how, **arguments) for _ in range(2))
+    options = {"norm": given["x_norm"], "residual": given["residual"], "center": given["center"]}
+    first, second = (forward(given, POINTWISE, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_opcheck(implementation, device):
     given = tensors(POINTWISE, torch.float32, device)
     x, weight, how = given["x"], given["weight"], POINTWISE.how
-    norm, of_y = random_norm(21, device), torch.rand(19, device=device)
+    norm, of_y = given["x_norm"], given["center"]
     for arguments in (
         {},
         {"norm": norm, "residual": given["residual"], "residual_norm": norm, "center": of_y},

@@ -20,11 +20,9 @@ from tests.kernels.convolutions import (
     check_error,
     check_same,
     configured,
-    integer_norm,
     of_weight,
     output_gradient,
     product_error,
-    random_norm,
     random_shapes,
     rounded_bound,
     small_integers,
@@ -35,22 +33,25 @@ from tests.kernels.images import channels_last, randn
 PLAIN = Shape(3, 19, 5, 4, 18, 1, 1)  # in tests its rows are shared out to three parts
 
 
-def gradient(given, shape, dtype, **options):
+MAPS = "y", "norm", "factors", "x_norm"
+
+
+def gradient(given, shape, dtype, *names):
     out = channels_last(torch.empty(shape.weight, dtype=dtype, device=given["g"].device))
-    convolution_weight_gradient(given["g"], given["x"], out, *shape.how, **options)
+    convolution_weight_gradient(given["g"], given["x"], out, *shape.how, **{name: given[name] for name in names})
     return out
+
+
+def exact_of(given, shape):
+    dy = output_gradient(given["g"], *(given[name] for name in MAPS[:3]), "triton")
+    return of_weight(dy.exact, activation(given["x"], given["x_norm"], "triton").exact, shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_exact_on_integers(implementation, device, shape):
     torch.manual_seed(0)
     given = tensors(shape, torch.float16, device, small_integers)
-    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
-    x_norm = integer_norm(5, shape.c, device)
-    maps = {"y": given["y"], "norm": norm, "factors": factors, "x_norm": x_norm}
-    got = gradient(given, shape, torch.float32, **maps)
-    dy = output_gradient(given["g"], given["y"], norm, factors, implementation).exact
-    assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_norm, implementation).exact, shape))
+    assert torch.equal(gradient(given, shape, torch.float32, *MAPS).double(), exact_of(given, shape))
 
 
 @pytest.mark.parametrize("shape", FEW, ids=str)
@@ -72,13 +73,8 @@ def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype
 
 def check(shape, dtype, device, implementation, *, mapped, normal, out):
     given = tensors(shape, dtype, device)
-    options = {}
-    if mapped:
-        options |= {"y": given["y"], "norm": random_norm(shape.k, device)}
-        options["factors"] = torch.randn(2, shape.k, device=device)
-    if normal:
-        options["x_norm"] = random_norm(shape.c, device)
-    got = gradient(given, shape, out, **options)
+    options = {name: given[name] for name in MAPS[:3] * mapped + MAPS[3:] * normal}
+    got = gradient(given, shape, out, *options)
     a = activation(given["x"], options.get("x_norm"), implementation)
     dy = output_gradient(given["g"], given["y"], options.get("norm"), options.get("factors"), implementation)
     exact, rows = of_weight(dy.exact, a.exact, shape), given["g"].numel() // shape.k
@@ -118,22 +114,16 @@ def test_a_value_that_is_not_finite_spoils_its_channel_alone(implementation, dev
 
 def test_tiles_by_tma_give_the_same_bits(device):
     given = tensors(TILES, torch.float16, device)
-    norm, x_norm = random_norm(TILES.k, device), random_norm(TILES.c, device)
-    every = {"y": given["y"], "norm": norm, "factors": norm[:2].clone(), "x_norm": x_norm}
-    for options, loads in ({}, 2), (every, 3):
-        check_same(lambda: (gradient(given, TILES, torch.float32, **options),), loads, TMA=1)  # noqa: B023
+    for names, loads in ((), 2), (MAPS, 3):
+        check_same(lambda: (gradient(given, TILES, torch.float32, *names),), loads, TMA=1)  # noqa: B023
 
 
 @pytest.mark.parametrize(("shape", "box"), BOXES, ids=[str(shape) for shape, _ in BOXES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = tensors(shape, torch.float16, device, small_integers)
-    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
-    x_norm = integer_norm(5, shape.c, device)
-    maps = {"y": given["y"], "norm": norm, "factors": factors, "x_norm": x_norm}
     with configured(**box):
-        got = gradient(given, shape, torch.float32, **maps)
-    dy = output_gradient(given["g"], given["y"], norm, factors, "triton").exact
-    assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_norm, "triton").exact, shape))
+        got = gradient(given, shape, torch.float32, *MAPS)
+    assert torch.equal(got.double(), exact_of(given, shape))
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
@@ -144,11 +134,9 @@ def test_two_runs_give_the_same_bits(implementation, device):
 
 def test_opcheck(implementation, device):
     given = tensors(PLAIN, torch.float32, device)
-    of_y, of_x = random_norm(PLAIN.k, device), random_norm(PLAIN.c, device)
-    out = channels_last(torch.zeros(PLAIN.weight, device=device))
-    every = {"y": given["y"], "norm": of_y, "factors": of_y[:2].clone(), "x_norm": of_x}
-    for options in ({}, every):
-        torch.library.opcheck(convolution_weight_gradient.overload, (given["g"], given["x"], out, *PLAIN.how), options)
+    arguments = given["g"], given["x"], channels_last(torch.zeros(PLAIN.weight, device=device)), *PLAIN.how
+    for names in (), MAPS:
+        torch.library.opcheck(convolution_weight_gradient.overload, arguments, {name: given[name] for name in names})
 
 
 @pytest.mark.parametrize(
