@@ -206,8 +206,7 @@ def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dty
 
 @pytest.mark.parametrize("joins", [False, True])
 def test_the_sums_and_dx_apart_are_those_of_the_whole_backward(implementation, device, joins):
-    dtype = torch.float16
-    case = Case((3, 37, 5, 7), dtype, device, joins=joins, relu=True, mean=0.5, deviation=2.0)
+    case = Case((3, 37, 5, 7), torch.float16, device, joins=joins, relu=True, mean=0.5, deviation=2.0)
     case.leave_the_kink()
     whole = case.ours()
     g, sums = batch_norm_gradient_sums(case.dy, case.x, whole["y"] if joins else None, whole["norm"], True)
@@ -215,7 +214,7 @@ def test_the_sums_and_dx_apart_are_those_of_the_whole_backward(implementation, d
     d_gamma, d_beta = rows[D_GAMMA], rows[D_BETA]
     assert not rows[4].any()
     dx = batch_norm_data_gradient(g, case.x, whole["norm"], rows[FACTORS])
-    bound = 8 * U + (2 if implementation == "reference" else 0) * unit(dtype, implementation)  # PyTorch's own order
+    bound = 8 * U + (2 if implementation == "reference" else 0) * unit(torch.float16, implementation)  # its own order
     for got, name in ((dx, "d_x"), (d_gamma, "d_gamma"), (d_beta, "d_beta")):
         if implementation == "triton":
             assert torch.equal(got, whole[name]), name
@@ -250,15 +249,16 @@ def test_a_mean_far_above_the_deviation_keeps_three_digits(device, monkeypatch):
         assert (got[name].double() - exact[name]).abs().max() < 5e-4 * exact[name].abs().max(), name
 
 
-def test_the_producer_s_sums(implementation, device):
-    """Sums over three parts, about a center of their own, give the norm of the statistics."""
+@pytest.mark.parametrize("parts", [3, 75, 600])
+def test_the_producer_s_sums(implementation, device, parts):
+    """About their own center they give the norm of the statistics, over more parts than a tile or MOST_PARTS, too."""
     torch.manual_seed(0)
-    case = Case((6, 37, 4, 5), torch.float32, device, mean=3.0)
+    case = Case((6, 37, 10, 10), torch.float32, device, mean=3.0)
     center = case.x.mean((0, 2, 3)) + 0.25
-    d = (case.x - center.view(1, -1, 1, 1)).unflatten(0, (3, 2))
-    sums = torch.stack((d.sum((1, 3, 4)), d.square().sum((1, 3, 4))))
+    d = (case.x.permute(0, 2, 3, 1) - center).reshape(parts, -1, 37)
     mean, var = torch.empty(2, 37, device=device)
-    norm = norm_from_sums(sums, center, 6 * 4 * 5, case.gamma, case.beta, mean, var, EPS)
+    sums = torch.stack((d.sum(1), d.square().sum(1)))
+    norm = norm_from_sums(sums, center, 600, case.gamma, case.beta, mean, var, EPS)
     exact = case.ours()
     assert torch.allclose(mean, exact["mean"], rtol=0, atol=1e-5)
     assert torch.allclose(var, exact["var"], rtol=1e-4)

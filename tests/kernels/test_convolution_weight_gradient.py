@@ -82,10 +82,12 @@ def check(shape, dtype, device, implementation, *, mapped, normal, out):
     check_close(got, exact, rounded_bound(exact, error, out, implementation), "dw")
 
 
+@pytest.mark.parametrize("formed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype):
+def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, formed):
+    """Of operands that are as they are loaded, where a part that is rounded shows, and of those that are formed."""
     torch.manual_seed(0)
-    check(PLAIN, dtype, device, implementation, mapped=True, normal=True, out=dtype)
+    check(PLAIN, dtype, device, implementation, mapped=formed, normal=formed, out=dtype)
 
 
 @settings(max_examples=12)
