@@ -7,30 +7,10 @@ from hypothesis import strategies as st
 from torch.nn.grad import conv2d_weight
 
 from kernels import convolution_weight_gradient
-from tests.kernels.convolutions import (
-    BOXES,
-    COMMON,
-    DTYPES,
-    FEW,
-    SHAPES,
-    TILES,
-    Shape,
-    activation,
-    check_close,
-    check_error,
-    check_same,
-    configured,
-    of_weight,
-    output_gradient,
-    product_error,
-    random_shapes,
-    rounded_bound,
-    small_integers,
-    tensors,
-)
+from tests.kernels import convolutions as conv
 from tests.kernels.images import channels_last, randn
 
-PLAIN = Shape(3, 19, 5, 4, 18, 1, 1)  # in tests its rows are shared out to three parts
+PLAIN = conv.Shape(3, 19, 5, 4, 18, 1, 1)  # in tests its rows are shared out to three parts
 
 
 MAPS = "y", "norm", "factors", "x_norm"
@@ -43,47 +23,47 @@ def gradient(given, shape, dtype, *names):
 
 
 def exact_of(given, shape):
-    dy = output_gradient(given["g"], *(given[name] for name in MAPS[:3]), "triton")
-    return of_weight(dy.exact, activation(given["x"], given["x_norm"], "triton").exact, shape)
+    dy = conv.output_gradient(given["g"], *(given[name] for name in MAPS[:3]), "triton")
+    return conv.of_weight(dy.exact, conv.activation(given["x"], given["x_norm"], "triton").exact, shape)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", conv.SHAPES)
 def test_is_exact_on_integers(implementation, device, shape):
     torch.manual_seed(0)
-    given = tensors(shape, torch.float16, device, small_integers)
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
     assert torch.equal(gradient(given, shape, torch.float32, *MAPS).double(), exact_of(given, shape))
 
 
-@pytest.mark.parametrize("shape", FEW, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", conv.FEW, ids=str)
+@pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_stores_in_either_dtype(implementation, device, dtype, shape):
-    given = tensors(shape, dtype, device, small_integers)
-    exact = of_weight(given["g"], given["x"], shape)
+    given = conv.tensors(shape, dtype, device, conv.small_integers)
+    exact = conv.of_weight(given["g"], given["x"], shape)
     for out in {dtype, torch.float32}:
         assert torch.equal(gradient(given, shape, out), exact.to(out))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype):
     torch.manual_seed(0)
-    given = tensors(COMMON, dtype, device)
-    pytorch = conv2d_weight(given["x"], COMMON.weight, given["g"], COMMON.stride, COMMON.padding)
-    check_error(gradient(given, COMMON, dtype), pytorch, of_weight(given["g"], given["x"], COMMON))
+    given = conv.tensors(conv.COMMON, dtype, device)
+    pytorch = conv2d_weight(given["x"], conv.COMMON.weight, given["g"], conv.COMMON.stride, conv.COMMON.padding)
+    conv.check_error(gradient(given, conv.COMMON, dtype), pytorch, conv.of_weight(given["g"], given["x"], conv.COMMON))
 
 
 def check(shape, dtype, device, implementation, *, mapped, normal, out):
-    given = tensors(shape, dtype, device)
+    given = conv.tensors(shape, dtype, device)
     options = {name: given[name] for name in MAPS[:3] * mapped + MAPS[3:] * normal}
     got = gradient(given, shape, out, *options)
-    a = activation(given["x"], options.get("x_norm"), implementation)
-    dy = output_gradient(given["g"], given["y"], options.get("norm"), options.get("factors"), implementation)
-    exact, rows = of_weight(dy.exact, a.exact, shape), given["g"].numel() // shape.k
-    error = product_error(lambda g, x: of_weight(g, x, shape), dy, a, rows)
-    check_close(got, exact, rounded_bound(exact, error, out, implementation), "dw")
+    a = conv.activation(given["x"], options.get("x_norm"), implementation)
+    dy = conv.output_gradient(given["g"], given["y"], options.get("norm"), options.get("factors"), implementation)
+    exact, rows = conv.of_weight(dy.exact, a.exact, shape), given["g"].numel() // shape.k
+    error = conv.product_error(lambda g, x: conv.of_weight(g, x, shape), dy, a, rows)
+    conv.check_close(got, exact, conv.rounded_bound(exact, error, out, implementation), "dw")
 
 
 @pytest.mark.parametrize("formed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, formed):
     """Of operands that are as they are loaded, where a part that is rounded shows, and of those that are formed."""
     torch.manual_seed(0)
@@ -92,8 +72,8 @@ def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, formed):
 
 @settings(max_examples=12)
 @given(
-    shape=random_shapes(),
-    dtype=st.sampled_from(DTYPES),
+    shape=conv.random_shapes(),
+    dtype=st.sampled_from(conv.DTYPES),
     mapped=st.booleans(),
     normal=st.booleans(),
     seed=st.integers(0, 2**32),
@@ -106,7 +86,7 @@ def test_any_shape(implementation, device, shape, dtype, mapped, normal, seed):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("of", ["g", "x"])
 def test_a_value_that_is_not_finite_spoils_its_channel_alone(implementation, device, of, value):
-    given = tensors(PLAIN, torch.float16, device)
+    given = conv.tensors(PLAIN, torch.float16, device)
     given[of][1, 17, 2, 2] = value
     finite = gradient(given, PLAIN, torch.float32).isfinite()
     spoilt = finite.transpose(0, 1) if of == "x" else finite
@@ -115,27 +95,27 @@ def test_a_value_that_is_not_finite_spoils_its_channel_alone(implementation, dev
 
 
 def test_tiles_by_tma_give_the_same_bits(device):
-    given = tensors(TILES, torch.float16, device)
+    given = conv.tensors(conv.TILES, torch.float16, device)
     for names, loads in ((), 2), (MAPS, 3):
-        check_same(lambda: (gradient(given, TILES, torch.float32, *names),), loads, TMA=1)  # noqa: B023
+        conv.check_same(lambda: (gradient(given, conv.TILES, torch.float32, *names),), loads, TMA=1)  # noqa: B023
 
 
-@pytest.mark.parametrize(("shape", "box"), BOXES, ids=[str(shape) for shape, _ in BOXES])
+@pytest.mark.parametrize(("shape", "box"), conv.BOXES, ids=[str(shape) for shape, _ in conv.BOXES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
-    given = tensors(shape, torch.float16, device, small_integers)
-    with configured(**box):
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    with conv.configured(**box):
         got = gradient(given, shape, torch.float32, *MAPS)
     assert torch.equal(got.double(), exact_of(given, shape))
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
-    given = tensors(PLAIN, torch.float16, device)
+    given = conv.tensors(PLAIN, torch.float16, device)
     first, second = (gradient(given, PLAIN, torch.float32) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_opcheck(implementation, device):
-    given = tensors(PLAIN, torch.float32, device)
+    given = conv.tensors(PLAIN, torch.float32, device)
     arguments = given["g"], given["x"], channels_last(torch.zeros(PLAIN.weight, device=device)), *PLAIN.how
     for names in (), MAPS:
         torch.library.opcheck(convolution_weight_gradient.overload, arguments, {name: given[name] for name in names})
