@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
     @property
     def how(self) -> tuple[tuple[int, int], tuple[int, int], int]:
-        """Stride, padding, groups: as the ops take them."""
+        """Returns stride, padding and groups, as the ops take them."""
         return self.stride, self.padding, self.groups
 
 
@@ -121,7 +121,7 @@ BOXES = [
 
 @contextmanager
 def configured(**choices: int):
-    """The ops' configuration with these choices."""
+    """The ops are configured with these choices."""
     if choices.get("TMA") and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("a GPU without TMA")
     lookup = conv_shape.configuration
@@ -133,7 +133,7 @@ def configured(**choices: int):
 
 
 def check_same(run: Callable[[], tuple[Tensor, ...]], loads: int = 0, **choices: int) -> None:
-    """The same bits with the choices as without, by as many kinds of tiles."""
+    """Checks that the choices change no bit, and that `loads` tensors are then loaded by descriptors."""
     made = []
     with configured():
         plain = run()
@@ -149,7 +149,7 @@ def check_same(run: Callable[[], tuple[Tensor, ...]], loads: int = 0, **choices:
 
 @st.composite
 def random_shapes(draw):
-    """Any geometry with a result; few enough products for the interpreter."""
+    """Draws any geometry that has a result, with few enough products for the interpreter."""
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     c, k = (draw(st.integers(1, 24 // groups)) * groups for _ in range(2))
     r, s = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (1, 4), (5, 1), (2, 3)]))
@@ -182,7 +182,7 @@ def integer_norm(channels, device) -> Tensor:
 
 
 def random_norm(channels, device) -> Tensor:
-    """As of a BatchNorm: mean, scale, shift, rstd, mean_low."""
+    """Returns what a BatchNorm has: mean, scale, shift, rstd, mean_low."""
     mean, shift = torch.randn(2, channels, device=device)
     scale, rstd = torch.rand(2, channels, device=device) + 0.5
     return torch.stack((mean, scale, shift, rstd, mean * U))
@@ -193,7 +193,7 @@ def normalised(x: Tensor, norm: Tensor) -> Tensor:
 
 
 def normalised_terms(x: Tensor, norm: Tensor) -> Tensor:
-    """What (x - mean) scale + shift, or x scale + (shift - mean scale), is a sum of."""
+    """Returns the sum of the absolute terms of (x - mean) scale + shift, or of x scale + (shift - mean scale)."""
     return normalised(x.abs(), torch.stack((-norm[MEAN.value].abs(), norm[SCALE.value].abs(), norm[SHIFT.value].abs())))
 
 
@@ -209,7 +209,7 @@ def as_it_is(x: Tensor) -> Operand:
 
 
 def activation(x, norm, implementation, residual=None, residual_norm=None) -> Operand:
-    """relu((x - mean) scale + shift + residual). The reference rounds each of its two steps, and each of its sums."""
+    """Returns relu((x - mean) scale + shift + residual). The reference rounds both of its steps and sums."""
     if norm is None:
         return as_it_is(x)
     exact, terms = normalised(x, norm), normalised_terms(x, norm)
@@ -223,7 +223,7 @@ def activation(x, norm, implementation, residual=None, residual_norm=None) -> Op
 
 
 def output_gradient(g, y, norm, factors, implementation) -> Operand:
-    """scale g + factors[0] (y - mean) + factors[1]."""
+    """Returns scale g + factors[0] (y - mean) + factors[1]."""
     if norm is None:
         return as_it_is(g)
     scale = spread(norm[SCALE.value])
@@ -241,13 +241,13 @@ def least(x: Tensor) -> float:
 
 
 def product_error(multiply, a: Operand, b: Operand, terms: int) -> Tensor:
-    """Of sums of that many products: fp32 sums in any order, and operands that are off."""
+    """Returns the error of sums of `terms` products: of fp32 sums in any order, and of operands that are off."""
     size = multiply(a.exact.abs() + a.error, b.exact.abs() + b.error)
     return (terms + 2) * U * size + (size - multiply(a.exact.abs(), b.exact.abs())).clamp(min=0) + 1e-13 * size
 
 
 def check_close(got: Tensor, exact: Tensor, bound: Tensor | float, name: str) -> None:
-    """Says where it is not: index, both values, how many."""
+    """Says where the values are not close: the index, both values, and how many there are."""
     wrong = ~((got.double() - exact).abs() <= bound)
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
@@ -257,7 +257,7 @@ def check_close(got: Tensor, exact: Tensor, bound: Tensor | float, name: str) ->
 
 
 def check_error(got: Tensor, pytorch: Tensor, exact: Tensor) -> None:
-    """Of all values together and of the worst, at most twice that of PyTorch's operator in the same dtype."""
+    """Checks that all values together, and the worst, are at most twice as far off as PyTorch's in the same dtype."""
     ours, theirs = (result.double() - exact for result in (got, pytorch))
     assert theirs.norm() > 0
     assert ours.norm() <= 2 * theirs.norm()
@@ -273,7 +273,7 @@ def small_integers(shape, dtype, device) -> Tensor:
 
 
 def tensors(shape: Shape, dtype, device, make=randn) -> dict[str, Tensor]:
-    """What the gradients take, by their arguments' names, so `norm` is that of y; and the residual and center of y."""
+    """Returns what the gradients take, by their arguments' names (`norm` is that of y); and residual and center."""
     rows = random_norm if make is randn else integer_norm
     of_x = {name: make(shape.x, dtype, device) for name in ("x", "residual", "skip", "z", "branch")}
     of_y = {name: make(shape.y, dtype, device) for name in ("g", "y")}

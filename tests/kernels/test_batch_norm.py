@@ -28,7 +28,7 @@ variants = pytest.mark.parametrize(("joins", "relu"), [(False, False), (False, T
 
 
 class Case:
-    """x, residual, dy like x; gamma, beta of x's channels. Their float64 twins go through PyTorch's own modules."""
+    """Holds x, residual and dy; gamma and beta. Their twins in float64 go through PyTorch's own operators."""
 
     def __init__(self, shape, dtype, device, *, joins=False, relu=False, mean=0.0, deviation=1.0):
         c = shape[1]
@@ -39,7 +39,7 @@ class Case:
         self.gamma, self.beta = torch.rand(c, device=device) + 0.5, torch.randn(c, device=device)
 
     def ours(self, running=None):
-        """y, batch mean and variance, and the gradients of x, gamma, beta (and residual)."""
+        """Returns y, the batch's mean and variance, norm, and the gradients of x, gamma, beta (and residual)."""
         double = single_or_double(self.x)
         leaves = {"x": self.x, "gamma": self.gamma.to(double), "beta": self.beta.to(double)}
         if self.residual is not None:
@@ -59,7 +59,7 @@ class Case:
         return out | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
 
     def exact(self, running=None):
-        """The same from PyTorch's operators in float64; `v` is what ReLU is applied to."""
+        """Returns the same from PyTorch's operators in float64; `v` is what ReLU is applied to."""
         c = len(self.gamma)
         given = {"x": self.x, "gamma": self.gamma, "beta": self.beta, "residual": self.residual}
         leaves = {k: v.double().detach().requires_grad_() for k, v in given.items() if v is not None}
@@ -74,12 +74,12 @@ class Case:
         return out | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
 
     def leave_the_kink(self):
-        """Where ReLU's argument is too near 0 to tell its sign, no gradient comes."""
+        """Lets no gradient come where ReLU's argument is too near 0 to tell its sign."""
         self.dy[self.exact()["v"].abs() < 1e-2] = 0
 
 
 def check(case, implementation):
-    """Every result within the roundings that lead to it."""
+    """Checks that every result is within the roundings that lead to it."""
     got, exact, x = case.ours(), case.exact(), case.x.double()
     n = x.numel() // x.shape[1]
     out = unit(case.x.dtype, implementation)
@@ -165,7 +165,7 @@ def test_any_shape(implementation, device, shape, dtype, joins, relu, mean, seed
 @variants
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_exact_on_integers(implementation, device, dtype, joins, relu):
-    """Vectors of small integers: normalising and its gradients are exact."""
+    """With vectors of small integers, normalising and its gradients are exact."""
     x, residual, dy = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(3))
     rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(3)]
     norm = torch.stack([*rows, torch.ones(35, device=device), torch.zeros(35, device=device)])
@@ -185,7 +185,7 @@ def test_is_exact_on_integers(implementation, device, dtype, joins, relu):
 @pytest.mark.parametrize("of", ["dy", "x", "y"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dtype, of):
-    """Without relu, with its mask from x, and from y, which is another value's where there was a residual."""
+    """The mask of relu is that of x, or that of y where a residual was added; without relu there is none."""
     x, dy, y = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(3))
     rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(5)]
     norm, (mean, scale, shift) = torch.stack(rows), (v.view(1, -1, 1, 1).double() for v in rows[:3])
@@ -240,7 +240,7 @@ def test_statistics_are_exact_on_integers(implementation, device):
 
 
 def test_a_mean_far_above_the_deviation_keeps_three_digits(device, monkeypatch):
-    """fp32, mean 1000, deviation 0.01. PyTorch's mean, and with it the reference's, is off by 1 % of the deviation."""
+    """In fp32, mean 1000, deviation 0.01, PyTorch's mean, and with it the reference's, is off by 1 % of the latter."""
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     torch.manual_seed(0)
     case = Case((4, 5, 15, 17), torch.float32, device, mean=1000.0, deviation=0.01)
@@ -251,7 +251,7 @@ def test_a_mean_far_above_the_deviation_keeps_three_digits(device, monkeypatch):
 
 @pytest.mark.parametrize("parts", [3, 75, 600])
 def test_the_producer_s_sums(implementation, device, parts):
-    """About their own center they give the norm of the statistics, over more parts than a tile or MOST_PARTS, too."""
+    """They are about a center of their own, and over few parts, more than a tile has, or more than MOST_PARTS."""
     torch.manual_seed(0)
     case = Case((6, 37, 10, 10), torch.float32, device, mean=3.0)
     center = case.x.mean((0, 2, 3)) + 0.25
@@ -309,7 +309,7 @@ def test_two_runs_give_the_same_bits(implementation, device):
 @variants
 @pytest.mark.parametrize("batch", [True, False])
 def test_gradcheck(device, monkeypatch, joins, relu, batch):
-    """In float64, through the reference: the statistics as well, of which batch_norm's gradient knows by itself."""
+    """In float64 the reference's gradient goes through the statistics as well, of which batch_norm knows by itself."""
     monkeypatch.setenv("NVCNN_KERNELS", "reference")
     torch.manual_seed(0)
     case = Case((2, 2, 2, 3), torch.float64, device, joins=joins, relu=relu)

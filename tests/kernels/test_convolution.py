@@ -24,7 +24,7 @@ def sums_of(y, center):
 
 @pytest.mark.parametrize("shape", conv.SHAPES)
 def test_is_exact_on_integers(implementation, device, shape):
-    """With the producer's norm, and the sums for the next; padding is 0 behind them."""
+    """x is normalised by its producer's norm, behind which padding is 0, and y brings the sums for the next norm."""
     torch.manual_seed(0)
     given = conv.tensors(shape, torch.float16, device, conv.small_integers)
     y, z, sums = forward(given, shape, norm=given["x_norm"], center=given["center"])
@@ -110,7 +110,7 @@ def test_the_join_is_exact_on_integers(implementation, device, raw):
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_scale_shift_add_relu_are_exact_on_integers(implementation, device, scaled, add, relu):
-    """Bias and ReLU, or an evaluation's folded BatchNorm, join and ReLU."""
+    """They are a bias and ReLU, or BatchNorm, join and ReLU as evaluation folds them."""
     shape = conv.Shape(2, 5, 6, 5, 19, 3, 3, (2, 1), (1, 1))
     given = conv.tensors(shape, torch.float16, device, conv.small_integers)
     scale, shift = given["factors"]
@@ -253,7 +253,7 @@ def test_refuses(change, message):
 
 @pytest.mark.full
 def test_the_models_geometries():
-    """MODELS and TWINS are all of those models: channels reduced, and taps and pixels by whole periods of strides."""
+    """MODELS and TWINS are all that these models have, with fewer channels, and fewer taps and pixels by strides."""
     timm, models = pytest.importorskip("timm"), pytest.importorskip("torchvision").models
 
     def reduced(x, layer):

@@ -37,7 +37,7 @@ def check_exact(dx, sums, given, shape):
 
 @pytest.mark.parametrize("shape", conv.SHAPES)
 def test_is_exact_on_integers(implementation, device, shape):
-    """Through the BatchNorm behind, masked by the one before, with its sums."""
+    """dy comes through the BatchNorm behind, dx is masked by the one before, and brings the sums for its gradient."""
     torch.manual_seed(0)
     given = conv.tensors(shape, torch.float16, device, conv.small_integers)
     dx, sums, others = gradient(given, shape, *MAP, *MASK)
@@ -129,7 +129,7 @@ def test_any_shape(implementation, device, shape, dtype, mapped, masked, skipped
 
 
 def test_the_sums_make_batch_norm_s_gradients(implementation, device):
-    """d_gamma, d_beta, and the map by which the layer before goes on: against float64 through the statistics."""
+    """d_gamma, d_beta and the map, by which the layer before goes on, are those of float64 through the statistics."""
     torch.manual_seed(0)
     given = conv.tensors(POINTWISE, torch.float32, device)
     x, c = given["x"].double(), POINTWISE.c
@@ -180,7 +180,7 @@ def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, c
 
 @pytest.mark.parametrize(("shape", "box"), OF_CLASSES, ids=[str(shape) for shape, _ in OF_CLASSES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
-    """Those of a class of pixels, whatever the stride."""
+    """Boxes are of the pixels of one class, whatever the stride."""
     given = conv.tensors(shape, torch.float16, device, conv.small_integers)
     with conv.configured(**box, PERSISTENT=3):
         dx, sums, _ = gradient(given, shape, *MAP, *MASK)

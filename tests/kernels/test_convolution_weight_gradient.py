@@ -65,7 +65,7 @@ def check(shape, dtype, device, implementation, *, mapped, normal, out):
 @pytest.mark.parametrize("formed", [False, True])
 @pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, formed):
-    """Of operands that are as they are loaded, where a part that is rounded shows, and of those that are formed."""
+    """Operands are formed as they are loaded, or are not: then a rounding of the parts would show."""
     torch.manual_seed(0)
     check(PLAIN, dtype, device, implementation, mapped=formed, normal=formed, out=dtype)
 

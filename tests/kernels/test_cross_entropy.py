@@ -13,7 +13,7 @@ ONE = torch.ones(1)
 
 
 def exact(logits, targets, loss_scale, label_smoothing):
-    """Losses and gradient in float64, of torch."""
+    """Returns PyTorch's losses and gradient in float64."""
     x = logits.double().requires_grad_()
     targets = targets.double() if targets.is_floating_point() else targets
     losses = F.cross_entropy(x, targets, reduction="none", label_smoothing=label_smoothing)
@@ -26,7 +26,7 @@ def equal(a, b):
 
 
 def random_targets(soft, n, classes, device):
-    """Soft: two classes a row, as mixup has them, but not of sum 1: the gradient must not count on it."""
+    """Soft targets have two classes a row, as mixup's, but not the sum 1: the gradient must not count on it."""
     if not soft:
         return torch.randint(classes, (n,), device=device)
     pair = F.one_hot(torch.randint(classes, (2, n), device=device), classes)
@@ -38,7 +38,7 @@ def label_of(targets):
 
 
 def hits(logits, targets):
-    """Top-1 and top-5 by a stable sort."""
+    """Returns top-1 and top-5 by a stable sort."""
     order = logits.sort(dim=1, descending=True, stable=True).indices
     rank = (order == label_of(targets)[:, None]).int().argmax(1)
     return torch.stack([rank < 1, rank < 5], 1).float()

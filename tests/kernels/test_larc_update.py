@@ -23,7 +23,7 @@ UNTOUCHED_BY_OVERFLOW = ("weight", "momentum", "model_weight", "weight_square_su
 def arguments(
     device, matrices=2, vectors=1, dtype=torch.float16, statistics=5, values=torch.randn, momentum_dtype=torch.float32
 ):
-    """Random ones, by name, for a model of `dtype`; every second block begins a tensor. The learning rate is 1/2.
+    """Returns random ones, by name, for a model of `dtype`; every second block begins a tensor. The rate is 1/2.
 
     matrices, vectors: how many blocks of each there are.
     """
@@ -62,7 +62,7 @@ def same_bits(a, b):
 
 
 def rounded(weight, dtype, implementation):
-    """To nearest, but Triton's interpreter cuts fp32 to bf16 off, where the compiler rounds."""
+    """Rounds to nearest, or as Triton's interpreter, which cuts fp32 off to bf16, where the compiler rounds."""
     if implementation == "triton" and INTERPRETED and dtype == torch.bfloat16:
         weight = (weight.view(torch.int32) & -(2**16)).view(torch.float32)
     return weight.to(dtype)
@@ -203,7 +203,7 @@ def test_refresh_has_the_bits_of_the_update(implementation, device, dtype, momen
 
 
 def test_the_kernels_sum_by_pairs(device, monkeypatch):
-    """So that the order is the same in both, however the compiler lays a block out over the threads."""
+    """So the order is the same in both, however the compiler lays out a block over the threads."""
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     new = updated(arguments(device, dtype=torch.float32))
     sums = new["weight"].square().view(-1, BLOCK)

@@ -16,7 +16,7 @@ SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 8, 17]), st.integer
 
 @st.composite
 def cases(draw):
-    """A window and a shape that it fits into."""
+    """Draws a window, and a shape that it fits into."""
     kernel_size, _, padding = window = draw(st.sampled_from(WINDOWS))
     n, c, h, w = draw(SHAPES)
     least = kernel_size - 2 * padding
@@ -24,7 +24,7 @@ def cases(draw):
 
 
 def pooled(pool, x, dy=None):
-    """y and dx of a random dy, or of this one."""
+    """Returns y and dx, of a dy of ones or of this one."""
     x = x.clone().requires_grad_()
     y = pool(x)
     y.backward(torch.ones_like(y) if dy is None else dy)
@@ -103,7 +103,7 @@ def test_the_largest_window(implementation, device):
 
 
 class Calls(TorchDispatchMode):
-    """The arguments of max_pool's op, of each of its calls."""
+    """Keeps the arguments of each call of max_pool's op."""
 
     def __init__(self):
         super().__init__()

@@ -17,7 +17,7 @@ STEPS, LEARNING_RATES, WEIGHT_DECAY, MOMENTUM, ETA = 4, (0.5, 0.3, 0.1), 1e-2, 0
 
 
 class Optimizer:
-    """Tensors of SHAPES in an arena of their own; the ops find them by the names of their arguments."""
+    """Has tensors of SHAPES in an arena of their own; the ops find theirs by the names of their arguments."""
 
     def __init__(self, device, mode, dtype=torch.float32, ranks=1, loss_scale=1.0, growth_interval=0):
         blocks = torch.tensor([-(-torch.Size(shape).numel() // BLOCK) for shape in SHAPES])
@@ -67,14 +67,14 @@ def data(dtype=torch.float32):
 
 
 def assert_close(views, expected, roundings):
-    """To so many roundings a step of values that stay below 2^4 here."""
+    """Checks that they are within so many roundings a step of values that stay below 2^4 here."""
     for view, value in zip(views, expected, strict=True):
         assert value.abs().max() < 2**4
         assert (view.cpu().double() - value).abs().max() <= roundings * STEPS * U * 2**4
 
 
 def larc(mode, excluded_from, weights, all_gradients):
-    """As one would write it for a list of tensors, in double. Returns the weights."""
+    """Returns the weights after LARC as one would write it for a list of tensors, in double."""
     weights = [w.double() for w in weights]
     momenta = [torch.zeros_like(w) for w in weights]
     for step, gradients in enumerate(all_gradients):
@@ -121,7 +121,7 @@ def test_larc_is_that_of_a_loop_over_tensors(implementation, device, mode, exclu
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_loss_scale_and_ranks_divide_out(implementation, device, dtype):
-    """Powers of two leave no trace: the same bits as without them."""
+    """Powers of two leave no trace: the bits are the same as without them."""
     weights, all_gradients = data(dtype)
     plain, scaled = Optimizer(device, "clip", dtype), Optimizer(device, "clip", dtype, ranks=4, loss_scale=256.0)
     plain.load(weights)

@@ -10,14 +10,14 @@ CHANNELS = (3, 4, 8)
 
 
 def pixels(n, h, w, device):
-    """Images and flips; of two or more images at least one is mirrored and one is not."""
+    """Returns images and flips; of two or more images at least one is mirrored and one is not."""
     flip = torch.randint(2, (n,), device=device).bool()
     flip[:2] = torch.tensor([True, False])[:n]
     return torch.randint(256, (n, h, w, 3), device=device, dtype=torch.uint8), flip
 
 
 def formula(images, flip, scale, shift):
-    """In float64: (N, 3, H, W), and the products alone."""
+    """Returns (N, 3, H, W) in float64, and the products alone."""
     mirrored = torch.stack([image.flip(1) if f else image for image, f in zip(images, flip.tolist(), strict=True)])
     product = mirrored.double() * scale.double()
     return (product + shift.double()).permute(0, 3, 1, 2), product.permute(0, 3, 1, 2)

@@ -91,7 +91,7 @@ def test_finite_is_that_of_the_sum_of_all(implementation, device, sums):
 
 
 def averaged(device, rows, average):
-    """`latest` and `average` after a step with these rows, from these averages."""
+    """Returns `latest` and `average` after a step with these rows, from these averages."""
     out = outputs(1, device) | {"average": torch.tensor(average, dtype=torch.float64, device=device)}
     tensors = inputs(device, [1], [1], [1], rows=torch.as_tensor(rows).view(-1, 3))
     trust_ratio(*tensors, ranks=1, larc_mode="off", eta=1.0, excluded_from=99, **out)

@@ -21,7 +21,7 @@ algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 class Net(nn.Module):
-    """Two bottlenecks: one with a stride and a downsample branch, one whose join is the last."""
+    """Has two bottlenecks: one with a stride and a downsample branch, one whose join is the last."""
 
     def __init__(self, stride: int = 1):
         super().__init__()
@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 def normalised(x: Tensor, conv: nn.Conv2d, bn: BatchNorm2d) -> Tensor:
-    """The same by PyTorch's functions, on the modules' own parameters and running statistics."""
+    """Returns what `conv_bn` means, by PyTorch's functions, on the modules' own parameters and running statistics."""
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     statistics = (None, None) if bn.training else (bn.running_mean, bn.running_var)
     return F.batch_norm(y, *statistics, bn.weight, bn.bias, training=bn.training, eps=bn.eps)
@@ -47,7 +47,7 @@ def plain(block: Bottleneck, x: Tensor) -> Tensor:
 
 
 def made(algorithm: str, net: nn.Module | None = None) -> nn.Module:
-    """A net, in float64, with gamma, beta and running statistics that are not 0 and 1."""
+    """Returns a net, in float64, with gamma, beta and running statistics that are not 0 and 1."""
     torch.manual_seed(0)
     net = (net or Net()).double().to(memory_format=torch.channels_last)
     for module in net.modules():
@@ -77,7 +77,7 @@ def compare(ours: Net, theirs: Net) -> None:
 
 
 def check(y: Tensor, expected: Tensor, ours: nn.Module, theirs: nn.Module, *x: Tensor) -> None:
-    """The value; and the gradients, those of both x among them."""
+    """Compares the values, and all gradients, with those of both x where they are given."""
     torch.testing.assert_close(y, expected)
     direction = torch.randn_like(y)
     y.backward(direction)
@@ -90,7 +90,7 @@ def check(y: Tensor, expected: Tensor, ours: nn.Module, theirs: nn.Module, *x: T
 @algorithms
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_gradients_accumulate(algorithm, training):
-    """Two backward passes before the gradients are read, and one graph walked twice."""
+    """There are two batches before the gradients are read, and each graph is walked twice."""
     net = made(algorithm).train(training)
     twin = deepcopy(net)
     for n in (3, 2):
@@ -158,7 +158,7 @@ class Called(TorchDispatchMode):
 
 @pytest.mark.parametrize("algorithm", MATERIALIZED)
 def test_operands_are_written_once(algorithm):
-    """`a` for forward, the weight's gradient and whoever else reads it; dy for both gradients."""
+    """`a` is for forward, the weight's gradient and whoever else reads it; dy is for both gradients."""
     net, x = made(algorithm), input_of()
     with Called() as called:
         raw = conv_bn(x, net.one.conv1, net.one.bn1)
@@ -178,7 +178,7 @@ def test_operands_are_written_once(algorithm):
 
 @algorithms
 def test_what_is_kept_may_be_kept_elsewhere(algorithm):
-    """With hooks that bring back other tensors, as those of `torch.autograd.graph.save_on_cpu` do."""
+    """Hooks bring back other tensors, as those of `torch.autograd.graph.save_on_cpu` do."""
     net, x = made(algorithm), input_of()
     twin = deepcopy(net)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
@@ -188,7 +188,7 @@ def test_what_is_kept_may_be_kept_elsewhere(algorithm):
 
 @algorithms
 def test_evaluation_without_gradients(algorithm):
-    """The values of modules; by triton one call a convolution does it all."""
+    """The values are those of modules; by triton one call a convolution does it all."""
     net, x = made(algorithm).eval(), input_of().detach()
     with torch.no_grad(), Called() as called:
         y = net(x)
@@ -283,7 +283,7 @@ def test_refuses_what_the_kernels_do_not_have(algorithm, options):
 
 
 def test_memory_of_a_resnet50():
-    """Bytes kept for backward by an fp16 image of 224 x 224, by hand: what is raw, what is joined, what is pooled."""
+    """The bytes that an fp16 image of 224 x 224 keeps for backward are counted by hand: raw, joined, pooled values."""
 
     def kept(algorithm: str) -> float:
         with torch.device("meta"):
@@ -294,7 +294,7 @@ def test_memory_of_a_resnet50():
         return activation_bytes(model, 256, 224, torch.float16) / 256
 
     def stage(side: int, width: int, blocks: int, stride: int) -> tuple[int, int, int]:
-        """Values of raw outputs that a convolution reads, of other ones, and of joined ones."""
+        """Returns how many values raw outputs have that a convolution reads, how many other ones, and joined ones."""
         wide, inner = side * side * 4 * width, side * side * width
         first = inner * stride**2  # the 1x1 in front of the stride
         return blocks * 2 * inner - inner + first, blocks * wide + wide, blocks * wide
@@ -320,9 +320,9 @@ def test_memory_of_a_resnet50():
     ],
 )
 def test_bottlenecks_by_triton_s_kernels(device, monkeypatch, algorithm, dtype, training):
-    """Forward and backward, with every gradient: from float64 a rounding, or twice as far as PyTorch's modules are.
+    """All values and gradients are a rounding from those of float64, or twice as far as PyTorch's modules are.
 
-    In fp32 those are no measure, as they add up in double on a CPU: there, it is 32 roundings.
+    In fp32 the modules are no measure, as they add up in double on a CPU: there it is 32 roundings.
     """
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     exact = made("torch").train(training)

@@ -17,7 +17,7 @@ def seed():
 
 
 def results(layer: nn.Module, x: Tensor, direction: Tensor) -> dict[str, Tensor]:
-    """Output, and the gradients of sum(output * direction) with respect to x and all parameters."""
+    """Returns the output, and the gradients of sum(output * direction) with respect to x and all parameters."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(x)
     leaves = {"x": x, **dict(layer.named_parameters())}

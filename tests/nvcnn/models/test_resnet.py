@@ -25,7 +25,7 @@ def peer(name: str, seed: int) -> nn.Module:
 
 
 def shallow(block: str, dtype: torch.dtype, **options: int) -> tuple[ResNet, nn.Module]:
-    """Our net of five blocks, one of them without a downsample, and torchvision's in `dtype`, with the same weights."""
+    """Returns our net of five blocks, one without a downsample, and torchvision's in `dtype`. Weights are equal."""
     torch.manual_seed(0)
     depths, of_peer = [2, 1, 1, 1], {name.replace("group_width", "width_per_group"): n for name, n in options.items()}
     theirs = torchvision.models.ResNet(
@@ -43,9 +43,13 @@ def images(dtype: torch.dtype) -> Tensor:
 
 
 def choose(model: nn.Module, algorithm: str) -> nn.Module:
-    """`algorithm` for every convolution; "mixed": each algorithm in turn, so that all neighbours occur."""
+    """Has every convolution by `algorithm`, or, "mixed", in an order in which every two algorithms are neighbours."""
     convolutions = [m for m in model.modules() if isinstance(m, Conv2d)]
-    order = [a for first in ALGORITHMS for second in ALGORITHMS for a in (first, second)]
+    order = [
+        a
+        for i, first in enumerate(ALGORITHMS)
+        for a in (first, *[b for later in ALGORITHMS[i + 1 :] for b in (first, later)])
+    ]
     for i, module in enumerate(convolutions):
         module.algorithm = order[i % len(order)] if algorithm == "mixed" else algorithm
     return model
@@ -64,7 +68,7 @@ def test_names_shapes_and_dtypes_are_torchvision_s(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50"])
 def test_initialisation_is_torchvision_s(name):
-    """Not only in distribution: one seed gives the same bits."""
+    """One seed gives the same bits, not only the same distribution."""
     ours, theirs = build_model(name, num_classes=1000, seed=7), peer(name, seed=7)
     for key, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[key], value), key
@@ -80,7 +84,7 @@ def test_initialisation_is_torchvision_s(name):
     ],
 )
 def test_computes_what_torchvision_computes(block, options, training, algorithm):
-    """Output and every gradient in float64, where rounding cannot hide a difference."""
+    """Output and every gradient are compared in float64, where rounding cannot hide a difference."""
     ours, theirs = (net.double().train(training) for net in shallow(block, torch.float64, **options))
     choose(ours, algorithm).to(memory_format=torch.channels_last)
     x = images(torch.float64)
@@ -111,7 +115,7 @@ def test_computes_what_torchvision_computes(block, options, training, algorithm)
     ],
 )
 def test_rounds_no_more_than_torchvision(block, dtype, algorithm):
-    """Matrices in `dtype` and vectors in fp32, against torchvision's all in `dtype`; both against float64."""
+    """Ours has matrices in `dtype` and vectors in fp32, torchvision's has all in `dtype`; the measure is float64."""
     ours, theirs = shallow(block, dtype)
     exact = deepcopy(theirs).double()
     cast_matrices(choose(ours, algorithm), dtype)
@@ -128,7 +132,7 @@ def test_rounds_no_more_than_torchvision(block, dtype, algorithm):
 
 
 def strides(model: nn.Module) -> list[tuple[int, int, int]]:
-    """Of the three convolutions in the first block of each stage."""
+    """Returns those of the three convolutions in the first block of each stage."""
     stages = [model.get_submodule(f"layer{i}") for i in (1, 2, 3, 4)]
     return [(stage[0].conv1.stride[0], stage[0].conv2.stride[0], stage[0].conv3.stride[0]) for stage in stages]
 
