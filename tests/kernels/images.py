@@ -12,7 +12,7 @@ SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2
 
 
 def unit(dtype, implementation) -> float:
-    """Returns the relative error of a rounding to `dtype`. To bf16, Triton's interpreter cuts off; the compiler rounds."""
+    """Returns the relative error of a rounding to `dtype`. To bf16 the interpreter cuts off; the compiler rounds."""
     if implementation == "triton" and INTERPRETED and dtype == torch.bfloat16:
         return 2.0**-7
     return {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}[dtype]

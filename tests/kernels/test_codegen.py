@@ -23,7 +23,7 @@ def rows(tmp_path_factory):
 
 
 def compiling(*command: str) -> str:
-    """Returns the output of the module, run in a process of its own, since the interpreter replaces the compiler here."""
+    """Returns the output of the module in a process of its own, as the interpreter replaces the compiler in this."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

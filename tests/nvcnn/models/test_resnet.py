@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from functools import partial
+from itertools import cycle
 
 import pytest
 import torch
@@ -43,15 +44,11 @@ def images(dtype: torch.dtype) -> Tensor:
 
 
 def choose(model: nn.Module, algorithm: str) -> nn.Module:
-    """Has every convolution by `algorithm`, or, "mixed", in an order in which every two algorithms are neighbours."""
+    """Has `algorithm` compute every convolution, or, "mixed", all of them in turn."""
+    order = "0010203112132233"  # every two are neighbours, in either order, and each is its own
     convolutions = [m for m in model.modules() if isinstance(m, Conv2d)]
-    order = [
-        a
-        for i, first in enumerate(ALGORITHMS)
-        for a in (first, *[b for later in ALGORITHMS[i + 1 :] for b in (first, later)])
-    ]
-    for i, module in enumerate(convolutions):
-        module.algorithm = order[i % len(order)] if algorithm == "mixed" else algorithm
+    for module, i in zip(convolutions, cycle(order), strict=False):
+        module.algorithm = ALGORITHMS[int(i)] if algorithm == "mixed" else algorithm
     return model
 
 
