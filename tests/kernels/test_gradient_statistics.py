@@ -64,7 +64,7 @@ def test_is_as_close_as_fp32_allows(
     assert bool(((statistics(tensors, ranks, weight_decay) - in_double()).abs() <= bound).all())
 
 
-@pytest.mark.parametrize(("value", "dtype"), zip([torch.nan, torch.inf, -torch.inf], DTYPES, strict=True))
+@pytest.mark.parametrize(("value", "dtype"), [*zip([torch.nan, torch.inf, -torch.inf], DTYPES, strict=True)])
 @pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK + 77, 3 * BLOCK - 1])
 def test_a_value_that_is_not_finite_shows_in_its_block_alone(implementation, device, value, at, dtype):
     tensors = inputs(device, 2, 1, dtype)

@@ -39,7 +39,7 @@ def ours(window):
     return lambda x: max_pool(x, *window)
 
 
-@pytest.mark.parametrize(("window", "dtype"), zip(WINDOWS, 3 * DTYPES, strict=True))
+@pytest.mark.parametrize(("window", "dtype"), [*zip(WINDOWS, 3 * DTYPES, strict=True)])
 def test_is_exact_on_integers(implementation, device, window, dtype):
     x = integers((2, 17, 9, 6), dtype, device, -3, 3)  # many equal ones in a window
     dy = integers(peer(window)(x).shape, dtype, device)

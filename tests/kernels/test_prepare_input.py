@@ -23,7 +23,7 @@ def formula(images, flip, scale, shift):
     return (product + shift.double()).permute(0, 3, 1, 2), product.permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize(("channels", "dtype"), zip(CHANNELS, DTYPES, strict=True))
+@pytest.mark.parametrize(("channels", "dtype"), [*zip(CHANNELS, DTYPES, strict=True)])
 @pytest.mark.parametrize("size", [(3, 9, 24), (2, 5, 7), (1, 1, 1)])
 def test_is_exact_where_nothing_is_rounded(implementation, device, size, dtype, channels):
     images, flip = pixels(*size, device)
@@ -82,7 +82,7 @@ def test_two_runs_give_the_same_bits(implementation, device):
     assert torch.equal(*runs)
 
 
-@pytest.mark.parametrize(("channels", "dtype"), zip(CHANNELS, DTYPES, strict=True))
+@pytest.mark.parametrize(("channels", "dtype"), [*zip(CHANNELS, DTYPES, strict=True)])
 def test_is_the_same_where_it_is_asked_to_be(implementation, device, dtype, channels):
     images, flip = pixels(3, 9, 24, device)
     scale, shift = torch.randn(2, 3, device=device)

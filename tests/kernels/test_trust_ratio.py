@@ -155,18 +155,6 @@ def test_is_as_close_as_fp32_allows(implementation, device, blocks, mode, eta, l
         assert bool(((value.double() - exact[name]).abs() <= roundings[name] * U * exact[name]).all()), name
 
 
-def test_many_tensors_against_a_loop(implementation, device):
-    torch.manual_seed(0)
-    blocks = torch.randint(1, 9, (40,)).tolist()
-    gradient, weight = torch.rand(2, sum(blocks))
-    gradient[: blocks[0]] = 0
-    out = ratios(inputs(device, gradient, weight, blocks, schedule=[0.01]), eta=0.02)
-    for t, (g, w) in enumerate(zip(gradient.split(blocks), weight.split(blocks), strict=True)):
-        g_norm, w_norm = g.double().sum().sqrt().item(), w.double().sum().sqrt().item()
-        q = 0.02 * w_norm / g_norm if g_norm and w_norm else 1
-        assert out["ratio"][t].item() == pytest.approx(min(q / 0.01, 1), rel=100 * U)
-
-
 def test_two_runs_give_the_same_bits(implementation, device):
     tensors = inputs(device, torch.rand(70), torch.rand(70), [30, 40])
     first, second = ratios(tensors), ratios(tensors)
