@@ -60,7 +60,8 @@ class Shape(NamedTuple):
 
 # The geometries of every convolution of resnet50, resnext50, googlenet, vgg16, alexnet, inception3, inception4,
 # inception-resnet2 and overfeat, with fewer channels, pixels and taps: `test_convolution.test_the_models_geometries`
-# says how. Few tests need all of them: TWINS differ from one of MODELS in their axes, or in their padding, alone.
+# says how. Few tests need all of them: TWINS differ from one of MODELS in their axes, or in their padding, alone. Of x
+# these have one block of channels, of y two; x has two in ODD.
 MODELS = [
     Shape(1, 9, 5, 5, 18, 1, 1),
     Shape(1, 9, 6, 6, 18, 1, 1, (2, 2)),
@@ -108,6 +109,7 @@ FEW = [MODELS[1], MODELS[5], MODELS[10]]  # classes of pixels without a tap; few
 
 TILES = Shape(2, 24, 5, 4, 40, 1, 1)  # whose rows are multiples of 16 bytes
 OF_ONE_IMAGE, OF_FOUR = {"TMA": 1, "BOX_H": 4, "BOX_W": 4}, {"TMA": 1, "BOX_H": 2, "BOX_W": 2}  # boxes of 16 rows
+# Boxes that reach over an edge in H, in W and in N, or lie in a corner; each geometry by one kind of box.
 BOXES = [
     (Shape(1, 24, 5, 6, 8, 3, 3, (1, 1), (1, 1)), OF_ONE_IMAGE),
     (Shape(1, 16, 3, 5, 8, 1, 7, (1, 1), (0, 3)), OF_ONE_IMAGE),

@@ -11,8 +11,6 @@ from tests.kernels import convolutions as conv
 from tests.kernels.images import channels_last, randn
 
 PLAIN = conv.Shape(3, 19, 5, 4, 18, 1, 1)  # in tests its rows are shared out to three parts
-
-
 MAPS = "y", "norm", "factors", "x_norm"
 
 
