@@ -1,4 +1,4 @@
-"""What every test has: kernels that run without a GPU, torchvision that imports without one, and the device."""
+"""Every test has kernels that run without a GPU, a torchvision that imports without one, and the device."""
 
 import os
 import signal

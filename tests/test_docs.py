@@ -1,4 +1,4 @@
-"""What the documents show works as it is written."""
+"""What documents show works as it is written."""
 
 import os
 import re

@@ -48,7 +48,7 @@ def test_it_runs_and_reports(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_cuts_have_the_size_of_imagenets(tmp_path):
-    """On average 400 x 350 or a little more, most of them wider than high; the same each time."""
+    """Sizes are 400 x 350 or a little more on average, most of them wider than high, and the same each time."""
     (directory,) = (photographs(tmp_path / "photographs", 1),)
     data.cut(directory / "0.png", tmp_path / "a", range(60))
     data.cut(directory / "0.png", tmp_path / "b", range(60))

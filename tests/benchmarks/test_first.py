@@ -1,4 +1,4 @@
-"""The first items on a GPU, here: checks with kernels in the interpreter, steps of the test's own."""
+"""The first items on a GPU run here, too: checks of kernels in the interpreter, and steps of the test's own."""
 
 import time
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def images(*shape: int) -> torch.Tensor:
 
 
 def some_calls() -> dict[str, Call]:
-    """Of each family, with most of what is fused; pooling with windows that reach over the image."""
+    """Returns calls of each family, with most of what is fused; windows of pooling reach over the image."""
     nvcnn = torch.ops.nvcnn
     x, y, w = images(N, 16, 4, 3), images(N, 16, 4, 3), images(16, 16, 1, 1)
     norm, factors = torch.empty(5, 16), torch.empty(2, 16)
@@ -75,7 +75,7 @@ def test_an_op_on_bytes_is_checked_too():
 
 
 def changed(change, when=lambda results: True):
-    """`outcome` with its first result changed in place."""
+    """Returns `outcome` with its first result changed in place."""
     real = first.outcome
 
     def outcome(call, made):
@@ -104,7 +104,7 @@ def test_a_wrong_kernel_is_found(name, change, when, wrong, monkeypatch):
 
 @interpreted
 def test_a_wrong_repetition_is_found(monkeypatch):
-    """What a step does from the second call on."""
+    """Does what a step does from the second call on."""
     real = Repetition.__call__
 
     def repeat(self, arguments):

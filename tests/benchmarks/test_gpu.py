@@ -1,4 +1,4 @@
-"""All of it but the GPU: parts are small modules of the test's own."""
+"""`make gpu` runs here without a GPU: its parts are small modules of the test's own."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_without_a_gpu_one_line_and_exit_code_2(monkeypatch, capsys):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where the items write."""
+    """Returns the folder into which the items write."""
     folder = tmp_path / "rows"
     folder.mkdir()
     monkeypatch.setattr(gpu, "FOLDER", folder)
@@ -51,7 +51,7 @@ def test_an_item_ends_with_its_exit_codes_and_its_output_is_kept(module, folder,
 
 
 def test_the_commands_of_an_item_run_side_by_side(module):
-    """Each waits for the other's file."""
+    """Each command waits for the other's file."""
     meet = """
 import sys, time
 from pathlib import Path
@@ -155,7 +155,7 @@ LAYER = {"name": "convolution", "calls": 2, "ours": 2.0, "cuDNN alone": None, "f
 
 @pytest.fixture
 def machine(monkeypatch, module):
-    """A machine with a GPU, where the second item of the first part fails after its first row."""
+    """Stands in for a machine with a GPU, where the second item of the first part fails after its first row."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(gpu, "card", lambda: {"power.limit": "700 W"})

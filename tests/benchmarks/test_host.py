@@ -46,7 +46,7 @@ print(json.dumps({"times": times, "count": count, "expected": expected, "restore
 
 
 def test_a_step_makes_its_launches():
-    """In a process of its own: in this one the interpreter stands in for the compiler."""
+    """It runs in a process of its own, since the interpreter stands in for the compiler in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

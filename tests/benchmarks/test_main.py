@@ -1,4 +1,4 @@
-"""One way to run a benchmark, which lists them all."""
+"""`python -m benchmarks` lists all benchmarks and runs one."""
 
 import subprocess
 import sys

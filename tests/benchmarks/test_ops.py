@@ -7,7 +7,7 @@ from benchmarks import ops
 
 
 def test_what_a_step_must_move():
-    """26 bytes per parameter with fp16 gradients and weights, of matrices; vectors are fp32 throughout."""
+    """Matrices take 26 bytes per parameter with fp16 gradients and weights; vectors are fp32 throughout."""
     larc = ops.optimizer("lenet", torch.device("cpu"), torch.float16)
     norm = 32 + 64 + 512 + 1000
     matrices = 32 * 3 * 25 + 64 * 32 * 25 + 512 * 64 * 49 + 1000 * 512

@@ -1,4 +1,4 @@
-"""The archive of compiled kernels: made in one process, used by another one, in another checkout and folder."""
+"""One process makes the archive of compiled kernels; another one uses it, in another checkout and folder."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from benchmarks import pack
 from benchmarks.trace import Launch
 
 ROOT = Path(pack.__file__).parents[1]
-# Both processes: three calls of a step, each of which starts a kernel or two.
+# Both processes make three calls of a step, each of which starts a kernel or two.
 CALLS = """
 import sys, torch
 from pathlib import Path
@@ -32,7 +32,7 @@ lists = {"first": [launch for call in calls.values() for launch in launches(call
 lists["tune"] = lists["first"][:1]  # what is in several lists is compiled once
 print(pack.write(lists, archive, 2))
 """
-# The path of a launch up to the kernel that is found, by the ops' own launchers: nothing collected, nothing preloaded.
+# Takes a launch by the ops' own launchers up to the kernel that is found; nothing is collected or preloaded.
 USE = """
 from triton import knobs
 from triton.runtime.driver import driver
@@ -61,7 +61,7 @@ for module, hit in sorted(found):
 
 
 def run(folder: Path, script: str, *arguments: Path) -> list[str]:
-    """The lines that the script prints, run by the checkout in `folder`, with a compiler and not the interpreter."""
+    """Returns the lines that the script prints, run by the checkout in `folder`, with a compiler, no interpreter."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "NVCNN_KERNELS")
     }

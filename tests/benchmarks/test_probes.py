@@ -1,4 +1,4 @@
-"""The probes' kernels in the interpreter, their code for the GPU they are for, and how they are run and judged."""
+"""The probes' kernels are right in the interpreter and compile for their GPU; probes are run and judged."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def module(name):
 
 @pytest.fixture
 def hopper(device):
-    """The device, if it has TMA: the interpreter does."""
+    """Returns the device, if it has TMA, as the interpreter does."""
     if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("TMA is of Hopper and later")
     return device
@@ -34,7 +34,7 @@ def hopper(device):
 
 @pytest.fixture
 def smaller(monkeypatch):
-    """Fewer channels in the deep layers, and smaller images: the interpreter takes its time."""
+    """Gives deep layers fewer channels, and makes images smaller, as the interpreter takes its time."""
     for name in BY_OPERANDS:
         monkeypatch.setattr(module(name), "K", 256)
     monkeypatch.setattr(module("l2_rate"), "SHAPES", ((64, 20), (256, 14)))
@@ -43,7 +43,7 @@ def smaller(monkeypatch):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fresh memory is NaN: a value that a kernel leaves out shows."""
+    """Fills fresh memory with NaN, so that a value that a kernel leaves out shows."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -51,7 +51,7 @@ def poisoned(monkeypatch):
 
 
 def integers(*shape, device, std=1.0):
-    """-1, 0 and 1, so many zeros that the squares of a convolution's results are exact halves."""
+    """Returns -1, 0 and 1, with so many zeros that the squares of a convolution's results are exact halves."""
     return (torch.randint(-1, 2, shape, device=device) * torch.randint(0, 4, shape, device=device).eq(0)).half()
 
 
@@ -130,7 +130,7 @@ print(json.dumps(rows))
 
 @pytest.fixture(scope="module")
 def rows():
-    """All launches of all probes, their own kernels compiled, in a process where the interpreter replaces nothing."""
+    """Returns all launches of all probes, their own kernels compiled, from a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

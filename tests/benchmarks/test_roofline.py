@@ -25,7 +25,7 @@ Access = tuple[numpy.ndarray, int]  # addresses, each once; bytes at each
 
 @contextmanager
 def counted() -> Iterator[list[Access]]:
-    """What launches in Triton's interpreter read, and what they write: a pass over a tensor counts once a launch."""
+    """Notes what launches in Triton's interpreter read and write: a pass over a tensor counts once a launch."""
     passes: list[Access] = []
     launch: dict[tuple[str, int], list[numpy.ndarray]] = {}
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -66,7 +66,7 @@ def norm() -> Tensor:
 
 
 def optimizer_tensors(model_weight: bool) -> dict[str, Tensor | None]:
-    """Of an arena with five blocks of matrices and two of norm."""
+    """Returns the tensors of an arena with five blocks of matrices and two of vectors."""
     matrix, vector = 5 * BLOCK, 2 * BLOCK
     return {
         "matrix_gradient": torch.randn(matrix).to(torch.float16 if model_weight else torch.float32),
@@ -106,7 +106,7 @@ def backward_call(c: int = 24, residual: bool = False) -> tuple:
 
 
 def weight(rows: int) -> Tensor:
-    """As many taps, below each other: enough to read x more than once."""
+    """Returns a weight of as many taps, below each other: enough to read x more than once."""
     return torch.randn(24, 24, rows, 1).half().to(memory_format=torch.channels_last)
 
 
@@ -115,7 +115,7 @@ THREE = ([1, 1], [1, 0], 1)
 
 
 def convolution_call(joins: bool) -> tuple:
-    """Three taps of a raw tensor; one of a join of two, which it writes; both with sums."""
+    """Returns a call with three taps of a raw tensor, or one of a join of two, which it writes; both have sums."""
     center = torch.zeros(24)
     if joins:
         return images(24, 14), weight(1), *ONE, norm(), images(24, 14), norm(), center
@@ -123,7 +123,7 @@ def convolution_call(joins: bool) -> tuple:
 
 
 def data_gradient_call(joined: bool) -> tuple:
-    """Through BatchNorm, with sums: of a raw input; of a join of two with a skip gradient."""
+    """Returns a call through BatchNorm with sums, whose input is raw, or a join of two with a skip gradient."""
     prologue = images(24, 14), norm(), torch.rand(2, 24)
     epilogue = None, None, images(24, 14), norm(), None, None
     if joined:

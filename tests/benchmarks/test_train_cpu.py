@@ -51,7 +51,7 @@ def test_compare_runs_the_whole_loop(monkeypatch):
 
 
 def test_the_bare_loop_computes_what_ours_does(device):
-    """Same weights, same batches: the same losses, so that the two speeds are of the same work."""
+    """Same weights and batches give the same losses, so that the two speeds are of the same work."""
     run = Run(Settings(model="lenet", batch_size=8, learning_rate=LEARNING_RATE), None, connect("torch"), None)
     run.schedule.fill_(LEARNING_RATE)  # the bare loop's learning rate does not decay
     run.train_step.optimizer.schedule.fill_(LEARNING_RATE)

@@ -1,4 +1,4 @@
-"""The search on ops in the interpreter; what is timed is a clock of the test's own."""
+"""The search runs on ops in the interpreter; a clock of the test's own times them."""
 
 import json
 import os
@@ -179,7 +179,7 @@ def test_the_neighbours_of_a_configuration():
 
 @interpreted
 def test_sums_over_other_parts_agree(monkeypatch):
-    """The best has larger tiles of rows: fewer parts."""
+    """The best has larger tiles of rows, and so fewer parts."""
     x, w = (torch.empty(shape).to(memory_format=torch.channels_last) for shape in ((2, 8, 5, 5), (8, 8, 1, 1)))
     convolution = torch.ops.nvcnn.convolution.default
     call = call_of(convolution, x, w, [1, 1], [0, 0], center=torch.empty(8))
@@ -245,7 +245,7 @@ def test_what_the_compiler_or_the_launcher_refuses_is_not_tried(monkeypatch):
 
 
 def test_a_dry_run_lists_the_heaviest_keys():
-    """In a process of its own: what a launcher would start is asked of the compiler, not of the interpreter."""
+    """It runs in a process of its own, where the compiler is asked, and not the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.tune", "--model=lenet", "--batch=8", "--keys=3", "--dry_run"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

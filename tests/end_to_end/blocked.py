@@ -12,7 +12,7 @@ BLOCKED = (
 
 
 class Finder(PathFinder):
-    """Python's own, but it does not find what is blocked."""
+    """Finds what Python's own does, but for what is blocked."""
 
     @classmethod
     def find_spec(cls, fullname, path=None, target=None):

@@ -1,4 +1,4 @@
-"""The programs of launch/, started as users start them: real processes, real mpiexec, real records."""
+"""Starts the programs of launch/ as users do: real processes, real mpiexec, real records."""
 
 import os
 import re
@@ -24,7 +24,7 @@ TIMEOUT = 600  # seconds; a run here takes 10, on cores that nobody else wants
 
 @dataclass
 class Program:
-    """A started program: `wait()` for its exit code, `text()` for what it printed so far, errors included."""
+    """Is a started program: `wait()` returns its exit code, `text()` what it printed so far, errors included."""
 
     process: subprocess.Popen | Warm
     output: Path
@@ -54,7 +54,7 @@ class Program:
 
 @dataclass
 class Launcher:
-    """Starts programs; the session's environment without what the tests themselves set."""
+    """Starts programs in this process' environment, without what the tests themselves set."""
 
     directory: Path
     started: list[Program] = field(default_factory=list)
@@ -112,14 +112,14 @@ def launch(tmp_path: Path) -> Iterator[Launcher]:
 
 
 def picture(seed: int, label: int) -> bytes:
-    """A 28 x 28 PNG of noise with a bright bar whose place is the label: LeNet learns it in a few steps."""
+    """Returns a 28 x 28 PNG of noise with a bright bar at the label's place: LeNet learns it in a few steps."""
     pixels = torch.randint(0, 100, (28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     pixels[2 * label + 4 : 2 * label + 6] = 250
     return png(pixels.numpy().tobytes(), 28, 28)
 
 
 def write_records(directory: Path, *, train: int, validation: int, classes: int = 10, shards: int = 2) -> Path:
-    """Records without dataset.json: give --num_classes."""
+    """Writes records without dataset.json: give --num_classes."""
     directory.mkdir()
     for split, images in (("train", train), ("validation", validation)):
         write_split(directory, split, images, shards, lambda i: picture(i, i % classes), lambda i: i % classes + 1)
@@ -128,7 +128,7 @@ def write_records(directory: Path, *, train: int, validation: int, classes: int 
 
 @pytest.fixture(scope="session")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """640 training and 101 validation images of 10 classes."""
+    """Returns a directory with 640 training and 101 validation images of 10 classes."""
     return write_records(tmp_path_factory.mktemp("records") / "bars", train=640, validation=101)
 
 
@@ -137,7 +137,7 @@ def last_checkpoint(log_dir: Path) -> dict:
 
 
 def assert_same_bits(one: dict, other: dict) -> None:
-    """Weights, momentum, statistics, counters and loss scale of two checkpoints."""
+    """Compares weights, momentum, statistics, counters and loss scale of two checkpoints."""
     assert one["weights"].keys() == other["weights"].keys()
     for name, value in one["weights"].items():
         assert torch.equal(value, other["weights"][name]), name

@@ -1,4 +1,4 @@
-"""tiny.py, and each rank says at the end what it holds: a digest of weights and momentum."""
+"""Runs tiny.py, and each rank says at the end what it holds: a digest of weights and momentum."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Five steps of LeNet on fixed tensors, 16 images a step, by this rank alone and shared out over all ranks.
+"""Trains LeNet for five steps on fixed tensors, 16 images a step, by this rank alone and shared out over all ranks.
 
 Rank 0 writes the weights before, after those of one, and after those of all.
 """

@@ -1,4 +1,4 @@
-"""Bad input: exit code 2, one clear line, nothing written. A rank that fails ends the whole job."""
+"""Bad input ends in exit code 2 and one clear line, with nothing written. A rank that fails ends the whole job."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def refused(launch, *arguments, names, script="launch/train.py", ranks=1, **opti
     """Runs to exit code 2 and one line on standard error that holds each of `names`; returns it."""
     text = launch.run(script, *arguments, ranks=ranks, code=2, **options)
     program = Path(script).name
-    # mpiexec mixes what ranks and it itself print, by pieces of lines.
+    # mpiexec mixes what ranks print and what it prints itself, by pieces of lines.
     lines = [line for line in text.splitlines() if re.match(rf"\s*{program}: ", line)]
     assert len(lines) == 1, text
     if ranks == 1:  # mpiexec adds words of its own
@@ -33,7 +33,7 @@ def refused(launch, *arguments, names, script="launch/train.py", ranks=1, **opti
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A small data set that a test may break."""
+    """Returns a small data set that a test may break."""
     return write_records(tmp_path / "data", train=32, validation=8)
 
 
@@ -167,7 +167,7 @@ def test_a_bad_checkpoint_falls_back_to_the_one_before(launch, records, tmp_path
 
 
 def test_two_ranks_without_a_transport(launch):
-    """Where Horovod cannot be imported, and where the launcher is another MPI's, so that each rank would be alone."""
+    """Horovod cannot be imported; or the launcher is another MPI's, so that each rank would be alone."""
     blocked = ("tests/end_to_end/blocked.py", *LENET, "--num_batches=1")
     text = launch.run(*blocked, ranks=2, code=2)
     assert "2 ranks need Horovod" in text

@@ -1,4 +1,4 @@
-"""From raw archives to an accuracy, as users go: prepare, stop, go on, verify, train and evaluate on two ranks."""
+"""Users go from raw archives to an accuracy: prepare, stop, go on, train and evaluate on two ranks."""
 
 import json
 import re
@@ -17,7 +17,7 @@ PREPARE = "launch/prepare.py"
 
 
 def bar(seed: int, label: int) -> Image.Image:
-    """28 x 28 pixels of noise with a bright bar whose place is the label: LeNet learns it in a few steps."""
+    """Returns 28 x 28 pixels of noise with a bright bar at the label's place: LeNet learns it in a few steps."""
     pixels = np.random.default_rng(seed).integers(0, 100, (28, 28, 3), dtype=np.uint8)
     pixels[4 * label + 4 : 4 * label + 8] = 250
     return Image.fromarray(pixels)
@@ -58,7 +58,7 @@ def test_from_the_archives_to_an_accuracy(launch, raw, tmp_path, transport):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_stopped_and_again(launch, tmp_path, how):
-    """Exit code 3, and the same command goes on to the bytes of a run that was left alone."""
+    """The exit code is 3, and the same command goes on to the bytes of a run that was left alone."""
     raw = make(tmp_path / "raw", per_class=60, picture=lambda seed, label: photograph(seed, label).resize((700, 500)))
     options = ("--shards=60,2", "--workers=1", "--max_side=64")  # a worker that is not far ahead of what is counted
     out = tmp_path / "out"

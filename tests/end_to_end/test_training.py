@@ -1,4 +1,4 @@
-"""Training as users start it: loss falls, ranks agree, stopped runs resume to the same bits."""
+"""Training runs as users start it: loss falls, ranks agree, stopped runs resume to the same bits."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def test_loss_falls_and_ranks_agree(launch, records, tmp_path, precision, transp
 
 
 def test_two_ranks_equal_one(launch, tmp_path):
-    """2 ranks x batch 8 and 1 rank x batch 16 on the same fixed tensors: equal up to fp32 rounding."""
+    """2 ranks x batch 8 and 1 rank x batch 16 on the same fixed tensors are equal up to fp32 rounding."""
     launch.run("tests/end_to_end/fixed_tensors.py", tmp_path / "weights.pt", ranks=2)
     weights = torch.load(tmp_path / "weights.pt")
     for name, start in weights["start"].items():
@@ -72,7 +72,7 @@ UNTIL_THE_END = (*COMMON, "--batch_size=16", f"--num_batches={STEPS}")
 
 @pytest.fixture(scope="module")
 def undisturbed(records, tmp_path_factory):
-    """The log directory of two epochs of 20 steps on two ranks that nobody stopped. It is there to be read."""
+    """Returns the log directory of two epochs on two ranks that nobody stopped, for tests that read it."""
     log_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     launcher = Launcher(log_dir.parent)
     launcher.train(*UNTIL_THE_END, f"--data_dir={records}", f"--log_dir={log_dir}", ranks=2)
@@ -80,7 +80,7 @@ def undisturbed(records, tmp_path_factory):
 
 
 def test_a_run_stopped_in_every_way_ends_with_the_same_bits(launch, records, undisturbed, tmp_path):
-    """Killed while it saves after each step; stopped by a signal to one rank, as of srun; stopped through mpiexec."""
+    """It is killed while it saves after each step, stopped by a signal to one rank, as srun does, and by mpiexec."""
     log_dir, stopped_at = tmp_path / "run", 0
     arguments = (*UNTIL_THE_END, f"--data_dir={records}", f"--log_dir={log_dir}")
     often = ("--save_interval=0", "--keep=2")
@@ -139,6 +139,11 @@ def test_evaluation_counts_each_image_once(launch, records, undisturbed, tmp_pat
     assert len(events(log_dir, "eval")) == 3
 
 
+def test_a_run_of_more_ranks_is_not_resumed(launch, records, undisturbed):
+    arguments = (*UNTIL_THE_END, f"--data_dir={records}", f"--log_dir={undisturbed}")
+    assert "ranks: there 2, here 1" in launch.train(*arguments, code=2)
+
+
 def test_what_a_log_directory_holds(undisturbed):
     names = sorted(re.sub(r"tfevents.*", "tfevents", path.name) for path in undisturbed.iterdir())
     checkpoint = f"checkpoint-{STEPS:08d}.pt"
@@ -161,7 +166,7 @@ KERNELS = {
 }
 CONVOLUTIONS = {f"convolution{what}kernel" for what in (".", "_data_gradient.", "_weight_gradient.")}
 CONVOLUTIONS |= {"convolution_weight_gradient.sum_kernel"}
-# What convolutions do in their epilogues, and in their prologues.
+# These are done in the epilogues of convolutions, and in their prologues.
 REPLACED = {
     "torch": set(),
     "triton": {"batch_norm_statistics.sums_kernel", "batch_norm.gradient_kernel"},
@@ -179,7 +184,7 @@ REPLACED = {
     ],
 )
 def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, precision, conv, steps):
-    """Real steps through Triton's interpreter, compared with those of the references."""
+    """Real steps through Triton's interpreter are compared with those of the references."""
     losses, texts = {}, {}
     for kernels in ("reference", "triton"):
         texts[kernels] = launch.run(
@@ -209,7 +214,7 @@ def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, prec
 
 
 def check_evaluation(launch, tmp_path):
-    """By the kernels as by the references, with BatchNorm in the convolutions: nothing else touches activations."""
+    """Kernels evaluate as the references do, with BatchNorm in the convolutions: nothing else touches activations."""
     data, results = write_records(tmp_path / "few", train=2, validation=10), []
     for kernels in ("reference", "triton"):
         text = launch.run(
@@ -226,7 +231,7 @@ def check_evaluation(launch, tmp_path):
 
 
 def test_the_originals_command(launch, records, tmp_path):
-    """Flag for flag, on two ranks, with only data, log directory, batch and epochs replaced."""
+    """It runs flag for flag on two ranks, with only data, log directory, batch and epochs replaced."""
     data = write_records(tmp_path / "data", train=2, validation=2, classes=2)
     command = (
         "--model=resnet50 --fp16 --larc_mode=clip --larc_eta=0.003 --loss_scale=128 --save_interval=3600 "

@@ -1,4 +1,4 @@
-"""launch/train.py with one model more: a network so small that Triton's interpreter trains it in seconds.
+"""Runs launch/train.py with one model more, so small that Triton's interpreter trains it in seconds.
 
 Every fused layer is in it once. Prints the Triton kernels that ran.
 """

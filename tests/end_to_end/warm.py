@@ -1,6 +1,6 @@
-"""Programs in processes of their own that have imported torch already: of a short run, imports are most.
+"""Starts programs in processes that have imported torch already, as imports take most of the time of a short run.
 
-They are forks of a server that has computed nothing, and else what a shell starts: arguments, environment, exit codes.
+They are forks of a server that has computed nothing, with arguments, environment and exit codes as a shell has them.
 """
 
 import os
@@ -30,7 +30,7 @@ def begin(output: Path, directory: Path, environment: dict[str, str], script: Pa
 
 
 class Warm:
-    """Such a process, with the methods of subprocess.Popen that are needed here."""
+    """Is such a process, with the methods of subprocess.Popen that are needed here."""
 
     def __init__(self, output: Path, directory: Path, environment: dict[str, str], script: Path, arguments: list[str]):
         with mock.patch.dict(os.environ, environment, clear=True):  # as kernels are imported in the server

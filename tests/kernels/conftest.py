@@ -12,7 +12,7 @@ from kernels.operators import looked_up_again
 
 @pytest.fixture(scope="module", params=["reference", "triton"])
 def implementation(request):
-    """Every test that asks for it runs with both. The interpreter's numpy need not warn of what tests overflow."""
+    """Every test that asks for it runs with both. The interpreter's numpy does not warn of overflows."""
     with pytest.MonkeyPatch.context() as patch, numpy.errstate(all="ignore"):
         patch.setenv("NVCNN_KERNELS", request.param)
         yield request.param
@@ -32,14 +32,14 @@ def poisoned():
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """No test repeats the launches of another, whose configurations may be others."""
+    """No test repeats the launches of another, which may be configured otherwise."""
     with looked_up_again():
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
-    """The interpreter's table for tensors without memory, too. On a GPU kernels are configured as they train."""
+    """Tensors without memory take the interpreter's table, too. On a GPU kernels are configured as they train."""
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setattr(configurations, "table_name", lambda device: configurations.TEST)

@@ -54,51 +54,45 @@ class Shape(NamedTuple):
 
     @property
     def how(self) -> tuple[tuple[int, int], tuple[int, int], int]:
-        """Stride, padding, groups: as the ops take them."""
+        """Returns stride, padding and groups, as the ops take them."""
         return self.stride, self.padding, self.groups
 
 
-# Of every convolution of resnet50, resnext50, googlenet, vgg16, alexnet, inception3, inception4, inception-resnet2 and
-# overfeat: fewer channels and pixels, each geometry once (`test_convolution.test_the_models_geometries` says how). Few
-# tests need all of them: the first list has each kernel, stride, padding and groups once, but for equal axes.
+# The geometries of every convolution of resnet50, resnext50, googlenet, vgg16, alexnet, inception3, inception4,
+# inception-resnet2 and overfeat, with fewer channels, pixels and taps: `test_convolution.test_the_models_geometries`
+# says how. Few tests need all of them: TWINS differ from one of MODELS in their axes, or in their padding, alone. Of x
+# these have one block of channels, of y two; x has two in ODD.
 MODELS = [
-    Shape(1, 18, 6, 6, 18, 1, 1),
-    Shape(1, 18, 8, 8, 18, 1, 1, (2, 2)),
-    Shape(1, 18, 6, 6, 18, 1, 3, (1, 1), (0, 1)),
-    Shape(1, 18, 7, 5, 18, 7, 1, (1, 1), (3, 0)),
-    Shape(1, 3, 6, 6, 18, 3, 3, (1, 1), (1, 1)),
-    Shape(1, 3, 7, 7, 18, 3, 3, (2, 2)),
-    Shape(1, 18, 5, 5, 18, 3, 3),
-    Shape(1, 18, 5, 5, 18, 3, 3, (1, 1), (1, 1)),
-    Shape(1, 18, 7, 7, 18, 3, 3, (2, 2)),
-    Shape(1, 18, 8, 8, 18, 3, 3, (2, 2), (1, 1)),
-    Shape(1, 16, 6, 6, 16, 3, 3, (1, 1), (1, 1), 4),
+    Shape(1, 9, 5, 5, 18, 1, 1),
+    Shape(1, 9, 6, 6, 18, 1, 1, (2, 2)),
+    Shape(1, 9, 5, 5, 18, 1, 3, (1, 1), (0, 1)),
+    Shape(1, 9, 7, 5, 18, 7, 1, (1, 1), (3, 0)),
+    Shape(1, 3, 5, 5, 18, 3, 3, (1, 1), (1, 1)),
+    Shape(1, 3, 5, 5, 18, 3, 3, (2, 2)),
+    Shape(1, 9, 5, 5, 18, 3, 3, (1, 1), (1, 1)),
+    Shape(1, 9, 5, 5, 18, 3, 3, (2, 2)),
+    Shape(1, 9, 6, 6, 18, 3, 3, (2, 2), (1, 1)),
+    Shape(1, 16, 5, 5, 16, 3, 3, (1, 1), (1, 1), 4),
     Shape(1, 16, 6, 6, 16, 3, 3, (2, 2), (1, 1), 4),
-    Shape(1, 18, 5, 5, 18, 5, 5, (1, 1), (2, 2)),
+    Shape(1, 9, 5, 5, 18, 5, 5, (1, 1), (2, 2)),
     Shape(1, 3, 8, 8, 18, 7, 7, (2, 2), (3, 3)),
-    Shape(1, 3, 11, 11, 18, 11, 11, (4, 4), (2, 2)),
+    Shape(1, 3, 7, 7, 18, 7, 7, (4, 4), (2, 2)),
 ]
 TWINS = [
-    Shape(1, 18, 5, 5, 18, 1, 1),
-    Shape(1, 18, 6, 6, 18, 1, 1, (2, 2)),
-    Shape(1, 18, 6, 6, 18, 3, 1, (1, 1), (1, 0)),
-    Shape(1, 18, 5, 7, 18, 1, 7, (1, 1), (0, 3)),
-    Shape(1, 18, 6, 6, 18, 3, 3, (1, 1), (1, 1)),
-    Shape(1, 18, 5, 5, 18, 3, 3, (2, 2)),
-    Shape(1, 18, 6, 6, 18, 3, 3, (2, 2), (1, 1)),
-    Shape(1, 16, 5, 5, 16, 3, 3, (1, 1), (1, 1), 4),
-    Shape(1, 16, 8, 8, 16, 3, 3, (2, 2), (1, 1), 4),
-    Shape(1, 18, 6, 6, 18, 5, 5),
-    Shape(1, 3, 15, 15, 18, 11, 11, (4, 4)),
+    Shape(1, 9, 5, 5, 18, 3, 1, (1, 1), (1, 0)),
+    Shape(1, 9, 5, 7, 18, 1, 7, (1, 1), (0, 3)),
+    Shape(1, 9, 5, 5, 18, 3, 3),
+    Shape(1, 9, 5, 5, 18, 5, 5),
+    Shape(1, 3, 7, 7, 18, 7, 7, (4, 4)),
 ]
 
 # What no model has, or has in one place only.
 ODD = [
     Shape(2, 24, 1, 1, 20, 1, 1),
-    Shape(3, 9, 1, 1, 5, 3, 3, (1, 1), (1, 1)),
+    Shape(3, 17, 1, 1, 5, 3, 3, (1, 1), (1, 1)),
     Shape(2, 5, 7, 4, 7, 3, 2, (3, 1), (0, 2)),
-    Shape(2, 4, 9, 7, 6, 7, 7, (2, 2), (3, 3)),
-    Shape(1, 8, 7, 9, 6, 7, 7, (2, 2), (3, 3)),
+    Shape(2, 4, 5, 7, 6, 3, 7, (2, 2), (1, 3)),
+    Shape(1, 8, 7, 5, 6, 3, 5, (2, 2), (1, 2)),
     Shape(1, 17, 9, 9, 3, 2, 2, (3, 3)),
     Shape(2, 24, 5, 6, 12, 1, 3, (1, 2), (0, 1), 3),
     Shape(1, 20, 4, 5, 20, 3, 3, (1, 1), (1, 1), 20),
@@ -110,28 +104,26 @@ SHAPES = [
     *(pytest.param(shape, id=str(shape)) for shape in MODELS + ODD),
     *(pytest.param(shape, id=str(shape), marks=pytest.mark.full) for shape in TWINS),
 ]
-COMMON = [Shape(1, 64, 6, 6, 24, 1, 1), Shape(2, 32, 5, 4, 24, 3, 3, (2, 2), (1, 1))]
-FEW = [MODELS[1], MODELS[5], MODELS[9], MODELS[11]]
+COMMON = Shape(2, 32, 5, 4, 24, 3, 3, (2, 2), (1, 1))
+FEW = [MODELS[1], MODELS[5], MODELS[10]]  # classes of pixels without a tap; few channels; groups
 
 TILES = Shape(2, 24, 5, 4, 40, 1, 1)  # whose rows are multiples of 16 bytes
-BOXES = [
-    Shape(1, 24, 5, 6, 24, 3, 3, (1, 1), (1, 1)),
-    Shape(1, 16, 3, 5, 8, 1, 7, (1, 1), (0, 3)),
-    Shape(1, 16, 5, 3, 8, 7, 1, (1, 1), (3, 0)),
-    Shape(1, 16, 4, 5, 8, 5, 5, (1, 1), (2, 2)),
-    Shape(2, 16, 5, 4, 8, 2, 3),
-    Shape(2, 16, 1, 1, 8, 3, 3, (1, 1), (1, 1)),
-    Shape(3, 8, 1, 1, 8, 1, 1, (1, 1), (1, 0)),
-    Shape(1, 24, 9, 7, 8, 1, 1, (2, 3)),
-]
-
-
 OF_ONE_IMAGE, OF_FOUR = {"TMA": 1, "BOX_H": 4, "BOX_W": 4}, {"TMA": 1, "BOX_H": 2, "BOX_W": 2}  # boxes of 16 rows
+# Boxes that reach over an edge in H, in W and in N, or lie in a corner; each geometry by one kind of box.
+BOXES = [
+    (Shape(1, 24, 5, 6, 8, 3, 3, (1, 1), (1, 1)), OF_ONE_IMAGE),
+    (Shape(1, 16, 3, 5, 8, 1, 7, (1, 1), (0, 3)), OF_ONE_IMAGE),
+    (Shape(1, 16, 5, 3, 8, 7, 1, (1, 1), (3, 0)), OF_FOUR),
+    (Shape(2, 16, 5, 4, 8, 2, 3), OF_FOUR),
+    (Shape(2, 16, 1, 1, 8, 3, 3, (1, 1), (1, 1)), OF_ONE_IMAGE),
+    (Shape(5, 8, 1, 2, 8, 1, 1, (1, 1), (1, 0)), OF_FOUR),
+    (Shape(1, 24, 9, 7, 8, 1, 1, (2, 3)), OF_FOUR),
+]
 
 
 @contextmanager
 def configured(**choices: int):
-    """The ops' configuration with these choices."""
+    """The ops are configured with these choices."""
     if choices.get("TMA") and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("a GPU without TMA")
     lookup = conv_shape.configuration
@@ -143,7 +135,7 @@ def configured(**choices: int):
 
 
 def check_same(run: Callable[[], tuple[Tensor, ...]], loads: int = 0, **choices: int) -> None:
-    """The same bits with the choices as without, by as many kinds of tiles."""
+    """Checks that the choices change no bit, and that `loads` tensors are then loaded by descriptors."""
     made = []
     with configured():
         plain = run()
@@ -159,7 +151,7 @@ def check_same(run: Callable[[], tuple[Tensor, ...]], loads: int = 0, **choices:
 
 @st.composite
 def random_shapes(draw):
-    """Any geometry with a result; few enough products for the interpreter."""
+    """Draws any geometry that has a result, with few enough products for the interpreter."""
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     c, k = (draw(st.integers(1, 24 // groups)) * groups for _ in range(2))
     r, s = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (1, 4), (5, 1), (2, 3)]))
@@ -187,12 +179,12 @@ def of_weight(dy: Tensor, a: Tensor, shape: Shape) -> Tensor:
     return conv2d_weight(a.double(), shape.weight, dy.double(), *how)
 
 
-def integer_norm(rows, channels, device) -> Tensor:
-    return torch.randint(-2, 3, (rows, channels), device=device).float()
+def integer_norm(channels, device) -> Tensor:
+    return torch.randint(-2, 3, (5, channels), device=device).float()
 
 
 def random_norm(channels, device) -> Tensor:
-    """As of a BatchNorm: mean, scale, shift, rstd, mean_low."""
+    """Returns what a BatchNorm has: mean, scale, shift, rstd, mean_low."""
     mean, shift = torch.randn(2, channels, device=device)
     scale, rstd = torch.rand(2, channels, device=device) + 0.5
     return torch.stack((mean, scale, shift, rstd, mean * U))
@@ -203,7 +195,7 @@ def normalised(x: Tensor, norm: Tensor) -> Tensor:
 
 
 def normalised_terms(x: Tensor, norm: Tensor) -> Tensor:
-    """What (x - mean) scale + shift, or x scale + (shift - mean scale), is a sum of."""
+    """Returns the sum of the absolute terms of (x - mean) scale + shift, or of x scale + (shift - mean scale)."""
     return normalised(x.abs(), torch.stack((-norm[MEAN.value].abs(), norm[SCALE.value].abs(), norm[SHIFT.value].abs())))
 
 
@@ -219,7 +211,7 @@ def as_it_is(x: Tensor) -> Operand:
 
 
 def activation(x, norm, implementation, residual=None, residual_norm=None) -> Operand:
-    """relu((x - mean) scale + shift + residual). The reference rounds each of its two steps, and each of its sums."""
+    """Returns relu((x - mean) scale + shift + residual). The reference rounds both of its steps and sums."""
     if norm is None:
         return as_it_is(x)
     exact, terms = normalised(x, norm), normalised_terms(x, norm)
@@ -233,7 +225,7 @@ def activation(x, norm, implementation, residual=None, residual_norm=None) -> Op
 
 
 def output_gradient(g, y, norm, factors, implementation) -> Operand:
-    """scale g + factors[0] (y - mean) + factors[1]."""
+    """Returns scale g + factors[0] (y - mean) + factors[1]."""
     if norm is None:
         return as_it_is(g)
     scale = spread(norm[SCALE.value])
@@ -251,13 +243,13 @@ def least(x: Tensor) -> float:
 
 
 def product_error(multiply, a: Operand, b: Operand, terms: int) -> Tensor:
-    """Of sums of that many products: fp32 sums in any order, and operands that are off."""
+    """Returns the error of sums of `terms` products: of fp32 sums in any order, and of operands that are off."""
     size = multiply(a.exact.abs() + a.error, b.exact.abs() + b.error)
     return (terms + 2) * U * size + (size - multiply(a.exact.abs(), b.exact.abs())).clamp(min=0) + 1e-13 * size
 
 
 def check_close(got: Tensor, exact: Tensor, bound: Tensor | float, name: str) -> None:
-    """Says where it is not: index, both values, how many."""
+    """Says where the values are not close: the index, both values, and how many there are."""
     wrong = ~((got.double() - exact).abs() <= bound)
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
@@ -267,7 +259,7 @@ def check_close(got: Tensor, exact: Tensor, bound: Tensor | float, name: str) ->
 
 
 def check_error(got: Tensor, pytorch: Tensor, exact: Tensor) -> None:
-    """Of all values together and of the worst, at most twice that of PyTorch's operator in the same dtype."""
+    """Checks that all values together, and the worst, are at most twice as far off as PyTorch's in the same dtype."""
     ours, theirs = (result.double() - exact for result in (got, pytorch))
     assert theirs.norm() > 0
     assert ours.norm() <= 2 * theirs.norm()
@@ -283,11 +275,10 @@ def small_integers(shape, dtype, device) -> Tensor:
 
 
 def tensors(shape: Shape, dtype, device, make=randn) -> dict[str, Tensor]:
-    """x, weight, g and what else the ops take, by their arguments' names."""
-    return {
-        "x": make(shape.x, dtype, device),
-        "residual": make(shape.x, dtype, device),
-        "weight": make(shape.weight, dtype, device),
-        "g": make(shape.y, dtype, device),
-        "y": make(shape.y, dtype, device),
-    }
+    """Returns what the gradients take, by their arguments' names (`norm` is that of y); and residual and center."""
+    rows = random_norm if make is randn else integer_norm
+    of_x = {name: make(shape.x, dtype, device) for name in ("x", "residual", "skip", "z", "branch")}
+    of_y = {name: make(shape.y, dtype, device) for name in ("g", "y")}
+    norms = {"norm": rows(shape.k, device), "x_norm": rows(shape.c, device), "branch_norm": rows(shape.c, device)}
+    factors, center = rows(shape.k, device)[:2].clone(), rows(shape.k, device)[0].clone()
+    return of_x | of_y | norms | {"weight": make(shape.weight, dtype, device), "factors": factors, "center": center}

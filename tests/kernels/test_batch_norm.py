@@ -28,7 +28,7 @@ variants = pytest.mark.parametrize(("joins", "relu"), [(False, False), (False, T
 
 
 class Case:
-    """x, residual, dy like x; gamma, beta of x's channels. Their float64 twins go through PyTorch's own modules."""
+    """Holds x, residual and dy; gamma and beta. Their twins in float64 go through PyTorch's own operators."""
 
     def __init__(self, shape, dtype, device, *, joins=False, relu=False, mean=0.0, deviation=1.0):
         c = shape[1]
@@ -39,7 +39,7 @@ class Case:
         self.gamma, self.beta = torch.rand(c, device=device) + 0.5, torch.randn(c, device=device)
 
     def ours(self, running=None):
-        """y, batch mean and variance, and the gradients of x, gamma, beta (and residual)."""
+        """Returns y, the batch's mean and variance, norm, and the gradients of x, gamma, beta (and residual)."""
         double = single_or_double(self.x)
         leaves = {"x": self.x, "gamma": self.gamma.to(double), "beta": self.beta.to(double)}
         if self.residual is not None:
@@ -59,7 +59,7 @@ class Case:
         return out | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
 
     def exact(self, running=None):
-        """The same from PyTorch's operators in float64; `v` is what ReLU is applied to."""
+        """Returns the same from PyTorch's operators in float64; `v` is what ReLU is applied to."""
         c = len(self.gamma)
         given = {"x": self.x, "gamma": self.gamma, "beta": self.beta, "residual": self.residual}
         leaves = {k: v.double().detach().requires_grad_() for k, v in given.items() if v is not None}
@@ -74,12 +74,12 @@ class Case:
         return out | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
 
     def leave_the_kink(self):
-        """Where ReLU's argument is too near 0 to tell its sign, no gradient comes."""
+        """Lets no gradient come where ReLU's argument is too near 0 to tell its sign."""
         self.dy[self.exact()["v"].abs() < 1e-2] = 0
 
 
 def check(case, implementation):
-    """Every result within the roundings that lead to it."""
+    """Checks that every result is within the roundings that lead to it."""
     got, exact, x = case.ours(), case.exact(), case.x.double()
     n = x.numel() // x.shape[1]
     out = unit(case.x.dtype, implementation)
@@ -138,11 +138,11 @@ def check(case, implementation):
         assert torch.equal(got["d_residual"].double(), exact["d_residual"])
 
 
-@variants
+@pytest.mark.parametrize("joins", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, joins, relu):
+def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, joins):
     torch.manual_seed(0)
-    case = Case((3, 37, 5, 7), dtype, device, joins=joins, relu=relu, mean=0.5, deviation=2.0)
+    case = Case((3, 37, 5, 7), dtype, device, joins=joins, relu=True, mean=0.5, deviation=2.0)
     case.leave_the_kink()
     check(case, implementation)
 
@@ -165,7 +165,7 @@ def test_any_shape(implementation, device, shape, dtype, joins, relu, mean, seed
 @variants
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_exact_on_integers(implementation, device, dtype, joins, relu):
-    """Vectors of small integers: normalising and its gradients are exact."""
+    """With vectors of small integers, normalising and its gradients are exact."""
     x, residual, dy = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(3))
     rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(3)]
     norm = torch.stack([*rows, torch.ones(35, device=device), torch.zeros(35, device=device)])
@@ -185,7 +185,7 @@ def test_is_exact_on_integers(implementation, device, dtype, joins, relu):
 @pytest.mark.parametrize("of", ["dy", "x", "y"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dtype, of):
-    """Without relu, with its mask from x, and from y, which is another value's where there was a residual."""
+    """The mask of relu is that of x, or that of y where a residual was added; without relu there is none."""
     x, dy, y = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(3))
     rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(5)]
     norm, (mean, scale, shift) = torch.stack(rows), (v.view(1, -1, 1, 1).double() for v in rows[:3])
@@ -205,9 +205,8 @@ def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dty
 
 
 @pytest.mark.parametrize("joins", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_sums_and_dx_apart_are_those_of_the_whole_backward(implementation, device, dtype, joins):
-    case = Case((3, 37, 5, 7), dtype, device, joins=joins, relu=True, mean=0.5, deviation=2.0)
+def test_the_sums_and_dx_apart_are_those_of_the_whole_backward(implementation, device, joins):
+    case = Case((3, 37, 5, 7), torch.float16, device, joins=joins, relu=True, mean=0.5, deviation=2.0)
     case.leave_the_kink()
     whole = case.ours()
     g, sums = batch_norm_gradient_sums(case.dy, case.x, whole["y"] if joins else None, whole["norm"], True)
@@ -215,7 +214,7 @@ def test_the_sums_and_dx_apart_are_those_of_the_whole_backward(implementation, d
     d_gamma, d_beta = rows[D_GAMMA], rows[D_BETA]
     assert not rows[4].any()
     dx = batch_norm_data_gradient(g, case.x, whole["norm"], rows[FACTORS])
-    bound = 8 * U + (2 if implementation == "reference" else 0) * unit(dtype, implementation)  # PyTorch's own order
+    bound = 8 * U + (2 if implementation == "reference" else 0) * unit(torch.float16, implementation)  # its own order
     for got, name in ((dx, "d_x"), (d_gamma, "d_gamma"), (d_beta, "d_beta")):
         if implementation == "triton":
             assert torch.equal(got, whole[name]), name
@@ -241,7 +240,7 @@ def test_statistics_are_exact_on_integers(implementation, device):
 
 
 def test_a_mean_far_above_the_deviation_keeps_three_digits(device, monkeypatch):
-    """fp32, mean 1000, deviation 0.01. PyTorch's mean, and with it the reference's, is off by 1 % of the deviation."""
+    """In fp32, mean 1000, deviation 0.01, PyTorch's mean, and with it the reference's, is off by 1 % of the latter."""
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     torch.manual_seed(0)
     case = Case((4, 5, 15, 17), torch.float32, device, mean=1000.0, deviation=0.01)
@@ -250,15 +249,16 @@ def test_a_mean_far_above_the_deviation_keeps_three_digits(device, monkeypatch):
         assert (got[name].double() - exact[name]).abs().max() < 5e-4 * exact[name].abs().max(), name
 
 
-def test_the_producer_s_sums(implementation, device):
-    """Sums over three parts, about a center of their own, give the norm of the statistics."""
+@pytest.mark.parametrize("parts", [3, 75, 600])
+def test_the_producer_s_sums(implementation, device, parts):
+    """They are about a center of their own, and over few parts, more than a tile has, or more than MOST_PARTS."""
     torch.manual_seed(0)
-    case = Case((6, 37, 4, 5), torch.float32, device, mean=3.0)
+    case = Case((6, 37, 10, 10), torch.float32, device, mean=3.0)
     center = case.x.mean((0, 2, 3)) + 0.25
-    d = (case.x - center.view(1, -1, 1, 1)).unflatten(0, (3, 2))
-    sums = torch.stack((d.sum((1, 3, 4)), d.square().sum((1, 3, 4))))
+    d = (case.x.permute(0, 2, 3, 1) - center).reshape(parts, -1, 37)
     mean, var = torch.empty(2, 37, device=device)
-    norm = norm_from_sums(sums, center, 6 * 4 * 5, case.gamma, case.beta, mean, var, EPS)
+    sums = torch.stack((d.sum(1), d.square().sum(1)))
+    norm = norm_from_sums(sums, center, 600, case.gamma, case.beta, mean, var, EPS)
     exact = case.ours()
     assert torch.allclose(mean, exact["mean"], rtol=0, atol=1e-5)
     assert torch.allclose(var, exact["var"], rtol=1e-4)
@@ -275,10 +275,10 @@ def test_evaluation(implementation, device, relu):
         assert torch.allclose(got[name].double(), exact[name], rtol=1e-5, atol=1e-4), name
 
 
-@variants
+@pytest.mark.parametrize("joins", [False, True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_value_that_is_not_finite_spoils_its_channel_alone(implementation, device, value, joins, relu):
-    case = Case((2, 33, 3, 5), torch.float16, device, joins=joins, relu=relu)
+def test_a_value_that_is_not_finite_spoils_its_channel_alone(implementation, device, value, joins):
+    case = Case((2, 33, 3, 5), torch.float16, device, joins=joins, relu=True)
     case.x[1, 32, 2, 4] = value
     got = case.ours()
     for name in ("y", "d_x"):
@@ -300,9 +300,8 @@ def test_a_constant_channel(implementation, device):
     assert all(t.isfinite().all() for t in got.values())
 
 
-@variants
-def test_two_runs_give_the_same_bits(implementation, device, joins, relu):
-    case = Case((3, 40, 9, 9), torch.float16, device, joins=joins, relu=relu)
+def test_two_runs_give_the_same_bits(implementation, device):
+    case = Case((3, 40, 9, 9), torch.float16, device, joins=True, relu=True)
     first, second = case.ours(), case.ours()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -310,11 +309,11 @@ def test_two_runs_give_the_same_bits(implementation, device, joins, relu):
 @variants
 @pytest.mark.parametrize("batch", [True, False])
 def test_gradcheck(device, monkeypatch, joins, relu, batch):
-    """In float64, through the reference: the statistics as well, of which batch_norm's gradient knows by itself."""
+    """In float64 the reference's gradient goes through the statistics as well, of which batch_norm knows by itself."""
     monkeypatch.setenv("NVCNN_KERNELS", "reference")
     torch.manual_seed(0)
-    case = Case((2, 3, 3, 4), torch.float64, device, joins=joins, relu=relu)
-    running = torch.randn(3, device=device).double(), torch.rand(3, device=device).double() + 0.5
+    case = Case((2, 2, 2, 3), torch.float64, device, joins=joins, relu=relu)
+    running = torch.randn(2, device=device).double(), torch.rand(2, device=device).double() + 0.5
 
     def normalised(x, gamma, beta, residual):
         scratch = torch.empty_like(gamma), torch.empty_like(gamma)
@@ -366,9 +365,7 @@ def test_opcheck(implementation, device):
     ("change", "message"),
     [
         ({"x": lambda t: t.contiguous()}, "batch_norm: x must be channels-last"),
-        ({"x": lambda t: t.int()}, "batch_norm: x must be one of"),
         ({"residual": lambda t: t.half()}, r"batch_norm: residual must be \(2, 4, 3, 3\), torch.float32.*float16"),
-        ({"residual": lambda t: t[:1]}, r"residual must be \(2, 4, 3, 3\).*got \(1, 4, 3, 3\)"),
         ({"gamma": lambda t: t.half()}, r"gamma must be \(4,\), torch.float32"),
         ({"beta": lambda t: t[1:]}, r"beta must be \(4,\).*got \(3,\)"),
         ({"norm": lambda t: t[:4]}, r"norm must be \(5, 4\)"),

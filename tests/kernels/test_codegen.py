@@ -16,14 +16,14 @@ from benchmarks.codegen import CHIPS, MATRIX, PROLOGUES, UNALIGNED, accesses_of,
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """The short list on all chips."""
+    """Compiles the short list for all chips, and returns its rows."""
     file = tmp_path_factory.mktemp("codegen") / "rows.json"
     compiling("benchmarks.codegen", "--list=short", f"--json={file}")
     return json.loads(file.read_text())["rows"]
 
 
 def compiling(*command: str) -> str:
-    """Runs the module in a process of its own, since the interpreter replaces the compiler in this; its output."""
+    """Returns the output of the module in a process of its own, as the interpreter replaces the compiler in this."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -7,105 +7,77 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kernels import batch_norm_statistics, convolution, norm_from_sums
-from tests.kernels.convolutions import (
-    BOXES,
-    COMMON,
-    DTYPES,
-    FEW,
-    MODELS,
-    OF_FOUR,
-    OF_ONE_IMAGE,
-    SHAPES,
-    TILES,
-    TWINS,
-    Shape,
-    U,
-    activation,
-    as_it_is,
-    check_close,
-    check_error,
-    check_same,
-    configured,
-    convolved,
-    integer_norm,
-    product_error,
-    random_norm,
-    random_shapes,
-    rounded_bound,
-    small_integers,
-    spread,
-    tensors,
-)
+from tests.kernels import convolutions as conv
 from tests.kernels.images import channels_last, randn
 
-POINTWISE = Shape(2, 21, 5, 4, 19, 1, 1)
+POINTWISE = conv.Shape(2, 21, 5, 4, 19, 1, 1)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def forward(given, shape, **options):
+    return convolution(given["x"], given["weight"], *shape.how, **options)
+
+
+def sums_of(y, center):
+    d = y.double() - conv.spread(center)
+    return torch.stack((d.sum((0, 2, 3)), d.square().sum((0, 2, 3))))
+
+
+@pytest.mark.parametrize("shape", conv.SHAPES)
 def test_is_exact_on_integers(implementation, device, shape):
-    """With the producer's norm, and the sums for the next; padding is 0 behind them."""
+    """x is normalised by its producer's norm, behind which padding is 0, and y brings the sums for the next norm."""
     torch.manual_seed(0)
-    given = tensors(shape, torch.float16, device, small_integers)
-    norm, center = integer_norm(5, shape.c, device), integer_norm(1, shape.k, device)[0]
-    y, z, sums = convolution(given["x"], given["weight"], *shape.how, norm=norm, center=center)
-    exact = convolved(activation(given["x"], norm, implementation).exact, given["weight"], shape)
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    y, z, sums = forward(given, shape, norm=given["x_norm"], center=given["center"])
+    exact = conv.convolved(conv.activation(given["x"], given["x_norm"], implementation).exact, given["weight"], shape)
     assert torch.equal(y, exact.half())
     assert y.is_contiguous(memory_format=torch.channels_last)
-    d = y.double() - spread(center)
-    assert torch.equal(sums.double().sum(1), torch.stack((d.sum((0, 2, 3)), d.square().sum((0, 2, 3)))))
+    assert torch.equal(sums.double().sum(1), sums_of(y, given["center"]))
     assert z.numel() == 0
 
 
-@pytest.mark.parametrize("shape", FEW, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", conv.FEW, ids=str)
+@pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_alone_is_exact_on_integers(implementation, device, dtype, shape):
-    given = tensors(shape, dtype, device, small_integers)
-    y, z, sums = convolution(given["x"], given["weight"], *shape.how)
-    assert torch.equal(y, convolved(given["x"], given["weight"], shape).to(dtype))
+    given = conv.tensors(shape, dtype, device, conv.small_integers)
+    y, z, sums = forward(given, shape)
+    assert torch.equal(y, conv.convolved(given["x"], given["weight"], shape).to(dtype))
     assert z.numel() == sums.numel() == 0
 
 
-@pytest.mark.parametrize("shape", COMMON, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype, shape):
+@pytest.mark.parametrize("dtype", conv.DTYPES)
+def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype):
     torch.manual_seed(0)
-    given = tensors(shape, dtype, device)
-    x, weight = given["x"], given["weight"]
-    pytorch = F.conv2d(x, weight, None, shape.stride, shape.padding, 1, shape.groups)
-    check_error(convolution(x, weight, *shape.how)[0], pytorch, convolved(x, weight, shape))
+    given = conv.tensors(conv.COMMON, dtype, device)
+    pytorch = F.conv2d(given["x"], given["weight"], None, conv.COMMON.stride, conv.COMMON.padding)
+    conv.check_error(forward(given, conv.COMMON)[0], pytorch, conv.convolved(given["x"], given["weight"], conv.COMMON))
 
 
 def check(shape, dtype, device, implementation, prologue, sums):
-    given = tensors(shape, dtype, device)
-    x, weight, residual = given["x"], given["weight"], given["residual"]
-    arguments = {}
-    if prologue != "none":
-        arguments["norm"] = random_norm(shape.c, device)
-    if prologue in ("join", "raw join"):
-        arguments["residual"] = residual
-    if prologue == "raw join":
-        arguments["residual_norm"] = random_norm(shape.c, device)
-    center = torch.randn(shape.k, device=device) if sums else None
-    y, z, got = convolution(x, weight, *shape.how, **arguments, center=center)
+    given = conv.tensors(shape, dtype, device)
+    weight, center = given["weight"], given["center"] if sums else None
+    names = {"none": (), "norm": ("x_norm",), "join": ("x_norm", "residual")}
+    operands = [given[name] for name in names.get(prologue, ("x_norm", "residual", "branch_norm"))]
+    arguments = dict(zip(("norm", "residual", "residual_norm"), operands, strict=False))
+    y, z, got = forward(given, shape, **arguments, center=center)
 
-    a = activation(x, arguments.get("norm"), implementation, *list(arguments.values())[1:])
+    a = conv.activation(given["x"], arguments.get("norm"), implementation, *operands[1:])
     if "residual" in arguments:
-        check_close(z, a.exact, a.error, "z")
-        a = as_it_is(z)  # which is what is multiplied
-    exact = convolved(a.exact, weight, shape)
+        conv.check_close(z, a.exact, a.error, "z")
+        a = conv.as_it_is(z)  # which is what is multiplied
+    exact = conv.convolved(a.exact, weight, shape)
     terms = shape.r * shape.s * shape.c // shape.groups
-    error = product_error(lambda a, w: convolved(a, w, shape), a, as_it_is(weight), terms)
-    check_close(y, exact, rounded_bound(exact, error, dtype, implementation), "y")
+    error = conv.product_error(lambda a, w: conv.convolved(a, w, shape), a, conv.as_it_is(weight), terms)
+    conv.check_close(y, exact, conv.rounded_bound(exact, error, dtype, implementation), "y")
     if sums:
-        d = y.double() - spread(center)
+        d = y.double() - conv.spread(center)
         values = y.numel() // shape.k + 4
         for i, value in enumerate((d, d.square())):
-            bound = values * U * value.abs().sum((0, 2, 3)) + values * 1e-30
-            check_close(got[i].double().sum(0), value.sum((0, 2, 3)), bound, f"sums[{i}]")
+            bound = values * conv.U * value.abs().sum((0, 2, 3)) + values * 1e-30
+            conv.check_close(got[i].double().sum(0), value.sum((0, 2, 3)), bound, f"sums[{i}]")
 
 
-@pytest.mark.parametrize("prologue", ["none", "norm", "join", "raw join"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prologue", ["norm", "join", "raw join"])
+@pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, prologue):
     torch.manual_seed(0)
     check(POINTWISE, dtype, device, implementation, prologue, True)
@@ -113,8 +85,8 @@ def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, prologue
 
 @settings(max_examples=12)
 @given(
-    shape=random_shapes(),
-    dtype=st.sampled_from(DTYPES),
+    shape=conv.random_shapes(),
+    dtype=st.sampled_from(conv.DTYPES),
     prologue=st.sampled_from(["none", "norm"]),
     sums=st.booleans(),
     seed=st.integers(0, 2**32),
@@ -126,41 +98,34 @@ def test_any_shape(implementation, device, shape, dtype, prologue, sums, seed):
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_the_join_is_exact_on_integers(implementation, device, raw):
-    given = tensors(POINTWISE, torch.float16, device, small_integers)
-    norm, others = integer_norm(5, POINTWISE.c, device), integer_norm(5, POINTWISE.c, device)
-    y, z, _ = convolution(
-        *(given["x"], given["weight"], *POINTWISE.how, norm, given["residual"], others if raw else None)
-    )
-    exact = activation(given["x"], norm, implementation, given["residual"], others if raw else None).exact
+    given = conv.tensors(POINTWISE, torch.float16, device, conv.small_integers)
+    norm, residual, residual_norm = given["x_norm"], given["residual"], given["branch_norm"] if raw else None
+    y, z, _ = forward(given, POINTWISE, norm=norm, residual=residual, residual_norm=residual_norm)
+    exact = conv.activation(given["x"], norm, implementation, residual, residual_norm).exact
     assert torch.equal(z, exact.half())
-    assert torch.equal(y, convolved(exact, given["weight"], POINTWISE).half())
+    assert torch.equal(y, conv.convolved(exact, given["weight"], POINTWISE).half())
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_scale_shift_add_relu_are_exact_on_integers(implementation, device, scaled, add, relu):
-    """Bias and ReLU, or an evaluation's folded BatchNorm, join and ReLU."""
-    shape = Shape(2, 5, 6, 5, 19, 3, 3, (2, 1), (1, 1))
-    given = tensors(shape, torch.float16, device, small_integers)
-    scale, shift = integer_norm(2, shape.k, device)
-    y, *_ = convolution(
-        *(given["x"], given["weight"], *shape.how),
-        scale=scale if scaled else None,
-        shift=shift,
-        add=given["g"] if add else None,
-        relu=relu,
-    )
-    exact = convolved(given["x"], given["weight"], shape) * (spread(scale) if scaled else 1) + spread(shift)
-    exact = exact + (given["g"].double() if add else 0)
+    """They are a bias and ReLU, or BatchNorm, join and ReLU as evaluation folds them."""
+    shape = conv.Shape(2, 5, 6, 5, 19, 3, 3, (2, 1), (1, 1))
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    scale, shift = given["factors"]
+    options = {"scale": scale if scaled else None, "shift": shift, "add": given["g"] if add else None, "relu": relu}
+    y = forward(given, shape, **options)[0]
+    exact = conv.convolved(given["x"], given["weight"], shape) * (conv.spread(scale) if scaled else 1)
+    exact = exact + conv.spread(shift) + (given["g"].double() if add else 0)
     assert torch.equal(y, (exact.relu() if relu else exact).half())
 
 
 def test_the_sums_make_the_norm_of_the_statistics(implementation, device):
     torch.manual_seed(0)
-    given = tensors(POINTWISE, torch.float16, device)
-    center, gamma, beta = (torch.randn(POINTWISE.k, device=device) for _ in range(3))
-    y, _, sums = convolution(given["x"], given["weight"], *POINTWISE.how, center=center)
+    given = conv.tensors(POINTWISE, torch.float16, device)
+    center, (gamma, beta) = given["center"], given["factors"]
+    y, _, sums = forward(given, POINTWISE, center=center)
     scratch = [torch.empty(POINTWISE.k, device=device) for _ in range(4)]
     norm = norm_from_sums(sums, center, y.numel() // POINTWISE.k, gamma, beta, *scratch[:2], 1e-4)
     assert torch.allclose(norm, batch_norm_statistics(y, gamma, beta, *scratch[2:], 1e-4), rtol=1e-4, atol=1e-5)
@@ -168,16 +133,10 @@ def test_the_sums_make_the_norm_of_the_statistics(implementation, device):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implementation, device, value):
-    shape = Shape(2, 17, 5, 5, 3, 3, 3, (1, 1), (1, 1))
-    given = tensors(shape, torch.float16, device)
+    shape = conv.Shape(2, 17, 5, 5, 3, 3, 3, (1, 1), (1, 1))
+    given = conv.tensors(shape, torch.float16, device)
     given["x"][1, 16, 2, 2] = value
-    y, _, sums = convolution(
-        given["x"],
-        given["weight"].abs(),
-        *shape.how,
-        norm=random_norm(17, device),
-        center=torch.zeros(3, device=device),
-    )
+    y, _, sums = forward(given | {"weight": given["weight"].abs()}, shape, norm=given["x_norm"], center=given["center"])
     assert not y[1, :, 1:4, 1:4].isfinite().any()
     assert y[0].isfinite().all()
     assert y[1, :, 0].isfinite().all()
@@ -186,81 +145,71 @@ def test_a_value_that_is_not_finite_reaches_every_output_it_has_a_part_in(implem
 
 @pytest.mark.parametrize("choices", [{"TMA": 1}, {"PERSISTENT": 4}], ids=str)
 def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, choices):
-    given = tensors(TILES, torch.float16, device)
-    norm, epilogue = random_norm(TILES.c, device), {"center": torch.zeros(TILES.k, device=device)}
-    scale, shift = torch.randn(2, TILES.k, device=device)
+    given = conv.tensors(conv.TILES, torch.float16, device)
+    scale, shift = given["factors"]
+    norm, sums = {"norm": given["x_norm"]}, {"center": given["center"]}
+    joined = {"residual": given["residual"], "residual_norm": given["branch_norm"]}
     folded = {"scale": scale, "shift": shift, "add": given["g"], "relu": True}
-    prologues = (), (norm,), (norm, given["residual"], norm)
-    for prologue, options in (*((p, epilogue) for p in prologues), ((), folded)):
-        check_same(
-            lambda: convolution(given["x"], given["weight"], *TILES.how, *prologue, **options),  # noqa: B023
-            2 * choices.get("TMA", 0),
-            **choices,
-        )
+    for options in (sums, sums | norm, sums | norm | joined, folded):
+        conv.check_same(lambda: forward(given, conv.TILES, **options), 2 * choices.get("TMA", 0), **choices)  # noqa: B023
 
 
-@pytest.mark.parametrize("box", [OF_ONE_IMAGE, OF_FOUR], ids=["one image", "four"])
-@pytest.mark.parametrize("shape", BOXES, ids=str)
+@pytest.mark.parametrize(("shape", "box"), conv.BOXES, ids=[str(shape) for shape, _ in conv.BOXES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
-    given = tensors(shape, torch.float16, device, small_integers)
-    norm, center = integer_norm(5, shape.c, device), integer_norm(1, shape.k, device)[0]
-    exact = convolved(activation(given["x"], norm, "triton").exact, given["weight"], shape)
-    with configured(**box, PERSISTENT=5):
-        y, _, sums = convolution(given["x"], given["weight"], *shape.how, norm=norm, center=center, add=given["g"])
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    exact = conv.convolved(conv.activation(given["x"], given["x_norm"], "triton").exact, given["weight"], shape)
+    with conv.configured(**box, PERSISTENT=3):
+        y, _, sums = forward(given, shape, norm=given["x_norm"], center=given["center"], add=given["g"])
     assert torch.equal(y, (exact + given["g"].double()).half())
-    d = y.double() - spread(center)
-    assert torch.equal(sums.double().sum(1), torch.stack((d.sum((0, 2, 3)), d.square().sum((0, 2, 3)))))
+    assert torch.equal(sums.double().sum(1), sums_of(y, given["center"]))
 
 
 def test_what_a_box_reads_outside_of_the_image_is_padding(device):
-    shape = BOXES[4]._replace(padding=(1, 1))
-    given = tensors(shape, torch.float16, device, small_integers)
-    arguments, sums = (given["x"], given["weight"], *shape.how), {"center": torch.zeros(shape.k, device=device)}
-    with configured(**OF_ONE_IMAGE):
-        assert torch.equal(convolution(*arguments)[0], convolved(given["x"], given["weight"], shape).half())
+    shape = conv.Shape(2, 16, 5, 4, 8, 2, 3, padding=(1, 1))
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    arguments, sums = (given["x"], given["weight"], *shape.how), {"center": given["center"]}
+    with conv.configured(**conv.OF_ONE_IMAGE):
+        assert torch.equal(convolution(*arguments)[0], conv.convolved(given["x"], given["weight"], shape).half())
         torch.library.opcheck(convolution.overload, arguments, sums, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize(
     "shape",
     [
-        *(MODELS[0], MODELS[10]),  # 18 channels, 4 groups
-        Shape(1, 16, 6, 6, 18, 3, 3, (2, 2)),
-        Shape(1, 16, 6, 6, 18, 1, 1, (2, 2), (1, 1)),
-        Shape(1, 8, 6, 6, 18, 3, 3),
+        *(conv.MODELS[0], conv.MODELS[9]),  # 9 channels, 4 groups
+        conv.Shape(1, 16, 6, 6, 18, 3, 3, (2, 2)),
+        conv.Shape(1, 16, 6, 6, 18, 1, 1, (2, 2), (1, 1)),
+        conv.Shape(1, 8, 6, 6, 18, 3, 3),
     ],
     ids=str,
 )
 def test_refuses_tma_where_tiles_are_no_boxes(device, shape):
-    given = tensors(shape, torch.float16, device)
-    refused = rf"convolution: TMA is for .*'TMA': 1.* for N=1 C={shape.c} .*x \(1, {shape.c}, 6, 6\)"
-    with configured(**OF_ONE_IMAGE), pytest.raises(ValueError, match=refused):
-        convolution(given["x"], given["weight"], *shape.how)
+    given = conv.tensors(shape, torch.float16, device)
+    refused = rf"convolution: TMA is for .*'TMA': 1.* for N=1 C={shape.c} .*x \(1, {shape.c}, .*\)"
+    with conv.configured(**conv.OF_ONE_IMAGE), pytest.raises(ValueError, match=refused):
+        forward(given, shape)
 
 
 @pytest.mark.parametrize("width", [0, 3])
 def test_refuses_boxes_that_no_tile_fills(device, width):
-    given = tensors(BOXES[0], torch.float16, device)
+    shape = conv.BOXES[0][0]
+    given = conv.tensors(shape, torch.float16, device)
     refused = rf"convolution: with TMA, BOX_H x BOX_W divides BLOCK_ROWS; got .*'BOX_W': {width}.* for N=1 C=24"
-    with configured(TMA=1, BOX_H=1, BOX_W=width), pytest.raises(ValueError, match=refused):
-        convolution(given["x"], given["weight"], *BOXES[0].how)
+    with conv.configured(TMA=1, BOX_H=1, BOX_W=width), pytest.raises(ValueError, match=refused):
+        forward(given, shape)
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
-    given = tensors(POINTWISE, torch.float16, device)
-    arguments = {
-        "norm": random_norm(21, device),
-        "residual": given["residual"],
-        "center": torch.zeros(19, device=device),
-    }
-    first, second = (convolution(given["x"], given["weight"], *POINTWISE.how, **arguments) for _ in range(2))
+    given = conv.tensors(POINTWISE, torch.float16, device)
+    options = {"norm": given["x_norm"], "residual": given["residual"], "center": given["center"]}
+    first, second = (forward(given, POINTWISE, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_opcheck(implementation, device):
-    given = tensors(POINTWISE, torch.float32, device)
+    given = conv.tensors(POINTWISE, torch.float32, device)
     x, weight, how = given["x"], given["weight"], POINTWISE.how
-    norm, of_y = random_norm(21, device), torch.rand(19, device=device)
+    norm, of_y = given["x_norm"], given["center"]
     for arguments in (
         {},
         {"norm": norm, "residual": given["residual"], "residual_norm": norm, "center": of_y},
@@ -273,24 +222,15 @@ def test_opcheck(implementation, device):
     ("change", "message"),
     [
         ({"x": lambda t: t.contiguous()}, "convolution: x must be channels-last"),
-        ({"x": lambda t: t.int()}, "convolution: x must be one of"),
-        ({"x": lambda t: t[:1].expand(2, -1, -1, -1)}, "convolution: x must be channels-last"),
-        (
-            {"x": lambda _: channels_last(torch.zeros(2, 3, 4, 5))},
-            r"1 groups of the weight \(6, 4, 3, 3\) take 4 channels.*has 3",
-        ),
-        (
-            {"x": lambda _: channels_last(torch.zeros(2, 4, 1, 1))},
-            r"1 x 1 pixels and padding .0, 0. are smaller than.* 3 x 3",
-        ),
+        ({"x": lambda _: channels_last(torch.zeros(2, 3, 4, 5))}, r"1 groups .*\(6, 4, 3, 3\) take 4 channels.*has 3"),
+        ({"x": lambda _: channels_last(torch.zeros(2, 4, 1, 1))}, r"1 x 1 pixels .* smaller than .* 3 x 3"),
         ({"weight": lambda t: t.contiguous()}, "weight must be channels-last"),
         ({"weight": lambda t: t.to("meta")}, "weight must be torch.float32, on cpu; got torch.float32, on meta"),
         ({"weight": lambda t: t.half()}, "weight must be torch.float32, on cpu; got torch.float16"),
         ({"stride": lambda _: (0, 1)}, "stride and padding are two each"),
         ({"stride": lambda _: (1,)}, "stride and padding are two each"),
-        ({"groups": lambda _: 4}, "4 groups of the weight"),
+        ({"groups": lambda _: 4, "weight": lambda t: channels_last(t[:, :1].clone())}, "4 groups of the weight"),
         ({"norm": lambda t: t[:4]}, r"norm must be \(5, 4\)"),
-        ({"norm": lambda t: t.half()}, r"norm must be \(5, 4\), torch.float32.*float16"),
         ({"center": lambda _: torch.zeros(5)}, r"center must be \(6,\).*got \(5,\)"),
         ({"shift": lambda _: torch.zeros(6, 1)}, r"shift must be \(6,\)"),
         ({"add": lambda _: channels_last(torch.zeros(2, 6, 3, 3))}, r"add must be \(2, 6, 2, 3\)"),
@@ -313,23 +253,25 @@ def test_refuses(change, message):
 
 @pytest.mark.full
 def test_the_models_geometries():
-    """MODELS and TWINS are all of those models: channels reduced, and pixels by whole periods of strides."""
+    """MODELS and TWINS are all that these models have, with fewer channels, and fewer taps and pixels by strides."""
     timm, models = pytest.importorskip("timm"), pytest.importorskip("torchvision").models
 
     def reduced(x, layer):
-        (_, c, *size), (r, s) = x.shape, layer.kernel_size
-        for axis, (taps, stride) in enumerate(zip((r, s), layer.stride, strict=True)):
-            while size[axis] > 6 and size[axis] - 2 * stride >= max(taps, 5):
-                size[axis] -= 2 * stride
-        narrow = 16 if layer.groups > 1 else c if c < 8 else 18
+        (_, c, *size), kernel = x.shape, [*layer.kernel_size]
+        for axis, stride in enumerate(layer.stride):
+            while kernel[axis] > 7:
+                kernel[axis] -= stride
+            while size[axis] - stride >= max(kernel[axis], 5):
+                size[axis] -= stride
+        narrow = 16 if layer.groups > 1 else c if c < 8 else 9
         wide = 16 if layer.groups > 1 else 18
         assert layer.dilation == (1, 1)
-        return Shape(1, narrow, *size, wide, r, s, layer.stride, layer.padding, 4 if layer.groups > 1 else 1)
+        return conv.Shape(1, narrow, *size, wide, *kernel, layer.stride, layer.padding, 4 if layer.groups > 1 else 1)
 
     found = {  # overfeat, of which neither package has a model
-        Shape(1, 3, 15, 15, 18, 11, 11, (4, 4)),
-        Shape(1, 18, 6, 6, 18, 5, 5),
-        Shape(1, 18, 6, 6, 18, 3, 3, (1, 1), (1, 1)),
+        conv.Shape(1, 3, 7, 7, 18, 7, 7, (4, 4)),
+        conv.Shape(1, 9, 5, 5, 18, 5, 5),
+        conv.Shape(1, 9, 5, 5, 18, 3, 3, (1, 1), (1, 1)),
     }
     plain = {"aux_logits": False, "init_weights": False}
     with torch.device("meta"):
@@ -343,4 +285,4 @@ def test_the_models_geometries():
             if isinstance(layer, torch.nn.Conv2d):
                 layer.register_forward_hook(lambda layer, inputs, _: found.add(reduced(inputs[0], layer)))
         network.eval()(torch.empty(1, 3, size, size, device="meta"))
-    assert found == {*MODELS, *TWINS}
+    assert found == {*conv.MODELS, *conv.TWINS}

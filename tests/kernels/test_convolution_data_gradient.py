@@ -8,155 +8,116 @@ from torch.nn.grad import conv2d_input
 
 from kernels import convolution_data_gradient, norm_gradient
 from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, MEAN, MEAN_LOW, SCALE
-from tests.kernels.convolutions import (
-    BOXES,
-    COMMON,
-    DTYPES,
-    FEW,
-    OF_FOUR,
-    OF_ONE_IMAGE,
-    SHAPES,
-    TILES,
-    Shape,
-    U,
-    as_it_is,
-    check_close,
-    check_error,
-    check_same,
-    configured,
-    integer_norm,
-    normalised,
-    normalised_terms,
-    of_input,
-    output_gradient,
-    product_error,
-    random_norm,
-    random_shapes,
-    rounded_bound,
-    small_integers,
-    spread,
-    tensors,
-)
+from tests.kernels import convolutions as conv
 from tests.kernels.images import channels_last, randn
 
-STRIDED = Shape(2, 19, 6, 5, 18, 3, 3, (2, 2), (1, 1))
-TINY = Shape(1, 3, 4, 3, 5, 3, 3, (2, 2), (1, 1))
-POINTWISE = Shape(2, 19, 5, 4, 21, 1, 1)
+STRIDED = conv.Shape(2, 19, 6, 5, 18, 3, 3, (2, 2), (1, 1))
+TINY = conv.Shape(1, 3, 4, 3, 5, 3, 3, (2, 2), (1, 1))
+POINTWISE = conv.Shape(2, 19, 5, 4, 21, 1, 1)
+MAP, MASK = ("y", "norm", "factors"), ("x", "x_norm")
+OF_CLASSES = [*conv.BOXES, (conv.Shape(1, 16, 7, 6, 8, 3, 3, (2, 2), (1, 1)), conv.OF_FOUR)]
 
 
 def sums_of(g, x, norm):
     g = g.double()
-    return torch.stack((g.sum((0, 2, 3)), (g * (x.double() - spread(norm[MEAN.value]))).sum((0, 2, 3))))
+    return torch.stack((g.sum((0, 2, 3)), (g * (x.double() - conv.spread(norm[MEAN.value]))).sum((0, 2, 3))))
 
 
-def gradient(given, shape, **options):
+def gradient(given, shape, *names):
+    options = {name: given[name] for name in names}
     return convolution_data_gradient(given["g"], given["weight"], (shape.h, shape.w), *shape.how, **options)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_is_exact_on_integers(implementation, device, shape):
-    """Through the BatchNorm behind, masked by the one before, with its sums."""
-    torch.manual_seed(0)
-    given = tensors(shape, torch.float16, device, small_integers)
-    x, y = given["x"], given["y"]
-    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
-    x_norm = integer_norm(5, shape.c, device)
-    dx, sums, others = gradient(given, shape, y=y, norm=norm, factors=factors, x=x, x_norm=x_norm)
-    dy = output_gradient(given["g"], y, norm, factors, implementation).exact
-    exact = of_input(dy, given["weight"], shape) * (normalised(x, x_norm) > 0)
-    assert torch.equal(dx, exact.half())
-    assert dx.is_contiguous(memory_format=torch.channels_last)
+def check_exact(dx, sums, given, shape):
+    dy = conv.output_gradient(*(given[name] for name in ("g", *MAP)), "triton").exact
+    x, x_norm = (given[name] for name in MASK)
+    assert torch.equal(dx, (conv.of_input(dy, given["weight"], shape) * (conv.normalised(x, x_norm) > 0)).half())
     assert torch.equal(sums.double().sum(1), sums_of(dx, x, x_norm))
+
+
+@pytest.mark.parametrize("shape", conv.SHAPES)
+def test_is_exact_on_integers(implementation, device, shape):
+    """dy comes through the BatchNorm behind, dx is masked by the one before, and brings the sums for its gradient."""
+    torch.manual_seed(0)
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    dx, sums, others = gradient(given, shape, *MAP, *MASK)
+    check_exact(dx, sums, given, shape)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
     assert others.numel() == 0
 
 
-@pytest.mark.parametrize("shape", [*FEW, POINTWISE], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*conv.FEW, POINTWISE], ids=str)
+@pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_alone_is_exact_on_integers(implementation, device, dtype, shape):
-    given = tensors(shape, dtype, device, small_integers)
+    given = conv.tensors(shape, dtype, device, conv.small_integers)
     dx, sums, others = gradient(given, shape)
-    assert torch.equal(dx, of_input(given["g"], given["weight"], shape).to(dtype))
+    assert torch.equal(dx, conv.of_input(given["g"], given["weight"], shape).to(dtype))
     assert sums.numel() == others.numel() == 0
 
 
-@pytest.mark.parametrize("shape", COMMON, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype, shape):
+@pytest.mark.parametrize("dtype", conv.DTYPES)
+def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype):
     torch.manual_seed(0)
-    given = tensors(shape, dtype, device)
-    pytorch = conv2d_input(shape.x, given["weight"], given["g"], shape.stride, shape.padding, 1, shape.groups)
-    check_error(gradient(given, shape)[0], pytorch, of_input(given["g"], given["weight"], shape))
+    given = conv.tensors(conv.COMMON, dtype, device)
+    pytorch = conv2d_input(conv.COMMON.x, given["weight"], given["g"], conv.COMMON.stride, conv.COMMON.padding)
+    conv.check_error(gradient(given, conv.COMMON)[0], pytorch, conv.of_input(given["g"], given["weight"], conv.COMMON))
 
 
 @pytest.mark.parametrize("branch", [False, True])
 @pytest.mark.parametrize("shape", [POINTWISE, STRIDED], ids=str)
 def test_the_join_is_exact_on_integers(implementation, device, shape, branch):
     """The skip's gradient is added before the mask, which is that of z; sums go to both that were joined."""
-    given = tensors(shape, torch.float16, device, small_integers)
-    skip, z, x = (small_integers(shape.x, torch.float16, device) for _ in range(3))
-    norm, of_x, of_branch = (integer_norm(5, c, device) for c in (shape.k, shape.c, shape.c))
-    options = {"branch": given["residual"], "branch_norm": of_branch} if branch else {}
-    dx, sums, others = gradient(given, shape, norm=norm, skip=skip, z=z, x=x, x_norm=of_x, **options)
-    exact = of_input(spread(norm[SCALE.value]) * given["g"], given["weight"], shape) + skip
-    assert torch.equal(dx, (exact * (z > 0)).half())
-    assert torch.equal(sums.double().sum(1), sums_of(dx, x, of_x))
-    assert (
-        others.numel() == 0
-        if not branch
-        else torch.equal(others.double().sum(1), sums_of(dx, given["residual"], of_branch))
-    )
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    joined = ("branch", "branch_norm") if branch else ()
+    dx, sums, others = gradient(given, shape, "norm", "skip", "z", *MASK, *joined)
+    exact = conv.of_input(conv.spread(given["norm"][SCALE.value]) * given["g"], given["weight"], shape) + given["skip"]
+    assert torch.equal(dx, (exact * (given["z"] > 0)).half())
+    assert torch.equal(sums.double().sum(1), sums_of(dx, given["x"], given["x_norm"]))
+    if branch:
+        assert torch.equal(others.double().sum(1), sums_of(dx, given["branch"], given["branch_norm"]))
+    else:
+        assert others.numel() == 0
 
 
 def check(shape, dtype, device, implementation, *, mapped, masked, skipped):
-    given = tensors(shape, dtype, device)
-    x, y = given["x"], given["y"]
-    options = {}
-    if mapped:
-        options |= {
-            "y": y,
-            "norm": random_norm(shape.k, device),
-            "factors": torch.randn(2, shape.k, device=device),
-        }
-    if masked:
-        options |= {"x": x, "x_norm": random_norm(shape.c, device)}
-    if skipped:
-        options["skip"] = given["residual"]
-    dx, sums, _ = gradient(given, shape, **options)
+    given = conv.tensors(shape, dtype, device)
+    names = MAP * mapped + MASK * masked + ("skip",) * skipped
+    dx, sums, _ = gradient(given, shape, *names)
 
-    dy = output_gradient(given["g"], y, options.get("norm"), options.get("factors"), implementation)
-    exact = of_input(dy.exact, given["weight"], shape)
+    x, x_norm = (given[name] for name in MASK)
+    dy = conv.output_gradient(given["g"], *(given[name] if mapped else None for name in MAP), implementation)
+    exact = conv.of_input(dy.exact, given["weight"], shape)
     terms = shape.r * shape.s * shape.k // shape.groups
-    error = product_error(lambda g, w: of_input(g, w, shape), dy, as_it_is(given["weight"]), terms)
+    error = conv.product_error(lambda g, w: conv.of_input(g, w, shape), dy, conv.as_it_is(given["weight"]), terms)
     if skipped:
-        exact = exact + given["residual"].double()
-        error = error + U * (exact.abs() + error)
-    bound = rounded_bound(exact, error, dtype, implementation)
+        exact = exact + given["skip"].double()
+        error = error + conv.U * (exact.abs() + error)
+    bound = conv.rounded_bound(exact, error, dtype, implementation)
     if masked:
-        value = normalised(x, options["x_norm"])
+        value = conv.normalised(x, x_norm)
         exact = exact * (value > 0)
         # Where the mask is too near to tell, its argument's rounding decides.
-        doubt = value.abs() <= (8 * U if implementation == "triton" or dtype == torch.float32 else 2.0**-10) * (
-            normalised_terms(x, options["x_norm"]) + 1e-30
+        doubt = value.abs() <= (8 * conv.U if implementation == "triton" or dtype == torch.float32 else 2.0**-10) * (
+            conv.normalised_terms(x, x_norm) + 1e-30
         )
         exact, bound = torch.where(doubt, dx.double(), exact), torch.where(doubt, torch.zeros_like(bound), bound)
-    check_close(dx, exact, bound, "dx")
+    conv.check_close(dx, exact, bound, "dx")
     if masked:
-        wanted, size = sums_of(dx, x, options["x_norm"]), dx.double().abs()
-        sizes = torch.stack((size, size * (x.double() - spread(options["x_norm"][MEAN.value])).abs())).sum((1, 3, 4))
-        check_close(sums.double().sum(1), wanted, (dx.numel() // shape.c + 4) * U * sizes, "sums")
+        wanted, size = sums_of(dx, x, x_norm), dx.double().abs()
+        sizes = torch.stack((size, size * (x.double() - conv.spread(x_norm[MEAN.value])).abs())).sum((1, 3, 4))
+        conv.check_close(sums.double().sum(1), wanted, (dx.numel() // shape.c + 4) * conv.U * sizes, "sums")
 
 
-@pytest.mark.parametrize("skipped", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, skipped):
+@pytest.mark.parametrize("dtype", conv.DTYPES)
+def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype):
     torch.manual_seed(0)
-    check(STRIDED, dtype, device, implementation, mapped=True, masked=True, skipped=skipped)
+    check(STRIDED, dtype, device, implementation, mapped=True, masked=True, skipped=True)
 
 
 @settings(max_examples=12)
 @given(
-    shape=random_shapes(),
-    dtype=st.sampled_from(DTYPES),
+    shape=conv.random_shapes(),
+    dtype=st.sampled_from(conv.DTYPES),
     mapped=st.booleans(),
     masked=st.booleans(),
     skipped=st.booleans(),
@@ -168,9 +129,9 @@ def test_any_shape(implementation, device, shape, dtype, mapped, masked, skipped
 
 
 def test_the_sums_make_batch_norm_s_gradients(implementation, device):
-    """d_gamma, d_beta, and the map by which the layer before goes on: against float64 through the statistics."""
+    """d_gamma, d_beta and the map, by which the layer before goes on, are those of float64 through the statistics."""
     torch.manual_seed(0)
-    given = tensors(POINTWISE, torch.float32, device)
+    given = conv.tensors(POINTWISE, torch.float32, device)
     x, c = given["x"].double(), POINTWISE.c
     gamma, beta = (torch.rand(2, c, device=device).double() + 0.5).requires_grad_()
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
@@ -178,79 +139,66 @@ def test_the_sums_make_batch_norm_s_gradients(implementation, device):
     norm = torch.stack((mean, gamma * rstd, beta, rstd, torch.zeros_like(mean))).detach().float()
     norm[MEAN.value] += 2.0**-10  # what MEAN_LOW makes up for
     norm[MEAN_LOW.value] = (mean - norm[MEAN.value].double()).float()
-    dx, sums, _ = gradient(given, POINTWISE, x=given["x"], x_norm=norm)
+    dx, sums, _ = gradient(given | {"x_norm": norm}, POINTWISE, *MASK)
     rows = norm_gradient(sums, norm, x.numel() // c)
     leaf = x.detach().requires_grad_()
     v = torch.nn.functional.batch_norm(leaf, None, None, gamma, beta, True, eps=1e-4)
     exact = torch.autograd.grad(v, (leaf, gamma, beta), dx.double())
-    through = output_gradient(dx, given["x"], norm, rows[FACTORS], implementation).exact
+    through = conv.output_gradient(dx, given["x"], norm, rows[FACTORS], implementation).exact
     for got, wanted in zip((through, rows[D_GAMMA], rows[D_BETA]), exact, strict=True):
         assert torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_reaches_every_pixel_it_has_a_part_in(implementation, device, value):
-    shape = Shape(2, 3, 5, 5, 17, 3, 3, (1, 1), (1, 1))
-    given = tensors(shape, torch.float16, device)
+    shape = conv.Shape(2, 3, 5, 5, 17, 3, 3, (1, 1), (1, 1))
+    given = conv.tensors(shape, torch.float16, device)
     given["g"][1, 16, 2, 2] = value
-    x = given["x"].abs() + 1
-    x_norm = torch.tensor([0.0, 1, 0, 1, 0], device=device).view(5, 1).repeat(1, 3)
-    dx, sums, _ = gradient(given, shape, x=x, x_norm=x_norm)
+    given["x"] = given["x"].abs() + 1
+    given["x_norm"] = torch.tensor([0.0, 1, 0, 1, 0], device=device).view(5, 1).repeat(1, 3)
+    dx, sums, _ = gradient(given, shape, *MASK)
     assert not dx[1, :, 1:4, 1:4].isfinite().any()
     assert dx[0].isfinite().all()
     assert not sums.sum(1).isfinite().any()
 
 
 def test_a_nan_lets_the_gradient_pass(implementation, device):
-    given = tensors(POINTWISE, torch.float32, device)
+    given = conv.tensors(POINTWISE, torch.float32, device)
     given["x"][0, 3, 1, 1] = torch.nan
-    norm = random_norm(POINTWISE.c, device)
-    dx, sums, _ = gradient(given, POINTWISE, x=given["x"], x_norm=norm)
+    dx, sums, _ = gradient(given, POINTWISE, *MASK)
     assert dx[0, 3, 1, 1] != 0
     assert sums.sum(1).isfinite().sum() == 2 * POINTWISE.c - 1
 
 
 @pytest.mark.parametrize("choices", [{"TMA": 1}, {"PERSISTENT": 4}], ids=str)
 def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, choices):
-    given = tensors(TILES, torch.float16, device)
-    norm, x_norm = random_norm(TILES.k, device), random_norm(TILES.c, device)
-    every = {"y": given["y"], "norm": norm, "factors": norm[:2].clone()}
-    every |= {"skip": given["residual"], "x": given["x"], "x_norm": x_norm}
-    for options in ({}, every):
-        loads = (3 if options else 2) * choices.get("TMA", 0)
-        check_same(lambda: gradient(given, TILES, **options), loads, **choices)  # noqa: B023
+    given = conv.tensors(conv.TILES, torch.float16, device)
+    for names in (), (*MAP, "skip", *MASK):
+        loads = (3 if names else 2) * choices.get("TMA", 0)
+        conv.check_same(lambda: gradient(given, conv.TILES, *names), loads, **choices)  # noqa: B023
 
 
-@pytest.mark.parametrize("box", [OF_ONE_IMAGE, OF_FOUR], ids=["one image", "four"])
-@pytest.mark.parametrize("shape", [*BOXES, Shape(1, 16, 7, 6, 8, 3, 3, (2, 2), (1, 1))], ids=str)
+@pytest.mark.parametrize(("shape", "box"), OF_CLASSES, ids=[str(shape) for shape, _ in OF_CLASSES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
-    """Those of a class of pixels, whatever the stride."""
-    given = tensors(shape, torch.float16, device, small_integers)
-    x, y = given["x"], given["y"]
-    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
-    x_norm = integer_norm(5, shape.c, device)
-    with configured(**box, PERSISTENT=5):
-        dx, sums, _ = gradient(given, shape, y=y, norm=norm, factors=factors, x=x, x_norm=x_norm)
-    dy = output_gradient(given["g"], y, norm, factors, "triton").exact
-    assert torch.equal(dx, (of_input(dy, given["weight"], shape) * (normalised(x, x_norm) > 0)).half())
-    assert torch.equal(sums.double().sum(1), sums_of(dx, x, x_norm))
+    """Boxes are of the pixels of one class, whatever the stride."""
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    with conv.configured(**box, PERSISTENT=3):
+        dx, sums, _ = gradient(given, shape, *MAP, *MASK)
+    check_exact(dx, sums, given, shape)
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
-    given = tensors(STRIDED, torch.float16, device)
-    options = {"x": given["x"], "x_norm": random_norm(STRIDED.c, device)}
-    first, second = (gradient(given, STRIDED, **options) for _ in range(2))
+    given = conv.tensors(STRIDED, torch.float16, device)
+    first, second = (gradient(given, STRIDED, *MASK) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_opcheck(implementation, device):
-    given = tensors(TINY, torch.float32, device)
-    of_y, of_x = random_norm(TINY.k, device), random_norm(TINY.c, device)
-    x, arguments = given["x"], (given["g"], given["weight"], (TINY.h, TINY.w), *TINY.how)
-    every = {"y": given["y"], "norm": of_y, "factors": of_y[:2], "skip": x, "z": x, "x": x, "x_norm": of_x}
-    for options in ({}, every | {"branch": x, "branch_norm": of_x}):
-        torch.library.opcheck(convolution_data_gradient.overload, arguments, options)
-    torch.library.opcheck(norm_gradient.overload, (torch.rand(2, 3, TINY.c, device=device), of_x, 60))
+    given = conv.tensors(TINY, torch.float32, device)
+    arguments = given["g"], given["weight"], (TINY.h, TINY.w), *TINY.how
+    for names in (), (*MAP, "skip", "z", *MASK, "branch", "branch_norm"):
+        torch.library.opcheck(convolution_data_gradient.overload, arguments, {name: given[name] for name in names})
+    torch.library.opcheck(norm_gradient.overload, (torch.rand(2, 3, TINY.c, device=device), given["x_norm"], 60))
 
 
 @pytest.mark.parametrize(

@@ -7,100 +7,71 @@ from hypothesis import strategies as st
 from torch.nn.grad import conv2d_weight
 
 from kernels import convolution_weight_gradient
-from tests.kernels.convolutions import (
-    BOXES,
-    COMMON,
-    DTYPES,
-    FEW,
-    OF_FOUR,
-    OF_ONE_IMAGE,
-    SHAPES,
-    TILES,
-    Shape,
-    activation,
-    check_close,
-    check_error,
-    check_same,
-    configured,
-    integer_norm,
-    of_weight,
-    output_gradient,
-    product_error,
-    random_norm,
-    random_shapes,
-    rounded_bound,
-    small_integers,
-    tensors,
-)
+from tests.kernels import convolutions as conv
 from tests.kernels.images import channels_last, randn
 
-PLAIN = Shape(3, 19, 5, 4, 18, 1, 1)  # in tests its rows are shared out to three parts
+PLAIN = conv.Shape(3, 19, 5, 4, 18, 1, 1)  # in tests its rows are shared out to three parts
+MAPS = "y", "norm", "factors", "x_norm"
 
 
-def gradient(given, shape, dtype, **options):
+def gradient(given, shape, dtype, *names):
     out = channels_last(torch.empty(shape.weight, dtype=dtype, device=given["g"].device))
-    convolution_weight_gradient(given["g"], given["x"], out, *shape.how, **options)
+    convolution_weight_gradient(given["g"], given["x"], out, *shape.how, **{name: given[name] for name in names})
     return out
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def exact_of(given, shape):
+    dy = conv.output_gradient(given["g"], *(given[name] for name in MAPS[:3]), "triton")
+    return conv.of_weight(dy.exact, conv.activation(given["x"], given["x_norm"], "triton").exact, shape)
+
+
+@pytest.mark.parametrize("shape", conv.SHAPES)
 def test_is_exact_on_integers(implementation, device, shape):
     torch.manual_seed(0)
-    given = tensors(shape, torch.float16, device, small_integers)
-    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
-    x_norm = integer_norm(5, shape.c, device)
-    maps = {"y": given["y"], "norm": norm, "factors": factors, "x_norm": x_norm}
-    got = gradient(given, shape, torch.float32, **maps)
-    dy = output_gradient(given["g"], given["y"], norm, factors, implementation).exact
-    assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_norm, implementation).exact, shape))
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    assert torch.equal(gradient(given, shape, torch.float32, *MAPS).double(), exact_of(given, shape))
 
 
-@pytest.mark.parametrize("shape", FEW, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", conv.FEW, ids=str)
+@pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_stores_in_either_dtype(implementation, device, dtype, shape):
-    given = tensors(shape, dtype, device, small_integers)
-    exact = of_weight(given["g"], given["x"], shape)
+    given = conv.tensors(shape, dtype, device, conv.small_integers)
+    exact = conv.of_weight(given["g"], given["x"], shape)
     for out in {dtype, torch.float32}:
         assert torch.equal(gradient(given, shape, out), exact.to(out))
 
 
-@pytest.mark.parametrize("shape", COMMON, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype, shape):
+@pytest.mark.parametrize("dtype", conv.DTYPES)
+def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype):
     torch.manual_seed(0)
-    given = tensors(shape, dtype, device)
-    pytorch = conv2d_weight(given["x"], shape.weight, given["g"], shape.stride, shape.padding, 1, shape.groups)
-    check_error(gradient(given, shape, dtype), pytorch, of_weight(given["g"], given["x"], shape))
+    given = conv.tensors(conv.COMMON, dtype, device)
+    pytorch = conv2d_weight(given["x"], conv.COMMON.weight, given["g"], conv.COMMON.stride, conv.COMMON.padding)
+    conv.check_error(gradient(given, conv.COMMON, dtype), pytorch, conv.of_weight(given["g"], given["x"], conv.COMMON))
 
 
 def check(shape, dtype, device, implementation, *, mapped, normal, out):
-    given = tensors(shape, dtype, device)
-    options = {}
-    if mapped:
-        options |= {"y": given["y"], "norm": random_norm(shape.k, device)}
-        options["factors"] = torch.randn(2, shape.k, device=device)
-    if normal:
-        options["x_norm"] = random_norm(shape.c, device)
-    got = gradient(given, shape, out, **options)
-    a = activation(given["x"], options.get("x_norm"), implementation)
-    dy = output_gradient(given["g"], given["y"], options.get("norm"), options.get("factors"), implementation)
-    exact, rows = of_weight(dy.exact, a.exact, shape), given["g"].numel() // shape.k
-    error = product_error(lambda g, x: of_weight(g, x, shape), dy, a, rows)
-    check_close(got, exact, rounded_bound(exact, error, out, implementation), "dw")
+    given = conv.tensors(shape, dtype, device)
+    options = {name: given[name] for name in MAPS[:3] * mapped + MAPS[3:] * normal}
+    got = gradient(given, shape, out, *options)
+    a = conv.activation(given["x"], options.get("x_norm"), implementation)
+    dy = conv.output_gradient(given["g"], given["y"], options.get("norm"), options.get("factors"), implementation)
+    exact, rows = conv.of_weight(dy.exact, a.exact, shape), given["g"].numel() // shape.k
+    error = conv.product_error(lambda g, x: conv.of_weight(g, x, shape), dy, a, rows)
+    conv.check_close(got, exact, conv.rounded_bound(exact, error, out, implementation), "dw")
 
 
-@pytest.mark.parametrize("out", ["same", "fp32"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, out):
+@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("dtype", conv.DTYPES)
+def test_is_as_close_as_its_dtypes_allow(implementation, device, dtype, formed):
+    """Operands are formed as they are loaded, or are not: then a rounding of the parts would show."""
     torch.manual_seed(0)
-    out = dtype if out == "same" else torch.float32
-    check(PLAIN, dtype, device, implementation, mapped=True, normal=True, out=out)
+    check(PLAIN, dtype, device, implementation, mapped=formed, normal=formed, out=dtype)
 
 
 @settings(max_examples=12)
 @given(
-    shape=random_shapes(),
-    dtype=st.sampled_from(DTYPES),
+    shape=conv.random_shapes(),
+    dtype=st.sampled_from(conv.DTYPES),
     mapped=st.booleans(),
     normal=st.booleans(),
     seed=st.integers(0, 2**32),
@@ -113,7 +84,7 @@ def test_any_shape(implementation, device, shape, dtype, mapped, normal, seed):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("of", ["g", "x"])
 def test_a_value_that_is_not_finite_spoils_its_channel_alone(implementation, device, of, value):
-    given = tensors(PLAIN, torch.float16, device)
+    given = conv.tensors(PLAIN, torch.float16, device)
     given[of][1, 17, 2, 2] = value
     finite = gradient(given, PLAIN, torch.float32).isfinite()
     spoilt = finite.transpose(0, 1) if of == "x" else finite
@@ -122,39 +93,30 @@ def test_a_value_that_is_not_finite_spoils_its_channel_alone(implementation, dev
 
 
 def test_tiles_by_tma_give_the_same_bits(device):
-    given = tensors(TILES, torch.float16, device)
-    norm, x_norm = random_norm(TILES.k, device), random_norm(TILES.c, device)
-    every = {"y": given["y"], "norm": norm, "factors": norm[:2].clone(), "x_norm": x_norm}
-    for options, loads in ({}, 2), (every, 3):
-        check_same(lambda: (gradient(given, TILES, torch.float32, **options),), loads, TMA=1)  # noqa: B023
+    given = conv.tensors(conv.TILES, torch.float16, device)
+    for names, loads in ((), 2), (MAPS, 3):
+        conv.check_same(lambda: (gradient(given, conv.TILES, torch.float32, *names),), loads, TMA=1)  # noqa: B023
 
 
-@pytest.mark.parametrize("box", [OF_ONE_IMAGE, OF_FOUR], ids=["one image", "four"])
-@pytest.mark.parametrize("shape", BOXES, ids=str)
+@pytest.mark.parametrize(("shape", "box"), conv.BOXES, ids=[str(shape) for shape, _ in conv.BOXES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
-    given = tensors(shape, torch.float16, device, small_integers)
-    norm, factors = integer_norm(5, shape.k, device), integer_norm(2, shape.k, device)
-    x_norm = integer_norm(5, shape.c, device)
-    maps = {"y": given["y"], "norm": norm, "factors": factors, "x_norm": x_norm}
-    with configured(**box):
-        got = gradient(given, shape, torch.float32, **maps)
-    dy = output_gradient(given["g"], given["y"], norm, factors, "triton").exact
-    assert torch.equal(got.double(), of_weight(dy, activation(given["x"], x_norm, "triton").exact, shape))
+    given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    with conv.configured(**box):
+        got = gradient(given, shape, torch.float32, *MAPS)
+    assert torch.equal(got.double(), exact_of(given, shape))
 
 
 def test_two_runs_give_the_same_bits(implementation, device):
-    given = tensors(PLAIN, torch.float16, device)
+    given = conv.tensors(PLAIN, torch.float16, device)
     first, second = (gradient(given, PLAIN, torch.float32) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_opcheck(implementation, device):
-    given = tensors(PLAIN, torch.float32, device)
-    of_y, of_x = random_norm(PLAIN.k, device), random_norm(PLAIN.c, device)
-    out = channels_last(torch.zeros(PLAIN.weight, device=device))
-    every = {"y": given["y"], "norm": of_y, "factors": of_y[:2].clone(), "x_norm": of_x}
-    for options in ({}, every):
-        torch.library.opcheck(convolution_weight_gradient.overload, (given["g"], given["x"], out, *PLAIN.how), options)
+    given = conv.tensors(PLAIN, torch.float32, device)
+    arguments = given["g"], given["x"], channels_last(torch.zeros(PLAIN.weight, device=device)), *PLAIN.how
+    for names in (), MAPS:
+        torch.library.opcheck(convolution_weight_gradient.overload, arguments, {name: given[name] for name in names})
 
 
 @pytest.mark.parametrize(

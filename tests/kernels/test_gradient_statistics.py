@@ -64,9 +64,8 @@ def test_is_as_close_as_fp32_allows(
     assert bool(((statistics(tensors, ranks, weight_decay) - in_double()).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("value", "dtype"), [*zip([torch.nan, torch.inf, -torch.inf], DTYPES, strict=True)])
 @pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK + 77, 3 * BLOCK - 1])
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_value_that_is_not_finite_shows_in_its_block_alone(implementation, device, value, at, dtype):
     tensors = inputs(device, 2, 1, dtype)
     (tensors[0] if at < 2 * BLOCK else tensors[1])[at % (2 * BLOCK)] = value
@@ -139,8 +138,6 @@ def test_blocks_beyond_a_chunk_of_the_reference(device, monkeypatch):
     [
         (0, lambda t: t.double(), "matrix_gradient must be .* got .*float64"),
         (0, lambda t: t[1:], "multiples of 2048"),
-        (0, lambda t: t.view(2, -1), r"matrix_gradient must be \(4096,\).* got \(2, 2048\)"),
-        (0, lambda t: t.repeat_interleave(2)[::2], r"matrix_gradient must be .*contiguous.*strides \(2,\)"),
         (1, lambda t: t.half(), "vector_gradient must be .* got .*float16"),
         (2, lambda t: t[BLOCK:], r"weight must be \(6144,\)"),
         (2, lambda t: t.to("meta"), "matrix_gradient must be .* on meta"),

@@ -51,7 +51,7 @@ def test_a_comparison_of_scalars_spread_over_a_block_is_a_mask():
 
 
 def test_import_asks_for_no_gpu():
-    """Neither a CUDA context nor Triton's driver, which would raise where there is none."""
+    """It makes neither a CUDA context nor Triton's driver, which would raise where there is no GPU."""
     code = "import kernels, torch, triton\nassert not torch.cuda.is_initialized() and not triton.runtime.driver._active"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -27,7 +27,7 @@ class Launches:
         self.tensors, self.reached = [], {}
 
     def place(self, tensor):
-        """A pointer to the tensor; the same one wherever it is an argument."""
+        """Returns a pointer to the tensor, the same one wherever it is an argument."""
         if not any(tensor is known for known in self.tensors):
             self.tensors.append(tensor)
         index = next(i for i, known in enumerate(self.tensors, 1) if tensor is known)

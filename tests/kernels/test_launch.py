@@ -29,7 +29,7 @@ def scale_kernel(x, bias, y, n, factor, BLOCK: tl.constexpr, TWICE: tl.constexpr
 
 @operator("test_rows")
 def rows(x: Tensor, factor: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """factor x + bias as the second row of a new tensor, by way of another; and as much again."""
+    """Returns factor x + bias, as the second row of a new tensor, by way of another tensor; and twice as much."""
     calls.append("rows")
     if x.dim() != 1:
         raise ValueError("test_rows: x has one dimension")

@@ -11,12 +11,12 @@ from tests.kernels.images import DTYPES, SMALLEST, channels_last, integers, rand
 STEM, INCEPTION, LENET, GOOGLENET = (3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1)
 WINDOWS = (STEM, INCEPTION, LENET, GOOGLENET, (1, 2, 0), (5, 2, 2), (5, 3, 0), (2, 3, 1), (4, 5, 2))
 # (N, C, H, W): the widths of a vector of channels and of none, rows and columns that are left over, single pixels.
-SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 8, 17]), st.integers(1, 12), st.integers(1, 12))
+SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 8, 17]), st.integers(1, 9), st.integers(1, 9))
 
 
 @st.composite
 def cases(draw):
-    """A window and a shape that it fits into."""
+    """Draws a window, and a shape that it fits into."""
     kernel_size, _, padding = window = draw(st.sampled_from(WINDOWS))
     n, c, h, w = draw(SHAPES)
     least = kernel_size - 2 * padding
@@ -24,7 +24,7 @@ def cases(draw):
 
 
 def pooled(pool, x, dy=None):
-    """y and dx of a random dy, or of this one."""
+    """Returns y and dx, of a dy of ones or of this one."""
     x = x.clone().requires_grad_()
     y = pool(x)
     y.backward(torch.ones_like(y) if dy is None else dy)
@@ -39,8 +39,7 @@ def ours(window):
     return lambda x: max_pool(x, *window)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("window", "dtype"), [*zip(WINDOWS, 3 * DTYPES, strict=True)])
 def test_is_exact_on_integers(implementation, device, window, dtype):
     x = integers((2, 17, 9, 6), dtype, device, -3, 3)  # many equal ones in a window
     dy = integers(peer(window)(x).shape, dtype, device)
@@ -72,9 +71,8 @@ def test_is_as_close_as_its_dtypes_allow(implementation, device, case, dtype, se
         assert torch.equal(dx, pooled(peer(window), x, dy)[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(case=cases(), seed=st.integers(0, 2**32))
-def test_values_that_are_not_finite_are_as_in_pytorch(implementation, device, dtype, case, seed):
+@given(case=cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32))
+def test_values_that_are_not_finite_are_as_in_pytorch(implementation, device, case, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     window, shape = case
     values = torch.tensor([torch.nan, torch.inf, -torch.inf, -torch.inf, -0.0, 0.0, 1.0])
@@ -105,7 +103,7 @@ def test_the_largest_window(implementation, device):
 
 
 class Calls(TorchDispatchMode):
-    """The arguments of max_pool's op, of each of its calls."""
+    """Keeps the arguments of each call of max_pool's op."""
 
     def __init__(self):
         super().__init__()
@@ -139,13 +137,12 @@ def test_two_runs_give_the_same_bits(implementation, device):
 
 def test_gradcheck(device, monkeypatch):
     monkeypatch.setenv("NVCNN_KERNELS", "reference")
-    x = torch.randperm(2 * 3 * 5 * 4, device=device).view(2, 3, 5, 4).double()  # none near another
+    x = torch.randperm(2 * 5 * 4, device=device).view(1, 2, 5, 4).double()  # none near another
     assert torch.autograd.gradcheck(ours(STEM), channels_last(x).requires_grad_())
 
 
-@pytest.mark.parametrize("c", [1, 5])
-def test_opcheck(implementation, device, c):
-    x = randn((2, c, 6, 5), torch.float32, device)
+def test_opcheck(implementation, device):
+    x = randn((2, 5, 6, 5), torch.float32, device)
     y, argmax = torch.ops.nvcnn.max_pool(x, *STEM, True)
     for op, arguments in (
         (torch.ops.nvcnn.max_pool, (x.requires_grad_(), *STEM, True)),
@@ -159,8 +156,6 @@ def test_opcheck(implementation, device, c):
     ("x", "window", "message"),
     [
         (torch.randn(2, 4, 3, 3), STEM, "x must be channels-last, got strides"),
-        (torch.randn(2, 4, 3), STEM, r"x must be \(N, C, H, W\)"),
-        (channels_last(torch.ones(2, 4, 3, 3).long()), STEM, "x must be one of torch.float16.*got torch.int64"),
         (channels_last(torch.ones(2, 4, 3, 3)), (3, 2, 2), "padding 0 .. kernel_size // 2; got 3, 2, 2"),
         (channels_last(torch.ones(2, 4, 3, 3)), (3, 2, -1), "padding 0 .. kernel_size // 2; got 3, 2, -1"),
         (channels_last(torch.ones(2, 4, 20, 20)), (16, 2, 0), "kernel_size and stride must be 1 .. 15.*got 16, 2, 0"),

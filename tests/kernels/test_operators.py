@@ -91,7 +91,7 @@ for function in functions:
 
 
 def test_a_kernel_has_the_same_name_in_tritons_cache_whatever_was_launched_before():
-    """Hashed from the first to the last, and the other way."""
+    """They are hashed from the first to the last, and the other way round."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", HASHES]
     one, other = (

@@ -10,21 +10,20 @@ CHANNELS = (3, 4, 8)
 
 
 def pixels(n, h, w, device):
-    """Images and flips; of two or more images at least one is mirrored and one is not."""
+    """Returns images and flips; of two or more images at least one is mirrored and one is not."""
     flip = torch.randint(2, (n,), device=device).bool()
     flip[:2] = torch.tensor([True, False])[:n]
     return torch.randint(256, (n, h, w, 3), device=device, dtype=torch.uint8), flip
 
 
 def formula(images, flip, scale, shift):
-    """In float64: (N, 3, H, W), and the products alone."""
+    """Returns (N, 3, H, W) in float64, and the products alone."""
     mirrored = torch.stack([image.flip(1) if f else image for image, f in zip(images, flip.tolist(), strict=True)])
     product = mirrored.double() * scale.double()
     return (product + shift.double()).permute(0, 3, 1, 2), product.permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "dtype"), [*zip(CHANNELS, DTYPES, strict=True)])
 @pytest.mark.parametrize("size", [(3, 9, 24), (2, 5, 7), (1, 1, 1)])
 def test_is_exact_where_nothing_is_rounded(implementation, device, size, dtype, channels):
     images, flip = pixels(*size, device)
@@ -83,8 +82,7 @@ def test_two_runs_give_the_same_bits(implementation, device):
     assert torch.equal(*runs)
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "dtype"), [*zip(CHANNELS, DTYPES, strict=True)])
 def test_is_the_same_where_it_is_asked_to_be(implementation, device, dtype, channels):
     images, flip = pixels(3, 9, 24, device)
     scale, shift = torch.randn(2, 3, device=device)
@@ -96,12 +94,11 @@ def test_is_the_same_where_it_is_asked_to_be(implementation, device, dtype, chan
     assert x.data_ptr() == at
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
-def test_opcheck(implementation, device, channels):
+def test_opcheck(implementation, device):
     images, flip = pixels(2, 3, 5, device)
     scale, shift = torch.randn(2, 3, device=device)
-    torch.library.opcheck(prepare_input.overload, (images, flip, scale, shift, torch.float16, channels))
-    x = torch.zeros(2, channels, 3, 5, device=device).to(memory_format=torch.channels_last)
+    torch.library.opcheck(prepare_input.overload, (images, flip, scale, shift, torch.float16, 4))
+    x = torch.zeros(2, 4, 3, 5, device=device).to(memory_format=torch.channels_last)
     torch.library.opcheck(prepare_input_into.overload, (images, flip, scale, shift, x))
 
 
@@ -118,7 +115,6 @@ GOOD = {"images": IMAGES, "flip": torch.zeros(2).bool(), "scale": torch.ones(3),
         ({"images": IMAGES[:0]}, r"images must be \(N, H, W, 3\).*got \(0, 3, 4, 3\)"),
         ({"images": IMAGES.transpose(1, 2)}, "contiguous; got .* strides"),
         ({"flip": torch.zeros(3).bool()}, r"flip must be \(2,\), torch.bool.*got \(3,\)"),
-        ({"flip": torch.zeros(2, dtype=torch.uint8)}, "flip must be .* torch.bool.*got .* torch.uint8"),
         ({"scale": torch.ones(1)}, r"scale must be \(3,\), torch.float32"),
         ({"shift": torch.ones(3).double()}, r"shift must be \(3,\), torch.float32.*got .* torch.float64"),
         ({"dtype": torch.float64}, "dtype must be one of torch.float16.*got torch.float64, 3"),

@@ -1,4 +1,4 @@
-"""Written whole or not at all, read whole or refused."""
+"""A checkpoint is written whole or not at all, and read whole or refused."""
 
 import pytest
 import torch

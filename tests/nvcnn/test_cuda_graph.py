@@ -1,4 +1,4 @@
-"""The step as a CUDA graph. Without a GPU what is captured is a tape of operators, which replay runs again.
+"""The step runs as a CUDA graph. Without a GPU a tape of operators is captured, which replay runs again.
 
 As of a graph: no Python in between, and the same tensors at the same addresses.
 """
@@ -32,7 +32,7 @@ HOST_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Tape(TorchDispatchMode):
-    """What a captured step must be made of: operators that neither read values back nor copy them from the host."""
+    """Records a step, and checks that its operators neither read values back nor copy them from the host."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Tape(TorchDispatchMode):
 
 
 def on_tape(function):
-    """`capture` of a machine without a GPU."""
+    """Stands in for `capture` on a machine without a GPU."""
     for _ in range(WARM_UP):
         function()
     with Tape() as tape:
@@ -68,7 +68,7 @@ def on_tape(function):
 
 @pytest.fixture
 def capturing(device, monkeypatch):
-    """As `use_device` has it: of cuDNN its deterministic algorithms, the fastest, which is chosen once a thread."""
+    """Sets cuDNN up as `use_device` does: the fastest deterministic algorithm is chosen once a thread."""
     for name in ("benchmark", "deterministic"):
         monkeypatch.setattr(torch.backends.cudnn, name, True)
     if device.type == "cpu":
@@ -76,7 +76,7 @@ def capturing(device, monkeypatch):
 
 
 def bits(step):
-    """Everything, and what the generators will draw next."""
+    """Returns all state, and what the generators will draw next."""
     state = {name: tensor.clone() for name, tensor in step.state().items()}
     with torch.random.fork_rng():
         state["host"], state["device"] = torch.rand(2), torch.rand(2, device=step.arena.weight.device)
@@ -99,7 +99,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_a_graph_has_the_bits_of_a_step(device, capturing, case, monkeypatch):
-    """With overflows and a resume in the middle. The model has a dropout, so the generators matter."""
+    """The run overflows and resumes in the middle. The model has a dropout, so the generators matter."""
     options = OPTIONS[case]
     padded = options.get("dtype") == torch.float16  # as a GPU's images are
     monkeypatch.setattr("nvcnn.step.image_channels", lambda model, device: 4 if padded else 3)
@@ -132,7 +132,7 @@ def test_a_graph_has_the_bits_of_a_step(device, capturing, case, monkeypatch):
 
 
 def test_a_run_is_the_same_with_a_graph(tmp_path, capturing, monkeypatch, device):
-    """The loop around it: table lines, a checkpoint, the end."""
+    """The loop around the graph prints the same lines, saves the same checkpoint, and ends."""
     lines, weights = [], []
     taken, whole = [], Step.capture
     monkeypatch.setattr(Step, "capture", lambda step, size: taken.append(size) or whole(step, size))
@@ -171,7 +171,7 @@ def test_steps_are_alike_and_leave_state_where_it_is(device):
     [("resnet50", "triton", torch.float16), ("resnet18", "cudnn", torch.bfloat16), ("lenet", "torch", torch.float32)],
 )
 def test_a_gpus_step_takes_nothing_from_the_host(model, conv, dtype):
-    """On the meta device an op is what it is on a GPU, and has no values to read."""
+    """On the meta device an op does what it does on a GPU, and has no values to read."""
     step, size = meta_step(model, 2, dtype, conv=conv), MODELS[model].image_size
     images = torch.empty(2, step.channels, size, size, dtype=dtype, device=META)
     with mock.patch.dict(os.environ, NVCNN_KERNELS="triton"), Tape() as tape:
@@ -193,7 +193,7 @@ def test_a_tape_refuses_what_comes_from_the_host():
 
 
 def test_a_snapshot_brings_back_everything(device):
-    """As if the three steps between had not been: the same bits now, and after the next step."""
+    """The three steps between leave no trace: the bits are the same now, and after the next step."""
     one, other = make(device, dtype=torch.float16), make(device, dtype=torch.float16)
     for step in (one, other):
         torch.manual_seed(3)
@@ -248,7 +248,7 @@ def test_a_run_says_it_at_its_start(device):
 
 
 class Fake:
-    """torch.cuda's streams, events and graphs: what is done with them, in order."""
+    """Stands in for torch.cuda's streams, events and graphs, and notes what is done with them, in order."""
 
     def __init__(self, monkeypatch):
         self.done, self.streams, self.fails = [], [], False
@@ -305,7 +305,7 @@ def test_the_order_of_a_capture(monkeypatch):
 
 
 def test_a_leaf_on_another_stream_ends_the_capture(monkeypatch):
-    """PyTorch warns of it: a graph of an earlier step is alive, and its leaves would pull in their own stream."""
+    """PyTorch warns where a graph of an earlier step is alive, as its leaves would pull in their own stream."""
     fake = Fake(monkeypatch)
     fake.fails = True
     with pytest.raises(UserWarning, match="AccumulateGrad") as error:
@@ -315,7 +315,7 @@ def test_a_leaf_on_another_stream_ends_the_capture(monkeypatch):
 
 
 def nccl_group(monkeypatch):
-    """Of this process alone."""
+    """Makes a process group of this process alone."""
     with socket.socket() as free:
         free.bind(("", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "RANK": "0", "WORLD_SIZE": "1"}
@@ -329,7 +329,7 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 @pytest.mark.parametrize("group", ["none", pytest.param("nccl", marks=GPU)])
 def test_allreduces_are_in_the_graph(device, capturing, monkeypatch, group):
-    """Of a transport that doubles what it sums, once it is waited for: one that is left out would show."""
+    """The transport doubles what it sums, once it is waited for: a sum that is left out would show."""
     transport = nccl_group(monkeypatch) if group == "nccl" else Transport(Launch())
     all_reduce = transport.all_reduce
 

@@ -1,4 +1,4 @@
-"""What is refused, votes, and a single rank. What needs several ranks is in tests/end_to_end."""
+"""Wrong launchers are refused, ranks vote, and a single rank needs nobody. Several ranks are in tests/end_to_end."""
 
 import os
 import socket
@@ -15,6 +15,19 @@ from nvcnn.program import InputError, Launch
 def test_an_mpiexec_of_another_library_is_refused():
     with pytest.raises(InputError, match=r"MPICH .* 2 ranks \(PMI_SIZE=2\), but Open MPI v5, sees 1"):
         agree(Launch(2, 1, 0, "MPICH or Intel MPI", "PMI_SIZE=2"), 1, "Open MPI v5")
+
+
+class Late(Transport):
+    """Brings another rank's asks when it is waited for, and not before."""
+
+    def all_reduce(self, tensor, name):
+        return lambda: tensor.add_(1)
+
+
+def test_a_vote_waits_for_the_other_ranks():
+    vote = Vote(Late(Launch()), questions=1)
+    vote(False)
+    assert vote(False) == [True]
 
 
 def test_a_vote_is_known_one_step_later():

@@ -1,12 +1,14 @@
 """Hits are counted by the book, also where logits are equal, not finite, or fewer than five."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from nvcnn.data.batch import Batch
 from nvcnn.distributed import Transport
-from nvcnn.evaluate import Evaluation, accuracy, count_hits, lines, summed
+from nvcnn.evaluate import Evaluation, accuracy, check_classes, count_hits, lines, summed
 from nvcnn.program import InputError, Launch
 
 
@@ -45,7 +47,7 @@ def test_a_model_that_says_the_same_of_every_class_does_not_hit_them_all():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_hit_nothing(value):
     logits = torch.eye(10)
-    logits[:4] = value
+    logits[range(4), range(4)] = value  # the label's: topk takes it for the largest
     assert count(logits, torch.arange(10)) == [10, 6, 6]
 
 
@@ -77,3 +79,11 @@ def test_lines():
 def test_bad_flags(asked, message):
     with pytest.raises(InputError, match=message):
         Evaluation(data_dir="d", **asked)
+
+
+def test_classes_of_other_numbers_are_refused():
+    path = Path("checkpoint.pt")
+    for here, there in ((["cat", "dog"], ["cat", "dog"]), (None, ["cat"]), (["cat"], [])):
+        check_classes("data", here, path, there)
+    with pytest.raises(InputError, match=r"--data_dir=data: its class 1 is 'dog', but in checkpoint.pt that is 'eel'"):
+        check_classes("data", ["cat", "dog"], path, ["cat", "eel"])

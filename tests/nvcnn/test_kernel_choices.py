@@ -1,4 +1,4 @@
-"""Which algorithm computes a convolution: what is measured, what is kept, what every rank gets."""
+"""Algorithms of convolutions are measured and kept, and every rank gets the same."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Measurements without a GPU: 3x3 is fastest by cuDNN, all else by triton. Returns the places in question."""
+    """Stands in for measurements: cuDNN is fastest for 3x3, triton for all else. Returns the places asked for."""
     asked: list[Place] = []
 
     def fake(place, device, say):
@@ -69,7 +69,7 @@ def test_the_candidates_of_an_evaluation_s_place_compute_the_same(folded):
 @pytest.mark.parametrize("reads", ["activation", "raw", "join", "join of two"])
 @pytest.mark.parametrize("gradient", [True, False])
 def test_the_candidates_of_a_place_compute_the_same(reads, gradient):
-    """What is timed is the whole of a place: every gradient, in float32 through the references."""
+    """The whole of a place is timed, with every gradient; here in float32 through the references."""
     place = Place((2, 8, 5, 5), (6, 8, 1, 1), *ONE, torch.float32, reads, gradient)
     one = sample(place, CPU)
     results = [one.results(algorithm) for algorithm in candidates(place)]
@@ -84,7 +84,7 @@ def test_the_candidates_of_a_place_compute_the_same(reads, gradient):
 
 @pytest.mark.parametrize("reads", ["activation", "raw", "join of two"])
 def test_what_kernels_compute_is_right_at_a_place(device, reads, monkeypatch):
-    """In fp16, by the kernels: within the tolerance of the reference, which they do not run in."""
+    """The kernels are within the tolerance of the reference in fp16, too."""
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     lines: list[str] = []
     quickly(monkeypatch, times=0.25)
@@ -97,7 +97,7 @@ def test_what_kernels_compute_is_right_at_a_place(device, reads, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reads", ["raw", "join", "join of two"])
 def test_no_rounding_decides_on_a_mask(dtype, reads, monkeypatch):
-    """Else some of a hundred thousand sums would be 0 in one order of roundings, and not in another."""
+    """Makes small integers, as some of a hundred thousand sums would else be 0 in one order of roundings only."""
     lines: list[str] = []
     quickly(monkeypatch, times=0.25)
     place = Place((2, 256, 14, 14), (64, 256, 1, 1), *ONE, dtype, reads, True)
@@ -106,7 +106,7 @@ def test_no_rounding_decides_on_a_mask(dtype, reads, monkeypatch):
 
 
 def quickly(monkeypatch, times=None):
-    """One round without a load before it; `times`: what its clock says, in milliseconds."""
+    """Measures one round without a load before it; `times` are what its clock says, in milliseconds."""
     for name, value in {"LOAD": 0.0, "ROUNDS": 1, "REPEAT": 1}.items():
         monkeypatch.setattr(kernel_choices, name, value)
     if times is not None:
@@ -114,7 +114,7 @@ def quickly(monkeypatch, times=None):
 
 
 def test_the_reference_is_in_full_precision(monkeypatch):
-    """And leaves things as they were."""
+    """The reference is what Triton is compared with, and things are as before afterwards."""
     monkeypatch.setenv("NVCNN_KERNELS", "auto")
     before = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
     with exact():
@@ -129,7 +129,7 @@ def test_the_reference_is_in_full_precision(monkeypatch):
 
 
 def test_a_time_is_of_one_set_of_several(monkeypatch):
-    """Each candidate does forward of all sets, then backward of all: nothing is in the cache any more."""
+    """Each candidate does forward of all sets, then backward of all, so that nothing is in the cache any more."""
     done: list[str] = []
     for name in ("forward", "backward"):
         method = getattr(kernel_choices.Sample, name)
@@ -172,7 +172,7 @@ def test_another_machine_s_measurements_do_not_count(measured, monkeypatch):
 
 
 def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
-    """What is not in the measured steps changes nothing: neither other ops nor other GPUs' tables."""
+    """Other ops and other GPUs' tables, which no measured step reads, change nothing."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(kernels.configurations, "table_name", lambda device: "nvidia-h100")
     monkeypatch.setattr(kernels.configurations, "TABLES", tmp_path)
@@ -245,7 +245,7 @@ def test_off_a_gpu_it_is_pytorch(measured):
 
 
 def test_rank_0_measures_for_all(measured):
-    """Ranks in threads: what rank 0 found is what all get."""
+    """Runs ranks in threads: all get what rank 0 found."""
     meeting, values = threading.Barrier(2), [None, None]
 
     class Threads(Transport):
@@ -329,7 +329,7 @@ def test_a_place_that_nothing_computes_is_an_error(monkeypatch):
 
 
 def test_a_gpu_that_is_lost_is_an_error(monkeypatch):
-    """After an illegal access nothing runs in this process: other candidates would be blamed for it."""
+    """After an illegal access nothing runs in this process, so other candidates are not blamed for it."""
     lines: list[str] = []
 
     def synchronize(device):

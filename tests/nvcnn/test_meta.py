@@ -1,4 +1,4 @@
-"""What is found without memory against real passes on the CPU, and against sums by hand."""
+"""What is found without memory is compared with real passes on the CPU, and with sums by hand."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_lenet_by_hand(dtype):
 
 
 def kept(model: torch.nn.Module, x: torch.Tensor) -> int:
-    """Bytes that a forward keeps alive beyond model, images and logits, found in the graph itself, plus the images."""
+    """Returns the bytes that a forward keeps beyond model and logits, images included, as the graph itself has them."""
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     storages, todo, visited = {}, [model(x).grad_fn], set()
     while todo:

@@ -1,4 +1,4 @@
-"""What follows from settings, data and ranks."""
+"""A plan follows from settings, data and ranks."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""How a program starts and ends: who launched it, its exit code, what it prints, and what it imports for that."""
+"""A program knows who launched it, ends with its exit code and one line, and imports no more than that needs."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Flags: the original's names and defaults, frozen; and every bad value with its own line."""
+"""Flags have the original's names and defaults, and every bad value has its own line."""
 
 import json
 from dataclasses import asdict, fields

@@ -1,10 +1,13 @@
-"""The training step: what it computes besides the update, and what it keeps where it is."""
+"""A training step computes more than the update, and keeps its state where it is."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from nvcnn.data.batch import Batch
+from nvcnn.data.batch import DEVIATION, MEAN, Batch
 from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import use
 from nvcnn.meta import places
@@ -19,7 +22,7 @@ SIZE, CLASSES = 8, 10
 
 
 class Net(nn.Module):
-    """What models are made of: convolutions with BatchNorms, a skip connection, dropout, a linear layer with a bias."""
+    """Has what models are made of: convolutions with BatchNorms, a skip connection, dropout, a layer with a bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +38,7 @@ class Net(nn.Module):
 
 
 def make(device, conv="torch", **options) -> Step:
-    """LARC, and in fp16 a dynamic loss scale."""
+    """Makes a step with LARC, and in fp16 with a dynamic loss scale."""
     options = {"larc_eta": 0.003, "dtype": torch.float32, "transport": Transport(Launch())} | options
     options.setdefault("loss_scale", "dynamic" if options["dtype"] == torch.float16 else 1.0)
     with torch.random.fork_rng():
@@ -50,6 +53,34 @@ def batch(seed, device) -> Batch:
     images = torch.randint(256, (n, SIZE, SIZE, 3), dtype=torch.uint8, generator=g)
     labels, flip = torch.randint(CLASSES, (n,), generator=g), torch.randint(2, (n,), generator=g).bool()
     return Batch(*(t.to(device) for t in (images, labels, flip)))
+
+
+class Twice(Transport):
+    """Sums as two ranks with the same images do."""
+
+    def __init__(self) -> None:
+        super().__init__(Launch(size=2))
+
+    def all_reduce(self, tensor, name):
+        tensor.mul_(2)
+        return lambda: None
+
+
+@pytest.mark.parametrize("transport", [Transport(Launch()), Twice()], ids=["one rank", "two ranks"])
+def test_a_step_does_what_pytorch_does(transport, device):
+    model = nn.Sequential(nn.Flatten(), Classifier(3 * SIZE * SIZE, CLASSES))
+    plain, data = copy.deepcopy(model).to(device), batch(0, device)
+    options = {"normalize": "imagenet", "label_smoothing": 0.1, "loss_scale": 8.0}
+    step = Step(model, image_size=SIZE, device=device, schedule=poly(0.1, 20), transport=transport, **options)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    images = torch.where(data.flip[:, None, None, None], data.images.flip(2), data.images).permute(0, 3, 1, 2)
+    loss = F.cross_entropy(plain((images / 255 - mean) / deviation), data.labels, label_smoothing=0.1)
+    loss.backward()
+    sgd.step()
+    assert step(data)[0].item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(step.arena.state_dict()[name], value.cpu(), rtol=1e-5, atol=1e-6)
 
 
 def test_averages_are_debiased_and_pass_over_a_loss_that_is_not_finite(device):

@@ -1,4 +1,4 @@
-"""What --log_tensors writes: the values of one step, while others have followed."""
+"""--log_tensors writes the values of one step, although others have followed."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def written(log, log_dir, **options):
 
 
 def by_hand(training):
-    """Ratio and norms per parameter for the gradients that are in the arena, in float64."""
+    """Returns ratio and norms per parameter for the gradients that are in the arena, in float64."""
     arena, values = training.arena, {}
     rate = training.optimizer.schedule[training.optimizer.counters[0]].item()
     for slot in arena.slots:

@@ -1,4 +1,4 @@
-"""How steps are timed: in turns, for as long as asked, and as CUDA graphs."""
+"""Steps are timed in turns, for as long as asked, and as CUDA graphs."""
 
 from contextlib import contextmanager
 
@@ -63,7 +63,7 @@ class Cuda:
 
         @contextmanager
         def graph(graph, stream, capture_error_mode):
-            """As torch's: where the capture fails, its stream stays the current one."""
+            """Captures as torch does: where the capture fails, its stream stays the current one."""
             assert (cuda.current, stream.name, capture_error_mode) == ("side", "side", "thread_local")
             cuda.done.append("capture")
             yield

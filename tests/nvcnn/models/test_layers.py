@@ -5,15 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvcnn.models.layers import (
-    BatchNorm2d,
-    Classifier,
-    Conv2d,
-    Linear,
-    cast_matrices,
-    check_size,
-    flatten,
-)
+from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d, Linear, cast_matrices, check_size, flatten
 from nvcnn.program import InputError
 
 half_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -25,7 +17,7 @@ def seed():
 
 
 def results(layer: nn.Module, x: Tensor, direction: Tensor) -> dict[str, Tensor]:
-    """Output, and the gradients of sum(output * direction) with respect to x and all parameters."""
+    """Returns the output, and the gradients of sum(output * direction) with respect to x and all parameters."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(x)
     leaves = {"x": x, **dict(layer.named_parameters())}
@@ -65,20 +57,8 @@ def test_is_no_less_exact_than_plain_torch(name, dtype):
     exact, theirs = in_dtype(torch.float64), in_dtype(dtype)
     for what, actual in results(ours, x, direction).items():
         assert error(actual, exact[what]) <= 2 * error(theirs[what], exact[what]), what
-
-
-@half_types
-@pytest.mark.parametrize("name", LAYERS)
-def test_dtypes_and_layouts(name, dtype):
-    ours, _, shape_in, shape_out = LAYERS[name]
-    x = torch.randn(shape_in).to(dtype)
-    if x.dim() == 4:
-        x = x.to(memory_format=torch.channels_last)
-    got = results(cast_matrices(ours.float(), dtype), x, torch.randn(shape_out).to(dtype))
-    assert got.pop("output").dtype == (torch.float32 if name == "classifier" else dtype)
-    assert got.pop("gradient of x").dtype == dtype
-    for what, gradient in got.items():
-        assert gradient.dtype == (dtype if gradient.dim() >= 2 else torch.float32), what
+        is_single = actual.dim() < 2 or (name, what) == ("classifier", "output")
+        assert actual.dtype == (torch.float32 if is_single else dtype), what
 
 
 @pytest.mark.parametrize(
@@ -114,15 +94,6 @@ class TestBatchNorm:
         assert torch.equal(norm.running_mean, torch.zeros(5))
         assert torch.equal(norm.running_var, torch.ones(5))
 
-    @half_types
-    def test_statistics_are_fp32(self, dtype):
-        norm, x = BatchNorm2d(2), images(8, 2, 16, 16).to(dtype)
-        norm(x)
-        assert norm.batch_mean.dtype == norm.batch_var.dtype == torch.float32
-        values = x.double().transpose(0, 1).flatten(1)
-        torch.testing.assert_close(norm.batch_mean.double(), values.mean(1), rtol=0, atol=1e-6)
-        torch.testing.assert_close(norm.batch_var.double(), values.var(1), rtol=1e-5, atol=0)
-
     def test_evaluation_uses_the_running_statistics(self):
         norm, x = BatchNorm2d(5).eval(), images(3, 5, 4, 2)
         norm.running_mean.normal_()
@@ -151,19 +122,6 @@ class TestBatchNorm:
         torch.testing.assert_close(flat[:4], x.mean((0, 2, 3)))
         torch.testing.assert_close(flat[4:8], x.var((0, 2, 3)))
         assert not flat[8:].any()
-
-    @pytest.mark.parametrize("training", [True, False])
-    def test_fused_it_is_the_sum_of_its_parts(self, training):
-        norm, plain = BatchNorm2d(5).train(training), nn.BatchNorm2d(5, eps=1e-4).double().train(training)
-        x, residual, direction = images(3, 5, 4, 2), images(3, 5, 4, 2), images(3, 5, 4, 2)
-        leaves = [t.requires_grad_() for t in (x, residual)]
-        exact = [t.detach().double().requires_grad_() for t in leaves]
-        y, expected = norm(x, residual=residual, relu=True), F.relu(plain(exact[0]) + exact[1])
-        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-        gradients = torch.autograd.grad(y, (*leaves, *norm.parameters()), direction)
-        expected = torch.autograd.grad(expected, (*exact, *plain.parameters()), direction.double())
-        for one, other in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 
     def test_state_dict_is_torch_s(self):
         assert BatchNorm2d(4).state_dict().keys() == nn.BatchNorm2d(4).state_dict().keys()

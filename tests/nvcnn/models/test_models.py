@@ -10,35 +10,27 @@ from nvcnn.models import MODELS, build_model
 from nvcnn.models.layers import cast_matrices
 from nvcnn.program import InputError
 
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [  # PyTorch's documented counts for the ResNets; the sums of the layers for the others
+    [
         ("trivial", 3 * 224 * 224 + 1 + 2 * 1000),
         ("lenet", 32 * (75 + 1) + 64 * (800 + 1) + 512 * (3136 + 1) + 1000 * (512 + 1)),
-        ("resnet18", 11_689_512),
-        ("resnet34", 21_797_672),
-        ("resnet50", 25_557_032),
-        ("resnext50", 25_028_904),
-        ("resnet101", 44_549_160),
-        ("resnet152", 60_192_808),
     ],
 )
 def test_number_of_parameters(name, count):
+    """The sums of the layers; the ResNets' parameters are torchvision's, one by one, in test_resnet.py."""
     with torch.device("meta"):
         model = build_model(name, num_classes=1000, seed=1)
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-@dtypes
 @pytest.mark.parametrize("name", MODELS)
-def test_takes_images_in_the_compute_dtype_and_returns_fp32_logits(name, dtype):
+def test_takes_images_in_the_compute_dtype_and_returns_fp32_logits(name):
     with torch.device("meta"):
-        model = cast_matrices(build_model(name, num_classes=7, seed=1), dtype)
+        model = cast_matrices(build_model(name, num_classes=7, seed=1), torch.float16)
         size = MODELS[name].image_size
-        logits = model(torch.empty(2, 3, size, size, dtype=dtype).to(memory_format=torch.channels_last))
+        logits = model(torch.empty(2, 3, size, size, dtype=torch.float16).to(memory_format=torch.channels_last))
     assert logits.shape == (2, 7)
     assert logits.dtype == torch.float32
 
@@ -62,12 +54,7 @@ class Layouts(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("name", "size", "dtype"),
-    [
-        ("lenet", 28, torch.float32),
-        ("lenet", 28, torch.float16),
-        ("resnet18", 64, torch.float32),
-        ("resnet50", 64, torch.bfloat16),
-    ],
+    [("lenet", 28, torch.float16), ("resnet18", 32, torch.float32), ("resnet50", 32, torch.bfloat16)],
 )
 def test_everything_stays_channels_last(name, size, dtype):
     model = cast_matrices(build_model(name, num_classes=10, seed=1), dtype)
@@ -93,7 +80,7 @@ def test_building_draws_nothing_from_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_lenet_learns_one_batch(dtype):
     model = cast_matrices(build_model("lenet", num_classes=10, seed=1), dtype)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The arena's layout, as properties, and that nothing of it shows outside."""
+"""The arena's layout has its properties, and nothing of it shows outside."""
 
 import pytest
 import torch
@@ -109,6 +109,7 @@ def test_state_dict_round_trip(dtype, momentum_dtype):
         (lambda s: s.pop("conv1.weight"), "lacks conv1.weight"),
         (lambda s: s.update(extra=torch.zeros(1)), "unknown extra"),
         (lambda s: s.update({"fc2.bias": torch.zeros(11)}), r"fc2.bias is \(11,\) in the file, \(10,\) in the model"),
+        (lambda s: s.update({"fc2.weight": s["fc2.weight"].T}), r"fc2.weight is \(512, 10\) in the file"),
     ],
 )
 def test_weights_of_another_model_are_refused(change, message):
@@ -129,6 +130,12 @@ def test_running_statistics_are_views():
     model.train()(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
     assert (arena.batch != 0).all()
     assert (arena.running[:5] == 3).all()
+
+
+def test_different_momenta_of_batch_norms_are_refused():
+    model = nn.Sequential(BatchNorm2d(3), BatchNorm2d(3, momentum=0.2))
+    with pytest.raises(ValueError, match=r"different momentum: \[0.1, 0.2\]"):
+        Arena(model, [name for name, _ in model.named_parameters()], device=CPU)
 
 
 def test_a_parameter_without_gradient_is_named():

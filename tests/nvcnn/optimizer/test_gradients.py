@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder(Transport):
-    """A single rank that notes what is reduced and when it is waited for."""
+    """Is a single rank that notes what is reduced and when it is waited for."""
 
     def __init__(self):
         super().__init__(Launch())
@@ -95,14 +95,14 @@ def test_every_parameter_is_in_one_bucket():
 
 def test_a_missing_gradient_is_not_waited_for():
     model, arena = lenet()
-    gradients = Gradients(arena, Recorder())
+    gradients = Gradients(arena, Recorder(), bucket_bytes=1)  # one of the buckets is complete
     model.conv1.weight.sum().backward()
     with pytest.raises(RuntimeError, match="left gradients out"):
         gradients.finish()
 
 
 class StoresItself(torch.autograd.Function):
-    """What a weight-gradient kernel does: writes into its slice and returns a view of it."""
+    """Does what a weight-gradient kernel does: writes into its slice and returns a view of it."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -117,7 +117,7 @@ class StoresItself(torch.autograd.Function):
 
 
 def test_a_kernel_may_store_its_gradient_itself(monkeypatch):
-    """The contract with torch: it keeps the view as the gradient, and copies nothing."""
+    """torch keeps the view as the gradient, and copies nothing."""
     monkeypatch.setattr(torch, "_foreach_copy_", None)
     model = torch.nn.Linear(3, 2, bias=False)
     arena = Arena(model, ["weight"], device=CPU)
@@ -134,7 +134,7 @@ def test_a_kernel_may_store_its_gradient_itself(monkeypatch):
 
 
 def test_kernels_store_the_gradients_of_convolutions_in_their_slices():
-    """What is left is copied by one launch a bucket: of a ResNet-18 the first convolution, padded, and what is none."""
+    """One launch a bucket copies the rest: in ResNet-18 the first convolution, which is padded, and other layers."""
     copies = [call for call in step_calls("resnet18", 2, torch.float16, "triton") if "copy_" in call.name]
     assert [call.name for call in copies] == ["aten::_foreach_copy_"] * len(copies)
     sizes = [len(gradient.shape) for call in copies for gradient in call["src"]]

@@ -1,4 +1,4 @@
-"""The optimizer over a real model's arena, against plain PyTorch."""
+"""The optimizer does over a real model's arena what plain PyTorch does."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(seed: int = 1) -> nn.Module:
-    """Two convolutions with BatchNorm, big enough for several blocks and both segments."""
+    """Returns two convolutions with BatchNorm, big enough for several blocks and both segments."""
     torch.manual_seed(seed)
     return nn.Sequential(
         *(Conv2d(3, 32, 3, bias=False), BatchNorm2d(32), nn.ReLU()),
@@ -78,7 +78,7 @@ def batch(seed, size=28, n=8):
 
 
 def larc_by_the_book(parameters, momenta, learning_rate, eta, mode, exclude, decay=1e-4, momentum=0.9):
-    """Tensor by tensor, in float64."""
+    """Does a step of LARC tensor by tensor, in float64."""
     for p, m in zip(parameters, momenta, strict=True):
         g = p.grad + decay * p
         v_norm, g_norm = p.norm(), g.norm()
@@ -134,6 +134,7 @@ def test_running_statistics_are_pytorchs():
     plain = tiny().train()
     for module in plain.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.momentum == torch.nn.BatchNorm2d(1).momentum
             module.__class__ = torch.nn.BatchNorm2d
     for seed in range(3):
         training.step(*batch(seed))
@@ -158,11 +159,20 @@ def test_an_overflow_leaves_everything(dtype, momentum_dtype, poison):
     for name, value in training.state().items():
         assert torch.equal(value, before[name]), name
     assert training.optimizer.counters.tolist() == [2, 1, 0]
+    assert training.model[1].num_batches_tracked == 1
     assert training.optimizer.loss_scale.item() == scale / 2
     assert (training.arena.batch == 0).all()
     assert training.step(*batch(2)) < 100  # and goes on
     assert training.optimizer.counters.tolist() == [3, 2, 1]
     assert not torch.equal(training.arena.weight, before["weight"])
+
+
+def test_an_overflow_leaves_a_static_loss_scale():
+    training = Training(dtype=torch.float16, loss_scale=128.0)
+    x, y = batch(0)
+    training.step(x * float("inf"), y)
+    assert training.optimizer.counters.tolist() == [1, 0, 0]
+    assert training.optimizer.loss_scale.item() == 128
 
 
 def test_two_runs_give_the_same_bits():
