@@ -1,4 +1,4 @@
-"""ImageNet's archives in small, of the exact structure: a tar of class tars, a flat tar, a development kit."""
+"""Makes ImageNet's archives in small, of the exact structure: a tar of class tars, a flat tar, a development kit."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""Pictures, and the files that hold them: what tests train on, written by code of their own where that is possible."""
+"""Makes pictures and the files that hold them, by code of its own where that is possible."""
 
 import io
 import tarfile

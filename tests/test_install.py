@@ -1,4 +1,4 @@
-"""Packaging, the Makefile, Horovod's patch, the doctor: all that can be checked without a network or a build."""
+"""Packaging, the Makefile, Horovod's patch and the doctor are checked as far as no network and no build is needed."""
 
 import os
 import re

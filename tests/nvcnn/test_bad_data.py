@@ -1,4 +1,4 @@
-"""Every way in which data can be bad: what is said of it, by each backend, for each kind of files.
+"""Of each way in which data can be bad one line is said, by each backend and for each kind of files.
 
 The table of docs/bad-data.md is what is said here: `NVCNN_WRITE_DOCS=1 pytest tests/nvcnn/test_bad_data.py` writes it.
 """

@@ -1,4 +1,4 @@
-"""Small data sets in which each image has a label of its own, by which batches are recognised."""
+"""Makes small data sets in which each image has a label of its own, by which batches are recognised."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Readers with options that suit most tests, and what tests do with them."""
+"""Opens readers with options that suit most tests, and takes batches from them."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The network's input against the formula in float64, and synthetic batches."""
+"""The network's input follows the formula in float64; synthetic batches are like real ones."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What is DALI's alone: its buffers, what a GPU shows, and an error that names no sample."""
+"""Some things are DALI's alone: its buffers, what a GPU shows, an error that names no sample."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What find_dataset accepts, and one clear line for everything it does not."""
+"""find_dataset accepts what can be trained on, and has one clear line for everything else."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What is shown of a picture, by DALI and by Pillow: crops as torchvision draws them, pixels as Pillow has them."""
+"""DALI and Pillow show a picture alike: crops are as torchvision draws them, pixels as Pillow has them."""
 
 import io
 import random

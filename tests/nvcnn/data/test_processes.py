@@ -1,4 +1,4 @@
-"""Worker processes: what they must not wait for, and what ends them."""
+"""Worker processes wait for nothing that does not come, and end with their program."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The resize of DALI's crops on a CPU, against Pillow."""
+"""DALI's crops are resized on a CPU as Pillow resizes them."""
 
 import numpy as np
 import pytest

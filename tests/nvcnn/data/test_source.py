@@ -1,4 +1,4 @@
-"""One contract for every kind of files and every backend: epochs, shares, resuming, evaluation, labels."""
+"""Every kind of files and every backend keep one contract: epochs, shares, resuming, evaluation, labels."""
 
 import io
 import itertools

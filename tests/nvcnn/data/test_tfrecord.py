@@ -1,4 +1,4 @@
-"""Our records against other readers (protobuf, TensorBoard's), and every way a file can be damaged."""
+"""Other readers (protobuf, TensorBoard's) agree about our records, and every damage of a file is found."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""A small ImageNet, its class folders, and what prepare.py makes of them."""
+"""Makes a small ImageNet, its class folders, and what prepare.py makes of them."""
 
 import importlib.util
 import os

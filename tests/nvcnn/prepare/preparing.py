@@ -1,4 +1,4 @@
-"""Preparing small class folders, and looking at what was written: what the tests of it share."""
+"""Prepares small class folders, and looks at what was written."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""CIFAR-10 from small files of both formats."""
+"""CIFAR-10 is prepared from small files of both of its formats."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""Which image files are copied, which become JPEGs and how near to the original, which are refused."""
+"""Some image files are copied, some become JPEGs that are near to the original, some are refused."""
 
 import numpy as np
 import pytest

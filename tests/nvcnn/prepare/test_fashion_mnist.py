@@ -1,4 +1,4 @@
-"""Fashion-MNIST from small files of the same format: what is written, and where the files come from."""
+"""Fashion-MNIST is prepared from small files of the same format, which come from several places."""
 
 import gzip
 import hashlib

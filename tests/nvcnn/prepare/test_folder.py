@@ -1,4 +1,4 @@
-"""Class folders: what is found in them, how they are divided, what is refused."""
+"""Class folders are searched for images, divided, and refused where they are no data set."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""ImageNet from small archives of its structure: what is written, the ways its parts may be given, what is refused."""
+"""ImageNet is prepared from small archives of its structure, in several forms, and refused where a part is wrong."""
 
 import json
 import shutil

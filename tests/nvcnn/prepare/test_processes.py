@@ -1,4 +1,4 @@
-"""What is said when a worker process is killed."""
+"""A worker process that is killed ends in one line."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a shard holds of its samples, as TFRecords and as a tar."""
+"""A shard holds the same of its samples as TFRecords and as a tar."""
 
 import json
 import tarfile

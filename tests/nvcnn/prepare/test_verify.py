@@ -1,4 +1,4 @@
-"""What --verify finds, and how it names it."""
+"""--verify finds what is not as it was written, and names it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The machinery under every data set: killed runs, workers, other flags and sources, bad images; and the program."""
+"""Every data set is written by one machinery, whatever stops a run or was there before; the program starts it."""
 
 import errno
 import itertools
