@@ -24,15 +24,15 @@ def batch(name: str) -> tuple[np.ndarray, list[int]]:
 
 
 def files(binary: bool) -> dict[str, bytes]:
-    if binary:
-        return {
-            f"{n}.bin": b"".join(bytes([label]) + p.tobytes() for p, label in zip(*batch(n), strict=True))
-            for n in NAMES
-        } | {"batches.meta.txt": b"airplane\n"}
-    return {
-        n: pickle.dumps({b"data": batch(n)[0], b"labels": batch(n)[1], b"batch_label": n.encode()}, protocol=2)
-        for n in NAMES
-    } | {"batches.meta": b"not read"}
+    found = {"batches.meta.txt" if binary else "batches.meta": b"not read"}
+    for name in NAMES:
+        pixels, labels = batch(name)
+        if binary:
+            found[f"{name}.bin"] = b"".join(bytes([label, *image]) for image, label in zip(pixels, labels, strict=True))
+        else:
+            batch_label = name.encode()
+            found[name] = pickle.dumps({b"data": pixels, b"labels": labels, b"batch_label": batch_label}, protocol=2)
+    return found
 
 
 def archive(path, binary: bool, **changes: bytes | None):

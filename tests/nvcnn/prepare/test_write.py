@@ -205,21 +205,16 @@ def made(path: Path, text: str | None = None) -> None:
     path.mkdir() if text is None else path.write_text(text)
 
 
+OURS = r"was not written by prepare\.py: delete it, and prepare"
 REFUSED = {  # what --out is before the run, and what is said of it
-    "a file": (lambda out: made(out, ""), "cannot be made \\(File exists\\)"),
+    "a file": (lambda out: made(out, ""), r"cannot be made \(File exists\)"),
     "another file in it": (lambda out: made(out / "thesis.tex", ""), r"holds thesis\.tex"),
     "a directory for a shard": (lambda out: made(out / SHARD), f"holds {SHARD}, which is not of this data set"),
-    "a directory for the manifest": (
-        lambda out: made(out / "manifest.json"),
-        r"holds manifest\.json, which is not of this data set",
-    ),
-    "flags of another program": (
-        lambda out: made(out / ".unfinished" / "flags", "[]"),
-        r"\.unfinished/flags: was not written by prepare\.py: delete it, and prepare",
-    ),
-    "a part of another program": (
-        lambda out: made(out / ".unfinished" / f"{SHARD}.json", '{"images": 1}'),
-        rf"{SHARD}\.json: was not written by prepare\.py: delete it, and prepare",
+    "a directory for the manifest": (lambda out: made(out / "manifest.json"), r"holds manifest\.json, which is not of"),
+    "flags not ours": (lambda out: made(out / ".unfinished/flags", "[]"), rf"\.unfinished/flags: {OURS}"),
+    "a part not ours": (
+        lambda out: made(out / f".unfinished/{SHARD}.json", '{"images": 1}'),
+        rf"{SHARD}\.json: {OURS}",
     ),
 }
 
