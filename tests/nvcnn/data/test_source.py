@@ -120,8 +120,8 @@ def test_resuming_goes_on_bit_for_bit(sources, device, tmp_path, kind, backend):
 @orders
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 7), (3, 7), (2, 100), (70, 7)])
 def test_evaluation_sees_each_image_once(sources, device, kind, backend, ranks, batch_size):
-    """They come in order, and a second time the same. Of 70 ranks some have one image and some have none."""
-    for rank in range(ranks) if ranks < 4 else (0, 1, 20, 21, 68, 69):
+    """They come in order, and a second time the same. Of 70 ranks the first has no image, the others here have one."""
+    for rank in range(ranks) if ranks < 4 else (0, 1, 69):
         source = evaluation(sources[kind], backend, rank=rank, ranks=ranks, batch_size=batch_size, device=device)
         batches = list(source)
         expected = list(range(IMAGES * rank // ranks, IMAGES * (rank + 1) // ranks))
