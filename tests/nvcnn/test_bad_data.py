@@ -287,7 +287,7 @@ def test_a_search_ends_at_ctrl_c(tmp_path, monkeypatch):
 
 
 def test_ranks_share_the_search_and_agree(tmp_path):
-    write("folders", tmp_path / "data", {1: b"", BAD: b"x", 10: b"y"})
+    write("folders", tmp_path / "data", {1: b"", 5: b"y", BAD: b"x"})
     dataset = find("folders", tmp_path / "data")
 
     class Three(Transport):
@@ -296,12 +296,12 @@ def test_ranks_share_the_search_and_agree(tmp_path):
         rank, size = 1, 3
 
         def gather(self, value):
-            assert [i for i, _ in value] == [1, BAD, 10]  # all are in its share 1, 4, 7, 10
-            return [[(6, "of rank 0")], value, []]
+            assert [i for i, _ in value] == [1, BAD]  # 5 is not in its share 1, 4, 7, 10
+            return [[(6, "of rank 0")], value, [(5, "of rank 2")]]
 
     found, left_out = check_data(dataset, "train", "none", True, Three(Launch()), 1)
     assert found.count("train") == 8
-    assert left_out[1] == "of rank 0"
+    assert left_out[1:3] == ["of rank 2", "of rank 0"]
 
 
 def test_a_directory_that_may_not_be_read(tmp_path, monkeypatch):
