@@ -291,15 +291,13 @@ def test_ranks_share_the_search_and_agree(tmp_path):
     dataset = find("folders", tmp_path / "data")
 
     class Three(Transport):
-        """Rank 1 of 3; the others have searched already."""
-
-        rank, size = 1, 3
+        """The other ranks have searched already."""
 
         def gather(self, value):
             assert [i for i, _ in value] == [1, BAD]  # 5 is not in its share 1, 4, 7, 10
             return [[(6, "of rank 0")], value, [(5, "of rank 2")]]
 
-    found, left_out = check_data(dataset, "train", "none", True, Three(Launch()), 1)
+    found, left_out = check_data(dataset, "train", "none", True, Three(Launch(rank=1, size=3)), 1)
     assert found.count("train") == 8
     assert left_out[1:3] == ["of rank 2", "of rank 0"]
 
