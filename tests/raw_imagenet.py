@@ -1,6 +1,7 @@
-"""ImageNet's archives in small, of the exact structure: a tar of class tars, a flat tar, a development kit."""
+"""Makes ImageNet's archives in small, of the exact structure: a tar of class tars, a flat tar, a development kit."""
 
 import io
+import itertools
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ CMYK, DISGUISED, GREY, ROTATED = (f"n02100735/n02100735_{i}.JPEG" for i in (3, 5
 
 @dataclass
 class Raw:
-    """The archives, and what is in them: of each split name -> (file, synset)."""
+    """The archives, and of each split what is in them, as name -> (file, synset)."""
 
     train: Path
     val: Path
@@ -39,7 +40,7 @@ class Raw:
 
 
 def photograph(seed: int, label: int) -> Image.Image:
-    """Smooth noise of some size with a bright bar whose place is the label."""
+    """Returns smooth noise of some size with a bright bar whose place is the label."""
     random = np.random.default_rng(seed)
     width, height = (int(n) for n in random.integers(40, 64, 2))
     small = Image.fromarray(random.integers(0, 120, (4, 4, 3), dtype=np.uint8))
@@ -57,18 +58,10 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 def meta_mat() -> bytes:
-    """`synsets` as in the kit: a column of structures; children is a list for those that have some."""
-    fields = (
-        "ILSVRC2012_ID",
-        "WNID",
-        "words",
-        "gloss",
-        "num_children",
-        "children",
-        "wordnet_height",
-        "num_train_images",
-    )
-    rows = np.zeros((len(SYNSETS), 1), dtype=[(name, "O") for name in fields])
+    """Returns `synsets` as in the kit: a column of structures; children is a list for those that have some."""
+    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss")
+    more = ("num_children", "children", "wordnet_height", "num_train_images")
+    rows = np.zeros((len(SYNSETS), 1), dtype=[(name, "O") for name in fields + more])
     for i, (synset, words) in enumerate(SYNSETS.items()):
         children = [] if i < CLASSES else [1.0, 2.0]
         rows[i, 0] = (float(i + 1), synset, words, f"what {words} is", float(len(children)), children, 0.0, 1300.0)
@@ -78,25 +71,21 @@ def meta_mat() -> bytes:
 
 
 def make(
-    directory: Path, *, per_class: int = 20, val: int = 23, picture: Callable[[int, int], Image.Image] = photograph
+    directory: Path, *, per_class: int, val: int = 23, picture: Callable[[int, int], Image.Image] = photograph
 ) -> Raw:
+    """Writes the archives; picture: of a seed and a label."""
     synsets = list(SYNSETS)[:CLASSES]
     label = {synset: i for i, synset in enumerate(sorted(synsets))}
     images: dict[str, dict[str, tuple[bytes, str]]] = {"train": {}, "validation": {}}
-    for synset in synsets:
-        for i in range(per_class):
-            images["train"][f"{synset}/{synset}_{i}.JPEG"] = (
-                file_of(picture(100 * label[synset] + i, label[synset])),
-                synset,
-            )
-    rotated = Image.Exif()
-    rotated[0x112] = 6
-    sideways = picture(9, label["n02100735"])
+    for synset, i in itertools.product(synsets, range(per_class)):
+        data = file_of(picture(100 * label[synset] + i, label[synset]))
+        images["train"][f"{synset}/{synset}_{i}.JPEG"] = data, synset
+    setter = label["n02100735"]
     for name, data in (
-        (CMYK, file_of(picture(3, label["n02100735"]).convert("CMYK"))),
-        (DISGUISED, file_of(picture(5, label["n02100735"]), kind="PNG")),
-        (GREY, file_of(picture(7, label["n02100735"]).convert("L"))),
-        (ROTATED, file_of(sideways.transpose(Image.Transpose.ROTATE_90), exif=rotated)),
+        (CMYK, file_of(picture(3, setter).convert("CMYK"))),
+        (DISGUISED, file_of(picture(5, setter), kind="PNG")),
+        (GREY, file_of(picture(7, setter).convert("L"))),
+        (ROTATED, file_of(picture(9, setter).transpose(Image.Transpose.ROTATE_90), orientation=6)),
     ):
         images["train"][name] = data, "n02100735"
     ids = np.random.default_rng(1).integers(0, CLASSES, val).tolist()
@@ -104,12 +93,10 @@ def make(
         data = file_of(picture(1000 + i, label[synsets[number]]))
         images["validation"][f"ILSVRC2012_val_{i:08d}.JPEG"] = data, synsets[number]
 
-    train = tar_of(
-        {
-            f"{synset}.tar": tar_of({Path(n).name: data for n, (data, s) in images["train"].items() if s == synset})
-            for synset in synsets
-        }
-    )
+    classes: dict[str, dict[str, bytes]] = {synset: {} for synset in synsets}
+    for name, (data, synset) in images["train"].items():
+        classes[synset][Path(name).name] = data
+    train = tar_of({f"{synset}.tar": tar_of(files) for synset, files in classes.items()})
     # The real one is in no order of name either.
     flat = tar_of({name: data for name, (data, _) in sorted(images["validation"].items(), key=lambda item: item[1])})
     directory.mkdir(exist_ok=True)
@@ -125,7 +112,7 @@ def make(
 
 
 def unpack(raw: Raw, directory: Path) -> tuple[Path, Path]:
-    """The same images as class folders."""
+    """Writes the same images as class folders. Returns those of training and of validation."""
     for split, images in raw.images.items():
         for name, (data, synset) in images.items():
             path = directory / split / synset / Path(name).name

@@ -1,4 +1,4 @@
-"""Pictures, and the files that hold them: what tests train on, written by code of their own where that is possible."""
+"""Makes pictures and the files that hold them, by code of its own where that is possible."""
 
 import io
 import tarfile
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 IMAGES = 61  # a prime: no number of ranks or batch size divides it
 
 
-def file_of(image: "Image.Image", kind: str = "JPEG", **options) -> bytes:
+def file_of(image: "Image.Image", kind: str = "JPEG", orientation: int | None = None, **options) -> bytes:
+    """Returns the image as a file. orientation: EXIF's, by which viewers turn it; options: of Pillow's writer."""
+    if orientation is not None:
+        options["exif"] = image.getexif()
+        options["exif"][0x0112] = orientation
     data = io.BytesIO()
     image.save(data, kind, **options)
     return data.getvalue()
@@ -35,7 +39,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def write_shard(path: Path, examples: Iterable[bytes]) -> None:
-    """A shard and its index; the shard appears last, so one that is there is complete. Skips where CRCs are missing."""
+    """Writes a shard and its index; a shard that is there is complete. Skips the test where CRCs are missing."""
     pytest.importorskip("google_crc32c")
     lines, at = [], 0
     with atomic_writer(path) as file:
@@ -48,7 +52,7 @@ def write_shard(path: Path, examples: Iterable[bytes]) -> None:
 
 
 def picture(i: int, kind: str = "PNG", mode: str = "L", size: tuple[int, int] = (28, 28)) -> bytes:
-    """A smooth picture, so that JPEG keeps it nearly as it was."""
+    """Returns a smooth picture, so that JPEG keeps it nearly as it was."""
     import numpy as np
     from PIL import Image
 
@@ -64,6 +68,7 @@ def write_split(
     encoded: Callable[[int], bytes] = picture,
     label: Callable[[int], int] = lambda i: i + 1,
 ) -> list[Path]:
+    """Writes TFRecords and their indexes. Returns the shards."""
     directory.mkdir(exist_ok=True)
     paths = [directory / f"{split}-{s:05d}-of-{shards:05d}" for s in range(shards)]
     for s, path in enumerate(paths):
@@ -80,15 +85,18 @@ def write_tars(
     encoded: Callable[[int], bytes] = picture,
     label: Callable[[int], object] = lambda i: i + 1,
     suffix: str = "png",
+    name: str = "folder.x/{:06d}",
+    others: Iterable[str] = ("json",),
 ) -> list[Path]:
-    """WebDataset tars with a member more than is wanted in each sample."""
+    """Writes WebDataset tars. Returns them. name: of image i. others: suffixes of members that nobody wants."""
     directory.mkdir(exist_ok=True)
     paths = [directory / f"{split}-{s:05d}.tar" for s in range(shards)]
     for s, path in enumerate(paths):
         with tarfile.open(path, "w") as tar:
             for i in range(images * s // shards, images * (s + 1) // shards):
-                for kind, data in ((suffix, encoded(i)), ("json", b"{}"), ("cls", str(label(i)).encode())):
-                    add(tar, f"folder.x/{i:06d}.{kind}", data)
+                members = {suffix: encoded(i)} | dict.fromkeys(others, b"{}") | {"cls": str(label(i)).encode()}
+                for kind, data in members.items():
+                    add(tar, f"{name.format(i)}.{kind}", data)
     return paths
 
 
@@ -99,9 +107,10 @@ def write_folders(
     encoded: Callable[[int], bytes] = picture,
     label: Callable[[int], int] = lambda i: i,
     suffix: str = "png",
+    name: str = "n{1:05d}/image {0}",
 ) -> list[Path]:
-    """A folder for each label."""
-    paths = [directory / split / f"n{label(i):05d}" / f"image {i}.{suffix}" for i in range(images)]
+    """Writes a folder for each label. Returns the images. name: of image i and its label, below the split's folder."""
+    paths = [directory / split / f"{name.format(i, label(i))}.{suffix}" for i in range(images)]
     for i, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(i))

@@ -1,56 +1,48 @@
-"""What find_dataset accepts, and one clear line for everything it does not."""
+"""find_dataset accepts what can be trained on, and has one clear line for everything else."""
 
+import itertools
 import json
 import shutil
+import tarfile
 
 import pytest
 
-from nvcnn.data.dataset import find_dataset
 from nvcnn.data.shard_source import index_path
 from nvcnn.data.tfrecord import encode_example
 from nvcnn.program import InputError
-from tests.samples import write_shard
+from tests.nvcnn.data.reading import find, training
+from tests.samples import IMAGES, WRITERS, add, write_folders, write_shard, write_tars
+
+FIRST, MIDDLE = "train-00000-of-00003", "train-00001-of-00003"  # the second is the shard that tests damage
 
 
 @pytest.fixture
 def directory(tmp_path, dataset):
-    shutil.copytree(dataset.directory, tmp_path / "data")
-    return tmp_path / "data"
-
-
-def find(directory, num_classes=61, label_base=None, split="train"):
-    return find_dataset(directory, num_classes=num_classes, label_base=label_base, split=split)
+    return shutil.copytree(dataset.directory, tmp_path / "data")
 
 
 def declare(directory, **values):
-    text = {"num_classes": 61, "label_base": 1, "class_names": None} | values
+    text = {"num_classes": IMAGES, "label_base": 1, "class_names": None} | values
     (directory / "dataset.json").write_text(json.dumps(text))
 
 
 def test_finds_shards_and_images(directory):
-    found = find(directory)
+    found = find(directory, num_classes=IMAGES)
     assert [p.name for p in found.source("train").shards] == [f"train-{i:05d}-of-00003" for i in range(3)]
-    assert found.count("train") == found.count("validation") == 61
-    assert (found.num_classes, found.label_base, found.class_names) == (61, 1, None)
+    assert found.count("train") == found.count("validation") == IMAGES
+    assert (found.num_classes, found.label_base, found.class_names) == (IMAGES, 1, None)
 
 
 def test_without_dataset_json_the_originals_labels(directory):
-    found = find(directory, num_classes=None)
+    found = find(directory)
     assert (found.num_classes, found.label_base) == (1000, 1)
 
 
 def test_dataset_json_decides(directory):
-    declare(directory, class_names=[f"class {i}" for i in range(61)], images={"train": 61})
-    found = find(directory, num_classes=None)
-    assert (found.num_classes, found.label_base, found.class_names[60]) == (61, 1, "class 60")
-    assert find(directory, num_classes=61, label_base=1) == found
-
-
-@pytest.mark.parametrize(("flags", "name"), [({"num_classes": 62}, "num_classes"), ({"label_base": 0}, "label_base")])
-def test_a_flag_against_dataset_json(directory, flags, name):
-    declare(directory)
-    with pytest.raises(InputError, match=rf"--{name}=.*dataset\.json says"):
-        find(directory, **flags)
+    declare(directory, class_names=[f"class {i}" for i in range(IMAGES)], images={"train": IMAGES})
+    found = find(directory)
+    assert (found.num_classes, found.label_base, found.class_names[60]) == (IMAGES, 1, "class 60")
+    assert find(directory, num_classes=IMAGES, label_base=1) == found
 
 
 @pytest.mark.parametrize(
@@ -66,57 +58,91 @@ def test_a_flag_against_dataset_json(directory, flags, name):
         ('{"num_classes": 61, "label_base": 1, "images": [61]}', "images"),
     ],
 )
-def test_a_broken_dataset_json(directory, text, what):
-    (directory / "dataset.json").write_text(text)
+def test_a_broken_dataset_json(dataset, tmp_path, text, what):
+    shutil.copy(dataset.source("train").shards[0], tmp_path)
+    (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(InputError, match=rf"dataset\.json: .*{what}"):
-        find(directory)
-
-
-def test_no_directory(tmp_path):
-    with pytest.raises(InputError, match=r"--data_dir=.*nowhere: No such file or directory"):
-        find(tmp_path / "nowhere")
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--data_dir=.*file: Not a directory"):
-        find(tmp_path / "file")
-
-
-def test_an_empty_directory(tmp_path):
-    with pytest.raises(InputError, match="is empty"):
         find(tmp_path)
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_no_files_of_a_split(directory, split):
-    for path in directory.glob(f"{split}-*"):
+def delete(directory, pattern):
+    for path in list(directory.glob(pattern)):
         path.unlink()
-    with pytest.raises(InputError, match=rf"no {split}-\* files"):
-        find(directory, split=split)
 
 
-def test_files_without_images(tmp_path):
-    write_shard(tmp_path / "train-0", iter([]))
-    with pytest.raises(InputError, match="no images"):
-        find(tmp_path)
+def cut(directory, size: int, index: bool = True):
+    shard = directory / MIDDLE
+    shard.write_bytes(shard.read_bytes()[:-size])
+    if not index:
+        index_path(shard).unlink()
 
 
-def test_a_missing_shard(directory):
-    declare(directory, images={"train": 61})
-    (directory / "train-00001-of-00003").unlink()
-    with pytest.raises(InputError, match=r"train images, but dataset\.json says 61"):
-        find(directory)
+def garbled(text):
+    return (lambda d: index_path(d / MIDDLE).write_text(text)), rf"{MIDDLE}\.idx: is not an index"
 
 
-def test_a_missing_index_is_built_and_said(directory, capfd):
-    index = index_path(directory / "train-00001-of-00003")
+def first(record, what):
+    return (lambda d: write_shard(d / MIDDLE, [record])), rf"{MIDDLE}: the record at byte 0 .*{what}"
+
+
+def outside(label, **flags):
+    return (lambda d: None), rf"train-00.*: the record at byte \d+: label {label} is outside", flags
+
+
+REFUSED = {  # what is done to a directory of TFRecords, the words of the message, and the flags, if any
+    "num_classes against dataset.json": (declare, r"--num_classes=.*dataset\.json says", {"num_classes": 62}),
+    "label_base against dataset.json": (declare, r"--label_base=.*dataset\.json says", {"label_base": 0}),
+    "no such directory": (shutil.rmtree, r"--data_dir=.*data: No such file or directory"),
+    "a file": (lambda d: (shutil.rmtree(d), d.touch()), r"--data_dir=.*data: Not a directory"),
+    "empty": (lambda d: delete(d, "*"), "is empty"),
+    "no training files": (lambda d: delete(d, "train-*"), r"no train-\* files"),
+    "no validation files": (lambda d: delete(d, "val*"), r"no validation-\* files", {"split": "validation"}),
+    "no images": (lambda d: (delete(d, "*"), write_shard(d / "train-0", [])), "no images"),
+    "a missing shard": (
+        lambda d: (declare(d, images={"train": IMAGES}), (d / MIDDLE).unlink()),
+        r"41 train images, but dataset\.json says 61",
+    ),
+    "cut in a record's end": (lambda d: cut(d, 1), rf"{MIDDLE}\.idx: .*{MIDDLE} has .*truncated"),
+    "cut before a record": (lambda d: cut(d, 400), rf"{MIDDLE}\.idx: .*{MIDDLE} has .*truncated"),
+    "cut, without an index": (lambda d: cut(d, 400, index=False), rf"{MIDDLE}: .*cut short"),
+    "another index": (
+        lambda d: shutil.copy(index_path(d / FIRST), index_path(d / MIDDLE)),
+        rf"{MIDDLE}.*: ends at byte",
+    ),
+    "an index without its last line's end": garbled("0 10"),
+    "an index of one number": garbled("0\n"),
+    "an index of words": garbled("zero ten\n"),
+    "an index with a sign": garbled("-1 5\n"),
+    "an index with an empty line": garbled("\n"),
+    "no TFRecord": (lambda d: (d / "train-x").write_text("a file like any other"), "train-x: no TFRecord at byte 0"),
+    "no tf.train.Example": first(b"not a message", "not a tf.train.Example"),
+    "no image": first(encode_example({"image/class/label": [1]}), "image/encoded"),
+    "no label": first(encode_example({"image/encoded": [b"png"], "image/class/label": []}), "image/class/label"),
+    "a label above": outside(41, num_classes=40),
+    "a label below": outside(1, label_base=2),
+    "a label above, from zero on": outside(21, num_classes=20, label_base=0),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_in_one_line(directory, case):
+    damage, words, *flags = REFUSED[case]
+    damage(directory)
+    with pytest.raises(InputError, match=words) as error:
+        find(directory, **dict(*flags))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_index_is_built_and_said(directory, capfd, monkeypatch):
+    index = index_path(directory / MIDDLE)
     expected = index.read_bytes()
     index.unlink()
     find(directory)
     assert index.read_bytes() == expected
-    assert "train-00001-of-00003: no index, building it" in capfd.readouterr().err
-
-
-def test_a_missing_index_that_cannot_be_written(directory, monkeypatch):
-    index_path(directory / "train-00001-of-00003").unlink()
+    assert f"{MIDDLE}: no index, building it" in capfd.readouterr().err
+    find(directory)
+    assert "index" not in capfd.readouterr().err
+    index.unlink()
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
@@ -126,53 +152,138 @@ def test_a_missing_index_that_cannot_be_written(directory, monkeypatch):
         find(directory)
 
 
-@pytest.mark.parametrize("cut", [1, 400])
-def test_a_truncated_shard(directory, cut):
-    shard = directory / "train-00002-of-00003"
-    shard.write_bytes(shard.read_bytes()[:-cut])
-    with pytest.raises(InputError, match=r"train-00002-of-00003\.idx: .*train-00002-of-00003 has .*truncated"):
-        find(directory)
-    index_path(shard).unlink()
-    with pytest.raises(InputError, match=r"train-00002-of-00003: .*cut short"):
-        find(directory)
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(WRITERS, 2)))
+def test_two_kinds_in_one_directory(tmp_path, one, other):
+    for kind in (one, other):
+        WRITERS[kind](tmp_path, "train", images=3)
+    with pytest.raises(InputError, match=r"holds .* and .*: keep one kind in a directory"):
+        find(tmp_path)
 
 
-def test_a_stale_index(directory):
-    shutil.copy(directory / "train-00000-of-00003.idx", directory / "train-00001-of-00003.idx")
-    with pytest.raises(InputError, match=r"train-00001-of-00003\.idx: ends at byte"):
-        find(directory)
+# Class folders
 
 
-@pytest.mark.parametrize("text", ["0 10", "0\n", "zero ten\n", "-1 5\n", "\n"])
-def test_a_garbled_index(directory, text):
-    (directory / "train-00001-of-00003.idx").write_text(text)
-    with pytest.raises(InputError, match=r"train-00001-of-00003\.idx: is not an index"):
-        find(directory)
+def test_classes_are_the_folders_in_order_of_name(tmp_path):
+    for split in ("train", "val"):
+        write_folders(tmp_path, split, images=4, label=lambda i: 9 - i)
+    (tmp_path / "train/n00006/notes.txt").touch()  # no image, no class
+    (tmp_path / "train/.hidden").mkdir()
+    found = find(tmp_path)
+    assert (found.num_classes, found.label_base, found.count("train")) == (4, 0, 4)
+    assert found.class_names == ("n00006", "n00007", "n00008", "n00009")
+    source = found.source("train")
+    assert [(source.name(i).rpartition("/")[2], source.read(i)[1]) for i in range(4)] == [
+        (f"image {3 - i}.png", i) for i in range(4)
+    ]
+    assert find(tmp_path, num_classes=4).num_classes == 4
 
 
-def test_a_file_that_is_no_tfrecord(directory):
-    (directory / "train-notes.txt").write_text("a file like any other")
-    with pytest.raises(InputError, match=r"train-notes\.txt: no TFRecord at byte 0"):
-        find(directory)
+def test_images_of_a_class_at_any_depth(tmp_path):
+    """torchvision's ImageFolder and `prepare.py folder` find the same images."""
+    one, other = write_folders(tmp_path, "train", images=2)
+    (one.parent / "deep" / "er").mkdir(parents=True)
+    shutil.copy(other, one.parent / "deep" / "er" / "1.PNG")
+    (other.parent / "link").symlink_to(one.parent / "deep")
+    source = find(tmp_path).source("train")
+    assert [(source.name(i).partition("/n0000")[2], source.read(i)[1]) for i in range(len(source))] == [
+        ("0/deep/er/1.PNG", 0),
+        ("0/image 0.png", 0),
+        ("1/image 1.png", 1),
+        ("1/link/er/1.PNG", 1),
+    ]
+    training(find(tmp_path)).close()
+
+
+def more_classes(here, there):
+    words = rf"/{there}: has no folder n77777, which .*/{here} has \(1 such\)"
+    return (lambda d: shutil.copytree(d / here / "n00000", d / here / "n77777")), words
+
+
+FOLDERS_REFUSED = {  # what is done to train/ and val/ of two classes, the words of the message, and the flags, if any
+    "more classes in training": more_classes("train", "val"),
+    "more classes in validation": more_classes("val", "train"),
+    "other num_classes": (lambda d: None, r"--num_classes=5: .* has 2: leave the flag out", {"num_classes": 5}),
+    "other label_base": (lambda d: None, r"--label_base=1: .* has 0", {"label_base": 1}),
+    "other dataset.json": (declare, r"dataset\.json: num_classes is not that of the class folders"),
+    "a class without images": (
+        lambda d: [(d / split / "empty").mkdir() for split in ("train", "val")],
+        r"train/empty: holds no images",
+    ),
+    "no validation": (lambda d: shutil.rmtree(d / "val"), "no folder val or validation", {"split": "validation"}),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS_REFUSED)
+def test_refuses_class_folders_in_one_line(tmp_path, case):
+    damage, words, *flags = FOLDERS_REFUSED[case]
+    for split in ("train", "val"):
+        write_folders(tmp_path, split, images=2)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=words):
+        find(tmp_path, **dict(*flags))
+
+
+def test_the_folder_of_the_classes_instead_of_the_one_above(tmp_path):
+    write_folders(tmp_path, "train", images=2)
+    with pytest.raises(InputError, match=r"no folder train/ there.*n00000 is a class, give the directory above train/"):
+        find(tmp_path / "train")
+
+
+# WebDataset's tars
+
+
+def test_tars_by_dataset_json_and_flags(tmp_path):
+    write_tars(tmp_path, "train", images=9, label=lambda i: i)
+    with pytest.raises(InputError, match=r"train-00000\.tar: folder\.x/000000\.png at byte 512: label 0 is outside 1"):
+        find(tmp_path, num_classes=9)
+    assert find(tmp_path, num_classes=9, label_base=0).count("train") == 9
+    declare(tmp_path, num_classes=9, label_base=0, images={"train": 9})
+    assert (find(tmp_path).num_classes, find(tmp_path).label_base) == (9, 0)
+
+
+@pytest.mark.parametrize("suffix", ["JPG", "jpeg", "png"])
+def test_tars_of_any_suffix(tmp_path, suffix):
+    write_tars(tmp_path, "train", images=5, suffix=suffix)
+    assert sorted(next(training(find(tmp_path), batch_size=5)).labels.tolist()) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
-    ("record", "what"),
+    ("members", "what"),
     [
-        (b"not a message", "not a tf.train.Example"),
-        (encode_example({"image/class/label": [1]}), "image/encoded"),
-        (encode_example({"image/encoded": [b"png"], "image/class/label": []}), "image/class/label"),
+        ({"a.jpg": b"x"}, "sample a has 1 images .* and 0 labels"),
+        ({"a.cls": b"1"}, "sample a has 0 images .* and 1 labels"),
+        ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "sample a has 2 images"),
+        ({"a.jpg": b"x", "b.cls": b"1", "a.cls": b"1"}, "sample a has 1 images .* and 0 labels"),
+        ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.jpg at byte 512: its label 'cat' is not a number"),
     ],
 )
-def test_a_first_record_of_another_kind(directory, record, what):
-    write_shard(directory / "train-00001-of-00003", iter([record]))
-    with pytest.raises(InputError, match=rf"train-00001-of-00003: the record at byte 0 .*{what}"):
-        find(directory)
+def test_tars_without_one_image_and_one_label(tmp_path, members, what):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name, data in members.items():
+            add(tar, name, data)
+    with pytest.raises(InputError, match=rf"train-0\.tar: {what}"):
+        find(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("flags", "label"), [({"num_classes": 40}, 41), ({"label_base": 2}, 1), ({"num_classes": 20, "label_base": 0}, 21)]
-)
-def test_labels_outside_the_classes(directory, flags, label):
-    with pytest.raises(InputError, match=rf"train-00.*: the record at byte \d+: label {label} is outside"):
-        find(directory, **flags)
+def test_indexes_of_tars(tmp_path):
+    one, other, _ = write_tars(tmp_path, "train", images=9)
+    find(tmp_path)
+    good, data = index_path(other).read_text(), other.read_bytes()
+    for text in ("", "v1.2 1\n", "v1.2 1\njpg 1 2 x\n", "v1.1 0\n"):
+        index_path(other).write_text(text)
+        with pytest.raises(InputError, match=r"train-00001\.tar\.idx: is not an index"):
+            find(tmp_path)
+    index_path(other).write_text(good)
+    other.write_bytes(data[: int(good.split()[-7])])
+    with pytest.raises(InputError, match=r"train-00001\.tar\.idx: ends at byte .* the shard is truncated"):
+        find(tmp_path)
+    index_path(other).unlink()
+    with pytest.raises(InputError, match=r"train-00001\.tar: .*(cut short|damaged)"):
+        find(tmp_path)
+    other.write_bytes(b"this is no tar" * 100)
+    with pytest.raises(InputError, match=r"train-00001\.tar: is not a tar, or is damaged"):
+        find(tmp_path)
+    shutil.copy(one, other)
+    index_path(other).write_text(good.replace(" 1 folder", " 2 folder"))
+    with pytest.raises(InputError, match=r"train-00001\.tar\.idx: is not that of .*train-00001\.tar"):
+        find(tmp_path)

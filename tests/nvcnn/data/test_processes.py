@@ -1,38 +1,45 @@
-"""Worker processes: what they must not wait for."""
+"""Worker processes wait for nothing that does not come, and end with their program."""
 
 import subprocess
 import sys
 
 import torch
 
-from nvcnn.data.dataset import find_dataset
 from nvcnn.data.processes import worker_pool
+from tests.nvcnn.data.reading import find
+from tests.samples import record, write_shard
 
 # OpenMP's threads run in the parent, and then the workers need the table of so many samples that OpenMP divides it.
-SEARCH = """
-import sys
+SEARCH_AND_TRAIN = """
+import multiprocessing, sys
 import torch
 from nvcnn.check_data import search
+from nvcnn.data.backend import open_training
 from nvcnn.data.dataset import find_dataset
 
 torch.set_num_threads(2)
 a = torch.ones(3_000_000)
 (a + a).sum()
-dataset = find_dataset(sys.argv[1], num_classes=10, label_base=None, split="train", lenient=True)
-print(len(search(dataset, "train", range(600), False, 2, quiet=True)))
+dataset, small = (find_dataset(d, num_classes=61, label_base=1, split="train", lenient=True) for d in sys.argv[1:])
+print(len(search(dataset, "train", range(600), False, 2, quiet=True)), flush=True)
+
+multiprocessing.set_start_method("forkserver")  # the default of Python 3.14
+data = open_training(small, "torch", batch_size=4, image_size=16, crop_area=(0.3, 1.0), crop_aspect=(0.8, 1.25),
+                     seed=1, rank=0, ranks=1, device=torch.device("cpu"), threads=2)
+print(len(next(data).labels), flush=True)
 """
 
 
-def test_a_search_after_threads_ran_in_the_parent(write, tmp_path):
-    write(tmp_path, "train", images=20_000, shards=1, encoded=lambda i: b"", label=lambda i: 1)
-    ended = subprocess.run([sys.executable, "-c", SEARCH, tmp_path], capture_output=True, text=True, timeout=60)
-    assert (ended.stdout, ended.stderr) == ("0\n", "")
+def test_a_program_with_threads_searches_trains_and_ends(dataset, tmp_path):
+    """It ends without closing its data, whose workers ignore the signal by which Python would end them at exit."""
+    write_shard(tmp_path / "train-0", [record(b"", 1)] * 20_000)
+    command = [sys.executable, "-c", SEARCH_AND_TRAIN, tmp_path, dataset.directory]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n4\n", "")
 
 
-def test_the_table_of_samples_is_there_before_the_workers(write, tmp_path):
-    write(tmp_path, "train")
-    dataset = find_dataset(tmp_path, num_classes=61, label_base=None, split="train", lenient=True)
-    assert "places" in vars(dataset.source("train"))
+def test_the_table_of_samples_is_there_before_the_workers(dataset):
+    assert "places" in vars(find(dataset.directory, num_classes=61, lenient=True).source("train"))
 
 
 def test_a_worker_has_one_thread():

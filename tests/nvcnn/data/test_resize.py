@@ -1,3 +1,5 @@
+"""DALI's crops are resized on a CPU as Pillow resizes them."""
+
 import numpy as np
 import pytest
 import torch

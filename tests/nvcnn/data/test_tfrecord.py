@@ -1,20 +1,20 @@
-"""Our records against other readers (protobuf, TensorBoard's), and every way a file can be damaged."""
+"""Other readers (protobuf, TensorBoard's) agree about our records, and every damage of a file is found."""
 
 import contextlib
+import os
 import struct
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nvcnn.data import tfrecord
-from nvcnn.data.records import Records
-from nvcnn.data.shard_source import index_path
+from nvcnn.data.shard_source import atomic_writer, index_path
 from nvcnn.program import InputError
 from tests.samples import write_shard
 
 pytest.importorskip("google.protobuf")  # comes with TensorBoard
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 values = st.one_of(
     st.lists(st.binary(max_size=300), max_size=4),
@@ -24,44 +24,35 @@ values = st.one_of(
 features = st.dictionaries(st.text(max_size=20), values, max_size=5)
 
 
-def protobuf_example():
-    """tf.train.Example as the protobuf library has it, from the fields of tensorflow/core/example."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tf", syntax="proto3")
-    field = descriptor_pb2.FieldDescriptorProto
-
-    def message(name, *fields):
-        m = file.message_type.add(name=name)
-        for number, (key, kind, repeated) in enumerate(fields, 1):
-            f = m.field.add(name=key, number=number, label=field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL)
-            f.type = field.TYPE_MESSAGE if isinstance(kind, str) else kind
-            if isinstance(kind, str):
-                f.type_name = f".tf.{kind}"
-        return m
-
-    for name, kind in (
-        ("BytesList", field.TYPE_BYTES),
-        ("FloatList", field.TYPE_FLOAT),
-        ("Int64List", field.TYPE_INT64),
-    ):
-        message(name, ("value", kind, True))
-    feature = message("Feature", *((k, f"{k.capitalize()}List", False) for k in ("bytes", "float", "int64")))
-    feature.oneof_decl.add(name="kind")
-    for f in feature.field:
-        f.oneof_index = 0
-    entry = message("Features", ("feature", "Features.Entry", True)).nested_type.add(name="Entry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, label=1, type=field.TYPE_STRING)
-    entry.field.add(name="value", number=2, label=1, type=field.TYPE_MESSAGE, type_name=".tf.Feature")
-    file.message_type[-1].field[0].type_name = ".tf.Features.Entry"
-    message("Example", ("features", "Features", False))
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tf.Example"))
-
-
-Example = protobuf_example()
+# The fields of tensorflow/core/example that a reader of records needs, as protobuf's text format has them.
+EXAMPLE = """
+name: "example.proto" package: "tf" syntax: "proto3"
+message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type {
+  name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes" number: 1 oneof_index: 0 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".tf.BytesList" }
+  field { name: "float" number: 2 oneof_index: 0 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".tf.FloatList" }
+  field { name: "int64" number: 3 oneof_index: 0 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".tf.Int64List" }
+}
+message_type {
+  name: "Features"
+  field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".tf.Features.FeatureEntry" }
+  nested_type {
+    name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+    field { name: "value" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".tf.Feature" }
+  }
+}
+message_type {
+  name: "Example"
+  field { name: "features" number: 1 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".tf.Features" }
+}
+"""
+pool = descriptor_pool.DescriptorPool()
+pool.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
+Example = message_factory.GetMessageClass(pool.FindMessageTypeByName("tf.Example"))
 
 
 @given(features)
@@ -85,34 +76,33 @@ def test_decoding_garbage_raises_only_value_errors(data):
         tfrecord.decode_example(data)
 
 
-def write(path, records):
-    write_shard(path, iter(records))
-    return path
+RECORDS = [b"one", b"two", b"", bytes(range(256)) * 300]
 
 
-RECORDS = [b"", b"one", bytes(range(256)) * 300]
+@pytest.fixture
+def shard(tmp_path):
+    write_shard(tmp_path / "shard", RECORDS)
+    return tmp_path / "shard"
 
 
-def test_records_come_back_and_the_index_tells_where_they_are(tmp_path):
-    shard = write(tmp_path / "shard", RECORDS)
+def test_records_come_back_and_the_index_tells_where_they_are(shard):
     assert list(tfrecord.read_records(shard)) == RECORDS
-    assert index_path(shard).read_text() == f"0 16\n16 19\n35 {256 * 300 + 16}\n"
-    assert list(tfrecord.scan(shard)) == [(0, 16), (16, 19), (35, 256 * 300 + 16)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["shard", "shard.idx"]
+    assert index_path(shard).read_text() == f"0 19\n19 19\n38 16\n54 {256 * 300 + 16}\n"
+    assert list(tfrecord.scan(shard)) == [(0, 19), (19, 19), (38, 16), (54, 256 * 300 + 16)]
+    assert sorted(p.name for p in shard.parent.iterdir()) == ["shard", "shard.idx"]
 
 
-def test_tensorboards_reader_takes_our_records(tmp_path):
+def test_tensorboards_reader_takes_our_records(shard):
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
-    reader = PyRecordReader_New(str(write(tmp_path / "shard", RECORDS)))
+    reader = PyRecordReader_New(str(shard))
     for record in RECORDS:
         reader.GetNext()  # checks both CRCs
         assert reader.record() == record
 
 
 @pytest.mark.parametrize("byte", [0, 9, 12, 14, 15, 18])
-def test_a_flipped_bit_is_found(tmp_path, byte):
-    shard = write(tmp_path / "shard", [b"one", b"two"])
+def test_a_flipped_bit_is_found(shard, byte):
     data = bytearray(shard.read_bytes())
     data[byte] ^= 4
     shard.write_bytes(data)
@@ -121,8 +111,7 @@ def test_a_flipped_bit_is_found(tmp_path, byte):
 
 
 @pytest.mark.parametrize("size", [20, 34, 36, 37])
-def test_a_truncated_shard_is_found(tmp_path, size):
-    shard = write(tmp_path / "shard", [b"one", b"two"])
+def test_a_truncated_shard_is_found(shard, size):
     shard.write_bytes(shard.read_bytes()[:size])
     for read in (tfrecord.read_records, tfrecord.scan):
         with pytest.raises(InputError, match=r"shard: .*byte 19.*(truncated|cut short)"):
@@ -144,16 +133,16 @@ def test_a_failed_writer_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def build(shard):
-    Records.build_index(shard)
-
-
-def test_several_processes_build_one_index(tmp_path):
-    shard = write(tmp_path / "shard", [bytes(i) for i in range(1000)])
-    index = index_path(shard)
-    expected = index.read_text()
-    index.unlink()
-    with ProcessPoolExecutor(4) as pool:
-        list(pool.map(build, [shard] * 8))
-    assert index.read_text() == expected
-    assert len(list(tmp_path.iterdir())) == 2
+def test_a_file_has_its_name_only_when_it_is_whole_and_on_disk(tmp_path, monkeypatch):
+    """Two writers of one file do not disturb each other."""
+    path, done = tmp_path / "file", []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, function=function: (done.append(name), function(*a)))
+    with atomic_writer(path) as one, atomic_writer(path) as other:
+        one.write(b"whole")
+        other.write(b"whole")
+        assert not path.exists()
+    assert done == ["fsync", "replace"] * 2
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]

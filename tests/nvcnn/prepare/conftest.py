@@ -1,16 +1,30 @@
-"""A small ImageNet, its class folders, and what prepare.py makes of them."""
+"""Makes a small ImageNet, its class folders, and what prepare.py makes of them."""
 
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.nvcnn.prepare.preparing import contents, run
+from tests.nvcnn.prepare.preparing import run
 from tests.raw_imagenet import Raw, make, unpack
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """Leaves fsync out. Only a loss of power could tell the difference, and test_tfrecord.py sees that it is called."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory) -> Raw:
-    return make(tmp_path_factory.mktemp("raw"), per_class=30)
+    return make(tmp_path_factory.mktemp("raw"), per_class=10)
 
 
 @pytest.fixture(scope="session")
@@ -27,11 +41,7 @@ def prepared(folders, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(prepared, tmp_path) -> Path:
-    out = tmp_path / "copy"
-    out.mkdir()
-    for name, data in contents(prepared).items():
-        (out / name).write_bytes(data)
-    return out
+    return shutil.copytree(prepared, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +49,12 @@ def tars(folders, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("tars") / "out"
     run(folders, out, 2, file_format="webdataset")
     return out
+
+
+@pytest.fixture(scope="session")
+def main() -> Callable[[list[str]], int]:
+    """Returns the program's function, which takes its arguments and returns its exit code."""
+    spec = importlib.util.spec_from_file_location("launch_prepare", ROOT / "launch" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main

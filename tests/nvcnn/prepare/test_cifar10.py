@@ -1,40 +1,38 @@
-"""CIFAR-10 from small files of both formats."""
+"""CIFAR-10 is prepared from small files of both of its formats."""
 
 import gzip
-import io
 import os
 import pickle
 import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.prepare import cifar10
 from nvcnn.prepare.write import write_dataset
 from nvcnn.program import InputError
-from tests.raw_imagenet import add
+from tests.nvcnn.prepare.preparing import examples, opened
+from tests.samples import add
 
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
 def batch(name: str) -> tuple[np.ndarray, list[int]]:
-    """Planar pixels (8, 3072) and labels."""
+    """Returns planar pixels, (8, 3072), and labels."""
     random = np.random.default_rng(NAMES.index(name))
     return random.integers(0, 256, (8, 3072), dtype=np.uint8), random.integers(0, 10, 8).tolist()
 
 
 def files(binary: bool) -> dict[str, bytes]:
-    if binary:
-        return {
-            f"{n}.bin": b"".join(bytes([label]) + p.tobytes() for p, label in zip(*batch(n), strict=True))
-            for n in NAMES
-        } | {"batches.meta.txt": b"airplane\n"}
-    return {
-        n: pickle.dumps({b"data": batch(n)[0], b"labels": batch(n)[1], b"batch_label": n.encode()}, protocol=2)
-        for n in NAMES
-    } | {"batches.meta": b"not read"}
+    found = {"batches.meta.txt" if binary else "batches.meta": b"not read"}
+    for name in NAMES:
+        pixels, labels = batch(name)
+        if binary:
+            found[f"{name}.bin"] = b"".join(bytes([label, *image]) for image, label in zip(pixels, labels, strict=True))
+        else:
+            batch_label = name.encode()
+            found[name] = pickle.dumps({b"data": pixels, b"labels": labels, b"batch_label": batch_label}, protocol=2)
+    return found
 
 
 def archive(path, binary: bool, **changes: bytes | None):
@@ -45,9 +43,8 @@ def archive(path, binary: bool, **changes: bytes | None):
     return path
 
 
-@pytest.mark.parametrize("binary", [True, False])
-@pytest.mark.parametrize("unpacked", [True, False])
-def test_every_image_with_its_label(tmp_path, binary, unpacked):
+@pytest.mark.parametrize(("unpacked", "binary"), [(True, True), (False, False)])
+def test_every_image_with_its_label(tmp_path, unpacked, binary):
     source = archive(tmp_path / "cifar.tar.gz", binary)
     if unpacked:
         with tarfile.open(source) as tar:
@@ -55,10 +52,9 @@ def test_every_image_with_its_label(tmp_path, binary, unpacked):
         source = tmp_path / "unpacked"
     write_dataset(cifar10.blueprint(source), tmp_path / "out", workers=2)
     for split, names in (("train", NAMES[:5]), ("validation", NAMES[5:])):
-        records = [r for p in sorted((tmp_path / "out").glob(f"{split}-?????-of-?????")) for r in read_records(p)]
         stored = []
-        for example in map(decode_example, records):
-            image = Image.open(io.BytesIO(example["image/encoded"][0]))
+        for example in examples(tmp_path / "out", split):
+            image = opened(example["image/encoded"][0])
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
             label = example["image/class/label"][0]
             assert example["image/class/text"] == [cifar10.CLASS_NAMES[label - 1].encode()]

@@ -1,49 +1,39 @@
-"""Class folders: what is found in them, how they are divided, what is refused."""
+"""Class folders are searched for images, divided, and refused where they are no data set."""
 
-import io
 import os
 
 import pytest
-from PIL import Image
 
 from nvcnn.data.class_folders import class_names, open_class_folders
-from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.prepare import folder
 from nvcnn.prepare.encode import Encoding
 from nvcnn.prepare.write import write_dataset
 from nvcnn.program import InputError
+from tests.nvcnn.prepare.preparing import examples, opened
 from tests.raw_imagenet import photograph
 from tests.samples import file_of
 
 
 @pytest.fixture
 def train(tmp_path):
-    """Two classes of 10 images in several formats, one of them deeper and behind a link."""
+    """Writes two classes of 10 images in several formats, some in a folder `more`; one class is behind a link."""
+    train = tmp_path / "train"
     for label, name in enumerate(("cat", "ant")):
-        (tmp_path / "train" / name / "more").mkdir(parents=True)
+        (train / name / "more").mkdir(parents=True)
         for i in range(10):
-            form, suffix = (("JPEG", "jpg"), ("PNG", "PNG"), ("BMP", "bmp"))[i % 3]
-            place = tmp_path / "train" / name / ("more" if i % 2 else ".")
-            (place / f"{i}.{suffix}").write_bytes(file_of(photograph(i + 50 * label, label), form))
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("what a cat is")
-    (tmp_path / "train" / "cat" / "._7.jpg").write_bytes(b"of macOS")
-    (tmp_path / "train" / ".git").mkdir()
-    (tmp_path / "train" / "ant").rename(tmp_path / "elsewhere")
-    (tmp_path / "train" / "ant").symlink_to(tmp_path / "elsewhere")
-    return tmp_path / "train"
+            kind, suffix = (("JPEG", "jpg"), ("PNG", "PNG"), ("BMP", "bmp"))[i % 3]
+            path = train / name / ("more" if i % 2 else ".") / f"{i}.{suffix}"
+            path.write_bytes(file_of(photograph(i + 50 * label, label), kind))
+    (train / "cat" / "notes.txt").write_text("what a cat is")
+    (train / "cat" / "._7.jpg").write_bytes(b"of macOS")
+    (train / ".git").mkdir()
+    (train / "ant").rename(tmp_path / "elsewhere")
+    (train / "ant").symlink_to(tmp_path / "elsewhere")
+    return train
 
 
 def blueprint(train, **changes):
     return folder.blueprint(train, **{"encoding": Encoding()} | changes)
-
-
-def labels_and_formats(out, split):
-    records = [decode_example(r) for p in sorted(out.glob(f"{split}-?????-of-?????")) for r in read_records(p)]
-    return sorted(
-        (r["image/class/text"][0].decode(), r["image/class/label"][0], Image.open(io.BytesIO(e)).format)
-        for r in records
-        for e in r["image/encoded"]
-    )
 
 
 def test_classes_in_order_of_name(train, tmp_path, capfd):
@@ -52,9 +42,12 @@ def test_classes_in_order_of_name(train, tmp_path, capfd):
     assert len(made.splits["train"]) == 20
     assert made.shards == {"train": 1}
     assert "1 files are left out, whose names are not those of images" in capfd.readouterr().err
-    write_dataset(made, tmp_path / "out")
-    expected = [(name, label, form) for label, name in ((1, "ant"), (2, "cat")) for form in ["JPEG"] * 7 + ["PNG"] * 3]
-    assert labels_and_formats(tmp_path / "out", "train") == expected  # BMP becomes JPEG
+    out = tmp_path / "out"
+    write_dataset(made, out)
+    kinds = ["JPEG"] * 7 + ["PNG"] * 3  # BMP becomes JPEG
+    expected = [(name, label, kind) for label, name in ((1, "ant"), (2, "cat")) for kind in kinds]
+    stored = [(e["image/class/text"], e["image/class/label"], e["image/encoded"]) for e in examples(out, "train")]
+    assert sorted((text.decode(), label, opened(data).format) for ((text,), (label,), (data,)) in stored) == expected
 
 
 def test_a_share_of_each_class(train, tmp_path):
@@ -109,17 +102,16 @@ def test_what_is_no_data_set(train, tmp_path, monkeypatch):
         blueprint(train)
 
 
-def test_a_link_to_nowhere_is_an_unreadable_image(train, tmp_path):
-    (train / "cat" / "gone.jpg").symlink_to(tmp_path / "gone")
-    with pytest.raises(InputError, match=r"1 unreadable images.*cat/gone\.jpg: cannot be read \(No such file"):
+@pytest.mark.parametrize(("to", "why"), [("nowhere", "No such file"), ("link.jpg", "Too many levels")])
+def test_a_link_to_nowhere_or_to_itself_is_an_unreadable_image(train, tmp_path, to, why):
+    (train / "cat" / "link.jpg").symlink_to(to)
+    with pytest.raises(InputError, match=rf"1 unreadable images.*cat/link\.jpg: cannot be read \({why}"):
         write_dataset(blueprint(train), tmp_path / "out")
 
 
-def test_a_link_to_itself_is_an_unreadable_image(train, tmp_path):
-    (train / "cat" / "loop.jpg").symlink_to("loop.jpg")
-    with pytest.raises(InputError, match=r"1 unreadable images.*cat/loop\.jpg: cannot be read \(Too many levels"):
-        write_dataset(blueprint(train), tmp_path / "out")
-    (train / "dog").symlink_to("dog")  # in the place of a class it is none that may be passed over
+def test_a_class_that_is_a_link_to_itself(train):
+    """A class may not be passed over as an image may."""
+    (train / "dog").symlink_to("dog")
     with pytest.raises(InputError, match=r"--train=.*train/dog: Too many levels of symbolic links: give a directory"):
         blueprint(train)
 

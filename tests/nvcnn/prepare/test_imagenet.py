@@ -1,76 +1,51 @@
-"""ImageNet from small archives of its structure: what is written, the ways its parts may be given, what is refused."""
+"""ImageNet is prepared from small archives of its structure, in several forms, and refused where a part is wrong."""
 
-import io
 import json
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from nvcnn.data.backend import open_evaluation
-from nvcnn.data.dataset import find_dataset
-from nvcnn.data.tfrecord import decode_example, read_records
 from nvcnn.prepare import imagenet
 from nvcnn.prepare.encode import Encoding
 from nvcnn.prepare.verify import verify
 from nvcnn.prepare.write import write_dataset
 from nvcnn.program import InputError
-from tests.raw_imagenet import CLASSES, CMYK, DISGUISED, GREY, ROTATED, SYNSETS, Raw, make, unpack
+from tests.nvcnn.prepare.preparing import contents, examples, opened
+from tests.raw_imagenet import CLASSES, CMYK, DISGUISED, GREY, ROTATED, SYNSETS, Raw, tar_of
 
 LABELS = {synset: i + 1 for i, synset in enumerate(sorted(list(SYNSETS)[:CLASSES]))}
-JPEGS = Encoding(keep=("JPEG",))
-
-
-@pytest.fixture(scope="session")
-def raw(tmp_path_factory) -> Raw:
-    return make(tmp_path_factory.mktemp("raw"))
 
 
 def blueprint(raw: Raw, **changes):
-    given = {
-        "train": raw.train,
-        "val": raw.val,
-        "devkit": raw.devkit,
-        "encoding": JPEGS,
-        "shards": (4, 2),
-        "workers": 2,
-    }
-    return imagenet.blueprint(**given | changes)
+    given = {"train": raw.train, "val": raw.val, "devkit": raw.devkit}
+    how = {"encoding": Encoding(keep=("JPEG",)), "shards": (4, 2), "workers": 2}
+    return imagenet.blueprint(**given | how | changes)
 
 
-def shards(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.glob("*-of-*")}
-
-
-@pytest.fixture(scope="session")
-def prepared(raw, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "imagenet"
+@pytest.fixture(scope="module")
+def written(raw, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("written") / "imagenet"
     write_dataset(blueprint(raw), out, workers=2)
     return out
 
 
-def examples(directory: Path, split: str) -> list[dict]:
-    return [decode_example(r) for path in sorted(directory.glob(f"{split}-?????-of-?????")) for r in read_records(path)]
-
-
 def rgb(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.int16)
+    return np.asarray(opened(data).convert("RGB"), dtype=np.int16)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_every_image_once_with_its_label(raw, prepared, split):
+def test_every_image_once_with_its_label(raw, written, split):
     stored = {}
-    for example in examples(prepared, split):
+    for example in examples(written, split):
         (encoded,), (label,), (text,) = (example.pop(f"image/{k}") for k in ("encoded", "class/label", "class/text"))
         assert example == {f"image/object/bbox/{side}": [] for side in ("xmin", "ymin", "xmax", "ymax")}
         assert encoded not in stored
         stored[encoded] = (label, text.decode())
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
+        image = opened(encoded)
         assert (image.format, image.mode) in (("JPEG", "RGB"), ("JPEG", "L"))
     expected = {data: (LABELS[synset], SYNSETS[synset]) for data, synset in raw.images[split].values()}
     special = {raw.images["train"][name][0] for name in (CMYK, DISGUISED)} if split == "train" else set()
@@ -85,89 +60,72 @@ def test_every_image_once_with_its_label(raw, prepared, split):
         nearest = min(distance, key=distance.__getitem__)
         assert distance[nearest] < 3
         assert stored[nearest] == expected[data]
+    if split == "train":
+        assert {raw.images["train"][name][0] for name in (GREY, ROTATED)} <= stored.keys()  # copied as they are
 
 
-def test_what_stands_beside_the_shards(raw, prepared):
+def test_what_stands_beside_the_shards(raw, written):
     sorted_synsets = sorted(LABELS)
-    assert (prepared / "synsets.txt").read_text().split() == sorted_synsets
+    assert (written / "synsets.txt").read_text().split() == sorted_synsets
     images = {split: len(raw.images[split]) for split in raw.images}
-    assert json.loads((prepared / "dataset.json").read_text()) == {
+    assert json.loads((written / "dataset.json").read_text()) == {
         "num_classes": CLASSES,
         "label_base": 1,
         "class_names": [SYNSETS[synset] for synset in sorted_synsets],
         "images": images,
     }
-    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest = json.loads((written / "manifest.json").read_text())
     assert manifest["images"] == images
-    assert sorted(manifest["shards"]) == sorted(path.name for path in prepared.glob("*-of-?????"))
+    assert sorted(manifest["shards"]) == sorted(path.name for path in written.glob("*-of-?????"))
     assert sum(part["encoded_anew"] for part in manifest["shards"].values()) == 2
-    assert {path.name for path in prepared.iterdir()} == {
+    assert {path.name for path in written.iterdir()} == {
         *(name for shard in manifest["shards"] for name in (shard, f"{shard}.idx")),
         *("synsets.txt", "dataset.json", "manifest.json"),
     }
-    verify(prepared, workers=2)
 
 
-def test_synsets_are_verified(raw, prepared, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(prepared, out)
+def test_synsets_are_verified_and_made_again(raw, written, tmp_path):
+    out = shutil.copytree(written, tmp_path / "out")
     (out / "synsets.txt").write_text("n01440764\n")
     with pytest.raises(InputError, match=r"synsets\.txt: is missing, or not as it was written: prepare again"):
         verify(out, workers=1)
     write_dataset(blueprint(raw), out)
+    assert contents(out) == contents(written)
     verify(out, workers=1)
-
-
-def test_dali_reads_it(raw, prepared, device):
-    found = find_dataset(prepared, num_classes=None, label_base=None, split="validation")
-    data = open_evaluation(
-        found,
-        "dali_cpu",
-        batch_size=8,
-        image_size=32,
-        crop=1.0,
-        rank=0,
-        ranks=1,
-        device=device,
-        threads=1,
-    )
-    seen = torch.cat([batch.labels.cpu() for batch in data])
-    assert sorted(seen.tolist()) == sorted(LABELS[synset] - 1 for _, synset in raw.images["validation"].values())
 
 
 @pytest.mark.parametrize(
     "how", ["kit directory", "synsets per image", "labels per image", "flat directory", "folders", "synsets"]
 )
-def test_other_forms_of_the_same_data_give_the_same_shards(raw, prepared, tmp_path, how):
+def test_other_forms_of_the_same_data_give_the_same_shards(raw, folders, written, tmp_path, how):
     images = sorted(raw.images["validation"].items())
-    words = tmp_path / "words.txt"
+    words, labels = tmp_path / "words.txt", tmp_path / "labels.txt"
     words.write_text("".join(f"{synset} {SYNSETS[synset]}\n" for synset in LABELS))
+    changes = {"synsets": words}
     if how == "kit directory":
         with tarfile.open(raw.devkit) as tar:
             tar.extractall(tmp_path, filter="data")
         changes = {"devkit": tmp_path / "ILSVRC2012_devkit_t12"}
     elif how in ("synsets per image", "labels per image"):
-        labels = tmp_path / "labels.txt"
         labels.write_text("".join(f"{s if how[0] == 's' else LABELS[s]}\n" for _, (_, s) in images))
-        changes = {"devkit": None, "val_labels": labels, "synsets": words}
+        changes |= {"devkit": None, "val_labels": labels}
     elif how == "flat directory":
-        (tmp_path / "val").mkdir()
-        for name, (data, _) in images:
-            (tmp_path / "val" / name).write_bytes(data)
+        with tarfile.open(raw.val) as tar:
+            tar.extractall(tmp_path / "val", filter="data")
         changes = {"val": tmp_path / "val"}
     elif how == "folders":
-        train, val = unpack(raw, tmp_path)
-        changes = {"train": train, "val": val, "devkit": None, "synsets": words}
-    else:
-        changes = {"synsets": words}
+        changes |= {"train": folders[0], "val": folders[1], "devkit": None}
     write_dataset(blueprint(raw, **changes), tmp_path / "out")
-    assert shards(tmp_path / "out") == shards(prepared)
+    shards = [
+        {name: data for name, data in contents(out).items() if "-of-" in name} for out in (tmp_path / "out", written)
+    ]
+    assert shards[0] == shards[1]
 
 
 def test_synsets_decide_labels_and_their_own_names(raw, tmp_path):
     order = [*LABELS][::-1]
     (tmp_path / "synsets.txt").write_text("\n".join(order))
-    write_dataset(blueprint(raw, devkit=raw.devkit, synsets=tmp_path / "synsets.txt"), tmp_path / "out")
+    write_dataset(blueprint(raw, synsets=tmp_path / "synsets.txt"), tmp_path / "out")
     by_text = {
         e["image/class/text"][0].decode(): e["image/class/label"][0] for e in examples(tmp_path / "out", "train")
     }
@@ -179,7 +137,7 @@ def test_synsets_decide_labels_and_their_own_names(raw, tmp_path):
 
 def test_a_part_of_imagenet_is_said_to_be_one(raw, capfd):
     blueprint(raw)
-    assert "100 train images of 5 classes; the whole of ILSVRC2012 has 1281167 of 1000" in capfd.readouterr().err
+    assert "50 train images of 5 classes; the whole of ILSVRC2012 has 1281167 of 1000" in capfd.readouterr().err
 
 
 def without_end(path: Path, cut: int) -> None:
@@ -187,41 +145,36 @@ def without_end(path: Path, cut: int) -> None:
 
 
 def rewrite(path: Path, change) -> None:
-    """The tar's members, some other."""
+    """Changes the names and contents of a tar's files."""
     with tarfile.open(path) as tar:
         files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
-        for name, data in change(files).items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    path.write_bytes(tar_of(change(files)))
 
 
-def kit_without(name: str):
-    return lambda raw: rewrite(raw.devkit, lambda files: {n: d for n, d in files.items() if not n.endswith(name)})
+def kit_with(name: str, content: bytes | None):
+    """Gives a file of the development kit another content, or removes it."""
+
+    def change(files: dict[str, bytes]) -> dict[str, bytes]:
+        other = {n: content if n.endswith(name) else data for n, data in files.items()}
+        return {n: data for n, data in other.items() if data is not None}
+
+    return lambda raw: rewrite(raw.devkit, change)
 
 
-def kit_with(name: str, content: bytes):
-    return lambda raw: rewrite(
-        raw.devkit, lambda files: {n: content if n.endswith(name) else d for n, d in files.items()}
-    )
+def fox_with(change):
+    """Gives a class's tar another content, made of its own."""
+    return lambda raw: rewrite(raw.train, lambda files: files | {FOX: change(files[FOX])})
 
 
-TRUTH = "ground_truth.txt"
+FOX, TRUTH = "n02119789.tar", "ground_truth.txt"
 DAMAGE = {
     "no train tar": (lambda raw: raw.train.unlink(), r"--train=.*train\.tar: cannot be read \(No such file"),
     "train is no tar": (lambda raw: raw.train.write_bytes(b"x" * 5000), r"--train=.*cannot be read .*as it was down"),
     "train is empty": (lambda raw: raw.train.write_bytes(b""), r"--train=.*cannot be read .*empty"),
     "train cut in a class": (lambda raw: without_end(raw.train, 30_000), r"--train=.*(unexpected end|cut short)"),
     "train is the val tar": (lambda raw: raw.val.rename(raw.train), r"--train=.*holds ILSVRC2012_val_.*img_train\.tar"),
-    "a class tar is empty": (
-        lambda raw: rewrite(raw.train, lambda files: files | {"n02119789.tar": bytes(10240)}),
-        r"n02119789\.tar: holds no images",
-    ),
-    "a class tar is cut": (
-        lambda raw: rewrite(raw.train, lambda files: files | {"n02119789.tar": files["n02119789.tar"][:1024]}),
-        r"n02119789\.tar: is cut short in n02119789_0",
-    ),
+    "a class tar is empty": (fox_with(lambda tar: bytes(10240)), r"n02119789\.tar: holds no images"),
+    "a class tar is cut": (fox_with(lambda tar: tar[:1024]), r"n02119789\.tar: is cut short in n02119789_0"),
     "val cut": (lambda raw: without_end(raw.val, 12_000), r"--val=.*(unexpected end|cut short)"),
     "val has one image less": (
         lambda raw: rewrite(raw.val, lambda files: dict(list(files.items())[1:])),
@@ -229,8 +182,8 @@ DAMAGE = {
     ),
     "no kit": (lambda raw: raw.devkit.unlink(), r"--devkit=.*cannot be read \(No such file"),
     "kit cut": (lambda raw: without_end(raw.devkit, 300), r"--devkit=.*cannot be read"),
-    "kit without meta": (kit_without("meta.mat"), r"--devkit=.*has no meta\.mat"),
-    "kit without truth": (kit_without(TRUTH), r"--devkit=.*has no ILSVRC2012_validation_ground_truth\.txt"),
+    "kit without meta": (kit_with("meta.mat", None), r"--devkit=.*has no meta\.mat"),
+    "kit without truth": (kit_with(TRUTH, None), r"--devkit=.*has no ILSVRC2012_validation_ground_truth\.txt"),
     "meta damaged": (kit_with("meta.mat", b"MATLAB" * 40), r"--devkit=.*meta\.mat cannot be read"),
     "truth no numbers": (kit_with(TRUTH, b"1\ntwo\n"), r"--devkit=.*holds no numbers"),
     "truth unknown id": (kit_with(TRUTH, b"1\n900\n"), r"--devkit=.*no ILSVRC2012_ID 900"),
@@ -239,8 +192,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_archives(tmp_path, damage):
-    raw = make(tmp_path / "raw", per_class=10)
+def test_damaged_archives(raw, tmp_path, damage):
+    archives = [shutil.copy(path, tmp_path) for path in (raw.train, raw.val, raw.devkit)]
+    raw = Raw(*map(Path, archives), raw.images)
     spoil, what = DAMAGE[damage]
     spoil(raw)
     with pytest.raises(InputError, match=what) as error:
@@ -249,88 +203,68 @@ def test_damaged_archives(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    ("lines", "what"),
+    ("flag", "text", "what"),
     [
-        (["n01440764"], r"labels 1 images, but --val=.* holds 23"),
-        (["n01440764"] * 22 + ["n99999999"], r"line 23 is 'n99999999', neither a synset"),
-        (["0"] * 23, r"line 1 is '0', neither .* from 1 to 5"),
-        (["6"] * 23, r"line 1 is '6'"),
-        (["490", "361", "171", "822", "297", "1"], r"order of ILSVRC2012_ID.*give --devkit"),
+        ("val_labels", "n01440764\n", r"labels 1 images, but --val=.* holds 23"),
+        ("val_labels", "n01440764\n" * 22 + "n99999999", r"line 23 is 'n99999999', neither a synset"),
+        ("val_labels", "0\n" * 23, r"line 1 is '0', neither .* from 1 to 5"),
+        ("val_labels", "6\n" * 23, r"line 1 is '6'"),
+        ("val_labels", "490\n361\n171\n822\n297\n1\n", r"order of ILSVRC2012_ID.*give --devkit"),
+        ("val_labels", None, r"--val_labels=.*: cannot be read \(Is a directory\): give a text file"),
+        ("synsets", None, r"--synsets=.*: cannot be read \(Is a directory\): give a text file"),
+        ("synsets", "tench", "line 1 begins with tench"),
+        ("synsets", "n01440764\nn01440764\n", "n01440764 twice"),
+        ("synsets", "n01440764\n", r"--synsets=.*has no n02012849"),
+        ("synsets", "\n".join([*LABELS, "n99999999"]), r"--train=.*has no n99999999"),
     ],
 )
-def test_wrong_validation_labels(raw, tmp_path, lines, what):
-    (tmp_path / "labels.txt").write_text("\n".join(lines))
+def test_wrong_lists(raw, tmp_path, flag, text, what):
+    path = tmp_path / "list.txt"
+    path.mkdir() if text is None else path.write_text(text)
     with pytest.raises(InputError, match=what):
-        blueprint(raw, devkit=None, val_labels=tmp_path / "labels.txt")
+        blueprint(raw, **{"devkit": None if flag == "val_labels" else raw.devkit, flag: path})
 
 
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ("tench", "line 1 begins with tench"),
-        ("n01440764\nn01440764\n", "n01440764 twice"),
-        ("n01440764\n", r"--synsets=.*has no n02012849"),
-        ("\n".join([*LABELS, "n99999999"]), r"--train=.*has no n99999999"),
-    ],
-)
-def test_wrong_synsets(raw, tmp_path, text, what):
-    (tmp_path / "synsets.txt").write_text(text)
-    with pytest.raises(InputError, match=what):
-        blueprint(raw, synsets=tmp_path / "synsets.txt")
-
-
-def test_a_flat_val_needs_labels(raw):
+def test_a_flat_val_needs_labels_and_not_the_ground_truth(raw, tmp_path):
     with pytest.raises(InputError, match=r"--val=.*not in class folders: give --devkit, or --val_labels"):
         blueprint(raw, devkit=None)
-
-
-def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypatch):
-    val = tmp_path / "val"
-    val.mkdir()
-    with tarfile.open(raw.val) as tar:
-        tar.extractall(val, filter="data")
-    (val / "ILSVRC2012_val_00000003.JPEG").unlink()
-    (val / "ILSVRC2012_val_00000003.JPEG").symlink_to("nowhere")
-    with pytest.raises(InputError, match=r"1 unreadable images.*val_00000003\.JPEG: cannot be read \(No such file"):
-        write_dataset(blueprint(raw, val=val), tmp_path / "out")
-
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everywhere
-    with pytest.raises(InputError, match=r"--val=.*val: cannot be listed \(Permission denied\)"):
-        blueprint(raw, val=val)
-
-
-def test_lists_that_cannot_be_read(raw, tmp_path):
-    for flag in ("val_labels", "synsets"):
-        with pytest.raises(InputError, match=rf"--{flag}=.*: cannot be read \(Is a directory\): give a text file"):
-            blueprint(raw, **{flag: tmp_path})
-
-
-def test_the_ground_truth_is_no_list_of_labels(raw, tmp_path):
     path = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
     path.write_text("1\n" * 23)
     with pytest.raises(InputError, match="give --devkit"):
         blueprint(raw, devkit=None, val_labels=path)
 
 
+def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypatch):
+    val = tmp_path / "val"
+    val.mkdir()
+    for name, (data, _) in raw.images["validation"].items():
+        (val / name).write_bytes(data)
+    (val / name).unlink()
+    (val / name).symlink_to("nowhere")
+    with pytest.raises(InputError, match=rf"1 unreadable images.*{name}: cannot be read \(No such file"):
+        write_dataset(blueprint(raw, val=val), tmp_path / "out")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everywhere
+    with pytest.raises(InputError, match=r"--val=.*: cannot be listed \(Permission denied\)"):
+        blueprint(raw, val=val)
+
+
 def test_folders_that_are_not_imagenets(raw, tmp_path):
-    train, val = unpack(raw, tmp_path)
-    (val / "n02119789").rename(val / "n99999999")
+    for name in ("train/n02119789", "train/n01440764", "val/n99999999"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.JPEG").touch()
+    folders = {"train": tmp_path / "train", "val": tmp_path / "val"}
     with pytest.raises(InputError, match=r"--val=.*class n99999999 is not in --train"):
-        blueprint(raw, train=train, val=val)
-    (train / "n02119789").rename(train / "fox")
+        blueprint(raw, **folders)
+    (tmp_path / "train/n02119789").rename(tmp_path / "train/fox")
     with pytest.raises(InputError, match=r"--train=.*fox is not a synset.*prepare\.py folder"):
-        blueprint(raw, train=train, val=val)
+        blueprint(raw, **folders)
 
 
 def test_without_scipy(raw, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(InputError, match=r"meta\.mat needs scipy: pip install scipy, or give --val_labels"):
         blueprint(raw)
-
-
-def test_grey_and_rotated_are_copied(raw, prepared):
-    stored = {e["image/encoded"][0] for e in examples(prepared, "train")}
-    assert {raw.images["train"][name][0] for name in (GREY, ROTATED)} <= stored

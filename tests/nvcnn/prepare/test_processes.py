@@ -1,22 +1,24 @@
-"""What is said when a worker process is killed."""
+"""A worker process that is killed ends in one line."""
 
 import os
 
 import pytest
 
-from nvcnn.prepare import folder, imagenet, verify
+from nvcnn.prepare import folder, imagenet, verify, write
 from nvcnn.program import InputError
+from tests.nvcnn.prepare import preparing
 
 
 def die(*_, **__):
     os._exit(9)
 
 
-def test_a_killed_worker_is_one_line(folders, raw, copy, monkeypatch):
+def test_a_killed_worker_is_one_line(folders, raw, prepared, tmp_path, monkeypatch):
     for module, function, run in (
         (folder, "scan_class", lambda: folder.scan_folders(folders[0], "--train", 2)),
         (imagenet, "scan_class", lambda: imagenet.scan_train(raw.train, 2)),
-        (verify, "check_shard", lambda: verify.verify(copy, 2)),
+        (write, "write_shard", lambda: preparing.run(folders, tmp_path / "out")),
+        (verify, "check_shard", lambda: verify.verify(prepared, 2)),
     ):
         monkeypatch.setattr(module, function, die)
         with pytest.raises(InputError, match="a worker process was killed, perhaps for lack of memory: give"):
