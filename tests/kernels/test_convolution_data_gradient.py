@@ -168,6 +168,8 @@ def test_a_nan_lets_the_gradient_pass(implementation, device):
     dx, sums, _ = gradient(given, POINTWISE, *MASK)
     assert dx[0, 3, 1, 1] != 0
     assert sums.sum(1).isfinite().sum() == 2 * POINTWISE.c - 1
+    given["z"] = given["x"]
+    assert gradient(given, POINTWISE, "z")[0][0, 3, 1, 1] != 0
 
 
 @pytest.mark.parametrize("choices", [{"TMA": 1}, {"PERSISTENT": 4}], ids=str)

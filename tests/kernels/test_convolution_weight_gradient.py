@@ -10,7 +10,9 @@ from kernels import convolution_weight_gradient
 from tests.kernels import convolutions as conv
 from tests.kernels.images import channels_last, randn
 
-PLAIN = conv.Shape(3, 19, 5, 4, 18, 1, 1)  # in tests its rows are shared out to three parts
+PLAIN = conv.Shape(
+    3, 19, 5, 5, 18, 1, 1
+)  # in tests three parts share its five tiles of rows, two for each but the last
 MAPS = "y", "norm", "factors", "x_norm"
 
 
@@ -25,7 +27,7 @@ def exact_of(given, shape):
     return conv.of_weight(dy.exact, conv.activation(given["x"], given["x_norm"], "triton").exact, shape)
 
 
-@pytest.mark.parametrize("shape", conv.SHAPES)
+@pytest.mark.parametrize("shape", [*conv.SHAPES, PLAIN], ids=str)
 def test_is_exact_on_integers(implementation, device, shape):
     torch.manual_seed(0)
     given = conv.tensors(shape, torch.float16, device, conv.small_integers)

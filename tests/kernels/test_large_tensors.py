@@ -131,6 +131,13 @@ CALLS = {
 }
 
 
+def test_offsets_that_would_overflow_are_refused(monkeypatch):
+    x = meta(1, 2**10, 2**11, 2**10)  # 2^31 values
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    with pytest.raises(ValueError, match=r"reach over 2\^31 values of images \(1024, 2048, 1024\)"):
+        operators["nvcnn::convolution"].launcher(x, meta(8, 2**10, 1, 1), *PLAIN)
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_offsets_do_not_overflow(launches, call):
     operators[f"nvcnn::{call.split()[0]}"].launcher(*CALLS[call]())

@@ -17,9 +17,9 @@ calls: list[str] = []
 
 
 @triton.jit
-def scale_kernel(x, bias, y, n, factor, BLOCK: tl.constexpr, TWICE: tl.constexpr = False):
+def scale_kernel(x, bias, y, n, stride, factor, BLOCK: tl.constexpr, TWICE: tl.constexpr = False):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at, mask=at < n) * factor
+    value = tl.load(x + at * stride, mask=at < n) * factor
     if bias is not None:
         value += tl.load(bias)
     if TWICE:
@@ -34,20 +34,21 @@ def rows(x: Tensor, factor: float, bias: Tensor | None = None) -> tuple[Tensor, 
     if x.dim() != 1:
         raise ValueError("test_rows: x has one dimension")
     n, grid = len(x), (triton.cdiv(len(x), 16),)
-    between, result = torch.empty_like(x), x.new_empty((2, n))
-    launch(scale_kernel, grid, x, bias, between, n, factor, BLOCK=16, num_warps=1)
-    launch(scale_kernel, grid, between, None, result[1], n, 1.0, BLOCK=16)
+    between, result = x.new_empty(n), x.new_empty((2, n))
+    launch(scale_kernel, grid, x, bias, between, n, x.stride(0), factor, BLOCK=16, num_warps=1)
+    launch(scale_kernel, grid, between, None, result[1], n, 1, 1.0, BLOCK=16)
     twice = torch.empty(n, dtype=x.dtype, device=x.device)
-    launch(scale_kernel, grid, between, None, twice, n, 1.0, BLOCK=16, TWICE=True)
+    launch(scale_kernel, grid, between, None, twice, n, 1, 1.0, BLOCK=16, TWICE=True)
     return result, twice
 
 
 @operator("test_computes")
-def computes(x: Tensor) -> Tensor:
+def computes(x: Tensor, in_place: bool) -> Tensor:
+    """Returns 3 x + 1, of which PyTorch does the addition."""
     calls.append("computes")
     y = torch.empty_like(x)
-    launch(scale_kernel, (triton.cdiv(len(x), 16),), x, None, y, len(x), 3.0, BLOCK=16)
-    return y + 1
+    launch(scale_kernel, (triton.cdiv(len(x), 16),), x, None, y, len(x), 1, 3.0, BLOCK=16)
+    return y.add_(1) if in_place else y + 1
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def test_the_launcher_runs_once_for_all_tensors_of_a_form(device):
 
 def test_another_form_has_the_launcher_run_again(device):
     x, bias = torch.randn(40, device=device), torch.randn(1, device=device)
-    forms = [(x,), (x[:39],), (x[1:40],), (x.half(),), (x, bias)]
+    forms = [(x,), (x[:39],), (x[1:40],), (x.half(),), (x, bias), (torch.randn(80, device=device)[::2],)]
     for _ in range(2):
         for arguments in forms:
             check(*arguments)
@@ -94,11 +95,21 @@ def test_results_are_new_each_time(device):
     assert len({t.data_ptr() for pair in (first, second, third) for t in pair}) == 6
 
 
-def test_what_computes_otherwise_is_not_repeated(device):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_computes_otherwise_is_not_repeated(device, in_place):
     for _ in range(3):
         x = torch.randn(40, device=device)
-        torch.testing.assert_close(computes(x), 3 * x + 1)
+        torch.testing.assert_close(computes(x, in_place), 3 * x + 1)
     assert calls == ["computes"] * 3
+
+
+def test_arguments_of_other_names_are_another_form(device):
+    x, weight = (torch.ones(shape, device=device) for shape in ((1, 16, 2, 2), (16, 16, 1, 1)))
+    x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+    two = torch.full((16,), 2.0, device=device)
+    for _ in range(2):
+        assert (convolution(x, weight, (1, 1), (0, 0), scale=two)[0] == 32).all()
+        assert (convolution(x, weight, (1, 1), (0, 0), shift=two)[0] == 18).all()
 
 
 def test_an_error_leaves_nothing_behind(device):

@@ -81,6 +81,11 @@ def garbled(text):
     return (lambda d: index_path(d / MIDDLE).write_text(text)), rf"{MIDDLE}\.idx: is not an index"
 
 
+def shorten(directory):
+    index = index_path(directory / MIDDLE)
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[:-1]))
+
+
 def first(record, what):
     return (lambda d: write_shard(d / MIDDLE, [record])), rf"{MIDDLE}: the record at byte 0 .*{what}"
 
@@ -109,6 +114,7 @@ REFUSED = {  # what is done to a directory of TFRecords, the words of the messag
         lambda d: shutil.copy(index_path(d / FIRST), index_path(d / MIDDLE)),
         rf"{MIDDLE}.*: ends at byte",
     ),
+    "an index that ends before its shard": (shorten, rf"{MIDDLE}.*: ends at byte"),
     "an index without its last line's end": garbled("0 10"),
     "an index of one number": garbled("0\n"),
     "an index of words": garbled("zero ten\n"),

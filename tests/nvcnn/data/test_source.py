@@ -90,8 +90,11 @@ def test_ranks_and_seeds_differ_in_order_crops_and_flips(sources, device, kind, 
     for other in (seed, rank):
         assert not torch.equal(one.labels[: len(other.labels)], other.labels)
         assert not torch.equal(one.flip[: len(other.flip)], other.flip)
-    crops = [dict(zip(batch.labels.tolist(), batch.images, strict=True)) for batch in (one, seed)]
-    assert not any(torch.equal(crops[0][label], crops[1][label]) for label in crops[0].keys() & crops[1].keys())
+    data = training(sources[kind], backend, crop_area=(0.3, 0.9), device=device)
+    assert same(one, joined(epoch(data)))
+    crops = [dict(zip(batch.labels.tolist(), batch.images, strict=True)) for batch in (one, seed, joined(epoch(data)))]
+    for other in crops[1:]:  # another seed's, and the next epoch's
+        assert not any(torch.equal(crops[0][label], other[label]) for label in crops[0].keys() & other.keys())
 
 
 @orders

@@ -81,6 +81,7 @@ class Evil:
         (True, {"data_batch_2.bin": b"\x0a" + bytes(3072)}, r"data_batch_2\.bin has label 10"),
         (False, {"data_batch_2": b"pickle"}, "data_batch_2 is not a batch of CIFAR-10"),
         (False, {"data_batch_2": pickle.dumps(Evil())}, r"data_batch_2 is not a batch .*wants posix\.system"),
+        (False, {"data_batch_2": pickle.dumps(np.load)}, r"data_batch_2 is not a batch .*wants numpy\.load"),
         (False, {"data_batch_2": pickle.dumps({b"data": np.zeros(9, np.uint8), b"labels": [1]})}, "1 labels, but 9"),
     ],
 )

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from nvcnn.prepare.blueprint import Sample, read_sample
+from nvcnn.prepare.blueprint import Sample, digest, read_sample
 from nvcnn.prepare.encode import UnreadableImage
 from tests.nvcnn.prepare.preparing import examples, opened, run
 
@@ -33,6 +33,11 @@ def test_max_side(folders, prepared, tmp_path):
         (data,), (made,) = one["image/encoded"], other["image/encoded"]
         assert (made == data) == (max(opened(data).size) <= 48)
         assert max(opened(made).size) <= 48
+
+
+def test_another_pixel_is_another_source():
+    black, grey = (digest([Sample("0.png", 0, pixels)]) for pixels in (bytes(784), bytes(783) + b"1"))
+    assert black != grey
 
 
 def test_a_source_that_vanishes_or_shrinks_is_a_bad_image(raw, tmp_path):
