@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from nvcnn.data.source import for_dali
 from nvcnn.program import InputError
 
 # The suffixes of pillow.FORMATS, in any case.
@@ -50,12 +51,8 @@ class ClassFolders:
         return ClassFolders([self.name(i) for i in kept], [self.numbers[i] for i in kept])
 
     def reader(self, dali: Any, order: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-        return dali.fn.readers.file(
-            files=[self.name(i) for i in range(len(self))],
-            labels=self.numbers.tolist(),
-            **order,
-            **options,
-        )
+        files = for_dali([self.name(i) for i in range(len(self))])
+        return dali.fn.readers.file(files=files, labels=self.numbers.tolist(), **order, **options)
 
     def labels(self, output: Any) -> list[int | str]:
         return output.as_array().reshape(-1).tolist()

@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from nvcnn.data.source import for_dali
 from nvcnn.program import InputError
 
 OPEN_FILES = 128  # per process; the usual limit of 1024 is also for sockets, libraries and the rest
@@ -98,7 +99,7 @@ class ShardSource:
     @classmethod
     def read_index(cls, shard: Path) -> list[re.Match[str]]:
         """Returns the lines of the shard's index. Raises InputError when the file is not an index of this format."""
-        text = index_path(shard).read_text(errors="replace")
+        text = index_path(shard).read_text("utf-8", "replace")
         lines = text.splitlines()[cls.header.count("\n") :]
         found = [match for match in map(cls.line.fullmatch, lines) if match]
         if len(found) < len(lines) or text != cls.index_text(lines):
@@ -152,14 +153,14 @@ class ShardSource:
         indexes = [Path(self.directory.name) / f"{n}.idx" for n in range(len(self.shards))]
         for index, shard, start in zip(indexes, self.shards, self.starts, strict=False):
             lines = enumerate(self.read_index(shard), start)
-            index.write_text(self.index_text([line[0] for i, line in lines if i not in self.left_out]))
+            index.write_text(self.index_text([line[0] for i, line in lines if i not in self.left_out]), "utf-8")
         return indexes
 
     def dali_files(self, order: dict[str, Any]) -> tuple[list[str], list[str], dict[str, Any]]:
         """Returns shards, indexes and order. A shuffled order gets a buffer, since DALI permutes only the shards."""
         if order.get("shuffle_after_epoch"):
             order = order | {"random_shuffle": True, "initial_fill": SHUFFLE_BUFFER}
-        return list(map(str, self.shards)), list(map(str, self.indexes)), order
+        return for_dali(list(map(str, self.shards))), list(map(str, self.indexes)), order
 
 
 def index_path(shard: Path) -> Path:

@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from typing import Any, Protocol
 
+from nvcnn.program import InputError
+
 
 class Source(Protocol):
     """The samples of one split, 0 .. len - 1, in the order of their files."""
@@ -35,3 +37,11 @@ class Source(Protocol):
 
     def labels(self, output: Any) -> list[int | str]:
         """Returns the labels, as stored, of a batch of the reader; a label that is not a number as text."""
+
+
+def for_dali(paths: list[str]) -> list[str]:
+    """Returns the paths. Raises InputError for one that is not UTF-8, as DALI takes no other."""
+    for path in paths:
+        if not path.isascii() and path.encode(errors="ignore").decode() != path:
+            raise InputError(f"{path}: DALI takes names in UTF-8 alone: rename it, or give --data_backend=torch")
+    return paths

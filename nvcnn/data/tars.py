@@ -36,8 +36,7 @@ class Tars(ShardSource):
                         f"{shard}: sample {key} has {len(images)} images (.{', .'.join(IMAGES)}) and {len(labels)} "
                         "labels (.cls) side by side, not one of each: make the tar again"
                     )
-                # A name is one word of the line.
-                words = ((kind, m.offset_data, m.size, re.sub(r"[\s:]", "_", m.name)) for kind, m in images + labels)
+                words = ((kind, m.offset_data, m.size, word(m.name)) for kind, m in images + labels)
                 yield " ".join(f"{kind} {offset} {size} {name}" for kind, offset, size, name in words)
         except tarfile.TarError as error:
             raise InputError(f"{shard}: is not a tar, or is damaged ({error}): copy or make the file again") from None
@@ -78,6 +77,11 @@ class Tars(ShardSource):
 
     def labels(self, output: Any) -> list[int | str]:
         return [number(bytes(output.at(i))) for i in range(len(output))]
+
+
+def word(name: str) -> str:
+    """Returns a member's name as one word of UTF-8, as an index has it; names are there for messages alone."""
+    return re.sub(r"[\s:]", "_", name).encode(errors="replace").decode()
 
 
 def number(label: bytes) -> int | str:

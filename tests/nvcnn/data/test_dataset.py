@@ -10,7 +10,7 @@ import pytest
 from nvcnn.data.shard_source import index_path
 from nvcnn.data.tfrecord import encode_example
 from nvcnn.program import InputError
-from tests.nvcnn.data.reading import find, training
+from tests.nvcnn.data.reading import epoch, find, joined, training
 from tests.samples import IMAGES, WRITERS, add, write_folders, write_shard, write_tars
 
 FIRST, MIDDLE = "train-00000-of-00003", "train-00001-of-00003"  # the second is the shard that tests damage
@@ -293,3 +293,22 @@ def test_indexes_of_tars(tmp_path):
     index_path(other).write_text(good.replace(" 1 folder", " 2 folder"))
     with pytest.raises(InputError, match=r"train-00001\.tar\.idx: is not that of .*train-00001\.tar"):
         find(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tars", "folders"])
+def test_names_that_are_not_utf_8(tmp_path, kind):
+    """A tar's index takes them as far as it can; DALI does not take them as names of files."""
+    name = "{:06d}\udcff" if kind == "tars" else "n{1:05d}/image {0}\udcff"
+    WRITERS[kind](tmp_path / "data", "train", IMAGES, name=name)
+    found = find(tmp_path / "data", num_classes=None if kind == "folders" else IMAGES)
+    assert {int(label) for label in joined(epoch(training(found, "torch"))).labels} <= set(range(IMAGES))
+    if kind == "tars":
+        assert epoch(training(found))
+    else:
+        with pytest.raises(InputError, match=r"image 0\udcff.png: DALI takes names in UTF-8 alone: .*backend=torch"):
+            training(found)
+
+
+def test_a_path_that_is_not_utf_8(directory):
+    with pytest.raises(InputError, match="DALI takes names in UTF-8 alone"):
+        training(find(directory.rename(directory.with_name("data\udcff")), num_classes=IMAGES))
