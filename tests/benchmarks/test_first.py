@@ -104,7 +104,7 @@ def test_a_wrong_kernel_is_found(name, change, when, wrong, monkeypatch):
 
 @interpreted
 def test_a_wrong_repetition_is_found(monkeypatch):
-    """Does what a step does from the second call on."""
+    """A step repeats launches from its second call on, so these are checked, too."""
     real = Repetition.__call__
 
     def repeat(self, arguments):

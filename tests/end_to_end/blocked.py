@@ -1,4 +1,4 @@
-"""launch/train.py where nothing but torch, triton and what torch itself needs can be imported."""
+"""Runs launch/train.py where nothing but torch, triton and what torch itself needs can be imported."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""launch/prepare.py, but its third shard brings a signal: python stopped.py SIGNAL ARGUMENTS"""
+"""Runs launch/prepare.py, but its third shard brings a signal: python stopped.py SIGNAL ARGUMENTS"""
 
 import os
 import runpy

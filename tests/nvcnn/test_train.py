@@ -1,11 +1,18 @@
-"""What the flags say reaches the run."""
+"""A run does what the flags say."""
 
+import pytest
 import torch
 
 from nvcnn.distributed import Transport
 from nvcnn.program import Launch
 from nvcnn.settings import Settings
 from nvcnn.train import Run
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """Keeps the number of threads that this process has: a run would set its own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def run(rank: int = 0, **settings) -> Run:
