@@ -197,7 +197,8 @@ def plain_calls(model: str = "resnet50", batch: int = 256, dtype: torch.dtype = 
 class Launch:
     """Describes a kernel as Triton compiles it.
 
-    `specialization` is Triton's own JSON of signature, constants, alignment and options.
+    `specialization` is Triton's own JSON of signature, constants, alignment and options, without the path of its device
+    library, which is another one on another machine.
     """
 
     module: str
@@ -262,7 +263,9 @@ def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[
 
     def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-            found.append(Launch(fn.module, fn.name, chip, compile["specialization_data"], tuple(grid)))
+            specialization = json.loads(compile["specialization_data"])
+            specialization["options"].pop("extern_libs", None)
+            found.append(Launch(fn.module, fn.name, chip, json.dumps(specialization), tuple(grid)))
             return True  # nothing to compile or to launch
 
         with knobs.runtime.scope():

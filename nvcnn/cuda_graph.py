@@ -70,12 +70,13 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def record(function: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph:
-    """Runs `function` some times, which loads kernels and lets cuDNN choose, then returns it as a CUDA graph.
+def record(function: Callable[[], object], warm_up: int) -> Callable[[], None]:
+    """Runs `function` some times, which loads kernels and lets cuDNN choose, then returns its replay as a CUDA graph.
 
     Warm-up and capture call from one thread, on one stream: cuDNN's choices are kept by thread, and backward's leaves
     must be on the stream it runs on; where they are not, PyTorch warns, which is an error here. Other threads (DALI's,
-    NCCL's) go on meanwhile. The graph has its memory, and Triton's kernels stay loaded: their functions hold them.
+    NCCL's) go on meanwhile. What is made inside is in the graph's own memory, and Triton's kernels stay loaded: their
+    functions hold them. What `function` holds stays where it is as long as the replay is there.
     """
     graph, stream, before = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(before)
@@ -87,13 +88,17 @@ def record(function: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             function()
     before.wait_stream(stream)
-    return graph
+
+    def replay(inputs: object = function) -> None:  # a graph holds addresses, and not the tensors that are there
+        graph.replay()
+
+    return replay
 
 
 def capture(function: Callable[[], None]) -> Callable[[], None]:
     """Returns a function that replays `function`, at most AHEAD calls ahead of the device."""
     try:
-        graph = record(function, WARM_UP)
+        launch = record(function, WARM_UP)
     except Exception as error:
         error.add_note("This was a CUDA graph in the making: --cuda_graph=off goes without.")
         raise
@@ -102,7 +107,7 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
     def replay() -> None:
         done = next(turns)
         done.synchronize()
-        graph.replay()
+        launch()
         done.record()
 
     return replay

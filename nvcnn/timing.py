@@ -48,10 +48,10 @@ def sets(size: int, device: torch.device) -> int:
 def captured(step: Step, device: torch.device) -> Step:
     """Returns `step` as a CUDA graph, so that the device is timed and not the host; on the CPU `step` itself.
 
-    Backward passes may be in it, if nothing is alive of one that ran on another stream. Its memory is the graph's own,
-    until what is returned is dropped.
+    Backward passes may be in it, if nothing is alive of one that ran on another stream. Its memory, and what `step`
+    holds, are kept until what is returned is dropped.
     """
-    return step if device.type == "cpu" else record(step, 1).replay
+    return step if device.type == "cpu" else record(step, 1)
 
 
 def alternate(

@@ -93,6 +93,13 @@ def test_another_process_of_another_checkout_finds_every_kernel(archive, checkou
     assert lines == [f"kernels.{op} hit" for op in ("cross_entropy", "max_pool", "prepare_input")]
 
 
+def test_launches_hold_no_path_of_the_machine_that_made_them(archive):
+    with tarfile.open(archive) as tar:
+        launches = tar.extractfile("launches.json").read().decode()
+    assert sys.prefix not in launches
+    assert "libdevice" not in launches
+
+
 def test_a_kernel_that_is_not_the_same_is_compiled(archive, checkout, tmp_path):
     file = checkout / "kernels/max_pool.py"
     file.write_text(file.read_text().replace("tl.maximum(largest, value", "tl.minimum(largest, value"))

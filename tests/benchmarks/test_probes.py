@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks import probes, timing
-from benchmarks.probes import NAMES, __main__, data_gradient, load
+from benchmarks.probes import NAMES, data_gradient, load
+from benchmarks.probes import run as runner
 
 TRITON = [name for name in NAMES if name not in ("joint_gradient", "cudnn_3x3")]  # what the interpreter can run
 BY_OPERANDS = ("gradient_tiles", "stored_gradient")  # take `data_gradient.operands`; the others make their own
@@ -195,23 +196,23 @@ def test_verdicts(name, us, factor, expected):
 
 @pytest.mark.parametrize("value", [3e-3, nan, inf])
 def test_a_wrong_result_is_said_before_its_time(value):
-    row = __main__.judged(load("join"), {"z": 0.0, "y": value}, {"Triton, halves": 500}, {"Triton, halves": 445}, 1.0)
+    row = runner.judged(load("join"), {"z": 0.0, "y": value}, {"Triton, halves": 500}, {"Triton, halves": 445}, 1.0)
     assert not row["good"]
     assert row["verdict"].startswith("WRONG (y); if mended: Triton suffices")
-    assert __main__.line(row).startswith("join: error ")
+    assert runner.line(row).startswith("join: error ")
 
 
 def test_a_probe_is_measured_and_judged(hopper, monkeypatch):
     alternate = timing.alternate
     monkeypatch.setattr(timing, "alternate", lambda steps, device, **_: alternate(steps, device, rounds=1, warm_up=0))
     monkeypatch.setattr(module("join"), "IMAGES", 2)
-    monkeypatch.setattr(__main__, "COPY", 1 << 20)
-    monkeypatch.setattr(__main__, "MATMUL", 64)
-    row = __main__.measure(load("join"), hopper)
+    monkeypatch.setattr(runner, "COPY", 1 << 20)
+    monkeypatch.setattr(runner, "MATMUL", 64)
+    row = runner.measure(load("join"), hopper)
     assert list(row["us"]) == list(row["floor"]) == ["Triton, halves", "present", "cuDNN, convolution alone"]
     assert all(value > 0 for value in [*row["us"].values(), *row["floor"].values()])
     assert row["good"]
-    assert "\n" not in __main__.line(row)
+    assert "\n" not in runner.line(row)
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def target(tmp_path, monkeypatch):
 def test_a_probe_that_kills_its_process_does_not_stop_the_others(target):
     serve = target("if name == 'l2_rate':\n    os._exit(1)\nanswers.send(({'name': name, 'good': True}, True))")
     rows = []
-    __main__.run(["join", "l2_rate", "gradient_tiles"], 60, rows.append, serve)
+    runner.run(["join", "l2_rate", "gradient_tiles"], 60, rows.append, serve)
     assert [(row["name"], row["good"]) for row in rows] == [
         ("join", True),
         ("l2_rate", False),
@@ -242,10 +243,25 @@ def test_a_probe_that_kills_its_process_does_not_stop_the_others(target):
     assert rows[1]["verdict"] == "FAILED: its process died"
 
 
+def test_the_command_starts_a_process_that_runs_probes():
+    """A process that is spawned by a package's __main__ cannot import what it is to call from there."""
+    script = """
+import runpy, sys, torch
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: (9, 0)
+sys.argv = ["probes", "join"]
+runpy.run_module("benchmarks.probes", run_name="__main__", alter_sys=True)
+"""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    root = Path(probes.__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True)
+    assert "join: FAILED: " in ended.stdout, ended.stderr
+    assert "its process died" not in ended.stdout
+
+
 def test_a_probe_that_ruins_the_device_is_followed_by_a_new_process(target):
     serve = target("answers.send(({'name': name, 'pid': os.getpid()}, name != 'join'))\nif name == 'join':\n    return")
     rows = []
-    __main__.run(["join", "l2_rate", "gradient_tiles"], 60, rows.append, serve)
+    runner.run(["join", "l2_rate", "gradient_tiles"], 60, rows.append, serve)
     assert [row["name"] for row in rows] == ["join", "l2_rate", "gradient_tiles"]
     assert rows[0]["pid"] != rows[1]["pid"] == rows[2]["pid"]
 
@@ -254,7 +270,7 @@ def test_a_probe_that_hangs_is_ended_and_what_is_not_reached_is_said(target):
     serve = target("time.sleep(60)")
     rows = []
     start = time.monotonic()
-    __main__.run(["join", "l2_rate"], 2, rows.append, serve)
+    runner.run(["join", "l2_rate"], 2, rows.append, serve)
     assert time.monotonic() - start < 30
     assert [row["name"] for row in rows] == ["join", "l2_rate"]
     assert "no result in 2 s" in rows[0]["verdict"]
@@ -263,13 +279,13 @@ def test_a_probe_that_hangs_is_ended_and_what_is_not_reached_is_said(target):
 
 def test_without_the_gpu_they_are_for_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert __main__.main([]) == 2
+    assert runner.main([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "H100 or H200" in line
 
 
 def test_a_dry_run_lists_all_of_them_in_order(capsys):
-    assert __main__.main(["--dry_run"]) == 0
+    assert runner.main(["--dry_run"]) == 0
     _, *lines, total = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(NAMES)
     assert total.startswith(f"{sum(load(name).seconds for name in NAMES):g} s expected")
@@ -283,17 +299,17 @@ def test_rows_are_written_as_they_come(monkeypatch, tmp_path, capsys):
 
     def run(names, seconds, add):
         for name in names:
-            add(__main__.failed(name, "a reason"))
+            add(runner.failed(name, "a reason"))
             assert [row["name"] for row in json.loads(file.read_text())["rows"]][-1] == name
 
-    monkeypatch.setattr(__main__, "run", run)
-    assert __main__.main(["join", "l2_rate", f"--json={file}"]) == 1
+    monkeypatch.setattr(runner, "run", run)
+    assert runner.main(["join", "l2_rate", f"--json={file}"]) == 1
     assert capsys.readouterr().out.splitlines() == ["l2_rate: FAILED: a reason", "join: FAILED: a reason"]
 
 
 def test_every_probe_has_a_file_of_its_name():
     files = {file.stem for file in Path(probes.__file__).parent.glob("*.py")}
-    assert files == set(NAMES) | {"__init__", "__main__", "data_gradient", "halves", "present"}
+    assert files == set(NAMES) | {"__init__", "__main__", "data_gradient", "halves", "present", "run"}
     assert [load(name).name for name in NAMES] == list(NAMES)
 
 

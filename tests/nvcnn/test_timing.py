@@ -1,6 +1,8 @@
 """Steps are timed in turns, for as long as asked, and as CUDA graphs."""
 
+import weakref
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -90,6 +92,18 @@ def test_a_step_is_captured_on_the_stream_it_was_warmed_up_on(monkeypatch):
     assert cuda.done == ways
     replay()
     assert cuda.done[-1] == "replay"
+
+
+def test_what_a_captured_step_reads_stays_as_long_as_its_replay(monkeypatch):
+    Cuda(monkeypatch)
+    x = torch.ones(1)
+    there = weakref.ref(x)
+    replay = timing.captured(partial(x.add_, 1), GPU)
+    del x
+    replay()
+    assert there() is not None
+    del replay
+    assert there() is None
 
 
 @pytest.mark.parametrize("fails", [1, 2])
