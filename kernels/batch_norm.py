@@ -9,7 +9,8 @@ dx = scale g alone. The mask is never stored: it is taken again from x, or, with
 convolution keeps anyway.
 
 Bytes per fp16 value, forward: 4, reads x, writes y; and 2 for a residual. Backward: 10, reads dy and x twice, writes
-dx; 14 with residual and relu, where the first pass also reads y and writes g, which the second reads for dy.
+dx; 14 with residual and relu, where the first pass also reads y and writes g, which the second reads for dy. What the
+first pass takes along, a second gradient to add or a second raw tensor for sums, is 2 each.
 """
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import check_images, check_tensors, single_or_double
+from kernels.checks import check_images, check_like, check_tensors, check_together, single_or_double
 from kernels.configurations import cdiv
 from kernels.implementation import runs_triton
 from kernels.launch import launch
@@ -105,13 +106,16 @@ def kernel(x, norm, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.con
 @triton.jit(repr=named("batch_norm_sums"))
 def sums_kernel(
     # inputs
-    dy, x, y, norm,
+    dy, skip, x, y, norm, branch, branch_norm,
     # outputs
-    g, sums,
+    g, sums, branch_sums,
     # sizes, and what is compiled in
     rows, C, rows_a_part, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program sums g and g (x - mean) over one part of the rows, and stores g where it is asked for."""
+    """One program sums g and g (x - mean) over one part of the rows, and stores g where it is asked for.
+
+    Where there is a branch, it sums g and g (branch - mean) as well.
+    """
     part, parts = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = c < C
@@ -120,6 +124,9 @@ def sums_kernel(
     shift = load_row(norm, SHIFT, c, channel, C)[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     products = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    if branch is not None:
+        branch_mean = load_row(branch_norm, MEAN, c, channel, C)[None, :]
+        branch_products = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     first = part.to(tl.int64) * rows_a_part
     for offset in range(0, rows_a_part, BLOCK_ROWS):
         row = (first + offset + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -127,15 +134,25 @@ def sums_kernel(
         inside = (row < rows) & channel[None, :]
         gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if skip is not None:  # the sums are of what is stored, here as well
+            gradient += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+            gradient = gradient.to(dy.dtype.element_ty).to(tl.float32)
         if RELU:
             gradient = masked(gradient, value, y, at, inside, mean, scale, shift)
         if g is not None:
             tl.store(g + at, gradient.to(g.dtype.element_ty), mask=inside)
         total += gradient
         products += tl.where(inside, gradient * (value - mean), 0.0)
+        if branch is not None:
+            other = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+            branch_products += tl.where(inside, gradient * (other - branch_mean), 0.0)
     at = part.to(tl.int64) * C + c
-    tl.store(sums + at, tl.sum(total, 0), mask=channel)
+    sum_of_g = tl.sum(total, 0)
+    tl.store(sums + at, sum_of_g, mask=channel)
     tl.store(sums + parts * C + at, tl.sum(products, 0), mask=channel)
+    if branch is not None:
+        tl.store(branch_sums + at, sum_of_g, mask=channel)
+        tl.store(branch_sums + parts * C + at, tl.sum(branch_products, 0), mask=channel)
 
 
 @triton.jit(repr=named("batch_norm_gradient_norm"))
@@ -236,7 +253,7 @@ def batch_norm_backward(
         dx, d_gamma, d_beta, g = backward_reference(dy, x, y, norm, relu, batch)
         return dx, d_gamma, d_beta, g if with_g else x.new_empty(0)
     g = torch.empty_like(x) if with_g else x.new_empty(0)
-    sums = launch_sums(dy, x, y, norm, g if with_g else None, relu)
+    sums, _ = launch_sums(dy, None, x, y, norm, None, None, g if with_g else None, relu)
     d_gamma, d_beta = torch.empty_like(norm[0]), torch.empty_like(norm[0])
     rows = torch.empty_like(norm) if batch else None
     launch_norm(sums, norm, n * h * w, d_gamma, d_beta, rows)
@@ -244,16 +261,33 @@ def batch_norm_backward(
     return launch_gradient(*of_g, rows, relu and not with_g), d_gamma, d_beta, g
 
 
-def launch_sums(dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, g: Tensor | None, relu: bool) -> Tensor:
-    """Returns the sums, (2, P, C), of g and of g (x - mean); stores g itself where there is room for it."""
+def launch_sums(
+    dy: Tensor,
+    skip: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    norm: Tensor,
+    branch: Tensor | None,
+    branch_norm: Tensor | None,
+    g: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the sums, (2, P, C), of g and of g (x - mean), and those of the branch, which are empty without one.
+
+    Stores g itself where there is room for it.
+    """
     n, c, h, w = x.shape
     config = configured_for_rows("batch_norm_backward", x)
     tile = {name: value for name, value in config.items() if name != "PROGRAMS"}
     parts, rows_a_part = parts_of_rows(n * h * w, c, config)
-    sums = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
+    sums, branch_sums = (
+        torch.empty((2, parts, c) if raw is not None else 0, dtype=torch.float32, device=x.device)
+        for raw in (x, branch)
+    )
+    inputs, outputs = (dy, skip, x, y, norm, branch, branch_norm), (g, sums, branch_sums)
     grid = (parts, cdiv(c, config["BLOCK_C"]))
-    launch(sums_kernel, grid, dy, x, y, norm, g, sums, n * h * w, c, rows_a_part, RELU=relu, **tile)
-    return sums
+    launch(sums_kernel, grid, *inputs, *outputs, n * h * w, c, rows_a_part, RELU=relu, **tile)
+    return sums, branch_sums
 
 
 def launch_gradient(g: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, factors: Tensor | None, relu: bool) -> Tensor:
@@ -293,25 +327,42 @@ def norm_gradient(sums: Tensor, norm: Tensor, count: int) -> Tensor:
 
 @operator("batch_norm_gradient_sums")
 def batch_norm_gradient_sums(
-    dy: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, relu: bool
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    norm: Tensor,
+    relu: bool,
+    skip: Tensor | None = None,
+    branch: Tensor | None = None,
+    branch_norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns g, the gradient behind relu's mask (empty without `relu`: it is dy), and the sums for `norm_gradient`.
 
+    The last are the sums with branch, empty without one.
     dy: like x, the gradient of relu((x - mean) scale + shift + residual). y: that value, or None where the mask shall
-    be taken from x, without a residual only. x, norm: as in `batch_norm`.
+    be taken from x, without a residual only. x, norm: as in `batch_norm`. skip: like x, added to dy; with relu only.
+    branch, branch_norm: likewise x and norm of a residual that was normalised, too.
     """
     op = "batch_norm_gradient_sums"
     c = check_images(op, "x", x)[1]
     check_images(op, "dy", dy, like=x)
-    if y is not None:
-        check_images(op, "y", y, like=x)
-    check_tensors(op, x.device, single_or_double(x), norm=(norm, (5, c)))
+    check_like(op, x, y=y, skip=skip, branch=branch)
+    check_tensors(op, x.device, single_or_double(x), norm=(norm, (5, c)), branch_norm=(branch_norm, (5, c)))
+    check_together(op, branch=branch, branch_norm=branch_norm)
+    if skip is not None and not relu:
+        raise ValueError(f"{op}: skip is added where g is stored, which is with relu only")
     g = torch.empty_like(x) if relu else x.new_empty(0)
     if runs_triton(x.device):
-        return g, launch_sums(dy, x, y, norm, g if relu else None, relu)
+        return g, *launch_sums(dy, skip, x, y, norm, branch, branch_norm, g if relu else None, relu)
+    if skip is not None:
+        dy = dy + skip
     if relu:
         g = torch.ops.aten.threshold_backward(dy, normalise(x, norm, None, False) if y is None else y, 0)
-    return g, sums_reference(g if relu else dy, x, norm)
+    masked_dy = g if relu else dy
+    sums = sums_reference(masked_dy, x, norm)
+    if branch is None or branch_norm is None:
+        return g, sums, sums.new_empty(0)
+    return g, sums, sums_reference(masked_dy, branch, branch_norm)
 
 
 @operator("batch_norm_data_gradient")

@@ -74,7 +74,9 @@ def configuration(op: str, key: str, device: torch.device, computed: Configurati
     if answer is None:
         answer = computed
     if answer is computed and name:
-        missing = f"kernels/configs/{name}.json" if not table else f"an entry for {op} in kernels/configs/{name}.json"
+        missing = (
+            f"kernels/configs/{name}.json" if not table else f"entry for {op} {key} in kernels/configs/{name}.json"
+        )
         say_once(f"there is no {missing}: computed launch configurations are used; `make tune` measures better ones")
     answers[op, key] = answer
     return answer

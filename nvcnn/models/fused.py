@@ -196,9 +196,8 @@ class Materialize(Function):
     def backward(ctx, d_z):
         a, a_norm, b, b_norm, z = ctx.saved_tensors
         d_z = channels_last(d_z)
-        g, sums = kernels.batch_norm_gradient_sums(d_z, a, z, a_norm, ctx.relu)
+        g, sums, b_sums = kernels.batch_norm_gradient_sums(d_z, a, z, a_norm, ctx.relu, None, b, b_norm)
         g = g if ctx.relu else d_z
-        b_sums = None if b is None else kernels.batch_norm_gradient_sums(g, b, None, b_norm, False)[1]
         d_norm = gradient_of_norm(sums, a, a_norm), gradient_of_norm(b_sums, b, b_norm)
         return g, d_norm[0], g if ctx.adds else None, d_norm[1], None
 
@@ -280,10 +279,6 @@ def masked_with_sums(
     b_norm: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns what the epilogue of `kernels.convolution_data_gradient` would; overwrites dx."""
-    sums = b_sums = None
-    dx = dx if skip is None else dx.add_(skip)
-    if x is not None and x_norm is not None:
-        dx, sums = kernels.batch_norm_gradient_sums(dx, x, z, x_norm, True)
-    if b is not None and b_norm is not None:
-        b_sums = kernels.batch_norm_gradient_sums(dx, b, None, b_norm, False)[1]
-    return dx, sums, b_sums
+    if x is None or x_norm is None:
+        return dx if skip is None else dx.add_(skip), None, None
+    return kernels.batch_norm_gradient_sums(dx, x, z, x_norm, True, skip, b, b_norm)

@@ -145,6 +145,10 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
         "batch_norm_gradient_sums",
         lambda: (images(24, 26), images(24, 26), images(24, 26), norm(), True),
     ),
+    "gradient_sums, skip and branch": (
+        "batch_norm_gradient_sums",
+        lambda: (*(images(24, 26) for _ in range(3)), norm(), True, *(images(24, 26) for _ in range(2)), norm()),
+    ),
     "gradient_sums, no relu": (
         "batch_norm_gradient_sums",
         lambda: (images(24, 26), images(24, 26), None, norm(), False),

@@ -182,17 +182,26 @@ def test_is_exact_on_integers(implementation, device, dtype, joins, relu):
     assert not joins or torch.equal(residual.grad.double(), g)
 
 
-@pytest.mark.parametrize("of", ["dy", "x", "y"])
+@pytest.mark.parametrize("of", ["dy", "x", "y", "y and more"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dtype, of):
-    """The mask of relu is that of x, or that of y where a residual was added; without relu there is none."""
-    x, dy, y = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(3))
+    """The mask of relu is that of x, or that of y where a residual was added; without relu there is none.
+
+    More is a gradient that is added, and a branch with sums of its own.
+    """
+    x, dy, y, skip, branch = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(5))
     rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(5)]
     norm, (mean, scale, shift) = torch.stack(rows), (v.view(1, -1, 1, 1).double() for v in rows[:3])
-    g, sums = batch_norm_gradient_sums(dy, x, y if of == "y" else None, norm, of != "dy")
+    more = (skip, branch, norm.flip(0)) if of == "y and more" else (None, None, None)
+    g, sums, branch_sums = batch_norm_gradient_sums(dy, x, y if of[0] == "y" else None, norm, of != "dy", *more)
     expected = dy.double()
+    if of == "y and more":
+        expected += skip.double()
+        products = expected * (y > 0) * (branch.double() - rows[4].view(1, -1, 1, 1).double())
+        assert torch.equal(branch_sums[0], sums[0])
+        assert torch.equal(branch_sums[1].sum(0).double(), products.sum((0, 2, 3)))
     if of != "dy":
-        expected = expected * ((y.double() if of == "y" else (x.double() - mean) * scale + shift) > 0)
+        expected = expected * ((y.double() if of[0] == "y" else (x.double() - mean) * scale + shift) > 0)
         assert torch.equal(g.double(), expected)
     assert torch.equal(sums[0].sum(0).double(), expected.sum((0, 2, 3)))
     assert torch.equal(sums[1].sum(0).double(), (expected * (x.double() - mean)).sum((0, 2, 3)))
@@ -204,12 +213,20 @@ def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dty
     assert torch.equal(dx.double(), dy.double() * scale + slope * (x.double() - mean) + offset)
 
 
+def test_sums_are_of_the_added_gradient_as_it_is_stored(implementation, device):
+    x = channels_last(torch.ones(1, 8, 1, 1, dtype=torch.float16, device=device))
+    norm = torch.zeros(5, 8, device=device)
+    g, sums, _ = batch_norm_gradient_sums(x, x, x, norm, True, x * 2**-12)
+    assert torch.equal(g, x)
+    assert torch.equal(sums[0].sum(0), torch.ones(8, device=device))
+
+
 @pytest.mark.parametrize("joins", [False, True])
 def test_the_sums_and_dx_apart_are_those_of_the_whole_backward(implementation, device, joins):
     case = Case((3, 37, 5, 7), torch.float16, device, joins=joins, relu=True, mean=0.5, deviation=2.0)
     case.leave_the_kink()
     whole = case.ours()
-    g, sums = batch_norm_gradient_sums(case.dy, case.x, whole["y"] if joins else None, whole["norm"], True)
+    g, sums, _ = batch_norm_gradient_sums(case.dy, case.x, whole["y"] if joins else None, whole["norm"], True)
     rows = norm_gradient(sums, whole["norm"], 3 * 5 * 7)
     d_gamma, d_beta = rows[D_GAMMA], rows[D_BETA]
     assert not rows[4].any()
@@ -296,7 +313,7 @@ def test_a_nan_lets_the_gradient_pass(implementation, device, by_y):
     norm = case.ours()["norm"]
     case.x[1, 4, 2, 0] = torch.nan
     y = torch.full_like(case.x, torch.nan) if by_y else None
-    g, _ = batch_norm_gradient_sums(case.dy, case.x, y, norm, True)
+    g, _, _ = batch_norm_gradient_sums(case.dy, case.x, y, norm, True)
     assert torch.equal(g[1, 4, 2, 0], case.dy[1, 4, 2, 0])
 
 
@@ -365,6 +382,7 @@ def test_opcheck(implementation, device):
         (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, None, norm, True, True, False)),
         (batch_norm_gradient_sums.overload, (case.dy, case.x, None, norm, True)),
         (batch_norm_gradient_sums.overload, (case.dy, case.x, None, norm, False)),
+        (batch_norm_gradient_sums.overload, (case.dy, case.x, case.dy, norm, True, case.x, case.residual, norm)),
         (norm_gradient.overload, (sums, norm, 18)),
         (batch_norm_data_gradient.overload, (case.dy, case.x, norm, None)),
         (batch_norm_data_gradient.overload, (case.dy, case.x, norm, norm[:2].clone())),
@@ -398,6 +416,10 @@ def test_refuses_gradients_that_do_not_belong_together(device):
         batch_norm_gradient_sums(x[:1], x, None, norm, True)
     with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: y must be .*float16"):
         batch_norm_gradient_sums(x, x, x.half(), norm, True)
+    with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: branch, branch_norm come together"):
+        batch_norm_gradient_sums(x, x, x, norm, True, None, x)
+    with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: skip is added .* with relu only"):
+        batch_norm_gradient_sums(x, x, None, norm, False, x)
     with pytest.raises(ValueError, match=r"batch_norm_data_gradient: norm must be \(5, 4\)"):
         batch_norm_data_gradient(x, x, norm[:4], None)
     with pytest.raises(ValueError, match=r"batch_norm_data_gradient: factors must be \(2, 4\)"):
