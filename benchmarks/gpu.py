@@ -90,7 +90,8 @@ def checks(seconds: float) -> Item:
 LEFT_OUT = ("tests/nvcnn/data", "tests/nvcnn/prepare", "tests/kernels/test_codegen.py")
 TESTS = ("tests/kernels", "tests/nvcnn", *(f"--ignore={path}" for path in LEFT_OUT))
 TUNE = ("benchmarks.tune", "--keys=10", "--minutes={minutes}")
-PYTEST = ("pytest", "-v", "-p", "no:cacheprovider", *(("-n", "14") if find_spec("xdist") else ()), *TESTS)
+# Of two v one makes up for the q in pyproject.toml, so that each test has its line.
+PYTEST = ("pytest", "-vv", "-p", "no:cacheprovider", *(("-n", "14") if find_spec("xdist") else ()), *TESTS)
 PARTS = {
     "first": Part(
         200,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -113,7 +114,9 @@ def test_broken(broken): pass
 
 
 def pytest_log(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments, "tests"]
+    """Runs the tests of the folder as `make gpu` runs the project's, whose own options make pytest say less."""
+    shutil.copy(Path(gpu.__file__).parents[1] / "pyproject.toml", folder)
+    command = [sys.executable, "-m", *gpu.PYTEST[:4], *arguments, "tests"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
 
 
