@@ -42,6 +42,7 @@ from kernels.conv_shape import (
     TILE,
     ConvShape,
     box_sizes,
+    by_tma,
     configured_for,
     conv_shape,
     fusion_of,
@@ -193,8 +194,12 @@ def kernel(
 def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
     """Returns tiles of 128 x 128 x 64, or x 32 with a prologue, whose rows of norm take registers.
 
-    So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program.
+    So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program. Where TMA
+    loads, tiles are 64 x 128 x 64 for 4 warps, so that three programs or four hide each other's waits.
     """
+    if by_tma(shape, element_size, gpu):
+        tile = {"BLOCK_ROWS": 64, "BLOCK_OUT": tile_of(shape.k, 128), "BLOCK_IN": tile_of(shape.c, 64)}
+        return tile | {"TMA": 1, "num_warps": 4, "num_stages": 3, "PERSISTENT": 0}
     deep = 32 if "norm" in fusion or element_size > 2 else 64
     config = {
         "BLOCK_ROWS": 128,

@@ -38,6 +38,7 @@ from kernels.conv_shape import (
     TILE,
     ConvShape,
     box_sizes,
+    by_tma,
     configured_for,
     conv_shape,
     fusion_of,
@@ -211,8 +212,11 @@ def kernel(
 def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
     """Returns tiles of 128 x 128 x 32 for 8 warps: prologue and epilogue fit the registers of an SM.
 
-    Two programs fit where tiles have 64 columns, and of groups, where tiles are 128 x 32 x 32.
+    Two programs fit where tiles have 64 columns, and of groups, where tiles are 128 x 32 x 32. Where TMA can load,
+    programs of 4 warps are so small that several fit: then one waits for its epilogue's operands as another multiplies.
     """
+    if by_tma(shape, element_size, gpu):
+        return computed_for_tma(shape, fusion.split("+"))
     config = {
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 32),
@@ -223,6 +227,17 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     }
     config |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, *size_of_class(shape))
     return config | (two_programs(element_size, gpu) if shape.groups > 1 else {})
+
+
+def computed_for_tma(shape: ConvShape, fused: list[str]) -> Configuration:
+    """Returns tiles of 64 x 64 x 64, wider where the map of g is worth sharing; loaded by pointers where k is small."""
+    config = {"BLOCK_ROWS": 64, "BLOCK_OUT": tile_of(shape.c, 64), "BLOCK_IN": tile_of(shape.k, 64), "TMA": 1}
+    config |= {"num_warps": 4, "num_stages": 3, "PERSISTENT": 0}
+    if "norm" not in fused:
+        return config | {"num_stages": 2 if "z" in fused or shape.k < 256 else 3}
+    if shape.k <= 128:
+        return config | {"BLOCK_IN": tile_of(shape.k, 32), "TMA": 0}
+    return config | {"BLOCK_OUT": tile_of(shape.c, 128)}
 
 
 def classes_and_tiles(shape: ConvShape, config: Configuration) -> tuple[int, int]:
