@@ -136,10 +136,10 @@ def configured(**choices: int):
 
 def check_same(run: Callable[[], tuple[Tensor, ...]], loads: int = 0, **choices: int) -> None:
     """Checks that the choices change no bit, and that `loads` tensors are then loaded by descriptors."""
-    made = []
-    with configured():
+    made, plain_choices = [], {"TMA": 0, "PERSISTENT": 0}
+    with configured(**plain_choices):
         plain = run()
-    with configured(**choices), pytest.MonkeyPatch.context() as patch:
+    with configured(**plain_choices | choices), pytest.MonkeyPatch.context() as patch:
         descriptor = conv_shape.TensorDescriptor
         patch.setattr(
             conv_shape, "TensorDescriptor", lambda *arguments: made.append(descriptor(*arguments)) or made[-1]

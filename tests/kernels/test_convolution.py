@@ -154,6 +154,14 @@ def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, c
         conv.check_same(lambda: forward(given, conv.TILES, **options), 2 * choices.get("TMA", 0), **choices)  # noqa: B023
 
 
+def test_a_slice_that_tma_cannot_reach_is_loaded_by_pointers(device):
+    given = conv.tensors(conv.TILES, torch.float16, device)
+    weight = given["weight"].new_empty(given["weight"].numel() + 4)[4:].view(given["weight"].shape)
+    given["weight"] = weight.copy_(given["weight"])
+    assert weight.data_ptr() % 16 == 8
+    conv.check_same(lambda: forward(given, conv.TILES), 1, TMA=1)
+
+
 @pytest.mark.parametrize(("shape", "box"), conv.BOXES, ids=[str(shape) for shape, _ in conv.BOXES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = conv.tensors(shape, torch.float16, device, conv.small_integers)
