@@ -195,11 +195,13 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     """Returns tiles of 128 x 128 x 64, or x 32 with a prologue, whose rows of norm take registers.
 
     So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program. Where TMA
-    loads, tiles are 64 x 128 x 64 for 4 warps, so that three programs or four hide each other's waits.
+    loads, tiles are 64 x 128 x 64 for 4 warps, so that two to four programs hide each other's waits.
     """
     if by_tma(shape, element_size, gpu):
-        tile = {"BLOCK_ROWS": 64, "BLOCK_OUT": tile_of(shape.k, 128), "BLOCK_IN": tile_of(shape.c, 64)}
-        return tile | {"TMA": 1, "num_warps": 4, "num_stages": 3, "PERSISTENT": 0}
+        joins_once = "residual" in fusion and min(shape.c, shape.k) >= 256  # not for each 128 columns
+        rows, columns, warps = (128, 256, 8) if joins_once else (64, 128, 4)
+        tile = {"BLOCK_ROWS": rows, "BLOCK_OUT": tile_of(shape.k, columns), "BLOCK_IN": tile_of(shape.c, 64)}
+        return tile | {"TMA": 1, "num_warps": warps, "num_stages": 3, "PERSISTENT": 0}
     deep = 32 if "norm" in fusion or element_size > 2 else 64
     config = {
         "BLOCK_ROWS": 128,
