@@ -2,10 +2,10 @@
 
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
-`short` is what the tests compile: the steps of two small models, the optimizer's options, and the convolutions that
-have the most fused into them. `all` adds ResNet-50's steps with every --conv, its evaluation, and the convolutions of
-ResNeXt-50 that have groups, in fp16 and bf16, launched without a table and with each table of kernels/configs/ (on its
-own GPU). Equal launches are compiled once; `calls` says how often they occur in these steps.
+`short` is what the tests compile: the steps of two small models, the optimizer's options, and the convolutions and
+poolings that have the most fused into them. `all` adds ResNet-50's steps with every --conv, its evaluation, and the
+convolutions of ResNeXt-50 that have groups, in fp16 and bf16, launched without a table and with each table of
+kernels/configs/ (on its own GPU). Equal launches are compiled once; `calls` says how often they occur in these steps.
 
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. These are breaches, which
 make the exit code 1:
@@ -78,7 +78,9 @@ def short_calls() -> Iterator[Call]:
         staged.optimizer.step()
     yield from calls
     for dtype in (half, bfloat16):
-        yield from most_fused(step_calls(dtype=dtype, conv="triton"))
+        step = step_calls(dtype=dtype, conv="triton")
+        yield from most_fused(step)
+        yield from (call for call in step if "max_pool" in call.name)  # of a raw tensor
     yield from most_fused(of_groups(half))
 
 

@@ -134,6 +134,8 @@ def describe(call: Call) -> str:
     shape = next((v.shape for v in values.values() if isinstance(v, Layout)), ())
     words.append(" x ".join(map(str, shape[1:])))
     fused = ["residual", "y"]
+    if "max_pool" in call.name:
+        fused.append("norm")
     if call.name in CONVOLUTIONS:
         k, _, r, s = call[CONVOLUTIONS[call.name][1]].shape
         words.append(f"weight {k} x {r} x {s} stride {call['stride'][0]}")

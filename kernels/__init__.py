@@ -13,7 +13,7 @@ from kernels.cross_entropy import cross_entropy
 from kernels.global_average import global_average
 from kernels.gradient_statistics import gradient_statistics
 from kernels.larc_update import larc_update, refresh
-from kernels.max_pool import max_pool
+from kernels.max_pool import max_pool, max_pool_backward, max_pool_with_argmax
 from kernels.prepare_input import prepare_input, prepare_input_into
 from kernels.trust_ratio import trust_ratio
 
@@ -31,6 +31,8 @@ __all__ = [
     "gradient_statistics",
     "larc_update",
     "max_pool",
+    "max_pool_backward",
+    "max_pool_with_argmax",
     "norm_from_sums",
     "norm_gradient",
     "norm_of",

@@ -3,8 +3,13 @@
 A NaN is larger than all else. Among equal values the window's first is the maximum, among several NaN its last: both as
 torch.nn.functional.max_pool2d has it, https://pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html .
 
+With BatchNorm's `norm`, what is pooled is relu((x - mean) scale + shift), formed as the raw x is loaded and rounded to
+its dtype, so that y and the places are those of the tensor that `batch_norm` would have stored. Backward then masks dx
+as it stores it, and takes the sums that `norm_gradient` needs: of g, which is what it stores, and of g (x - mean).
+
 Bytes: forward reads x, writes y and, where a gradient will be asked for, 1 byte a value of y: the maximum's position in
-its window. Backward reads dy and that byte, writes dx; it gathers, and the windows over a pixel overlap in cache.
+its window. Backward reads dy and that byte, with norm x as well, writes dx; it gathers, and the windows over a pixel
+overlap in cache.
 """
 
 import torch
@@ -12,48 +17,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import check_images, empty_images
+from kernels.checks import check_images, check_like, check_tensors, check_together, empty_images, single_or_double
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.implementation import runs_triton
 from kernels.launch import launch
+from kernels.norm_rows import MEAN, SCALE, SHIFT, load_row, normalise, sums_reference
 from kernels.operators import named, operator
+from kernels.partial_sums import empty_sums
 
 LARGEST = 15  # kernel size: 15 x 15 positions fit into the byte
 
 
-def reference(x, kernel_size, stride, padding):
+def reference(x, kernel_size, stride, padding, norm):
     """Returns PyTorch's y and the int64 indices into H x W that its backward takes, both (N, C, OH, OW)."""
+    if norm is not None:
+        x = normalise(x, norm, None, True)
     return torch.ops.aten.max_pool2d_with_indices(x, [kernel_size] * 2, [stride] * 2, [padding] * 2)
 
 
-def backward_reference(dy, argmax, dx, kernel_size, stride, padding):
-    """Returns dx; the dx argument is used only for its shape."""
+def backward_reference(dy, argmax, dx, kernel_size, stride, padding, x, norm):
+    """Returns dx and the sums; the dx argument is used only for its shape."""
     window = [kernel_size] * 2, [stride] * 2, [padding] * 2
-    return torch.ops.aten.max_pool2d_with_indices_backward(dy, dx, *window, [1, 1], False, argmax)
+    dx = torch.ops.aten.max_pool2d_with_indices_backward(dy, dx, *window, [1, 1], False, argmax)
+    if x is None or norm is None:
+        return dx, empty_sums(dx, None, 0, 0)
+    g = torch.ops.aten.threshold_backward(dx, normalise(x, norm, None, False), 0)
+    return g, sums_reference(g, x, norm)
 
 
-@triton.jit(repr=named("max_pool"))
+@triton.jit(repr=named("max_pool", "norm"))
 def kernel(
-    x, y, argmax, PIXELS, H, W, OH, OW,
+    x, norm, y, argmax, PIXELS, H, W, OH, OW,
     C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_C channels of BLOCK_PIXELS of the PIXELS = N x OH x OW pixels; argmax may be None."""
+    """One program computes BLOCK_C channels of BLOCK_PIXELS of the PIXELS = N x OH x OW pixels.
+
+    norm and argmax may be None.
+    """
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = (pixel < PIXELS)[:, None] & (c < C)
     first_h = pixel // OW % OH * STRIDE - PADDING
     first_w = pixel % OW * STRIDE - PADDING
     first = (pixel // (OH * OW)).to(tl.int64) * (H * W) + first_h * W + first_w
-    largest = tl.full((BLOCK_PIXELS, BLOCK_C), float("-inf"), tl.float32)
-    # The first position that is not padding: that of the maximum if all values are -inf.
+    if norm is not None:
+        mean = load_row(norm, MEAN, c, c < C, C)
+        scale = load_row(norm, SCALE, c, c < C, C)
+        shift = load_row(norm, SHIFT, c, c < C, C)
+    LEAST: tl.constexpr = float("-inf") if norm is None else 0.0  # a maximum that begins at 0 is relu's
+    largest = tl.full((BLOCK_PIXELS, BLOCK_C), LEAST, tl.float32)
+    # The first position that is not padding: that of the maximum if all values are the least.
     position = tl.maximum(-first_h, 0) * KERNEL_SIZE + tl.maximum(-first_w, 0)
     position = tl.broadcast_to(position[:, None], (BLOCK_PIXELS, BLOCK_C))
     for r in tl.static_range(KERNEL_SIZE):
         for s in tl.static_range(KERNEL_SIZE):
             h, w = first_h + r, first_w + s
             valid = inside & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-            value = tl.load(x + (first + (r * W + s))[:, None] * C + c, mask=valid, other=float("-inf")).to(tl.float32)
+            value = tl.load(x + (first + (r * W + s))[:, None] * C + c, mask=valid, other=LEAST).to(tl.float32)
+            if norm is not None:
+                value = ((value - mean) * scale + shift).to(x.dtype.element_ty).to(tl.float32)
+                value = tl.where(valid, value, LEAST)
             larger = (value > largest) ^ (value != value)  # never both
             largest = tl.maximum(largest, value, propagate_nan=tl.PropagateNan.ALL)
             position = tl.where(larger, r * KERNEL_SIZE + s, position)
@@ -63,51 +87,88 @@ def kernel(
         tl.store(argmax + at, position.to(tl.uint8), mask=inside)
 
 
-@triton.jit(repr=named("max_pool_backward"))
+@triton.jit(repr=named("max_pool_backward", "norm"))
 def backward_kernel(
-    dy, argmax, dx, CELLS, ROWS, COLUMNS, H, W, OH, OW,
+    # inputs
+    dy, argmax, x, norm,
+    # outputs
+    dx, sums,
+    # sizes, and what is compiled in
+    CELLS, ROWS, COLUMNS, H, W, OH, OW,
     C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_C channels of BLOCK_PIXELS of the N x ROWS x COLUMNS = CELLS cells of dx.
 
     A cell is STRIDE x STRIDE pixels: the windows over it are read once, and where in them its pixels are is constant.
+    With norm a program goes on to other cells, and adds up what it stores: one part of the sums.
     """
-    cell = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    part, parts = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    inside = (cell < CELLS)[:, None] & (c < C)
-    n = (cell // (ROWS * COLUMNS)).to(tl.int64)
-    row = cell // COLUMNS % ROWS + PADDING // STRIDE
-    column = cell % COLUMNS + PADDING // STRIDE
-    WINDOWS: tl.constexpr = (KERNEL_SIZE + STRIDE - 1) // STRIDE  # over a cell, in each direction; the last is its own
-    gradients, positions = (), ()
-    for i in tl.static_range(1 - WINDOWS, 1):
-        for j in tl.static_range(1 - WINDOWS, 1):
-            oh, ow = row + i, column + j
-            valid = inside & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
-            at = ((n * OH + oh) * OW + ow)[:, None] * C + c
-            gradients += (tl.load(dy + at, mask=valid).to(tl.float32),)  # type: ignore[assignment]
-            positions += (tl.load(argmax + at, mask=valid, other=255),)  # type: ignore[assignment]
-    for a in tl.static_range(STRIDE):
-        for b in tl.static_range(STRIDE):
-            total = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
-            for window in tl.static_range(WINDOWS * WINDOWS):
-                r = a + (WINDOWS - 1 - window // WINDOWS) * STRIDE
-                s = b + (WINDOWS - 1 - window % WINDOWS) * STRIDE
-                if r < KERNEL_SIZE and s < KERNEL_SIZE:
-                    total += tl.where(positions[window] == r * KERNEL_SIZE + s, gradients[window], 0.0)
-            h, w = row * STRIDE + a - PADDING, column * STRIDE + b - PADDING
-            valid = inside & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-            at = ((n * H + h) * W + w)[:, None] * C + c
-            tl.store(dx + at, total.to(dx.dtype.element_ty), mask=valid)
+    if norm is not None:
+        mean = load_row(norm, MEAN, c, c < C, C)
+        scale = load_row(norm, SCALE, c, c < C, C)
+        shift = load_row(norm, SHIFT, c, c < C, C)
+        sum_of_g = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
+        products = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
+    for turn in range(1 if norm is None else tl.cdiv(tl.cdiv(CELLS, BLOCK_PIXELS) - part, parts)):
+        cell = (part + turn * parts) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+        inside = (cell < CELLS)[:, None] & (c < C)
+        n = (cell // (ROWS * COLUMNS)).to(tl.int64)
+        row = cell // COLUMNS % ROWS + PADDING // STRIDE
+        column = cell % COLUMNS + PADDING // STRIDE
+        WINDOWS: tl.constexpr = (KERNEL_SIZE + STRIDE - 1) // STRIDE  # over a cell, each way; the last is its own
+        gradients, positions, values = (), (), ()
+        for i in tl.static_range(1 - WINDOWS, 1):
+            for j in tl.static_range(1 - WINDOWS, 1):
+                oh, ow = row + i, column + j
+                valid = inside & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
+                at = ((n * OH + oh) * OW + ow)[:, None] * C + c
+                gradients += (tl.load(dy + at, mask=valid).to(tl.float32),)  # type: ignore[assignment]
+                positions += (tl.load(argmax + at, mask=valid, other=255),)  # type: ignore[assignment]
+        if norm is not None:  # all loads come before the stores, which they could not pass
+            for pixel in tl.static_range(STRIDE * STRIDE):
+                h, w = row * STRIDE + pixel // STRIDE - PADDING, column * STRIDE + pixel % STRIDE - PADDING
+                valid = inside & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+                at = ((n * H + h) * W + w)[:, None] * C + c
+                values += (tl.load(x + at, mask=valid, other=0.0),)  # type: ignore[assignment]
+        for a in tl.static_range(STRIDE):
+            for b in tl.static_range(STRIDE):
+                total = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
+                for window in tl.static_range(WINDOWS * WINDOWS):
+                    r = a + (WINDOWS - 1 - window // WINDOWS) * STRIDE
+                    s = b + (WINDOWS - 1 - window % WINDOWS) * STRIDE
+                    if r < KERNEL_SIZE and s < KERNEL_SIZE:
+                        total += tl.where(positions[window] == r * KERNEL_SIZE + s, gradients[window], 0.0)
+                h, w = row * STRIDE + a - PADDING, column * STRIDE + b - PADDING
+                valid = inside & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+                at = ((n * H + h) * W + w)[:, None] * C + c
+                stored = total.to(dx.dtype.element_ty)
+                if norm is not None:
+                    d = values[a * STRIDE + b].to(tl.float32) - mean
+                    # A NaN lets the gradient pass, as in PyTorch.
+                    stored = tl.where(valid & ~(d * scale + shift <= 0), stored, 0.0)
+                    sum_of_g += stored.to(tl.float32)
+                    products += stored.to(tl.float32) * d
+                tl.store(dx + at, stored, mask=valid)
+    if norm is not None:
+        at = part.to(tl.int64) * C + c
+        tl.store(sums + at, tl.sum(sum_of_g, 0)[None, :], mask=c < C)
+        tl.store(sums + parts * C + at, tl.sum(products, 0)[None, :], mask=c < C)
 
 
-def configured(op: str, images: Tensor, kernel_size: int, stride: int) -> Configuration:
-    """Returns 8 values of the images that are written, 16 bytes of fp16, a thread, with few channels idle."""
+def configured(op: str, images: Tensor, kernel_size: int, stride: int, norm: Tensor | None) -> Configuration:
+    """Returns 8 values of the images that are written, 16 bytes of fp16, a thread, with few channels idle.
+
+    PROGRAMS are those of a backward with sums, which fill a GPU several times.
+    """
     c = images.shape[1]
     block_c = min(next_power_of_2(c), min((128, 64, 32), key=lambda block: cdiv(c, block) * block))
     computed = {"BLOCK_C": block_c, "BLOCK_PIXELS": 1024 // block_c, "num_warps": 4}
     key = f"{dtype_name(images.dtype)} C={c} kernel={kernel_size} stride={stride}"
+    if norm is not None:
+        key += " norm"
+        computed |= {"PROGRAMS": 1024} if op == "max_pool_backward" else {}
     return configuration(op, key, images.device, computed)
 
 
@@ -127,10 +188,15 @@ def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tens
 
 @operator("max_pool")
 def max_pool_with_argmax(
-    x: Tensor, kernel_size: int, stride: int, padding: int, with_argmax: bool
+    x: Tensor, kernel_size: int, stride: int, padding: int, with_argmax: bool, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns y and, with `with_argmax`, what `argmax_like` says, for the backward alone; else an empty tensor."""
+    """Returns y and, with `with_argmax`, what `argmax_like` says, for the backward alone; else an empty tensor.
+
+    norm: (5, C), fp32, of `batch_norm_statistics` or `norm_of`: relu of the normalised x is pooled. Autograd does not
+    go through it: whoever has the rest of BatchNorm's backward calls `max_pool_backward`.
+    """
     n, c, h, w = check_images("max_pool", "x", x)
+    check_tensors("max_pool", x.device, single_or_double(x), norm=(norm, (5, c)))
     if not (1 <= kernel_size <= LARGEST and 1 <= stride <= LARGEST and 0 <= padding <= kernel_size // 2):
         raise ValueError(
             f"max_pool: kernel_size and stride must be 1 .. {LARGEST}, padding 0 .. kernel_size // 2; "
@@ -142,17 +208,17 @@ def max_pool_with_argmax(
             f"max_pool: a window of {kernel_size} does not fit into {h} x {w} pixels with padding {padding}"
         )
     if not runs_triton(x.device):
-        y, argmax = reference(x, kernel_size, stride, padding)
+        y, argmax = reference(x, kernel_size, stride, padding, norm)
         return y, argmax if with_argmax else argmax_like(y, False)
     if n * h * w >= 2**31:
         raise ValueError(f"max_pool: x must have less than 2**31 pixels, got {tuple(x.shape)}")
     y = empty_images(x, (n, c, *size))
     argmax = argmax_like(y, with_argmax)
-    config, pixels = configured("max_pool", y, kernel_size, stride), n * size[0] * size[1]
+    config, pixels = configured("max_pool", y, kernel_size, stride, norm), n * size[0] * size[1]
     launch(
         kernel,
         grid(pixels, c, config),
-        *(x, y, argmax if with_argmax else None),
+        *(x, norm, y, argmax if with_argmax else None),
         *(pixels, h, w, *size, c, kernel_size, stride, padding),
         **config,
     )
@@ -167,38 +233,60 @@ def argmax_like(y: Tensor, with_argmax: bool) -> Tensor:
 
 @operator("max_pool_backward")
 def max_pool_backward(
-    dy: Tensor, argmax: Tensor, height: int, width: int, kernel_size: int, stride: int, padding: int
-) -> Tensor:
-    """Returns dx, (N, C, height, width), channels-last, for dy and argmax, (N, C, OH, OW)."""
+    dy: Tensor,
+    argmax: Tensor,
+    height: int,
+    width: int,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    x: Tensor | None = None,
+    norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns dx, (N, C, height, width), channels-last, for dy and argmax, (N, C, OH, OW); and an empty tensor.
+
+    With x, like dx, and norm, as the forward had them, dx is g, the gradient behind relu's mask, and the second result
+    the sums for `norm_gradient`.
+    """
+    op = "max_pool_backward"
     if argmax.shape != dy.shape:
         raise ValueError(f"max_pool: the backward needs argmax, {tuple(dy.shape)}, got {tuple(argmax.shape)}")
+    check_together(op, x=x, norm=norm)
     dy = dy.contiguous(memory_format=torch.channels_last)  # what was flattened for a linear layer is not
-    dx = empty_images(dy, (*dy.shape[:2], height, width))
-    if not runs_triton(dy.device):
-        return backward_reference(dy, argmax, dx, kernel_size, stride, padding)
     n, c, *size = dy.shape
+    dx = empty_images(dy, (n, c, height, width))
+    check_like(op, dx, x=x)
+    check_tensors(op, dy.device, single_or_double(dy), norm=(norm, (5, c)))
+    if not runs_triton(dy.device):
+        return backward_reference(dy, argmax, dx, kernel_size, stride, padding, x, norm)
     rows, columns = ((extent - 1 + padding) // stride - padding // stride + 1 for extent in (height, width))
-    config, cells = configured("max_pool_backward", dx, kernel_size, stride), n * rows * columns
+    config, cells = configured(op, dx, kernel_size, stride, norm), n * rows * columns
+    programs, across = grid(cells, c, config)
+    if norm is not None:
+        programs = min(programs, cdiv(config["PROGRAMS"], across))
+    sums = empty_sums(dx, norm, programs, c)
     launch(
         backward_kernel,
-        grid(cells, c, config),
-        *(dy, argmax, dx),
+        (programs, across),
+        *(dy, argmax, x, norm, dx, None if norm is None else sums),
         *(cells, rows, columns, height, width, *size, c, kernel_size, stride, padding),
-        **config,
+        **{name: value for name, value in config.items() if name != "PROGRAMS"},
     )
-    return dx
+    return dx, sums
 
 
 def setup_context(ctx, inputs, output):
-    x, *ctx.window, _ = inputs
+    x, *ctx.window, _, norm = (*inputs, None)[:6]
+    if norm is not None:
+        raise ValueError("max_pool: with norm there is no autograd; max_pool_backward takes x and norm")
     ctx.size = x.shape[2:]
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)  # else zeros for the gradient of argmax
 
 
 def backward(ctx, dy, _):
-    dx = None if dy is None else max_pool_backward(dy, *ctx.saved_tensors, *ctx.size, *ctx.window)
-    return dx, None, None, None, None
+    dx = None if dy is None else max_pool_backward(dy, *ctx.saved_tensors, *ctx.size, *ctx.window)[0]
+    return dx, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 max_pool_with_argmax.register_autograd(backward, setup_context=setup_context)

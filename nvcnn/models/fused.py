@@ -5,9 +5,9 @@
     y = conv_bn(y, self.conv3, self.bn3)
     return PendingAdd(y, activation(x))         # relu(normalised y + x), computed when somebody asks for it
 
-Who reads an Unnormalized applies the rows of its `norm` and the ReLU while loading. A 1x1 convolution that reads a
-PendingAdd adds, too, and writes the sum once, for the skip connection. `activation` makes an ordinary tensor of any of
-them. A convolution's `algorithm` says how it is computed:
+Who reads an Unnormalized applies the rows of its `norm` and the ReLU while loading: a convolution, or `max_pool`. A 1x1
+convolution that reads a PendingAdd adds, too, and writes the sum once, for the skip connection. `activation` makes an
+ordinary tensor of any of them. A convolution's `algorithm` says how it is computed:
     torch                 PyTorch's operator, between the BatchNorms of `layers`
     triton                the project's kernels, which do all of this as they load and store
     triton-materialized   the same kernels on operands that are in memory. The activation a, which forward and the
@@ -151,6 +151,13 @@ def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | Pending
     return Unnormalized(y, bn, norm)
 
 
+def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
+    """Returns the maxima of x's activation, as `kernels.max_pool` has them; an Unnormalized is not materialized."""
+    if isinstance(x, Unnormalized) and x.norm is not None and x.value is None:
+        return MaxPool.apply(x.y, x.norm, kernel_size, stride, padding)
+    return kernels.max_pool(activation(x), kernel_size, stride, padding)
+
+
 def can_add(conv: Conv2d) -> bool:
     """Returns whether the kernel can add as it loads: each value of its input is loaded in one place."""
     return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
@@ -200,6 +207,24 @@ class Materialize(Function):
         g = g if ctx.relu else d_z
         d_norm = gradient_of_norm(sums, a, a_norm), gradient_of_norm(b_sums, b, b_norm)
         return g, d_norm[0], g if ctx.adds else None, d_norm[1], None
+
+
+class MaxPool(Function):
+    """The maxima of relu(normalised x), which is never in memory."""
+
+    @staticmethod
+    def forward(ctx, x, norm, *window):
+        y, argmax = kernels.max_pool_with_argmax(x, *window, ctx.needs_input_grad[0], norm)
+        ctx.window = window
+        ctx.save_for_backward(x, norm, argmax)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, norm, argmax = ctx.saved_tensors
+        g, sums = kernels.max_pool_backward(dy, argmax, *x.shape[2:], *ctx.window, x, norm)
+        return g, gradient_of_norm(sums, x, norm), None, None, None
 
 
 class UnnormalizedConv(Function):

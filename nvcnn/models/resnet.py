@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import kernels
-from nvcnn.models.fused import PendingAdd, PendingConv, Unnormalized, activation, conv_bn
+from nvcnn.models.fused import PendingAdd, PendingConv, Unnormalized, activation, conv_bn, max_pool
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 
 
@@ -114,6 +114,6 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = kernels.max_pool(activation(conv_bn(x, self.conv1, self.bn1)), 3, stride=2, padding=1)
+        x = max_pool(conv_bn(x, self.conv1, self.bn1), 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(kernels.global_average(activation(x)))

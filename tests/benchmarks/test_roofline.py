@@ -173,6 +173,14 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
         "max_pool_backward",
         lambda: (images(24, 12), torch.zeros(2, 24, 12, 12, dtype=torch.uint8), 24, 24, 3, 2, 1),
     ),
+    "max_pool, norm": ("max_pool", lambda: (images(24, 24), 3, 2, 1, True, norm())),
+    "max_pool_backward, norm": (
+        "max_pool_backward",
+        lambda: (
+            *(images(24, 12), torch.zeros(2, 24, 12, 12, dtype=torch.uint8), 24, 24, 3, 2, 1),
+            *(images(24, 24), norm()),
+        ),
+    ),
     "global_average": ("global_average", lambda: (images(24, 26),)),
     "global_average_backward": ("global_average_backward", lambda: (torch.randn(2, 24).half(), 13, 13)),
     "cross_entropy": ("cross_entropy", lambda: (torch.randn(9, 130), torch.arange(9), torch.ones(1))),

@@ -60,6 +60,13 @@ def test_convolutions_multiply_with_the_chips_own_instruction(rows):
         assert any(all(f" {tensor}:fp16" in name for tensor in tensors) for name in names), op
 
 
+def test_poolings_normalise(rows):
+    raw = {(row["function"], row["chip"], *re.findall(r" x:(\w+)", row["name"])) for row in rows}
+    functions = ("max_pool_norm", "max_pool_backward_norm")
+    expected = {(name, f"sm_{chip}", dtype) for name in functions for chip in CHIPS for dtype in ("fp16", "bf16")}
+    assert {row for row in raw if row[0] in functions} == expected
+
+
 def test_tiles_of_convolutions_are_loaded_by_tma(rows):
     names = [(row["name"], row["chip"]) for row in rows if row["tma"] == "yes"]
     found = {(name.split()[0], re.findall(r"R=(\d)", name)[0], chip) for name, chip in names}

@@ -107,7 +107,12 @@ CALLS = {
     "batch_norm": lambda: [meta(*X), norm(C), norm(C), norm(5, C), meta(*X), True, True],
     "batch_norm_backward": lambda: [meta(*X), meta(*X), meta(*X), norm(5, C), True, True, True],
     "max_pool": lambda: [meta(*X), 3, 1, 1, True],
+    "max_pool norm": lambda: [meta(*X), 3, 1, 1, True, norm(5, C)],
     "max_pool_backward": lambda: [meta(*X), meta(*X, dtype=torch.uint8), 56, 56, 3, 1, 1],
+    "max_pool_backward norm": lambda: [
+        *(meta(*X), meta(*X, dtype=torch.uint8), 56, 56, 3, 1, 1),
+        *(meta(*X), norm(5, C)),
+    ],
     "cross_entropy": lambda: [meta(2**17, 20000), meta(2**17, dtype=torch.int64), norm(1), 0.1],
     "convolution": lambda: [meta(*X), meta(C, C, 3, 3), *PADDED, norm(5, C), None, None, norm(C)],
     "convolution join": lambda: [meta(*X), meta(C, C, 1, 1), *PLAIN, norm(5, C), meta(*X), norm(5, C)],

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import max_pool
+from kernels import batch_norm, batch_norm_gradient_sums, max_pool, max_pool_backward, max_pool_with_argmax
 from tests.kernels.images import DTYPES, SMALLEST, channels_last, integers, randn, unit
 
 STEM, INCEPTION, LENET, GOOGLENET = (3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1)
@@ -82,6 +82,67 @@ def test_values_that_are_not_finite_are_as_in_pytorch(implementation, device, ca
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def pooled_raw(window, x, norm, dy):
+    """Returns y, the places of the maxima, g and its sums, of a raw x."""
+    y, argmax = max_pool_with_argmax(x, *window, True, norm)
+    return y, argmax, *max_pool_backward(dy, argmax, *x.shape[2:], *window, x, norm)
+
+
+@pytest.mark.parametrize(("window", "dtype"), [*zip(WINDOWS, 3 * DTYPES, strict=True)])
+def test_a_raw_tensor_is_exact_on_integers(implementation, device, window, dtype):
+    """Scales are of either sign and 0, so that padding is seen where it is normalised, too."""
+    x, rows = integers((3, 17, 9, 13), dtype, device, -3, 3), torch.randint(-2, 3, (5, 17), device=device).float()
+    mean, scale, shift = (row.view(-1, 1, 1).double() for row in rows[:3])
+    dy = integers(peer(window)(x).shape, dtype, device)
+    v = ((x.double() - mean) * scale + shift).requires_grad_()
+    exact = peer(window)(v.relu())
+    exact.backward(dy.double())
+    y, _, g, sums = pooled_raw(window, x, rows, dy)
+    assert torch.equal(y.double(), exact)
+    assert torch.equal(g.double(), v.grad)
+    products = v.grad * (x.double() - mean)
+    assert torch.equal(sums.double().sum(1), torch.stack([t.sum((0, 2, 3)) for t in (v.grad, products)]))
+    assert y.dtype == g.dtype == dtype
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, g))
+    assert torch.equal(max_pool_with_argmax(x, *window, False, rows)[0], y)
+
+
+@given(case=cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32))
+def test_a_raw_tensor_gives_the_bits_of_its_activation(implementation, device, case, dtype, seed):
+    """Values are equal once they are rounded, and some are not finite."""
+    torch.manual_seed(seed)
+    window, shape = case
+    x = randn(shape, dtype, device)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf], device=device, dtype=dtype)
+    chosen = torch.rand(shape, device=device) < 0.02
+    x = channels_last(torch.where(chosen, special[torch.randint(3, shape, device=device)], x))
+    norm = torch.randn(5, shape[1], device=device)
+    norm[1] *= 2.0 ** -torch.randint(9, (shape[1],), device=device)
+    norm[2] += 1
+    a = batch_norm(x, norm[0], norm[0], norm, None, True, True)
+    y, argmax = max_pool_with_argmax(a, *window, True)
+    dy = randn(y.shape, dtype, device)
+    dx, _ = max_pool_backward(dy, argmax, *shape[2:], *window)
+    g, sums, _ = batch_norm_gradient_sums(dx, x, None, norm, True)
+    *got, got_sums = pooled_raw(window, x, norm, dy)
+    for ours, theirs in zip(got, (y, argmax, g), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    terms = torch.stack([t.double().abs().sum((0, 2, 3)) for t in (g, g * (x.float() - norm[0].view(-1, 1, 1)))])
+    difference = (got_sums.double().sum(1) - sums.double().sum(1)).abs()
+    assert (difference <= 2.0**-20 * terms)[terms.isfinite()].all()
+    assert torch.equal(got_sums.sum(1).isfinite(), sums.sum(1).isfinite())
+
+
+def test_sums_are_of_the_gradient_as_it_is_stored(implementation, device):
+    x = channels_last(torch.zeros(1, 8, 3, 3, dtype=torch.float16, device=device))
+    dy, norm = x.clone(), torch.ones(5, 8, device=device)
+    x[..., 1, 1], norm[0] = 1, 0
+    dy[..., 0, 0], dy[..., 2, 2] = 1, 2**-12
+    *_, g, sums = pooled_raw(GOOGLENET, x, norm, dy)
+    assert torch.equal(g, x)
+    assert torch.equal(sums.sum(1), torch.ones(2, 8, device=device))
+
+
 def test_a_gradient_that_is_not_finite_stays_with_its_maximum(implementation, device):
     x = channels_last(torch.arange(2 * 3 * 7 * 7, device=device).view(2, 3, 7, 7).float())
     dy = torch.ones_like(max_pool(x, *STEM))
@@ -131,8 +192,9 @@ def test_the_backward_keeps_one_byte_a_value_and_nothing_without_a_gradient(impl
 
 def test_two_runs_give_the_same_bits(implementation, device):
     x = randn((3, 40, 9, 9), torch.float16, device)
-    for a, b in zip(pooled(ours(STEM), x), pooled(ours(STEM), x), strict=True):
-        assert torch.equal(a, b)
+    norm, dy = torch.rand(5, 40, device=device), randn((3, 40, 5, 5), torch.float16, device)
+    one, other = ((*pooled(ours(STEM), x), *pooled_raw(STEM, x, norm, dy)) for _ in range(2))
+    assert all(map(torch.equal, one, other))
 
 
 def test_gradcheck(device, monkeypatch):
@@ -144,10 +206,13 @@ def test_gradcheck(device, monkeypatch):
 def test_opcheck(implementation, device):
     x = randn((2, 5, 6, 5), torch.float32, device)
     y, argmax = torch.ops.nvcnn.max_pool(x, *STEM, True)
+    norm = torch.rand(5, 5, device=device)
     for op, arguments in (
         (torch.ops.nvcnn.max_pool, (x.requires_grad_(), *STEM, True)),
         (torch.ops.nvcnn.max_pool, (x.detach(), *STEM, False)),
+        (torch.ops.nvcnn.max_pool, (x.detach(), *STEM, True, norm)),
         (torch.ops.nvcnn.max_pool_backward, (y, argmax, 6, 5, *STEM)),
+        (torch.ops.nvcnn.max_pool_backward, (y, argmax, 6, 5, *STEM, x.detach(), norm)),
     ):
         torch.library.opcheck(op, arguments)
 
@@ -175,3 +240,20 @@ def test_the_backward_refuses_what_a_forward_without_a_gradient_gave(implementat
     y, _ = torch.ops.nvcnn.max_pool(x, *STEM, False)
     with pytest.raises(ValueError, match=r"the backward needs argmax, \(2, 4, 3, 3\), got \(0,\)"):
         y.sum().backward()
+
+
+def test_what_comes_with_a_raw_tensor_is_refused(implementation, device):
+    x, norm = randn((2, 4, 6, 6), torch.float32, device), torch.ones(5, 4, device=device)
+    y, argmax = max_pool_with_argmax(x, *STEM, True, norm)
+    for bad in (norm[:4], norm.half(), norm.double()):
+        with pytest.raises(ValueError, match=r"max_pool: norm must be \(5, 4\), torch.float32"):
+            max_pool_with_argmax(x, *STEM, True, bad)
+        with pytest.raises(ValueError, match=r"max_pool_backward: norm must be \(5, 4\), torch.float32"):
+            max_pool_backward(y, argmax, 6, 6, *STEM, x, bad)
+    with pytest.raises(ValueError, match=r"max_pool_backward: x must be \(2, 4, 6, 6\).*got \(2, 4, 3, 3\)"):
+        max_pool_backward(y, argmax, 6, 6, *STEM, y, norm)
+    with pytest.raises(ValueError, match=r"max_pool_backward: x, norm come together .* got no norm"):
+        max_pool_backward(y, argmax, 6, 6, *STEM, x)
+    for differentiable in (max_pool_with_argmax, torch.ops.nvcnn.max_pool):
+        with pytest.raises(ValueError, match="max_pool: with norm there is no autograd"):
+            differentiable(x.requires_grad_(), *STEM, True, norm)

@@ -181,7 +181,7 @@ def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
     assert here.endswith("(triton)" if torch.cuda.is_available() else "(reference)")
 
     found = {file.name: file for file in kernel_choices.sources()}
-    ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient"
+    ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient max_pool"
     parts = "checks configurations conv_shape implementation launch norm_rows operators partial_sums tiles"
     assert found.keys() == {f"{name}.py" for name in f"fused layers {ops} {parts}".split()}
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from copy import deepcopy
+from functools import partial
 from itertools import cycle, product
 
 import pytest
@@ -13,7 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.implementation import INTERPRETED
 from nvcnn.meta import activation_bytes
 from nvcnn.models import ALGORITHMS, build_model
-from nvcnn.models.fused import LIBRARY, MATERIALIZED, PendingAdd, PendingConv, Unnormalized, activation, conv_bn
+from nvcnn.models.fused import (
+    LIBRARY,
+    MATERIALIZED,
+    PendingAdd,
+    PendingConv,
+    Unnormalized,
+    activation,
+    conv_bn,
+    max_pool,
+)
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import Bottleneck
 
@@ -251,6 +261,56 @@ def test_a_raw_tensor_with_two_readers(algorithm):
     v = normalised(x_twin, *twin[:2])
     a, b = (normalised(v.relu(), *twin[i : i + 2]) for i in (2, 4))
     check(y, (a + v).relu() + b.relu(), net, twin, x, x_twin)
+
+
+class Stem(nn.Module):
+    """Pools a raw tensor, or with `readers` one that a convolution reads before it, and another behind it."""
+
+    def __init__(self, readers: bool = False):
+        super().__init__()
+        self.conv1, self.bn1 = Conv2d(8, 8, 3, padding=1, bias=False), BatchNorm2d(8)
+        self.convs = nn.ModuleList([Conv2d(8, 8, 1, bias=False) for _ in range(2 * readers)])
+        self.bns = nn.ModuleList([BatchNorm2d(8) for _ in range(2 * readers)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        raw = conv_bn(x, self.conv1, self.bn1)
+        readers = [partial(conv_bn, conv=conv, bn=bn) for conv, bn in zip(self.convs, self.bns, strict=True)]
+        readers.insert(1, partial(max_pool, kernel_size=3, stride=2, padding=1))
+        return [activation(read(raw)) for read in readers]
+
+    def plain(self, x: Tensor) -> list[Tensor]:
+        a = normalised(x, self.conv1, self.bn1).relu()
+        values = [normalised(a, *pair).relu() for pair in zip(self.convs, self.bns, strict=True)]
+        values.insert(1, F.max_pool2d(a, 3, 2, 1))
+        return values
+
+
+def flat(values: list[Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in values])
+
+
+@algorithms
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("readers", [False, True], ids=["pool", "pool and others"])
+def test_pooling(algorithm, training, readers):
+    net, x = made(algorithm, Stem(readers)).train(training), input_of()
+    twin, x_twin = deepcopy(net), x.detach().clone().requires_grad_()
+    with torch.no_grad():
+        folded = flat(net(x))
+    check(flat(net(x)), flat(twin.plain(x_twin)), net, twin, x, x_twin)
+    torch.testing.assert_close(folded, flat(twin.plain(x_twin)))
+
+
+@algorithms
+def test_what_is_pooled_is_not_written(algorithm):
+    """Forward and backward, nothing but the pooling and the convolution touches the raw tensor."""
+    net, x = made(algorithm, Stem()), input_of()
+    with Called() as called:
+        (y,) = net(x)
+        y.sum().backward()
+    written = {"batch_norm", "batch_norm_gradient_sums", "batch_norm_backward"} & called.counts.keys()
+    assert written == ({"batch_norm", "batch_norm_backward"} if algorithm == "torch" else set())
+    assert called.counts["max_pool"] == called.counts["max_pool_backward"] == 1
 
 
 @algorithms
