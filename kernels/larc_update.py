@@ -49,13 +49,11 @@ def reference(
         weights, momenta = weight.view(-1, BLOCK), momentum.view(-1, BLOCK)
         factor = (ratio * inverse)[tensor_of_block].unsqueeze(1)
         scratch = torch.empty_like(weights[:CHUNK])
-        for g, w, m, f, sums in chunks(matrix_gradient, vector_gradient, weights, momenta, factor, weight_square_sums):
+        for g, w, m, f in chunks(matrix_gradient, vector_gradient, weights, momenta, factor):
             d = torch.add(g, w, alpha=weight_decay / inverse, out=scratch[: len(g)]).mul_(f)
             torch.add(d, m, alpha=momentum_factor, out=m)
             w.sub_(d.add_(m, alpha=momentum_factor), alpha=learning_rate)
-            torch.sum(torch.square(w, out=d), 1, out=sums)
-        if model_weight is not None:
-            model_weight.copy_(weight[: len(model_weight)])
+        refresh_reference(weight, model_weight, weight_square_sums)
         running.mul_(1 - statistics_momentum).add_(batch, alpha=statistics_momentum)
         counters[1:] += 1
     else:
@@ -69,7 +67,10 @@ def reference(
 
 
 def refresh_reference(weight, model_weight, weight_square_sums):
-    """Computes `refresh` in plain PyTorch, with the sums of `reference`."""
+    """Computes `refresh` in plain PyTorch.
+
+    `reference` calls it, as on a GPU the order in which PyTorch sums a row follows from how many rows there are.
+    """
     weights = weight.view(-1, BLOCK)
     scratch = torch.empty_like(weights[:CHUNK])
     for w, sums in zip(weights.split(CHUNK), weight_square_sums.split(CHUNK), strict=True):

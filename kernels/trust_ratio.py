@@ -52,7 +52,7 @@ def reference(
         ratio.copy_(q)
     ratio[excluded_from:] = 1
 
-    latest.copy_(rows.mean(0))
+    latest.copy_(rows.double().mean(0))  # one rounding to fp32: on a GPU a mean is a product with a rounded 1 / N
     moved = KEPT.value * average + NEW.value * F.pad(latest.double(), (0, 1), value=1.0)
     average.copy_(torch.where(latest[0].isfinite(), moved, average))
 

@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 
+# By default cuDNN takes TF32 for fp32, as matrix products may: no measure of what is computed in fp32.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
 # A shell has what it starts in the background ignore Ctrl-C, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import configurations, cross_entropy
-from tests.kernels.images import DTYPES, SMALLEST, unit
+from tests.kernels.images import DTYPES, SMALLEST, on, unit
 
 INF, NAN = torch.inf, torch.nan
 U = 2.0**-24
@@ -261,4 +261,4 @@ LOGITS, LABELS = torch.randn(2, 3), torch.tensor([0, 1])
 )
 def test_refuses(device, arguments, message):
     with pytest.raises(ValueError, match=message):
-        cross_entropy(*(a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments))
+        cross_entropy(*(on(a, device) if isinstance(a, torch.Tensor) else a for a in arguments))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from kernels import global_average
 from kernels.global_average import backward_reference, reference
-from tests.kernels.images import DTYPES, SHAPES, SMALLEST, channels_last, integers, randn, unit
+from tests.kernels.images import DTYPES, SHAPES, SMALLEST, channels_last, integers, on, randn, unit
 
 
 def gradient(x, dy):
@@ -84,4 +84,4 @@ def test_opcheck(implementation, device):
 )
 def test_refuses(device, x, message):
     with pytest.raises(ValueError, match=message):
-        global_average(x.to(device))
+        global_average(on(x, device))

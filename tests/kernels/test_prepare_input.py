@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import prepare_input, prepare_input_into
-from tests.kernels.images import DTYPES, SMALLEST, unit
+from tests.kernels.images import DTYPES, SMALLEST, on, unit
 
 CHANNELS = (3, 4, 8)
 
@@ -123,7 +123,7 @@ GOOD = {"images": IMAGES, "flip": torch.zeros(2).bool(), "scale": torch.ones(3),
 )
 def test_refuses(device, changes, message):
     arguments = GOOD | {"dtype": torch.float16, "channels": 3} | changes
-    on_device = {name: a.to(device) if isinstance(a, torch.Tensor) else a for name, a in arguments.items()}
+    on_device = {name: on(a, device) if isinstance(a, torch.Tensor) else a for name, a in arguments.items()}
     with pytest.raises(ValueError, match=message):
         prepare_input(**on_device)
 
@@ -143,4 +143,4 @@ X = torch.zeros(2, 4, 3, 4).to(memory_format=torch.channels_last)
 )
 def test_refuses_another_place(device, changes, message):
     with pytest.raises(ValueError, match=message):
-        prepare_input_into(**{name: a.to(device) for name, a in (GOOD | {"x": X} | changes).items()})
+        prepare_input_into(**{name: on(a, device) for name, a in (GOOD | {"x": X} | changes).items()})

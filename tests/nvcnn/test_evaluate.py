@@ -23,36 +23,35 @@ class Fixed(nn.Module):
         return self.logits.pop(0)
 
 
-def count(logits, labels, batch=3):
-    logits, labels = torch.as_tensor(logits, dtype=torch.float32), torch.as_tensor(labels)
-    sizes = [len(part) for part in labels.split(batch)]
-    data = [
-        Batch(torch.zeros(n, 4, 4, 3, dtype=torch.uint8), part, torch.zeros(n, dtype=torch.bool))
-        for n, part in zip(sizes, labels.split(batch), strict=True)
-    ]
-    return count_hits(Fixed(*logits.split(batch)), data, torch.float32, "signed").tolist()
+def count(device, logits, labels, batch=3):
+    logits, labels = (torch.as_tensor(values, device=device).split(batch) for values in (logits, labels))
+    sizes = [len(part) for part in labels]
+    images = [torch.zeros(n, 4, 4, 3, dtype=torch.uint8, device=device) for n in sizes]
+    flips = [torch.zeros(n, dtype=torch.bool, device=device) for n in sizes]
+    data = [Batch(*parts) for parts in zip(images, labels, flips, strict=True)]
+    return count_hits(Fixed(*logits), data, torch.float32, "signed").tolist()
 
 
-def test_counts():
+def test_counts(device):
     logits = -torch.arange(10.0).expand(7, 10)  # class 0 is the likeliest, then 1, ...
-    assert count(logits, torch.tensor([0, 1, 2, 3, 4, 5, 6])) == [7, 1, 5]
-    assert count(logits, torch.tensor([0, 0, 0, 9, 9, 9, 4])) == [7, 3, 4]
+    assert count(device, logits, torch.tensor([0, 1, 2, 3, 4, 5, 6])) == [7, 1, 5]
+    assert count(device, logits, torch.tensor([0, 0, 0, 9, 9, 9, 4])) == [7, 3, 4]
 
 
-def test_a_model_that_says_the_same_of_every_class_does_not_hit_them_all():
-    images, top1, top5 = count(torch.zeros(10, 10), torch.arange(10))
+def test_a_model_that_says_the_same_of_every_class_does_not_hit_them_all(device):
+    images, top1, top5 = count(device, torch.zeros(10, 10), torch.arange(10))
     assert (images, top1, top5) == (10, 1, 5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_hit_nothing(value):
+def test_logits_that_are_not_finite_hit_nothing(device, value):
     logits = torch.eye(10)
     logits[range(4), range(4)] = value  # the label's: topk takes it for the largest
-    assert count(logits, torch.arange(10)) == [10, 6, 6]
+    assert count(device, logits, torch.arange(10)) == [10, 6, 6]
 
 
-def test_fewer_than_five_classes():
-    assert count(torch.eye(3), torch.tensor([0, 1, 0])) == [3, 2, 3]
+def test_fewer_than_five_classes(device):
+    assert count(device, torch.eye(3), torch.tensor([0, 1, 0])) == [3, 2, 3]
 
 
 def test_a_rank_without_images_counts_nothing():

@@ -116,6 +116,7 @@ def quickly(monkeypatch, times=None):
 def test_the_reference_is_in_full_precision(monkeypatch):
     """The reference is what Triton is compared with, and things are as before afterwards."""
     monkeypatch.setenv("NVCNN_KERNELS", "auto")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     before = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
     with exact():
         assert not torch.backends.cudnn.allow_tf32

@@ -16,7 +16,8 @@ def threads(monkeypatch):
 
 
 def run(rank: int = 0, **settings) -> Run:
-    settings = {"model": "lenet", "batch_size": 2, "num_batches": 10, "num_classes": 9} | settings
+    """Returns the run of one of two ranks. The other is not there, so they cannot agree on convolutions by time."""
+    settings = {"model": "lenet", "conv": "torch", "batch_size": 2, "num_batches": 10, "num_classes": 9} | settings
     return Run(Settings(**settings), None, Transport(Launch(2, rank, rank)), None)
 
 

@@ -40,9 +40,10 @@ LAYERS = {
 
 @half_types
 @pytest.mark.parametrize("name", LAYERS)
-def test_is_no_less_exact_than_plain_torch(name, dtype):
-    ours, plain, shape_in, shape_out = LAYERS[name]
-    x, direction = torch.randn(shape_in).to(dtype), torch.randn(shape_out).to(dtype)
+def test_is_no_less_exact_than_plain_torch(device, name, dtype):
+    *layers, shape_in, shape_out = LAYERS[name]
+    ours, plain = (layer.to(device) for layer in layers)
+    x, direction = (torch.randn(shape).to(device, dtype) for shape in (shape_in, shape_out))
     if x.dim() == 4:
         x, direction = (t.to(memory_format=torch.channels_last) for t in (x, direction))
     # Values that both dtypes hold, so that all three compute the same thing.
@@ -64,9 +65,9 @@ def test_is_no_less_exact_than_plain_torch(name, dtype):
 @pytest.mark.parametrize(
     ("name", "shape"), [("conv", (4, 16, 16, 16)), ("linear", (1024, 96)), ("norm", (4, 16, 16, 16))]
 )
-def test_bias_gradient_beyond_fp16(name, shape):
-    layer = cast_matrices(LAYERS[name][0].float(), torch.float16)
-    x = torch.randn(shape).half()
+def test_bias_gradient_beyond_fp16(device, name, shape):
+    layer = cast_matrices(LAYERS[name][0].to(device).float(), torch.float16)
+    x = torch.randn(shape).to(device).half()
     y = layer(x.to(memory_format=torch.channels_last) if x.dim() == 4 else x)
     y.backward(torch.full_like(y, 100))
     rows = y.numel() // y.shape[1]

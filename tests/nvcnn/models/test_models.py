@@ -56,9 +56,9 @@ class Layouts(TorchDispatchMode):
     ("name", "size", "dtype"),
     [("lenet", 28, torch.float16), ("resnet18", 32, torch.float32), ("resnet50", 32, torch.bfloat16)],
 )
-def test_everything_stays_channels_last(name, size, dtype):
-    model = cast_matrices(build_model(name, num_classes=10, seed=1), dtype)
-    x = torch.randn(2, 3, size, size).to(dtype).to(memory_format=torch.channels_last)
+def test_everything_stays_channels_last(device, name, size, dtype):
+    model = cast_matrices(build_model(name, num_classes=10, seed=1).to(device), dtype)
+    x = torch.randn(2, 3, size, size).to(device, dtype).to(memory_format=torch.channels_last)
     with Layouts() as layouts:
         model(x).sum().backward()
     assert layouts.seen > 0
@@ -81,11 +81,11 @@ def test_building_draws_nothing_from_the_global_generator():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_lenet_learns_one_batch(dtype):
-    model = cast_matrices(build_model("lenet", num_classes=10, seed=1), dtype)
+def test_lenet_learns_one_batch(device, dtype):
+    model = cast_matrices(build_model("lenet", num_classes=10, seed=1).to(device), dtype)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 3, 28, 28, generator=generator).to(dtype).to(memory_format=torch.channels_last)
-    labels = torch.arange(8)
+    x = torch.randn(8, 3, 28, 28, generator=generator).to(device, dtype).to(memory_format=torch.channels_last)
+    labels = torch.arange(8, device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     losses = []
     for _ in range(12):

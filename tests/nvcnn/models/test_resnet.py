@@ -111,13 +111,13 @@ def test_computes_what_torchvision_computes(block, options, training, algorithm)
         ("BasicBlock", torch.bfloat16, "mixed"),
     ],
 )
-def test_rounds_no_more_than_torchvision(block, dtype, algorithm):
+def test_rounds_no_more_than_torchvision(device, block, dtype, algorithm):
     """Ours has matrices in `dtype` and vectors in fp32, torchvision's has all in `dtype`; the measure is float64."""
-    ours, theirs = shallow(block, dtype)
+    ours, theirs = (net.to(device) for net in shallow(block, dtype))
     exact = deepcopy(theirs).double()
     cast_matrices(choose(ours, algorithm), dtype)
 
-    x, direction = images(dtype), torch.randn(4, 10).to(dtype)
+    x, direction = images(dtype).to(device), torch.randn(4, 10).to(device, dtype)
     outputs = [model(x.to(model.conv1.weight.dtype)) for model in (ours, theirs, exact)]
     for output in outputs:
         output.backward(direction.to(output.dtype))
