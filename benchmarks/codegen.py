@@ -12,6 +12,7 @@ make the exit code 1:
     - a spill, or a program that does not fit an SM;
     - a matrix product of halves without the chip's own instruction for it;
     - wgmma that ptxas serialises, so that each product waits for the one before;
+    - with Triton before 3.7, wgmma that may still read an operand's registers when the next step writes them;
     - a tile that should be loaded by TMA and is not;
     - a stream that is not moved 16 bytes at a time. A stream is a load or store of at least 16 bytes for every thread
       of the program, so scalars and vectors with one value per channel are none. Tensors of bytes are exempt (pixels
@@ -43,6 +44,7 @@ from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, l
 from kernels import conv_shape
 from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
+from kernels.tiles import EARLY
 from nvcnn.kernel_choices import CANDIDATES
 
 CHIPS = (80, 90, 100)
@@ -183,6 +185,8 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
         breaches.append(f"multiplies matrices without {MATRIX[launch.chip]}")
     if matrix == "wgmma" and (warnings := serialised(ptx)):
         breaches.append(f"wgmma serialised ({', '.join(warnings)})")
+    if EARLY.value and written_early(ttgir):
+        breaches.append("registers are written while wgmma reads them")
     loads_by_tma = "cp.async.bulk.tensor" in ptx
     if "_tiles:tma" in launch.name and not loads_by_tma:
         breaches.append("loads tiles without TMA")
@@ -274,6 +278,16 @@ def serialised(ptx: str) -> list[str]:
         command: list[str | Path] = [tool, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     return sorted(set(re.findall(r"C75\d\d", run.stderr)))
+
+
+def written_early(ttgir: str) -> bool:
+    """Returns whether a loop has a product with an operand in registers for which its last wait does not wait."""
+    for loop in re.findall(r"scf\.for .*?\n(.*?)scf\.yield", ttgir, flags=re.DOTALL):
+        in_registers = re.search(r"ttng\.warp_group_dot .*?: tensor<", loop)
+        waits = re.findall(r"ttng\.warp_group_dot_wait .*?pendings = (\d+)", loop)
+        if in_registers and (not waits or int(waits[-1])):
+            return True
+    return False
 
 
 def programs_an_sm(chip: int, registers: int, shared: int, warps: int) -> int:

@@ -101,6 +101,7 @@ def kernel(
 ):  # fmt: skip
     """One program computes tiles of BLOCK_ROWS rows x BLOCK_OUT channels of y; neighbours have the same rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
+    FORMED: tl.constexpr = norm is not None or BOX_W > 0
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
     channels = NARROW if NARROW else C
@@ -167,7 +168,7 @@ def kernel(
                 weighted &= (k // GROUP_OUT)[:, None] == (run // GROUP_IN)[None, :]
             at = (weight_row + tap * of_group)[:, None] + run[None, :]
             b = load(weight, weight_tiles, at, weighted, block * BLOCK_OUT, r, s, start)
-            result = multiply_add(a, tl.trans(b), result)
+            result = multiply_add(a, tl.trans(b), result, FORMED)
 
         # The epilogue. In registers of its own, it does not make ptxas serialise wgmma; -0 becomes 0.
         result += 0.0

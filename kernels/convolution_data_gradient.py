@@ -119,6 +119,7 @@ def kernel(
 ):  # fmt: skip
     """One program computes tiles of BLOCK_ROWS pixels of a class x BLOCK_OUT channels of dx; neighbours share rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of dx is one of g
+    FORMED: tl.constexpr = norm is not None or BOX_W > 0
     blocks = tl.cdiv(C, BLOCK_OUT)
     # The class has pixels (first_h + STRIDE_H i, first_w + STRIDE_W j), and taps r = first_r + STRIDE_H q, s likewise.
     first_h, first_w = tl.program_id(1) // STRIDE_W, tl.program_id(1) % STRIDE_W
@@ -185,7 +186,7 @@ def kernel(
                 weighted &= (k // GROUP_OUT)[:, None] == (c // GROUP_IN)[None, :]
             at = (k * R * S + (r * S + s))[:, None] * of_group + column[None, :]
             b = load(weight, weight_tiles, at, weighted, start, r, s, c0)
-            result = multiply_add(a, b, result)
+            result = multiply_add(a, b, result, FORMED)
 
         # The epilogue.
         at = dx_tile + dx_row[:, None] + c[None, :]

@@ -69,6 +69,7 @@ def kernel(
 ):  # fmt: skip
     """One program sums BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
+    FORMED: tl.constexpr = norm is not None or BOX_W > 0
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
     channels = NARROW if NARROW else C
@@ -123,7 +124,7 @@ def kernel(
         if x_norm is not None:
             value = tl.maximum(normalised(a, x_norm, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
             a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
-        result = multiply_add(tl.trans(dy), a, result)
+        result = multiply_add(tl.trans(dy), a, result, FORMED)
 
     # Store.
     of_group = GROUP_IN if GROUP_IN else RUN * channels

@@ -3,12 +3,16 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.implementation import INTERPRETED
 
 # Triton's interpreter multiplies bf16 matrices wrongly (triton-lang/triton issue 11584): there they are widened first.
 WIDE = tl.constexpr(INTERPRETED)
+# A product on Hopper reads an operand that was formed from its registers, and goes on while the next step's is formed.
+# Triton before 3.7 forms it in the same registers without waiting (triton-lang/triton issue 9433).
+EARLY = tl.constexpr(not INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 
 def tiles_of_rows(n: int, height: int, width: int, config: Configuration) -> int:
@@ -74,11 +78,18 @@ def channels_of_groups(first, BLOCK: tl.constexpr, own, other, OWN: tl.constexpr
 
 
 @triton.jit
-def multiply_add(a, b, total):
-    """Returns total + a b, on tensor cores except for fp32, which is not rounded to TF32."""
+def multiply_add(a, b, total, FORMED: tl.constexpr):
+    """Returns total + a b, on tensor cores except for fp32, which is not rounded to TF32.
+
+    FORMED: whether a is not as it was loaded, or is a box.
+    """
     if WIDE:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    total = tl.dot(a, b, total, input_precision="ieee")
+    if EARLY and FORMED and a.dtype != tl.float32 and cuda_capability_geq(9) and not cuda_capability_geq(10):
+        # Whoever uses the sum in the loop waits for it. This is no instruction in the end.
+        tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,f", [total], dtype=tl.int32, is_pure=False, pack=1)
+    return total
 
 
 def configured_for_rows(op: str, x: Tensor) -> Configuration:

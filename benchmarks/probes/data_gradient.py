@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.probes import divides, images, normal
 from benchmarks.probes.halves import fma, fma_relu, normalised, random_norm, where_positive
 from benchmarks.probes.present import POINTWISE, norm
+from kernels.tiles import multiply_add
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def data_gradient(
         # Product.
         w = tl.load(weight + (k[:, None] * C + c[None, :]))
         if dy is None:
-            result = tl.dot(gradient, w, result)
+            result = multiply_add(gradient, w, result, True)
         else:
             tl.store(dy + at, gradient, mask=block == 0)
             result = tl.dot(tl.trans(w), tl.trans(gradient), result)

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks.probes import IMAGES, Contender, Probe, divides, errors, images, normal
 from benchmarks.probes.halves import column_sums, deviation, normalised, one_row, random_norm
 from benchmarks.probes.present import PADDED, library
+from kernels.tiles import multiply_add
 
 SHAPES = ((64, 56), (256, 14))  # channels in and out; pixels across
 BOX_H, BOX_W, BLOCK_IN = 8, 16, 64
@@ -51,7 +52,7 @@ def convolution_3x3(
         tap, c0 = step // steps, step % steps * BLOCK_IN
         a = a_tiles.load([n, top + tap // 3 - 1, left + tap % 3 - 1, c0]).reshape(BOX_H * BOX_W, BLOCK_IN)
         w = weight_tiles.load([block * BLOCK_OUT, tap * C + c0])
-        result = tl.dot(a, tl.trans(w), result)
+        result = multiply_add(a, tl.trans(w), result, True)
     # Epilogue: a box may reach over the image.
     pixel, k = tl.arange(0, BOX_H * BOX_W), block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i, j = top + pixel // BOX_W, left + pixel % BOX_W
