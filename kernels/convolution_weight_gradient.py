@@ -69,7 +69,7 @@ def kernel(
 ):  # fmt: skip
     """One program sums BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
-    FORMED: tl.constexpr = norm is not None or BOX_W > 0
+    FORMED: tl.constexpr = (norm is not None or BOX_W > 0) and x_norm is None  # else both are: such products wait
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
     channels = NARROW if NARROW else C

@@ -278,8 +278,7 @@ class UnnormalizedConv(Function):
         epilogue = None if d_a is None else channels_last(d_a), a if ctx.adds else None, raw_x, x_norm, b, b_norm
         dx = sums = b_sums = dw = None
         if conv.algorithm in LIBRARY:
-            how = conv.stride, conv.padding, [1, 1], False, [0, 0], conv.groups, [needs_x, needs_weight, False]
-            dx, dw, _ = torch.ops.aten.convolution_backward(dy, read, weight, None, *how)
+            dx, dw = library_gradients(dy, read, weight, *geometry, (needs_x, needs_weight))
             if needs_x:
                 dx, sums, b_sums = masked_with_sums(channels_last(dx), *epilogue)
         else:
@@ -292,6 +291,21 @@ class UnnormalizedConv(Function):
         d_norms = gradient_of_norm(sums, raw_x, x_norm), gradient_of_norm(b_sums, b, b_norm)
         d_b = dx if ctx.adds else None
         return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], None, None
+
+
+def library_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of x and of the weight by PyTorch's operator; None for what is not needed."""
+    how = stride, padding, [1, 1], False, [0, 0], groups, [*needs, False]
+    dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *how)
+    return dx, dw
 
 
 def masked_with_sums(

@@ -14,9 +14,11 @@ import kernels
 from kernels.implementation import INTERPRETED
 from nvcnn import checkpoint, kernel_choices, timing
 from nvcnn.distributed import Transport
-from nvcnn.kernel_choices import CANDIDATES, cache_file, candidates, choose, exact, measure, sample, show, use
+from nvcnn.kernel_choices import CANDIDATES, FEW, cache_file, candidates, choose, exact, measure, sample, show, use
 from nvcnn.meta import Place, places
-from nvcnn.models import build_model
+from nvcnn.models import build_model, fused
+from nvcnn.models.fused import library_gradients
+from nvcnn.models.layers import Conv2d
 from nvcnn.program import InputError, Launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -127,6 +129,19 @@ def test_the_reference_is_in_full_precision(monkeypatch):
     with exact():
         pass
     assert kernels.implementation.runs_triton(GPU) is True
+
+
+def test_the_reference_adds_a_weight_s_gradient_up_in_double(monkeypatch):
+    """Here products of ones follow a large one, beside which fp32 loses them, image by image and over all."""
+    x = torch.ones(20, 2, 64, 64).to(memory_format=torch.channels_last)
+    x[::FEW, :, 0, 0] = 2.0**25
+    conv = Conv2d(2, 3, (1, 1), bias=False)
+    weight, geometry = conv.weight, ((1, 1), (0, 0), 1)
+    dy = torch.ones(20, 3, 64, 64).to(memory_format=torch.channels_last)
+    with exact():
+        dx, dw = fused.library_gradients(dy, x, weight, *geometry, (True, True))
+    assert torch.equal(dw, (x.double().sum((0, 2, 3)).view(1, 2, 1, 1).expand(3, 2, 1, 1)).float())
+    assert torch.equal(dx, library_gradients(dy, x, weight, *geometry, (True, False))[0])
 
 
 def test_a_time_is_of_one_set_of_several(monkeypatch):
