@@ -311,7 +311,7 @@ def step_rows(
     return list(rows.values())
 
 
-def profiled(name: str, one: timing.Step, device: torch.device, most: int = 25) -> list[Row]:
+def profiled(name: str, one: timing.Step, device: torch.device, most: int = 40) -> list[Row]:
     """Returns a row for each kernel (on a CPU: operator) that takes most of three steps, with its share of a step."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:

@@ -299,10 +299,11 @@ def draw(path: Path, title: str, shares: dict[str, float]) -> None:
     axes.bar_label(bars, fmt="%.0f %%", padding=2, fontsize=7)
     axes.tick_params(axis="y", labelsize=7)
     axes.axvline(100, color="black", linewidth=1)
+    axes.margins(y=0.002)
     axes.invert_yaxis()
     axes.set_xlabel("share of the floor, %")
     axes.set_title(title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
 
 
 def run_part(name: str, results: Results) -> list[str]:

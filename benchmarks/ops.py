@@ -40,9 +40,12 @@ Rows = list[dict[str, Any]]
 
 
 def copy(size: int, device: torch.device) -> timing.Step:
-    """Returns a step that copies `size` bytes: it reads and writes as many."""
+    """Returns a step that reads `size` bytes and writes as many.
+
+    It is a kernel: as a node of a CUDA graph, `copy_` moved 2.4 TB/s on a H100 where kernels move 2.8.
+    """
     source, target = torch.randn(2, size // 4, device=device)
-    return partial(target.copy_, source)
+    return partial(torch.neg, source, out=target)
 
 
 def matmul(n: int, dtype: torch.dtype, device: torch.device) -> timing.Step:

@@ -10,6 +10,8 @@ from typing import Any
 
 from nvcnn.machine import versions
 
+FILES = "--json", "--out"  # options that say where something is written
+
 
 def processor() -> str:
     try:
@@ -28,6 +30,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def command(name: str, arguments: list[str]) -> str:
+    """Returns what a shell takes to measure again, without the files of this machine that it wrote to."""
+    words, kept = iter(arguments), ["python", "-m", f"benchmarks.{name}"]
+    for word in words:
+        if not word.startswith(FILES):
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return shlex.join(kept)
+
+
 def write(file: str, name: str, rows: list[dict[str, Any]], **machine: Any) -> None:
     """Writes the rows, with what ran and on what, to a JSON file, whole or not at all.
 
@@ -37,7 +50,7 @@ def write(file: str, name: str, rows: list[dict[str, Any]], **machine: Any) -> N
     content = {
         "machine": {"processor": processor(), "cores": cores, "system": platform.platform()} | machine,
         "versions": versions(),
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": command(name, sys.argv[1:]),
         "rows": rows,
     }
     part = Path(f"{file}.part")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, report
 from benchmarks.layers import all_layers
 
 
@@ -111,6 +111,11 @@ def test_skipped(): pass
 def broken(): raise RuntimeError
 def test_broken(broken): pass
 """
+
+
+@pytest.mark.parametrize("words", [["--json=/root/out/rows.json"], ["--json", "/root/rows.json"], ["--out", "/root"]])
+def test_a_command_names_no_file_that_it_wrote(words):
+    assert report.command("ops", ["layers", *words, "--seconds=60"]) == "python -m benchmarks.ops layers --seconds=60"
 
 
 def pytest_log(folder: Path, *arguments: str) -> str:
