@@ -12,7 +12,7 @@ import torch
 from triton.runtime import interpreter
 
 import kernels  # noqa: F401 (registers the ops)
-from kernels import configurations
+from kernels import configurations, conv_shape
 from kernels.implementation import INTERPRETED
 from kernels.operators import operators
 
@@ -69,12 +69,12 @@ class Launches:
 def launches(monkeypatch):
     found = Launches()
 
-    def load(builder, pointers, mask, other, *_):
+    def load(builder, pointers, mask, other, *_, **__):
         found.note(pointers, mask)
         kind = pointers.get_element_ty()
         return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(kind)), kind)
 
-    def store(builder, pointers, value, mask, *_):
+    def store(builder, pointers, value, mask, *_, **__):
         found.note(pointers, mask)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
@@ -82,6 +82,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *a, **k: found.run(*a, **k))
     monkeypatch.setattr(configurations, "table_name", lambda device: "")
     monkeypatch.setattr(configurations, "say_once", lambda line: None)
+    monkeypatch.setattr(conv_shape, "capability", lambda device: 8)  # without TMA every address is computed
     of_weight = import_module("kernels.convolution_weight_gradient")
     monkeypatch.setattr(of_weight, "parts_of", lambda *_: 2**15)  # so that the last has few rows
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
