@@ -99,7 +99,7 @@ PARTS = {
             kernels(10, "first"),
             checks(40),
             one("step", 50, "benchmarks.first", "step"),
-            one("probes", 58, "benchmarks.probes", "--seconds=50"),
+            one("probes", 45, "benchmarks.probes", "--seconds=37"),
             one("call-by-call", 40, "benchmarks.ops", "layers", "--seconds={seconds}", least=15),
         ),
     ),

@@ -1,7 +1,7 @@
 """Are data and weight gradient of a 1 x 1 convolution from 256 to 64 channels worth one kernel, written in Gluon?
 
     dy = scale g + (slope y + offset), rounded;   dx = dy W where a > 0;   dw = dy^T a;   a = relu(x scale + shift)
-g, y and x are read once for both, and dy is formed once; dw and the sums of `data_gradient` stay in registers until the
+g, y and x are read once for both, and dy is formed once; dw and the sums of `gradients` stay in registers until the
 end of a program. Triton cannot do this: it maps once for each layout, and spills. g, y, x and dx are moved once, 1028
 MB at 56 x 56.
 
@@ -33,8 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benchmarks.probes import IMAGES, Contender, Probe, divides, errors, processors, small_rows
-from benchmarks.probes.data_gradient import Operands, operands, reference
-from benchmarks.probes.present import POINTWISE, library_gradients, present, summed
+from benchmarks.probes.gradients import Operands, operands, reference
+from benchmarks.probes.present import library_gradients, present, summed
 
 K, C, SIZE = 256, 64, 56
 BLOCK_ROWS, STAGES = 64, 2
@@ -210,7 +210,7 @@ def launch(of: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 def check(device: torch.device) -> dict[str, float]:
     of = operands(small_rows(device), K, C, device)
-    true_dx, true_dw, true_sums, _ = reference(of)
+    true_dx, true_dw, true_sums = reference(of)
     dx, dw, sums = launch(of)
     return errors(dx=(dx, true_dx), dw=(dw, true_dw), sums=(sums.sum(1), true_sums))
 
@@ -224,7 +224,7 @@ def contenders(device: torch.device) -> dict[str, Contender]:
         present("convolution_data_gradient")(**images)
         present("convolution_weight_gradient")(**of_weight)
 
-    library = library_gradients(images["g"], images["x"], images["weight"], POINTWISE, of_x=True, of_weight=True)
+    library = library_gradients(images["g"], images["x"], images["weight"], of_weight=True)
     flops = 4 * rows * K * C
     return {
         OURS: Contender(partial(launch, of), 2 * rows * (2 * K + 2 * C), flops),

@@ -19,9 +19,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.probes import IMAGES, Contender, Probe, divides, errors, processors, small_rows
-from benchmarks.probes.data_gradient import Operands, operands, store_masked
-from benchmarks.probes.halves import fma_relu, normalised
-from benchmarks.probes.present import POINTWISE, library_gradients, present, summed
+from benchmarks.probes.gradients import Operands, operands
+from benchmarks.probes.halves import fma, fma_relu, normalised, where_positive
+from benchmarks.probes.present import library_gradients, present, summed
 
 K, C, SIZE = 256, 64, 56
 BLOCK_ROWS, BLOCK_IN = 128, 64
@@ -42,6 +42,26 @@ def gram_matrix(x, x_norm, gram, tiles, C: tl.constexpr, BLOCK_ROWS: tl.constexp
         a = fma_relu(tl.load(x + first * C + (row[:, None] * C + c[None, :])), scale, shift)
         result = tl.dot(tl.trans(a), tl.join(a, ones).reshape(BLOCK_ROWS, 2 * C), result)
     tl.store(gram + program * (2 * C * C) + (c[:, None] * (2 * C) + column[None, :]), result)
+
+
+@triton.jit
+def store_masked(result, x, x_norm, d_norm, dx, sums, part, parts, c, C: tl.constexpr):
+    """Ends a tile of rows: applies the mask, and stores dx and the sums of dx as it is stored.
+
+    Values are laid out as x is loaded: a thread has columns side by side of several rows, so that sums take few
+    shuffles.
+    """
+    row = tl.arange(0, result.shape[0])
+    at = part.to(tl.int64) * result.shape[0] * C + (row[:, None] * C + c[None, :])
+    raw = tl.load(x + at)
+    a = fma_relu(raw, tl.load(x_norm + c)[None, :], tl.load(x_norm + C + c)[None, :])
+    out = where_positive(result.to(tl.float16), a)
+    tl.store(dx + at, out)
+    d = fma(raw, tl.load(d_norm + c)[None, :], tl.load(d_norm + C + c)[None, :])
+    out = out.to(tl.float32)
+    tl.store(sums + part * C + c, tl.sum(out, 0))
+    # The product is in fp32, since a third of the products would be subnormal halves at a loss scale of 128.
+    tl.store(sums + (parts + part) * C + c, tl.sum(out * d.to(tl.float32), 0))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -168,7 +188,7 @@ def contenders(device: torch.device) -> dict[str, Contender]:
         launch_gram(of)
         launch_gradient(of, factors)
 
-    library = library_gradients(images["g"], images["x"], images["weight"], POINTWISE, of_x=True, of_weight=False)
+    library = library_gradients(images["g"], images["x"], images["weight"], of_weight=False)
     a_pass, gradient, flops = 2 * rows * C, 2 * rows * (K + 2 * C), 2 * rows * K * C
     return {
         OURS: Contender(both, a_pass + gradient, flops + 4 * rows * C * C),

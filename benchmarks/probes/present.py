@@ -13,7 +13,6 @@ from kernels.convolution_weight_gradient import SUM_CONFIG, sum_kernel
 from kernels.operators import operators
 
 POINTWISE = ((1, 1), (0, 0))  # stride and padding of a 1 x 1 convolution
-PADDED = ((1, 1), (1, 1))  # of a 3 x 3 that keeps the size
 
 
 def present(op: str) -> Callable[..., Any]:
@@ -26,23 +25,23 @@ def norm(channels: int, device: torch.device) -> Tensor:
     return torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0], device=device)[:, None].repeat(1, channels)
 
 
-def library(x: Tensor, weight: Tensor, how: tuple) -> Step:
-    """Returns a step of the convolution alone, by the fastest of the library's algorithms."""
+def library(x: Tensor, weight: Tensor) -> Step:
+    """Returns a step of the 1 x 1 convolution alone, by the fastest of the library's algorithms."""
 
     def step() -> Tensor:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            return F.conv2d(x, weight, None, *how)
+            return F.conv2d(x, weight, None, *POINTWISE)
 
     return step
 
 
-def library_gradients(g: Tensor, x: Tensor, weight: Tensor, how: tuple, *, of_x: bool, of_weight: bool) -> Step:
-    """Returns a step of the gradients of the convolution alone, without BatchNorm or mask."""
-    mask = [of_x, of_weight, False]
+def library_gradients(g: Tensor, x: Tensor, weight: Tensor, *, of_weight: bool) -> Step:
+    """Returns a step of the data gradient alone, or of both gradients, without BatchNorm or mask."""
+    mask = [True, of_weight, False]
 
     def step() -> Any:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            return torch.ops.aten.convolution_backward(g, x, weight, None, *how, [1, 1], False, [0, 0], 1, mask)
+            return torch.ops.aten.convolution_backward(g, x, weight, None, *POINTWISE, [1, 1], False, [0, 0], 1, mask)
 
     return step
 

@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from benchmarks import probes, timing
-from benchmarks.probes import NAMES, data_gradient, load
+from benchmarks.probes import NAMES, gradients, load
 from benchmarks.probes import run as runner
+from benchmarks.probes.halves import normalised
 
-TRITON = [name for name in NAMES if name not in ("joint_gradient", "cudnn_3x3")]  # what the interpreter can run
-BY_OPERANDS = ("gradient_tiles", "stored_gradient")  # take `data_gradient.operands`; the others make their own
-EXACT = [name for name in TRITON if name != "linear_batch_norm"]  # whose factors are roots
+TRITON = [name for name in NAMES if name != "joint_gradient"]  # what the interpreter can run
 
 
 def module(name):
@@ -31,15 +30,6 @@ def hopper(device):
     if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("TMA is of Hopper and later")
     return device
-
-
-@pytest.fixture
-def smaller(monkeypatch):
-    """Gives deep layers fewer channels, and makes images smaller, as the interpreter takes its time."""
-    for name in BY_OPERANDS:
-        monkeypatch.setattr(module(name), "K", 256)
-    monkeypatch.setattr(module("l2_rate"), "SHAPES", ((64, 20), (256, 14)))
-    monkeypatch.setattr(module("stored_gradient"), "processors", lambda device: 12)  # three parts, the last one shorter
 
 
 @pytest.fixture
@@ -64,11 +54,11 @@ def integer_operands(rows, k, c, device):
     g, y, weight, x = (integers(*shape, device=device) for shape in ((rows, k), (rows, k), (k, c), (rows, c)))
     factors = torch.cat((torch.ones(1, k, device=device), integers(2, k, device=device).float()))
     norm = integer_norm(c, device), integer_norm(c, device)
-    return data_gradient.Operands(g, y, weight, factors, x, *norm)
+    return gradients.Operands(g, y, weight, factors, x, *norm)
 
 
 @pytest.mark.parametrize("name", TRITON)
-def test_kernels_are_right(name, hopper, smaller, poisoned):
+def test_kernels_are_right(name, hopper, poisoned):
     torch.manual_seed(0)
     probe = load(name)
     found = probe.check(hopper)
@@ -76,16 +66,40 @@ def test_kernels_are_right(name, hopper, smaller, poisoned):
     assert all(value <= probe.tolerance for value in found.values()), found
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_kernels_are_exact_on_small_integers(name, hopper, smaller, monkeypatch):
+def test_the_forward_kernel_is_exact_on_small_integers(hopper, monkeypatch):
     torch.manual_seed(0)
-    if name in BY_OPERANDS:
-        monkeypatch.setattr(module(name), "operands", integer_operands)
-    else:
-        monkeypatch.setattr(module(name), "normal", integers)
-        monkeypatch.setattr(module(name), "random_norm", integer_norm)
-    found = load(name).check(hopper)
+    monkeypatch.setattr(module("resident_forward"), "normal", integers)
+    monkeypatch.setattr(module("resident_forward"), "random_norm", integer_norm)
+    found = load("resident_forward").check(hopper)
     assert set(found.values()) == {0.0}, found
+
+
+def test_the_gradients_kernels_are_exact_on_small_integers(hopper, poisoned):
+    torch.manual_seed(0)
+    probe = module("linear_batch_norm")
+    of = integer_operands(probes.small_rows(hopper), 256, 64, hopper)
+    a = normalised(of.x, of.x_norm).relu().double()
+    gram = probe.launch_gram(of).double()
+    assert torch.equal(gram[:, ::2], a.T @ a)
+    assert torch.equal(gram[:, 1::2], a.sum(0)[:, None].expand(64, 64))
+    m, shift = integers(64, 64, device=hopper), integers(64, device=hopper).float()
+    dx, sums = probe.launch_gradient(of, (of.weight, m, torch.stack((shift, torch.full_like(shift, 0.5)))))
+    true_dx = torch.where(a > 0, (of.g.double() @ of.weight.double() + a @ m.double()) / 2 + shift, 0.0)
+    assert torch.equal(dx.double(), true_dx)
+    d = normalised(of.x, of.d_norm).double()
+    assert torch.equal(sums.double().sum(1), torch.stack((true_dx.sum(0), (true_dx * d).sum(0))))
+
+
+def test_the_gradients_reference_is_autograds():
+    torch.manual_seed(0)
+    of = gradients.operands(32, 16, 8, torch.device("cpu"))
+    scale, slope, offset = of.factors.double()
+    x, weight = normalised(of.x, of.x_norm).double().requires_grad_(), of.weight.double().requires_grad_()
+    (x.relu() @ weight.T).backward((scale * of.g.double() + slope * of.y.double() + offset).half().double())
+    dx, dw, sums = gradients.reference(of)
+    torch.testing.assert_close((dx, dw), (x.grad, weight.grad))
+    d = of.x.double() * of.d_norm[0].double() + of.d_norm[1].double()
+    torch.testing.assert_close(sums, torch.stack((dx.sum(0), (dx * d.half().double()).sum(0))))
 
 
 def test_squares_of_deviations_stay_finite_and_a_nan_shows(hopper):
@@ -143,14 +157,10 @@ def test_all_launches_are_found_before_they_run(rows):
     own = {
         "joint_gradient": ["joint_gradient", "sum_kernel"],
         "resident_forward": ["resident_forward"],
-        "l2_rate": ["convolution_3x3"],
-        "gradient_tiles": ["data_gradient"],
-        "stored_gradient": ["data_gradient", "weight_gradient", "sum_kernel"],
-        "join": ["join"],
         "linear_batch_norm": ["gram_matrix", "linear_data_gradient", "sum_kernel"],
     }
     assert {(probe, kernel) for probe, kernels in own.items() for kernel in kernels} <= found
-    assert {row["probe"] for row in rows if row["module"].startswith("kernels.")} >= set(NAMES) - {"l2_rate"}
+    assert {row["probe"] for row in rows if row["module"].startswith("kernels.")} == set(NAMES)
 
 
 def test_kernels_use_the_tensor_cores_and_nothing_spills_or_waits(rows):
@@ -162,11 +172,8 @@ def test_kernels_use_the_tensor_cores_and_nothing_spills_or_waits(rows):
             breach = breach if not breach.startswith("8 bytes at a time") or ";" in breach else ""
         assert (row["spills"], row["matrix"], row["warnings"], breach) == (0, "wgmma", [], ""), row
     by_tma = {row["kernel"] for row in rows if row.get("tma") == "yes"}
-    assert by_tma == {"joint_gradient", "convolution_3x3", "weight_gradient", "linear_data_gradient"}
-    pairs = {
-        row["name"]: row["programs"] for row in rows if row["kernel"] == "data_gradient" and "=128 " in row["name"]
-    }
-    assert 2 in pairs.values()
+    assert by_tma == {"joint_gradient", "linear_data_gradient"}
+    assert {row["programs"] for row in rows if row["kernel"] == "resident_forward"} == {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -177,15 +184,6 @@ def test_kernels_use_the_tensor_cores_and_nothing_spills_or_waits(rows):
         ("joint_gradient", {"one Gluon kernel": 460}, 1.4, "two consumer groups"),
         ("resident_forward", {"128 x 128": 300, "64 x 128": 230}, 1.0, "Triton suffices"),
         ("resident_forward", {"128 x 128": 231, "64 x 128": 231}, 1.0, "write it in Gluon"),
-        ("l2_rate", {"64 channels": 200, "256 channels": 170}, 1.4, "will do: 7.27"),
-        ("l2_rate", {"64 channels": 300, "256 channels": 300}, 1.4, "halo or cuDNN: 4.84"),
-        ("cudnn_3x3", {"fused, 64 channels": 119, "fused, 256 channels": 120}, 1.0, "take"),
-        ("cudnn_3x3", {"fused, 64 channels": 119, "fused, 256 channels": 121}, 1.0, "not"),
-        ("gradient_tiles", {"128 x 256 x 64": 90, "128 x 128 x 32, 128 registers": 91}, 1.0, "128 x 256 x 64"),
-        ("stored_gradient", {"dy stored": 200, "dy formed twice": 220}, 1.4, "store dy: storing saves 28 us"),
-        ("stored_gradient", {"dy stored": 200, "dy formed twice": 220}, 1.0, "form dy twice"),
-        ("join", {"Triton, halves": 550}, 1.0, "Triton suffices: 1.2"),
-        ("join", {"Triton, halves": 560}, 1.0, "write it in Gluon: 1.26"),
         ("linear_batch_norm", {"Gram matrix and data gradient": 300, "present": 420}, 1.0, "adopt it: saves 120 us"),
         ("linear_batch_norm", {"Gram matrix and data gradient": 300, "present": 290}, 1.0, "stay with y"),
     ],
@@ -196,20 +194,21 @@ def test_verdicts(name, us, factor, expected):
 
 @pytest.mark.parametrize("value", [3e-3, nan, inf])
 def test_a_wrong_result_is_said_before_its_time(value):
-    row = runner.judged(load("join"), {"z": 0.0, "y": value}, {"Triton, halves": 500}, {"Triton, halves": 445}, 1.0)
+    us = {"128 x 128": 200, "64 x 128": 210}
+    row = runner.judged(load("resident_forward"), {"sum": 0.0, "y": value}, us, dict.fromkeys(us, 171), 1.0)
     assert not row["good"]
     assert row["verdict"].startswith("WRONG (y); if mended: Triton suffices")
-    assert runner.line(row).startswith("join: error ")
+    assert runner.line(row).startswith("resident_forward: error ")
 
 
 def test_a_probe_is_measured_and_judged(hopper, monkeypatch):
     alternate = timing.alternate
     monkeypatch.setattr(timing, "alternate", lambda steps, device, **_: alternate(steps, device, rounds=1, warm_up=0))
-    monkeypatch.setattr(module("join"), "IMAGES", 2)
+    monkeypatch.setattr(module("resident_forward"), "IMAGES", 2)
     monkeypatch.setattr(runner, "COPY", 1 << 20)
     monkeypatch.setattr(runner, "MATMUL", 64)
-    row = runner.measure(load("join"), hopper)
-    assert list(row["us"]) == list(row["floor"]) == ["Triton, halves", "present", "cuDNN, convolution alone"]
+    row = runner.measure(load("resident_forward"), hopper)
+    assert list(row["us"]) == list(row["floor"]) == ["128 x 128", "64 x 128", "present", "cuDNN, convolution alone"]
     assert all(value > 0 for value in [*row["us"].values(), *row["floor"].values()])
     assert row["good"]
     assert "\n" not in runner.line(row)
@@ -232,14 +231,11 @@ def target(tmp_path, monkeypatch):
 
 
 def test_a_probe_that_kills_its_process_does_not_stop_the_others(target):
-    serve = target("if name == 'l2_rate':\n    os._exit(1)\nanswers.send(({'name': name, 'good': True}, True))")
+    serve = target("if name == 'joint_gradient':\n    os._exit(1)\nanswers.send(({'name': name, 'good': True}, True))")
     rows = []
-    runner.run(["join", "l2_rate", "gradient_tiles"], 60, rows.append, serve)
-    assert [(row["name"], row["good"]) for row in rows] == [
-        ("join", True),
-        ("l2_rate", False),
-        ("gradient_tiles", True),
-    ]
+    names = ["resident_forward", "joint_gradient", "linear_batch_norm"]
+    runner.run(names, 60, rows.append, serve)
+    assert [(row["name"], row["good"]) for row in rows] == list(zip(names, (True, False, True), strict=True))
     assert rows[1]["verdict"] == "FAILED: its process died"
 
 
@@ -248,21 +244,25 @@ def test_the_command_starts_a_process_that_runs_probes():
     script = """
 import runpy, sys, torch
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: (9, 0)
-sys.argv = ["probes", "join"]
+sys.argv = ["probes", "resident_forward"]
 runpy.run_module("benchmarks.probes", run_name="__main__", alter_sys=True)
 """
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     root = Path(probes.__file__).parents[2]
     ended = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True)
-    assert "join: FAILED: " in ended.stdout, ended.stderr
+    assert "resident_forward: FAILED: " in ended.stdout, ended.stderr
     assert "its process died" not in ended.stdout
 
 
 def test_a_probe_that_ruins_the_device_is_followed_by_a_new_process(target):
-    serve = target("answers.send(({'name': name, 'pid': os.getpid()}, name != 'join'))\nif name == 'join':\n    return")
+    serve = target(
+        "alive = name != 'joint_gradient'\n"
+        "answers.send(({'name': name, 'pid': os.getpid()}, alive))\n"
+        "if not alive:\n    return"
+    )
     rows = []
-    runner.run(["join", "l2_rate", "gradient_tiles"], 60, rows.append, serve)
-    assert [row["name"] for row in rows] == ["join", "l2_rate", "gradient_tiles"]
+    runner.run(list(NAMES), 60, rows.append, serve)
+    assert [row["name"] for row in rows] == list(NAMES)
     assert rows[0]["pid"] != rows[1]["pid"] == rows[2]["pid"]
 
 
@@ -270,9 +270,9 @@ def test_a_probe_that_hangs_is_ended_and_what_is_not_reached_is_said(target):
     serve = target("time.sleep(60)")
     rows = []
     start = time.monotonic()
-    runner.run(["join", "l2_rate"], 2, rows.append, serve)
+    runner.run(["joint_gradient", "resident_forward"], 2, rows.append, serve)
     assert time.monotonic() - start < 30
-    assert [row["name"] for row in rows] == ["join", "l2_rate"]
+    assert [row["name"] for row in rows] == ["joint_gradient", "resident_forward"]
     assert "no result in 2 s" in rows[0]["verdict"]
     assert rows[1]["verdict"] == "FAILED: not reached in --seconds=2"
 
@@ -303,20 +303,14 @@ def test_rows_are_written_as_they_come(monkeypatch, tmp_path, capsys):
             assert [row["name"] for row in json.loads(file.read_text())["rows"]][-1] == name
 
     monkeypatch.setattr(runner, "run", run)
-    assert runner.main(["join", "l2_rate", f"--json={file}"]) == 1
-    assert capsys.readouterr().out.splitlines() == ["l2_rate: FAILED: a reason", "join: FAILED: a reason"]
+    assert runner.main(["resident_forward", "joint_gradient", f"--json={file}"]) == 1
+    assert capsys.readouterr().out.splitlines() == [f"{name}: FAILED: a reason" for name in NAMES[:2]]
 
 
 def test_every_probe_has_a_file_of_its_name():
     files = {file.stem for file in Path(probes.__file__).parent.glob("*.py")}
-    assert files == set(NAMES) | {"__init__", "__main__", "data_gradient", "halves", "present", "run"}
+    assert files == set(NAMES) | {"__init__", "__main__", "gradients", "halves", "present", "run"}
     assert [load(name).name for name in NAMES] == list(NAMES)
-
-
-def test_the_graph_for_cudnn_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cudnn", None)
-    with pytest.raises(ImportError, match=r"nvidia-cudnn-frontend==1\.18\.0"):
-        load("cudnn_3x3").check(torch.device("cpu"))
 
 
 def test_tiles_that_do_not_divide_are_refused():
