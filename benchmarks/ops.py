@@ -27,6 +27,7 @@ import kernels
 from benchmarks import peers, report, roofline, timing
 from benchmarks.replay import argument_sets, describe, library, replay
 from benchmarks.trace import Call, step_calls
+from nvcnn.cuda_graph import quick_captures
 from nvcnn.kernel_choices import CANDIDATES
 from nvcnn.models import build_model
 from nvcnn.optimizer.arena import Arena
@@ -276,7 +277,8 @@ def main() -> int:
     if gpu and arguments.which != "optimizer":
         tables.append([])
         calls = layer_calls("resnet50", 256, dtypes[0], *CONVS)
-        add(measure_layers(calls, device, dtypes[0], size=size, n=n, rounds=5))
+        with quick_captures():
+            add(measure_layers(calls, device, dtypes[0], size=size, n=n, rounds=5))
     print(*(report.table(timing.shown(rows)) for rows in tables), sep="\n\n")
     return 0
 

@@ -39,6 +39,7 @@ from kernels import configurations
 from kernels.configurations import Configuration
 from kernels.convolution_weight_gradient import SMS
 from kernels.operators import looked_up_again
+from nvcnn.cuda_graph import quick_captures
 from nvcnn.models import MODELS
 
 MARGIN = 0.02  # a gain below it is noise
@@ -294,7 +295,8 @@ def main() -> int:
         file = configurations.TABLES / f"{configurations.table_name(device)}.json"
         ahead = partial(compiled_ahead, pool=pool, chip=10 * major + minor, totals=totals)
         options = {"clock": partial(milliseconds, device=device), "keys": asked.keys, "compilable": ahead}
-        tune(chosen(asked), device, file, seconds=60 * asked.minutes, **options)
+        with quick_captures():
+            tune(chosen(asked), device, file, seconds=60 * asked.minutes, **options)
     print(f"kernels: {totals}\nwritten: {file}")
     return 0
 

@@ -42,6 +42,7 @@ from triton.compiler.errors import CompilationError
 import kernels
 from kernels import configurations
 from nvcnn import checkpoint, timing
+from nvcnn.cuda_graph import quick_captures
 from nvcnn.distributed import Transport
 from nvcnn.machine import chosen_kernels
 from nvcnn.meta import Place, places
@@ -453,9 +454,10 @@ def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[
         measured = dict.fromkeys(algorithm for place in missing for algorithm in candidates(place))
         say(f"Measuring {', '.join(measured)} at {len(missing)} places of convolutions, once on this machine")
     try:
-        for place in missing:
-            known[str(place)] = measure(place, device, say)
-            torch.cuda.empty_cache()  # of the graphs, which are gone
+        with quick_captures():
+            for place in missing:
+                known[str(place)] = measure(place, device, say)
+                torch.cuda.empty_cache()  # of the graphs, which are gone
     finally:
         if missing:
             write_cache(measurements, say)

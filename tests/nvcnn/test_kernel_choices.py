@@ -1,6 +1,7 @@
 """Algorithms of convolutions are measured and kept, and every rank gets the same."""
 
 import ast
+import gc
 import json
 import threading
 from pathlib import Path
@@ -177,6 +178,14 @@ def test_measures_each_place_once_and_takes_the_faster(measured):
     assert len(measured) == 28
     assert again.algorithms == found.algorithms
     assert str(again) == f"37 triton, 16 cudnn (measured before, {cache_file()})"
+
+
+def test_captures_of_measuring_collect_new_objects_alone(measured, monkeypatch):
+    frozen = []
+    monkeypatch.setattr(kernel_choices, "measure", lambda *_: frozen.append(gc.get_freeze_count()) or TRITON_IS_FASTER)
+    choices()
+    assert min(frozen) > 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_another_machine_s_measurements_do_not_count(measured, monkeypatch):
