@@ -6,6 +6,7 @@ number of workers, and those of a resumed run are those of an undisturbed one.
 """
 
 import atexit
+import gc
 import random
 import signal
 from collections.abc import Generator, Iterable, Iterator
@@ -29,10 +30,14 @@ Key = tuple[int, int]  # epoch, sample
 QUEUED = 2  # batches a worker has ready
 
 
-def ignore_signals(_: int) -> None:
-    """Lets a worker go on after a signal to stop, which reaches the whole group: the rank saves and then ends it."""
+def begin(_: int) -> None:
+    """Lets a worker go on after a signal to stop, which reaches the whole group: the rank saves and then ends it.
+
+    What the rank has left as garbage is not collected here: a DALI pipeline would wait for threads that are not there.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()
 
 
 class Samples:
@@ -83,7 +88,7 @@ def loaded(samples: Samples, keys: Iterable[list[Key]]) -> Generator[Batch]:
         persistent_workers=True,
         prefetch_factor=QUEUED,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin,
     )
     for batch in loader:
         if isinstance(batch, str):

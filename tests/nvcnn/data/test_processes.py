@@ -1,11 +1,16 @@
 """Worker processes wait for nothing that does not come, and end with their program."""
 
+import gc
+import multiprocessing
+import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from nvcnn.data.processes import worker_pool
+from nvcnn.data import pillow_workers
+from nvcnn.data.processes import begin_worker, worker_pool
 from tests.nvcnn.data.reading import find
 from tests.samples import record, write_shard
 
@@ -40,6 +45,37 @@ def test_a_program_with_threads_searches_trains_and_ends(dataset, tmp_path):
 
 def test_the_table_of_samples_is_there_before_the_workers(dataset):
     assert "places" in vars(find(dataset.directory, num_classes=61, lenient=True).source("train"))
+
+
+class Pipeline:
+    """Stands in for one of DALI's, which in a fork would wait for threads that are not there."""
+
+    def __init__(self):
+        self.itself, self.process = self, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.process:
+            os._exit(3)
+
+
+def collected(begin, *arguments):
+    begin(*arguments)
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("begin", "arguments"), [(pillow_workers.begin, (0,)), (begin_worker, (os.getpid(), None))], ids=["reading", "pool"]
+)
+def test_a_worker_does_not_collect_what_its_program_has_left(begin, arguments):
+    gc.disable()
+    try:
+        Pipeline()
+        process = multiprocessing.get_context("fork").Process(target=collected, args=(begin, *arguments))
+        process.start()
+        process.join(60)
+    finally:
+        gc.enable()
+    assert process.exitcode == 0
 
 
 def test_a_worker_has_one_thread():
