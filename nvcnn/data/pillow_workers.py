@@ -30,14 +30,10 @@ Key = tuple[int, int]  # epoch, sample
 QUEUED = 2  # batches a worker has ready
 
 
-def begin(_: int) -> None:
-    """Lets a worker go on after a signal to stop, which reaches the whole group: the rank saves and then ends it.
-
-    What the rank has left as garbage is not collected here: a DALI pipeline would wait for threads that are not there.
-    """
+def ignore_signals(_: int) -> None:
+    """Lets a worker go on after a signal to stop, which reaches the whole group: the rank saves and then ends it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    gc.freeze()
 
 
 class Samples:
@@ -88,8 +84,9 @@ def loaded(samples: Samples, keys: Iterable[list[Key]]) -> Generator[Batch]:
         persistent_workers=True,
         prefetch_factor=QUEUED,
         pin_memory=device.type == "cuda",
-        worker_init_fn=begin,
+        worker_init_fn=ignore_signals,
     )
+    gc.collect()  # a worker that collected a DALI pipeline would wait for threads that it does not have
     for batch in loader:
         if isinstance(batch, str):
             raise InputError(batch)

@@ -27,6 +27,7 @@ def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Ite
     function: what `forked` calls in a worker. It is there by fork and not sent, however much it holds.
     Raises InputError when a worker is killed.
     """
+    gc.collect()  # a worker that collected a DALI pipeline would wait for threads that it does not have
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=(os.getpid(), function))
     try:
         yield pool

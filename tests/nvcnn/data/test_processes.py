@@ -1,16 +1,14 @@
 """Worker processes wait for nothing that does not come, and end with their program."""
 
 import gc
-import multiprocessing
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from nvcnn.data import pillow_workers
-from nvcnn.data.processes import begin_worker, worker_pool
+from nvcnn.data.backend import open_training
+from nvcnn.data.processes import worker_pool
 from tests.nvcnn.data.reading import find
 from tests.samples import record, write_shard
 
@@ -50,32 +48,33 @@ def test_the_table_of_samples_is_there_before_the_workers(dataset):
 class Pipeline:
     """Stands in for one of DALI's, which in a fork would wait for threads that are not there."""
 
-    def __init__(self):
-        self.itself, self.process = self, os.getpid()
+    def __init__(self, ended):
+        self.itself, self.ended = self, ended
 
     def __del__(self):
-        if os.getpid() != self.process:
-            os._exit(3)
+        self.ended.append(self)
 
 
-def collected(begin, *arguments):
-    begin(*arguments)
-    gc.collect()
-
-
-@pytest.mark.parametrize(
-    ("begin", "arguments"), [(pillow_workers.begin, (0,)), (begin_worker, (os.getpid(), None))], ids=["reading", "pool"]
-)
-def test_a_worker_does_not_collect_what_its_program_has_left(begin, arguments):
+@pytest.mark.parametrize("read", [True, False], ids=["readers", "pool"])
+def test_what_a_program_has_left_is_collected_before_its_workers_begin(dataset, read):
+    ended = []
     gc.disable()
     try:
-        Pipeline()
-        process = multiprocessing.get_context("fork").Process(target=collected, args=(begin, *arguments))
-        process.start()
-        process.join(60)
+        Pipeline(ended)
+        if read:
+            data = open_training(
+                find(dataset.directory, num_classes=61, lenient=True), "torch", batch_size=2, image_size=16,
+                crop_area=(0.3, 1.0), crop_aspect=(0.8, 1.25), seed=1, rank=0, ranks=1, device=torch.device("cpu"),
+                threads=1,
+            )  # fmt: skip
+            next(data)
+            data.close()
+        else:
+            with worker_pool(1):
+                assert ended
     finally:
         gc.enable()
-    assert process.exitcode == 0
+    assert ended
 
 
 def test_a_worker_has_one_thread():
