@@ -37,6 +37,7 @@ from unittest import mock
 
 import torch
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 from benchmarks import report
 from benchmarks.roofline import CONVOLUTIONS
@@ -271,11 +272,10 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def serialised(ptx: str) -> list[str]:
     """Returns the warnings by which ptxas says that wgmma will wait for each other: C7514, C7515 and their like."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command: list[str | Path] = [tool, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     return sorted(set(re.findall(r"C75\d\d", run.stderr)))
 
