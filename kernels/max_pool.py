@@ -1,7 +1,7 @@
 """y[n, c, i, j] = max of x[n, c] over a window, and dx = the dy of every window in which that value is the maximum.
 
 A NaN is larger than all else. Among equal values the window's first is the maximum, among several NaN its last: both as
-torch.nn.functional.max_pool2d has it, https://pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html .
+torch.nn.functional.max_pool2d has it on a CPU, https://pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html .
 
 With BatchNorm's `norm`, what is pooled is relu((x - mean) scale + shift), formed as the raw x is loaded and rounded to
 its dtype, so that y and the places are those of the tensor that `batch_norm` would have stored. Backward then masks dx
