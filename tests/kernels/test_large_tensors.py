@@ -85,6 +85,9 @@ def launches(monkeypatch):
     monkeypatch.setattr(conv_shape, "capability", lambda device: 8)  # without TMA every address is computed
     of_weight = import_module("kernels.convolution_weight_gradient")
     monkeypatch.setattr(of_weight, "parts_of", lambda *_: 2**15)  # so that the last has few rows
+    pool = import_module("kernels.max_pool")
+    configured = pool.configured
+    monkeypatch.setattr(pool, "configured", lambda *given: {**configured(*given), "PROGRAMS": 2**30})  # a tile for each
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     return found
 
