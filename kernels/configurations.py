@@ -74,10 +74,8 @@ def configuration(op: str, key: str, device: torch.device, computed: Configurati
     if answer is None:
         answer = computed
     if answer is computed and name:
-        missing = (
-            f"kernels/configs/{name}.json" if not table else f"entry for {op} {key} in kernels/configs/{name}.json"
-        )
-        say_once(f"there is no {missing}: computed launch configurations are used; `make tune` measures better ones")
+        missing = f"kernels/configs/{name}.json lacks calls of {op}" if table else f"no kernels/configs/{name}.json"
+        say_once(f"{missing}: computed launch configurations are used; `make tune` measures better ones")
     answers[op, key] = answer
     return answer
 

@@ -48,6 +48,8 @@ from nvcnn.machine import chosen_kernels
 from nvcnn.meta import Place, places
 from nvcnn.models import ALGORITHMS, fused
 from nvcnn.models.fused import (
+    Geometry,
+    Gradients,
     PendingAdd,
     PendingConv,
     Unnormalized,
@@ -210,24 +212,17 @@ def step(samples: list[Sample], algorithm: str) -> None:
 
 
 def gradients_in_parts(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    groups: int,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]
+) -> Gradients:
     """Returns what `library_gradients` does; the weight's is added up in float64, over few images at a time.
 
     On a H200 cuDNN's fp32 gradient of a weight, a sum over 800 000 pixels, was so far off that all candidates were
     refused for it, among them cuDNN's.
     """
-    geometry = stride, padding, groups
-    dx, _ = library_gradients(dy, x, weight, *geometry, (needs[0], False))
+    dx, _ = library_gradients(dy, x, weight, geometry, (needs[0], False))
     dw, wide = torch.zeros_like(weight, dtype=torch.float64), weight.double()
     for of_dy, of_x in zip(dy.split(FEW), x.split(FEW), strict=True):
-        dw += library_gradients(of_dy.double(), of_x.double(), wide, *geometry, (False, True))[1]
+        dw += library_gradients(of_dy.double(), of_x.double(), wide, geometry, (False, True))[1]
     return dx, dw.to(weight.dtype)
 
 
@@ -284,7 +279,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
     with torch.set_grad_enabled(not place.folded):
         with exact():
             expected = samples[0].in_fp32().results("cudnn")
-        for algorithm in sorted(candidates(place), key="cudnn".__ne__):  # the library first
+        for algorithm in sorted(candidates(place), key=lambda algorithm: algorithm != "cudnn"):  # the library first
             try:
                 found = distances(samples[0].results(algorithm), expected)
                 library = found if algorithm == "cudnn" else library

@@ -42,6 +42,9 @@ from nvcnn.models.layers import BatchNorm2d, Conv2d
 MATERIALIZED = ("triton-materialized", "cudnn")  # a and dy are written before they are multiplied
 LIBRARY = ("torch", "cudnn")  # PyTorch's operators multiply, not the project's kernels
 
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # stride, padding, groups
+Gradients = tuple[Tensor, Tensor]
+
 
 class Pending:
     """A value that is not computed yet. PyTorch's operators refuse it, and say what to do."""
@@ -278,7 +281,7 @@ class UnnormalizedConv(Function):
         epilogue = None if d_a is None else channels_last(d_a), a if ctx.adds else None, raw_x, x_norm, b, b_norm
         dx = sums = b_sums = dw = None
         if conv.algorithm in LIBRARY:
-            dx, dw = library_gradients(dy, read, weight, *geometry, (needs_x, needs_weight))
+            dx, dw = library_gradients(dy, read, weight, geometry, (needs_x, needs_weight))
             if needs_x:
                 dx, sums, b_sums = masked_with_sums(channels_last(dx), *epilogue)
         else:
@@ -293,16 +296,9 @@ class UnnormalizedConv(Function):
         return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], None, None
 
 
-def library_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    groups: int,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
+def library_gradients(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]) -> Gradients:
     """Returns the gradients of x and of the weight by PyTorch's operator; None for what is not needed."""
+    stride, padding, groups = geometry
     how = stride, padding, [1, 1], False, [0, 0], groups, [*needs, False]
     dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *how)
     return dx, dw

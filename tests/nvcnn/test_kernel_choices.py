@@ -140,9 +140,9 @@ def test_the_reference_adds_a_weight_s_gradient_up_in_double(monkeypatch):
     weight, geometry = conv.weight, ((1, 1), (0, 0), 1)
     dy = torch.ones(20, 3, 64, 64).to(memory_format=torch.channels_last)
     with exact():
-        dx, dw = fused.library_gradients(dy, x, weight, *geometry, (True, True))
+        dx, dw = fused.library_gradients(dy, x, weight, geometry, (True, True))
     assert torch.equal(dw, (x.double().sum((0, 2, 3)).view(1, 2, 1, 1).expand(3, 2, 1, 1)).float())
-    assert torch.equal(dx, library_gradients(dy, x, weight, *geometry, (True, False))[0])
+    assert torch.equal(dx, library_gradients(dy, x, weight, geometry, (True, False))[0])
 
 
 def test_a_time_is_of_one_set_of_several(monkeypatch):
