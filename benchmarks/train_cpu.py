@@ -102,7 +102,7 @@ def compare(model: str, batch: int, *, bf16: bool, data_dir: str | None, steps: 
     bare = plain_loop(BARE[model](run.plan.num_classes), device=run.device, dtype=run.plan.dtype)
 
     def bare_step(batch: Batch) -> None:
-        images = prepare_input(batch.images, batch.flip, dtype=torch.float32, normalize=settings.normalize)
+        images = prepare_input(batch.images, batch.flip, dtype=torch.float32, normalize="signed")
         bare(images, batch.labels)
 
     run.data = turned = Turns(run.data, bare_step, steps)  # type: ignore[assignment]

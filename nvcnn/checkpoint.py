@@ -9,7 +9,9 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a d
     optimizer              momentum by the same names, in its dtype, counters (step, updates, good steps), loss_scale
     ranks                  per rank: the data reader's position, the random generators
     convolutions           the algorithm of each that has a choice, by its name
-    class_names, preprocessing, kernels, loss_average
+    preprocessing          how images are prepared: the fields of `nvcnn.models.Preprocessing`
+    options                what the model is built with, beside its number of classes
+    class_names, kernels, loss_average
 """
 
 import json
@@ -24,7 +26,7 @@ import torch
 from torch import nn
 
 from nvcnn.machine import chosen_kernels, versions
-from nvcnn.models import build_model
+from nvcnn.models import Origin, Preprocessing, build_model
 from nvcnn.optimizer.arena import misfit
 from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json, differences
@@ -106,12 +108,17 @@ def newest(log_dir: Path, warn=print) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def origin(state: dict[str, Any]) -> Origin:
+    """Returns how the images of a checkpoint are prepared, and what its model is built with."""
+    # An older one has no options, and three of the fields: the others had the values of today's defaults.
+    options = state.get("options", {"resnet_v1": state["settings"].get("resnet_v1", False)})
+    return Origin(Preprocessing(**state["preprocessing"]), options)
+
+
 def load_model(path: Path, state: dict[str, Any]) -> nn.Module:
     """Returns the model of a checkpoint, in fp32 on the CPU. Raises InputError unless the weights fit."""
-    settings = state["settings"]
-    model = build_model(
-        state["model"], num_classes=state["num_classes"], resnet_v1=settings["resnet_v1"], seed=settings["seed"]
-    )
+    options = origin(state).options
+    model = build_model(state["model"], num_classes=state["num_classes"], seed=state["settings"]["seed"], **options)
     if problem := misfit(model.state_dict(), state["weights"]):
         raise InputError(f"{path}: does not fit {state['model']}: {problem}")
     model.load_state_dict(state["weights"])

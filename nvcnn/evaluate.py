@@ -22,7 +22,7 @@ from nvcnn.machine import compute_dtype, use_device
 from nvcnn.metrics import draw_curve
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.program import InputError
-from nvcnn.settings import Evaluation
+from nvcnn.settings import Evaluation, check_image_size
 
 
 @torch.no_grad()
@@ -96,11 +96,12 @@ def evaluate(asked: Evaluation) -> int:
     backend = choose_backend(asked.data_backend, device)
     dataset, left_out = check_data(dataset, "validation", "none", asked.skip_bad_images, transport, threads)
     dtype = compute_dtype(stored["fp16"], stored["bf16"])
+    preprocessing = asked.prepared(checkpoint.origin(state).preprocessing)
+    check_image_size(state["model"], preprocessing.image_size)
 
     model = cast_matrices(checkpoint.load_model(path, state).to(device), dtype).eval()
-    image_size = state["preprocessing"]["image_size"]
     if device.type == "cuda" or asked.conv not in ("auto", "torch"):  # else PyTorch's, as they are
-        images = asked.batch_size, image_size
+        images = asked.batch_size, preprocessing.image_size
         choices = choose_algorithms(model, asked.conv, images, dtype, device, transport)
         if choices.algorithms and transport.rank == 0:
             print(f"Convolution: {choices}")
@@ -108,14 +109,14 @@ def evaluate(asked: Evaluation) -> int:
         dataset,
         backend,
         batch_size=asked.batch_size,
-        image_size=image_size,
-        crop=state["preprocessing"]["eval_crop"],
+        image_size=preprocessing.image_size,
+        crop=preprocessing.eval_crop,
         rank=transport.rank,
         ranks=transport.size,
         device=device,
         threads=threads,
     )
-    result = summed(count_hits(model, data, dtype, state["preprocessing"]["normalize"]), transport)
+    result = summed(count_hits(model, data, dtype, preprocessing.normalize), transport)
     if left_out:
         result["left_out"] = len(left_out)
     result |= {"step": int(state["optimizer"]["counters"][0]), "checkpoint": str(path)}

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from nvcnn.models.layers import Conv2d
+from nvcnn.models.layers import Conv2d, outputs
 
 
 def on_meta(
@@ -22,12 +22,10 @@ def on_meta(
     They are for `functional_call`.
     """
 
-    def meta(t: Tensor) -> Tensor:
+    state = {name: torch.empty_like(t, device="meta") for name, t in model.named_buffers()}
+    for name, t in model.named_parameters():
         like = torch.empty_like(t, device="meta", dtype=dtype if t.dim() >= 2 else t.dtype)
-        return like.requires_grad_(t.requires_grad)
-
-    state = {name: meta(t.detach()) for name, t in model.named_buffers()}
-    state |= {name: meta(t) for name, t in model.named_parameters()}
+        state[name] = like.requires_grad_(t.requires_grad)
     images = torch.empty(batch_size, channels, image_size, image_size, dtype=dtype, device="meta")
     return state, images.to(memory_format=torch.channels_last)
 
@@ -42,7 +40,7 @@ def gradient_order(model: nn.Module, image_size: int) -> list[str]:
     for name, tensor in state.items():
         if tensor.requires_grad:
             tensor.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
-    functional_call(model, state, images).sum().backward()
+    torch.autograd.backward([logits.sum() for logits in outputs(functional_call(model, state, images))])
     return order
 
 

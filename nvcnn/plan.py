@@ -1,6 +1,7 @@
 """What a run will be: all that follows from its settings, its data and the number of ranks."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -9,8 +10,8 @@ from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype
 from nvcnn.meta import activation_bytes
-from nvcnn.models import MODELS, build_model
-from nvcnn.models.layers import Conv2d
+from nvcnn.models import MODELS, Origin, Preprocessing, build_model
+from nvcnn.models.layers import Conv2d, freeze_backbone
 from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json
 
@@ -26,7 +27,8 @@ class Plan:
     steps: int
     num_classes: int
     class_names: tuple[str, ...] | None
-    image_size: int
+    preprocessing: Preprocessing
+    options: dict[str, Any]  # what the model is built with, beside its number of classes
     learning_rate: float
     dtype: torch.dtype
     momentum_dtype: torch.dtype
@@ -46,8 +48,8 @@ def find_training_data(settings: Settings) -> Dataset | None:
     )
 
 
-def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
-    """Returns what follows from these three.
+def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin | None = None) -> Plan:
+    """Returns what follows from these. origin: of the weights that training begins with; None: the model's own.
 
     Raises InputError when the data set is smaller than a total batch, and for --cuda_graph=on where it cannot be.
     """
@@ -60,6 +62,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
         )
     steps_per_epoch = images // total_batch
     model = MODELS[settings.model]
+    own = origin or Origin(Preprocessing(model.image_size), {})
     return Plan(
         ranks=ranks,
         images=images,
@@ -68,7 +71,8 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int) -> Plan:
         steps=settings.num_batches if settings.num_epochs is None else settings.num_epochs * steps_per_epoch,
         num_classes=dataset.num_classes if dataset else settings.num_classes or SYNTHETIC_CLASSES,
         class_names=dataset.class_names if dataset else None,
-        image_size=model.image_size,
+        preprocessing=settings.prepared(own.preprocessing),
+        options=own.options | {flag: True for flag, given in settings.model_flags.items() if given},
         learning_rate=settings.learning_rate or model.learning_rate(total_batch),
         dtype=compute_dtype(settings.fp16, settings.bf16),
         momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bf16" else torch.float32,
@@ -100,17 +104,21 @@ def describe(settings: Settings, run: Plan) -> list[str]:
 
 def dry_run(settings: Settings, run: Plan) -> None:
     """Prints the resolved settings, steps, parameter count and a memory estimate."""
-    model = build_model(settings.model, num_classes=run.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed)
+    model = build_model(settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
+    if settings.freeze == "backbone":
+        freeze_backbone(model)
     if settings.conv != "auto":  # else torch's, which keep the most
         use(model, {name: settings.conv for name, module in model.named_modules() if isinstance(module, Conv2d)})
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Master weight, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
-    state = parameters * (4 + run.momentum_dtype.itemsize + 4)
-    activations = activation_bytes(model, settings.batch_size, run.image_size, run.dtype)
+    state = trained * (4 + run.momentum_dtype.itemsize + 4) + (parameters - trained) * (4 + run.dtype.itemsize)
+    activations = activation_bytes(model, settings.batch_size, run.preprocessing.image_size, run.dtype)
     resolved = as_json(settings) | {"learning_rate": run.learning_rate, "num_classes": run.num_classes}
+    resolved |= asdict(run.preprocessing)
     print(*(f"--{name}={value}" for name, value in resolved.items()), sep="\n")
     print(*describe(settings, run), sep="\n")
-    print(f"Parameters:  {parameters:,}")
+    print(f"Parameters:  {parameters:,}" + (f", of which {trained:,} are trained" if trained < parameters else ""))
     print(
         f"Memory:      about {(state + activations) / 2**30:.2f} GiB a device: {state / 2**30:.2f} weights and "
         f"optimizer, {activations / 2**30:.2f} activations; cuDNN's workspaces come on top"

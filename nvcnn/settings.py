@@ -7,18 +7,22 @@ this file does not import torch.
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
 import nvcnn
-from nvcnn.models import ALGORITHMS, find_model
+from nvcnn.models import ALGORITHMS, FLAGS, ORIGINS, Preprocessing, find_model
 from nvcnn.program import InputError
 
 T = TypeVar("T")
 CONV = ("auto", *ALGORITHMS)
 TRANSPORTS = ("horovod", "torch")
 BACKENDS = ("dali_gpu", "dali_cpu", "torch")
+NORMALIZE = ("signed", "imagenet")
+ASPECTS = ("stretch", "keep")
+INTERPOLATIONS = ("bilinear", "bicubic")
+ORIGIN_NAMES = ("nvcnn", *ORIGINS)
 
 
 def flag(default: Any, help: str, *, group: str, short: str | None = None, choices=(), may_differ: bool = False) -> Any:
@@ -31,11 +35,46 @@ def flag(default: Any, help: str, *, group: str, short: str | None = None, choic
     return field(default=default, metadata=metadata)
 
 
-original = partial(flag, group="as in nvcnn_hvd.py")
-training = partial(flag, group="training")
-numeric = partial(flag, group="precision")
-image = partial(flag, group="input")
-run = partial(flag, group="run")
+GROUPS = ("as in nvcnn_hvd.py", "training", "precision", "input", "run")  # in the order of --help
+original, training, numeric, image, run = (partial(flag, group=group) for group in GROUPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """How images are prepared, for training and evaluation. What is not given belongs to the weights, or the model."""
+
+    image_size: int | None = image(None, "height and width; none: those that the model, or its weights, are made for")
+    normalize: str | None = image(
+        None, "pixels to [-1, 1] (signed) or by ImageNet's mean and deviation; none: signed", choices=NORMALIZE
+    )
+    eval_crop: float | None = image(None, "evaluation crop, share of height and width; none: 0.875")
+    eval_aspect: str | None = image(
+        None,
+        "evaluation crop: that share of each side, stretched to a square (stretch), or a square with that share of the "
+        "shorter side (keep); none: stretch",
+        choices=ASPECTS,
+    )
+    eval_interpolation: str | None = image(None, "evaluation's resize; none: bilinear", choices=INTERPOLATIONS)
+
+    def check_images(self, model: str | None) -> None:
+        """Raises InputError for values that cannot be, and for a size that the model does not take."""
+        check(self, self.eval_crop is None or 0 < self.eval_crop <= 1, "eval_crop", "above 0 and at most 1")
+        if self.image_size is not None and model is not None:
+            check_image_size(model, self.image_size)
+
+    def prepared(self, preprocessing: Preprocessing) -> Preprocessing:
+        """Returns `preprocessing` with what was asked for in its place."""
+        asked = {f.name: getattr(self, f.name) for f in fields(Images)}
+        return replace(preprocessing, **{name: value for name, value in asked.items() if value is not None})
+
+
+def check_image_size(model: str, image_size: int) -> None:
+    """Raises InputError unless the model takes images of that height and width."""
+    size, least = find_model(model).image_size, find_model(model).least_size
+    if least is None and image_size != size:
+        raise InputError(f"--image_size={image_size}: --model={model} takes {size} alone, leave the flag out")
+    if least is not None and image_size < least:
+        raise InputError(f"--image_size={image_size}: --model={model} takes {least} and more")
 
 
 def check(settings: Any, right: bool, name: str, must: str) -> None:
@@ -45,10 +84,10 @@ def check(settings: Any, right: bool, name: str, must: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Images):
     """Evaluate a checkpoint on the validation images.
 
-    All that has no flag (dtype, crop, pixels) comes from the checkpoint.
+    What is not given (image size, pixels, crop), and the compute dtype, are the checkpoint's.
     """
 
     data_dir: str = image(MISSING, "images: TFRecord files, WebDataset tars or class folders")
@@ -56,8 +95,9 @@ class Evaluation:
     skip_bad_images: bool = image(False, "leave out, and count, what cannot be decoded")
 
     log_dir: str = run("", "a training's directory: its newest checkpoint is evaluated")
-    checkpoint: str | None = run(None, "evaluate this file")
-    model: str | None = run(None, "checked against the checkpoint's", short="-m")
+    checkpoint: str | None = run(None, "evaluate this file: a checkpoint, or published weights (.pth, .safetensors)")
+    model: str | None = run(None, "network of published weights; a checkpoint's is checked against it", short="-m")
+    weights_from: str | None = run(None, "who published the weights, where they do not tell", choices=ORIGIN_NAMES)
     batch_size: int = run(64, "images per device", short="-b")
     conv: str = run("auto", "what computes convolutions, as in training", choices=CONV)
     json: bool = run(False, "print a JSON object as the last line")
@@ -69,10 +109,11 @@ class Evaluation:
         check(self, self.batch_size >= 1, "batch_size", "at least 1")
         if self.model is not None:
             find_model(self.model)
+        self.check_images(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Images):
     """Train a convolutional network.
 
     Names, meanings and defaults of the first group are those of NVIDIA's `nvcnn_hvd.py` 1.1.
@@ -104,6 +145,14 @@ class Settings:
         "none", "parameters LARC leaves to plain SGD: none, or those of one dimension (1d)", choices=("none", "1d")
     )
     label_smoothing: float = training(0.0, "share of the target spread over all classes")
+    aux: bool = training(False, "the auxiliary heads of googlenet and inception3, with their papers' weights")
+    init: str | None = training(None, "weights to begin with: a checkpoint, or published ones (.pth, .safetensors)")
+    weights_from: str | None = training(
+        None, "who published the weights of --init, where they do not tell", choices=ORIGIN_NAMES
+    )
+    freeze: str = training(
+        "none", "what keeps weights and statistics: all but the last layer (backbone)", choices=("none", "backbone")
+    )
 
     bf16: bool = numeric(False, "compute in bfloat16")
     conv: str = numeric(
@@ -117,10 +166,6 @@ class Settings:
 
     crop_area: tuple[float, float] = image((0.1, 1.0), "training crop, share of the image's area: LO,HI")
     crop_aspect: tuple[float, float] = image((0.8, 1.25), "training crop, width / height: LO,HI")
-    eval_crop: float = image(0.875, "evaluation crop, share of height and width")
-    normalize: str = image(
-        "signed", "pixels to [-1, 1] (signed) or by ImageNet's mean and deviation", choices=("signed", "imagenet")
-    )
     num_classes: int | None = image(None, "classes; none: from the data's dataset.json, else 1000")
     label_base: int | None = image(None, "lowest label in the records; none: from dataset.json, else 1")
 
@@ -153,7 +198,8 @@ class Settings:
     dry_run: bool = run(False, "print settings, steps and memory, then stop", may_differ=True)
 
     def __post_init__(self) -> None:
-        find_model(self.model, self.resnet_v1)
+        find_model(self.model, **self.model_flags)
+        self.check_images(self.model)
         for name in ("batch_size", "num_batches", "display_every", "keep"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_epochs", "num_classes"):
@@ -171,7 +217,6 @@ class Settings:
                 name,
                 "LO,HI with 0 < LO <= HI" + " <= 1" * (top == 1),
             )
-        check(self, 0 < self.eval_crop <= 1, "eval_crop", "above 0 and at most 1")
         check(self, 0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         scale = self.loss_scale
         right = scale == "dynamic" if isinstance(scale, str) else math.isfinite(scale) and scale > 0
@@ -180,6 +225,8 @@ class Settings:
             raise InputError("--fp16 and --bf16: choose one")
         if self.larc_exclude != "none" and self.larc_eta is None:
             raise InputError(f"--larc_exclude={self.larc_exclude} needs --larc_eta: without it LARC is off")
+        if self.weights_from and not (self.init or self.eval):
+            raise InputError(f"--weights_from={self.weights_from} needs --init, the weights")
         if self.log_tensors and not self.log_dir:
             raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
         if self.num_epochs is not None and self.data_dir is None:
@@ -188,6 +235,11 @@ class Settings:
             raise InputError("--eval needs --data_dir")
         if self.eval and not self.log_dir:
             raise InputError("--eval needs --log_dir, where the checkpoint is")
+
+    @property
+    def model_flags(self) -> dict[str, bool]:
+        """Returns those of the flags that change the model."""
+        return {flag: getattr(self, flag) for flag in FLAGS}
 
     def evaluation(self) -> Evaluation:
         """Returns what --eval asks for: launch/eval.py with the flags that both programs have."""
@@ -204,9 +256,9 @@ def differences(settings: Settings, stored: dict[str, Any]) -> list[str]:
     """Returns a line 'flag: there X, here Y' for each setting that a resumed run may not change but did."""
     here = as_json(settings)
     return [
-        f"--{f.name}: there {stored.get(f.name)}, here {here[f.name]}"
+        f"--{f.name}: there {stored.get(f.name, f.default)}, here {here[f.name]}"
         for f in fields(settings)
-        if not f.metadata["may_differ"] and stored.get(f.name) != here[f.name]
+        if not f.metadata["may_differ"] and stored.get(f.name, f.default) != here[f.name]
     ]
 
 
@@ -241,7 +293,8 @@ READERS |= {kind | None: kind for kind in (str, int, float)}
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """Adds a flag for each field of a dataclass whose fields are made by `flag`."""
     kinds = get_type_hints(settings)
-    groups = {f.metadata["group"]: parser.add_argument_group(f.metadata["group"]) for f in fields(settings)}
+    used = {f.metadata["group"] for f in fields(settings)}
+    groups = {group: parser.add_argument_group(group) for group in GROUPS if group in used}
     for f in fields(settings):
         kind, meta, group = kinds[f.name], f.metadata, groups[f.metadata["group"]]
         names = [n for n in (meta["short"], f"--{f.name}") if n]

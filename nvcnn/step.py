@@ -12,7 +12,7 @@ from nvcnn.cuda_graph import Snapshot, capture
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.distributed import Transport
 from nvcnn.meta import gradient_order
-from nvcnn.models.layers import image_channels
+from nvcnn.models.layers import image_channels, outputs
 from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients
 from nvcnn.optimizer.larc import Larc
@@ -48,7 +48,7 @@ class Step:
         self.model, self.transport = model.train(), transport
         self.image_size, self.channels, self.dtype = image_size, image_channels(model, device), dtype
         self.prepare_input = partial(prepare_input, dtype=dtype, normalize=normalize, channels=self.channels)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.aux_weight = label_smoothing, getattr(model, "aux_weight", 0.0)
         self.arena = Arena(
             model,
             gradient_order(model, image_size),
@@ -87,11 +87,16 @@ class Step:
 
     def train(self, images: Tensor, labels: Tensor) -> None:
         """Computes new weights from the network's input: this is what a CUDA graph holds."""
-        logits = self.model(images)
-        rows, gradient = kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing)
-        logits.backward(gradient)
+        logits, *heads = outputs(self.model(images))
+        rows, gradient = self.loss(logits, labels)
+        auxiliary = [self.loss(head, labels)[1].mul_(self.aux_weight) for head in heads]
+        torch.autograd.backward([logits, *heads], [gradient, *auxiliary])
         self.gradients.finish()
         self.optimizer.step(rows)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the rows of losses and hits, and the gradient of the mean loss times the loss scale."""
+        return kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing)
 
     def capture(self, batch_size: int) -> None:
         """Makes each step from now on the replay of a CUDA graph. All state, also that of the generators, stays.
@@ -139,7 +144,7 @@ class Step:
     def broadcast(self) -> int:
         """Gives all ranks rank 0's state, once it stands. Returns the number of steps that were done."""
         a, o = self.arena, self.optimizer
-        for tensor in (a.weight, a.momentum, a.running, o.average, o.counters, o.loss_scale):
+        for tensor in (a.weight, a.momentum, a.running, *a.frozen.values(), o.average, o.counters, o.loss_scale):
             self.transport.broadcast(tensor)
         a.refresh()
         return int(o.counters[0])

@@ -1,6 +1,7 @@
 """The training run, from settings to exit code: opens everything, and has the loop around `Step`."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
 from nvcnn.models import build_model
+from nvcnn.models.layers import freeze_backbone
 from nvcnn.optimizer.schedule import poly
 from nvcnn.plan import describe, dry_run, find_training_data, plan
 from nvcnn.program import SAVED_AND_STOPPED, caught, launched
@@ -63,27 +65,29 @@ class Run:
             dataset, self.left_out = check_data(
                 dataset, "train", settings.check_data, settings.skip_bad_images, transport, threads
             )
-        self.plan = plan(settings, dataset, transport.size)
+        origin = transport.gather(state and checkpoint.origin(state))[0]
+        self.plan = plan(settings, dataset, transport.size, origin)
         # By rank, from rank 0's checkpoint: the reader's position and the random generators.
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
-        model = build_model(
-            settings.model, num_classes=self.plan.num_classes, resnet_v1=settings.resnet_v1, seed=settings.seed
-        )
-        images = settings.batch_size, self.plan.image_size
+        model = build_model(settings.model, num_classes=self.plan.num_classes, seed=settings.seed, **self.plan.options)
+        if settings.freeze == "backbone":
+            freeze_backbone(model)
+        image_size = self.plan.preprocessing.image_size
+        images = settings.batch_size, image_size
         stored = state and state["convolutions"]
         self.choices = choose_algorithms(model, settings.conv, images, self.plan.dtype, self.device, transport, stored)
         self.schedule = poly(self.plan.learning_rate, self.plan.steps)
         self.train_step = Step(
             model,
-            image_size=self.plan.image_size,
+            image_size=image_size,
             device=self.device,
             schedule=self.schedule,
             transport=transport,
             dtype=self.plan.dtype,
             momentum_dtype=self.plan.momentum_dtype,
-            normalize=settings.normalize,
+            normalize=self.plan.preprocessing.normalize,
             label_smoothing=settings.label_smoothing,
             loss_scale=settings.loss_scale,
             larc_mode=settings.larc_mode,
@@ -100,7 +104,7 @@ class Run:
     def open_data(self, dataset: Dataset | None, threads: int, state: dict | None) -> Data:
         """Returns the source of batches. `state`: where this rank's reader was in the run to resume."""
         settings, plan, rank = self.settings, self.plan, self.transport.rank
-        common: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": plan.image_size}
+        common: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": plan.preprocessing.image_size}
         common |= {"device": self.device, "ranks": plan.ranks}
         if dataset is None:
             common |= {"images": plan.images, "num_classes": plan.num_classes}
@@ -192,12 +196,12 @@ class Run:
         if self.transport.rank != 0:
             return
         path = checkpoint.path_of(Path(settings.log_dir), self.step)
-        image = {"image_size": plan.image_size, "normalize": settings.normalize, "eval_crop": settings.eval_crop}
         state = {
             "model": settings.model,
             "num_classes": plan.num_classes,
             "class_names": list(plan.class_names or []),
-            "preprocessing": image,
+            "preprocessing": asdict(plan.preprocessing),
+            "options": plan.options,
             "settings": as_json(settings),
             "kernels": chosen_kernels(),
             "convolutions": self.choices.algorithms,

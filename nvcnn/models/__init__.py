@@ -1,5 +1,8 @@
 """The models by name. They take normalised channels-last images in the compute dtype and return fp32 logits.
 
+In training, one with auxiliary heads returns a tuple: its logits, then those of the heads, whose losses count
+`model.aux_weight` each.
+
 Reading flags needs the names, so torch is imported only once a model is built.
 """
 
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nvcnn.program import InputError
@@ -16,19 +19,46 @@ if TYPE_CHECKING:
     from torch import nn
 
 ALGORITHMS = ("torch", "triton", "triton-materialized", "cudnn")  # that compute a convolution: see fused.py
+EPSILON = 1e-4  # of BatchNorm, as in nvcnn_hvd.py
+FLAGS = {"resnet_v1": "bottleneck blocks", "aux": "auxiliary heads"}  # what a model needs for them
 
 
 @dataclass(frozen=True)
 class Model:
     """How to build a model (`num_classes` by keyword), its images' height and width, and its default learning rate.
 
-    `learning_rate` is a function of the total batch. `has_v1`: `build` takes `v1=True`, the original bottleneck.
+    learning_rate: a function of the total batch. least_size: that of images which it takes, too; None where its layers
+    fix the size. flags: those that `build` takes.
     """
 
     build: Callable[..., nn.Module]
     image_size: int
     learning_rate: Callable[[int], float]
-    has_v1: bool = False
+    least_size: int | None = None
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are prepared for a model's weights. The defaults are those of nvcnn_hvd.py.
+
+    eval_crop: share of height and width, which evaluation stretches to a square; or, where eval_aspect is "keep", of
+    the shorter side, and evaluation sees a square.
+    """
+
+    image_size: int
+    normalize: str = "signed"
+    eval_crop: float = 0.875
+    eval_aspect: str = "stretch"
+    eval_interpolation: str = "bilinear"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What belongs to weights beside their values: how images are prepared, what the model is built with."""
+
+    preprocessing: Preprocessing
+    options: dict[str, Any]
 
 
 def constant(learning_rate: float) -> Callable[[int], float]:
@@ -39,60 +69,95 @@ def per_image(learning_rate: float) -> Callable[[int], float]:
     return lambda total_batch: learning_rate * total_batch
 
 
-def build_trivial(num_classes: int) -> nn.Module:
-    from nvcnn.models.trivial import Trivial
-
-    return Trivial(num_classes=num_classes)
-
-
-def build_lenet(num_classes: int) -> nn.Module:
-    from nvcnn.models.lenet import LeNet
-
-    return LeNet(num_classes=num_classes)
+def network(module: str, name: str, **options: Any) -> Callable[..., nn.Module]:
+    """Returns what builds the class of that name in nvcnn.models.`module`."""
+    return lambda **others: getattr(import_module(f"nvcnn.models.{module}"), name)(**options, **others)
 
 
-def build_resnet(block: str, depths: tuple[int, ...], **options: Any) -> nn.Module:
-    from nvcnn.models import resnet
-
-    return resnet.ResNet(getattr(resnet, block), depths, **options)
-
-
-basic = partial(build_resnet, "BasicBlock")
-bottleneck = partial(build_resnet, "Bottleneck")
-resnext = partial(bottleneck, groups=32, group_width=4)
+RESNEXT = {"groups": 32, "group_width": 4}
 
 MODELS: dict[str, Model] = {
-    "trivial": Model(build_trivial, 224, constant(0.001)),
-    "lenet": Model(build_lenet, 28, constant(0.001)),
-    "resnet18": Model(partial(basic, (2, 2, 2, 2)), 224, constant(0.5)),
-    "resnet34": Model(partial(basic, (3, 4, 6, 3)), 224, per_image(1 / 1024)),
-    "resnet50": Model(partial(bottleneck, (3, 4, 6, 3)), 224, per_image(1 / 1024), has_v1=True),
-    "resnet101": Model(partial(bottleneck, (3, 4, 23, 3)), 224, per_image(1 / 1024), has_v1=True),
-    "resnet152": Model(partial(bottleneck, (3, 8, 36, 3)), 224, per_image(1 / 1024), has_v1=True),
-    "resnext50": Model(partial(resnext, (3, 4, 6, 3)), 224, constant(0.1), has_v1=True),
-    "resnext101": Model(partial(resnext, (3, 4, 23, 3)), 224, constant(0.1), has_v1=True),
-    "resnext152": Model(partial(resnext, (3, 8, 36, 3)), 224, constant(0.1), has_v1=True),
+    "trivial": Model(network("trivial", "Trivial"), 224, constant(0.001)),
+    "lenet": Model(network("lenet", "LeNet"), 28, constant(0.001)),
+    "alexnet": Model(network("alexnet", "AlexNet"), 227, constant(0.03), 63),
+    "overfeat": Model(network("overfeat", "OverFeat"), 231, constant(0.001)),
+    "googlenet": Model(network("googlenet", "GoogLeNet"), 224, constant(0.04), 32, ("aux",)),
+    "vgg11": Model(network("vgg", "VGG", depth=11), 224, constant(0.02), 32),
+    "vgg13": Model(network("vgg", "VGG", depth=13), 224, constant(0.02), 32),
+    "vgg16": Model(network("vgg", "VGG", depth=16), 224, constant(0.02), 32),
+    "vgg19": Model(network("vgg", "VGG", depth=19), 224, constant(0.02), 32),
+    "inception3": Model(network("inception3", "Inception3"), 299, constant(0.2), 75, ("aux",)),
+    "inception4": Model(network("inception4", "Inception4"), 299, constant(0.045), 75),
+    "inception-resnet2": Model(network("inception_resnet2", "InceptionResNet2"), 299, constant(0.045), 75),
+    "resnet18": Model(network("resnet", "resnet", depth=18), 224, constant(0.5), 32),
+    "resnet34": Model(network("resnet", "resnet", depth=34), 224, per_image(1 / 1024), 32),
+    "resnet50": Model(network("resnet", "resnet", depth=50), 224, per_image(1 / 1024), 32, ("resnet_v1",)),
+    "resnet101": Model(network("resnet", "resnet", depth=101), 224, per_image(1 / 1024), 32, ("resnet_v1",)),
+    "resnet152": Model(network("resnet", "resnet", depth=152), 224, per_image(1 / 1024), 32, ("resnet_v1",)),
+    "resnext50": Model(network("resnet", "resnet", depth=50, **RESNEXT), 224, constant(0.1), 32, ("resnet_v1",)),
+    "resnext101": Model(network("resnet", "resnet", depth=101, **RESNEXT), 224, constant(0.1), 32, ("resnet_v1",)),
+    "resnext152": Model(network("resnet", "resnet", depth=152, **RESNEXT), 224, constant(0.1), 32, ("resnet_v1",)),
 }
 
 
-def find_model(name: str, resnet_v1: bool = False) -> Model:
-    """Returns the model of that name. Raises InputError for an unknown one, and for `resnet_v1` without bottlenecks."""
+def kept(image_size: int, crop: float, interpolation: str, normalize: str, **options: Any) -> Origin:
+    """Returns the origin of weights that are evaluated on a square of the shorter side."""
+    return Origin(Preprocessing(image_size, normalize, crop, "keep", interpolation), options)
+
+
+# Who published weights by these names and shapes. What is here belongs to those that torchvision calls DEFAULT, and to
+# those that timm loads by the name of the model alone.
+V1 = kept(224, 224 / 256, "bilinear", "imagenet", epsilon=1e-5)
+V2 = kept(224, 224 / 232, "bilinear", "imagenet", epsilon=1e-5)
+A1 = kept(224, 0.95, "bicubic", "imagenet", epsilon=1e-5)
+VGG = kept(224, 224 / 256, "bilinear", "imagenet")
+
+ORIGINS: dict[str, dict[str, Origin]] = {
+    "torchvision": {
+        "alexnet": kept(224, 224 / 256, "bilinear", "imagenet", padding=2),
+        "googlenet": kept(224, 224 / 256, "bilinear", "signed", epsilon=1e-3),
+        **dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), VGG),
+        "inception3": kept(299, 299 / 342, "bilinear", "signed", epsilon=1e-3),
+        **dict.fromkeys(("resnet18", "resnet34"), V1),
+        **dict.fromkeys(("resnet50", "resnet101", "resnet152", "resnext50"), V2),
+    },
+    "timm": {
+        **dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), VGG),
+        "inception3": kept(299, 0.875, "bicubic", "signed", epsilon=1e-3),
+        "inception4": kept(299, 0.875, "bicubic", "signed", epsilon=1e-3),
+        "inception-resnet2": kept(299, 0.8975, "bicubic", "signed", epsilon=1e-3),
+        **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50"), A1),
+        "resnext101": kept(224, 0.875, "bilinear", "imagenet", epsilon=1e-5),
+    },
+}
+
+
+def find_model(name: str, **flags: bool) -> Model:
+    """Returns the model of that name. Raises InputError for an unknown one, and for a flag of FLAGS that it lacks."""
     if name not in MODELS:
         raise InputError(f"--model={name}: unknown, choose one of {', '.join(MODELS)}")
-    if resnet_v1 and not MODELS[name].has_v1:
-        having = ", ".join(n for n, m in MODELS.items() if m.has_v1)
-        raise InputError(f"--resnet_v1 is for {having}; --model={name} has no bottleneck blocks, leave the flag out")
+    for flag, what in FLAGS.items():
+        if flags.get(flag) and flag not in MODELS[name].flags:
+            having = ", ".join(n for n, model in MODELS.items() if flag in model.flags)
+            raise InputError(f"--{flag} is for {having}; --model={name} has no {what}, leave the flag out")
     return MODELS[name]
 
 
-def build_model(name: str, *, num_classes: int, resnet_v1: bool = False, seed: int) -> nn.Module:
+def build_model(name: str, *, num_classes: int, seed: int, epsilon: float = EPSILON, **options: Any) -> nn.Module:
     """Returns the model in fp32, on the CPU, in training mode: (N, 3, H, W) -> (N, num_classes).
 
+    options: FLAGS that are set, and others that belong to the origin of weights. epsilon: of BatchNorm.
     One seed, one set of weights, whatever was drawn before. Raises InputError as `find_model`.
     """
-    model = find_model(name, resnet_v1)
+    options = {option: value for option, value in options.items() if value}
+    build = find_model(name, **options).build
     import torch
+    from torch import nn
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
-        return model.build(num_classes=num_classes, **({"v1": True} if resnet_v1 else {}))
+        model = build(num_classes=num_classes, **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = epsilon
+    return model

@@ -19,18 +19,21 @@ Neighbours may differ: which is faster depends on the shape. All but `triton` ke
 In evaluation without gradients BatchNorm is known before the convolution. So the convolution waits as a PendingConv
 until it is known whether ReLU or an addition follows, and the kernel then does all of it as it stores.
 
+Where a convolution has a bias instead of a BatchNorm, z = conv_relu(x, self.conv1) is a Rectified: relu(y + bias),
+which the kernel writes instead of y. In backward its readers apply the ReLU's mask as they store the gradient.
+
 Backward has one convention. The gradient of an unnormalised tensor is that of its normalised value, behind the ReLU's
 mask. The gradient of its `norm`, (5, C), has the rows FACTORS, D_GAMMA, D_BETA (`kernels.norm_rows`), which turn that
 into dy. Both are linear, so autograd may add them up where a tensor has several readers. An ordinary operator would
 compute wrong gradients from an unnormalised tensor; therefore Unnormalized, PendingConv and PendingAdd are no tensors,
-and refuse to be taken for one.
+and refuse to be taken for one. A Rectified's norm changes no value; D_BETA is the gradient of the bias.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -87,7 +90,19 @@ class PendingAdd(Pending):
     value: Tensor | None = field(default=None, init=False)
 
 
-Operand = Tensor | Unnormalized | PendingConv | PendingAdd
+@dataclass
+class Rectified(Pending):
+    """z = relu(y + bias), (N, C, H, W), whose gradient is handed back behind the ReLU's mask, with that of `norm`.
+
+    `norm`: (5, C), under which z is what it is.
+    """
+
+    z: Tensor
+    norm: Tensor
+    value: Tensor | None = field(default=None, init=False)  # z, with the gradient of an ordinary tensor
+
+
+Operand = Tensor | Unnormalized | PendingConv | PendingAdd | Rectified
 
 
 def activation(x: Operand) -> Tensor:
@@ -95,7 +110,10 @@ def activation(x: Operand) -> Tensor:
     if isinstance(x, Tensor):
         return x
     if x.value is None:
-        x.value = materialize(x.a, x.b, True) if isinstance(x, PendingAdd) else materialize(x, None, True)
+        if isinstance(x, Rectified):
+            x.value = Materialize.apply(x.z, x.norm, None, None, True)
+        else:
+            x.value = materialize(x.a, x.b, True) if isinstance(x, PendingAdd) else materialize(x, None, True)
     return x.value
 
 
@@ -130,13 +148,8 @@ def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | Pending
 
     Raises ValueError for what the kernels do not have: dilation, a bias.
     """
-    if conv.algorithm != "torch" and (
-        conv.bias is not None
-        or conv.dilation != (1, 1)
-        or conv.padding_mode != "zeros"
-        or isinstance(conv.padding, str)
-    ):
-        raise ValueError(f"conv_bn: {conv}: dilation 1, padding with zeros in numbers and bias=False only")
+    if conv.algorithm != "torch":
+        check_supported(conv, bias=False)
     if not (bn.training or torch.is_grad_enabled()):
         return PendingConv(activation(x), conv, bn)
     if conv.algorithm == "torch":
@@ -154,10 +167,47 @@ def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | Pending
     return Unnormalized(y, bn, norm)
 
 
+def conv_relu(x: Operand, conv: Conv2d) -> Tensor | Rectified:
+    """Returns relu(convolution of x's activation + bias).
+
+    Raises ValueError for what the kernels do not have: dilation, no bias.
+    """
+    if conv.algorithm == "torch":
+        return F.relu(conv(activation(x)), inplace=True)
+    check_supported(conv, bias=True)
+    x, x_norm = (x.z, x.norm) if isinstance(x, Rectified) and x.value is None else (activation(x), None)
+    z, norm = RectifiedConv.apply(x, x_norm, conv.weight_for(x), conv.bias, conv)
+    return Rectified(z, norm) if torch.is_grad_enabled() else z
+
+
+def convolutions(x: Operand, layers: nn.Sequential) -> Tensor:
+    """Returns what convolutions with bias and ReLU, and maximum poolings, make of x, one after another.
+
+    An nn.ReLU in `layers` stands for that of the convolution before it.
+    """
+    for layer in layers:
+        if isinstance(layer, Conv2d):
+            x = conv_relu(x, layer)
+        elif isinstance(layer, nn.MaxPool2d):
+            window: Any = layer.kernel_size, layer.stride, layer.padding
+            x = max_pool(x, *window)
+    return activation(x)
+
+
+def check_supported(conv: Conv2d, bias: bool) -> None:
+    """Raises ValueError unless the kernels compute such a convolution."""
+    numbers = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if (conv.bias is not None) != bias or conv.dilation != (1, 1) or not numbers:
+        op = "conv_relu" if bias else "conv_bn"
+        raise ValueError(f"{op}: {conv}: dilation 1, padding with zeros in numbers and bias={bias} only")
+
+
 def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
     """Returns the maxima of x's activation, as `kernels.max_pool` has them; an Unnormalized is not materialized."""
+    if isinstance(x, Rectified) and x.value is None:
+        return MaxPool.apply(x.z, x.norm, True, kernel_size, stride, padding)
     if isinstance(x, Unnormalized) and x.norm is not None and x.value is None:
-        return MaxPool.apply(x.y, x.norm, kernel_size, stride, padding)
+        return MaxPool.apply(x.y, x.norm, False, kernel_size, stride, padding)
     return kernels.max_pool(activation(x), kernel_size, stride, padding)
 
 
@@ -213,11 +263,11 @@ class Materialize(Function):
 
 
 class MaxPool(Function):
-    """The maxima of relu(normalised x), which is never in memory."""
+    """The maxima of relu(normalised x), which is never in memory; or where x is `rectified`, of x itself."""
 
     @staticmethod
-    def forward(ctx, x, norm, *window):
-        y, argmax = kernels.max_pool_with_argmax(x, *window, ctx.needs_input_grad[0], norm)
+    def forward(ctx, x, norm, rectified, *window):
+        y, argmax = kernels.max_pool_with_argmax(x, *window, ctx.needs_input_grad[0], None if rectified else norm)
         ctx.window = window
         ctx.save_for_backward(x, norm, argmax)
         return y
@@ -227,7 +277,7 @@ class MaxPool(Function):
     def backward(ctx, dy):
         x, norm, argmax = ctx.saved_tensors
         g, sums = kernels.max_pool_backward(dy, argmax, *x.shape[2:], *ctx.window, x, norm)
-        return g, gradient_of_norm(sums, x, norm), None, None, None
+        return g, gradient_of_norm(sums, x, norm), None, None, None, None
 
 
 class UnnormalizedConv(Function):
@@ -294,6 +344,45 @@ class UnnormalizedConv(Function):
         d_norms = gradient_of_norm(sums, raw_x, x_norm), gradient_of_norm(b_sums, b, b_norm)
         d_b = dx if ctx.adds else None
         return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], None, None
+
+
+class RectifiedConv(Function):
+    """z = relu(conv(x) + bias), and its norm. x_norm: of an x that is Rectified itself, else None."""
+
+    @staticmethod
+    def forward(ctx, x, x_norm, weight, bias, conv):
+        ctx.set_materialize_grads(False)
+        ctx.conv = conv
+        geometry = conv.stride, conv.padding, conv.groups
+        if conv.algorithm in LIBRARY:
+            y = channels_last(F.conv2d(x, weight, None, conv.stride, conv.padding, 1, conv.groups))
+            z = y.add_(bias.to(y.dtype).view(-1, 1, 1)).relu_()
+        else:
+            z = kernels.convolution(x, weight, *geometry, shift=bias, relu=True)[0]
+        ctx.save_for_backward(x, x_norm, weight)
+        return z, conv.unit_norm.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, d_norm):
+        x, x_norm, weight = ctx.saved_tensors
+        conv, g = ctx.conv, channels_last(g)
+        geometry = conv.stride, conv.padding, conv.groups
+        needs_x, _, needs_weight, *_ = ctx.needs_input_grad
+        epilogue = None, None, None if x_norm is None else x, x_norm, None, None
+        dx = sums = dw = None
+        if conv.algorithm in LIBRARY:
+            dx, dw = library_gradients(g, x, weight, geometry, (needs_x, needs_weight))
+            if needs_x:
+                dx, sums, _ = masked_with_sums(channels_last(dx), *epilogue)
+        else:
+            if needs_weight:
+                dw = empty_gradient(weight)
+                kernels.convolution_weight_gradient(g, x, dw, *geometry, None, None, None, None)
+            if needs_x:
+                through = None, None, None
+                dx, sums, _ = kernels.convolution_data_gradient(g, weight, x.shape[2:], *geometry, *through, *epilogue)
+        return dx, gradient_of_norm(sums, x, x_norm), dw, None if d_norm is None else d_norm[D_BETA], None
 
 
 def library_gradients(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]) -> Gradients:

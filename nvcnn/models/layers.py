@@ -4,11 +4,14 @@ Activations are in the compute dtype (fp32, fp16, bf16), channels-last. Paramete
 compute dtype too; gamma, beta and biases stay fp32, and so do their gradients, which are sums over N, H, W.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels.norm_rows import RSTD, SCALE
 from nvcnn.program import InputError
 
 
@@ -33,10 +36,18 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d whose bias, if any, may be fp32 under fp16 or bf16 weights. (N, C_in, H, W) -> (N, C_out, H', W').
 
     Where C_in is 3, x may have more channels that are all zero, as tensor cores want them. `algorithm`: how `conv_bn`
-    computes it.
+    and `conv_relu` compute it. `unit_norm`: (5, C_out), the `norm` that changes no value; with a bias only.
     """
 
     algorithm = "torch"
+    unit_norm: Tensor
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        if self.bias is not None:
+            norm = torch.zeros(5, self.out_channels)
+            norm[[SCALE.value, RSTD.value]] = 1
+            self.register_buffer("unit_norm", norm, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_for(x)
@@ -57,6 +68,11 @@ def image_channels(model: nn.Module, device: torch.device) -> int:
     Tensor cores want four. A model whose `takes_padded_images` is true has a `Conv2d` that pads its weight to match.
     """
     return 4 if getattr(model, "takes_padded_images", False) and device.type != "cpu" else 3
+
+
+def outputs(of_model: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Returns what a model returned as a tuple: its logits and, in training, those of its auxiliary heads."""
+    return of_model if isinstance(of_model, tuple) else (of_model,)
 
 
 class Linear(nn.Linear):
@@ -81,8 +97,10 @@ class BatchNorm2d(nn.BatchNorm2d):
     relu(normalised x + residual), both optional, (N, C, H, W) -> the same, channels-last. Training normalises with the
     batch's statistics and writes them to `batch_mean` and `batch_var` (unbiased), fp32 of shape (C,). The optimizer's
     update folds them into `running_mean` and `running_var` if the step was finite, and sets them to zero either way.
-    Evaluation uses the running ones. `momentum` is 1 - decay.
+    Evaluation uses the running ones, and so does training where it is `frozen`. `momentum` is 1 - decay.
     """
+
+    frozen = False
 
     running_mean: Tensor
     running_var: Tensor
@@ -94,6 +112,9 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("batch_mean", torch.zeros(channels), persistent=False)
         self.register_buffer("batch_var", torch.zeros(channels), persistent=False)
 
+    def train(self, mode: bool = True) -> "BatchNorm2d":
+        return super().train(mode and not self.frozen)
+
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         gamma, beta = self.weight, self.bias
         with torch.no_grad():  # the gradient through the statistics is `batch_norm`'s
@@ -104,14 +125,30 @@ class BatchNorm2d(nn.BatchNorm2d):
         return kernels.batch_norm(x, gamma, beta, norm, residual, relu, self.training)
 
 
+def freeze_backbone(model: nn.Module) -> None:
+    """Lets all parameters but those of Classifiers, and all running statistics, stay as they are in training."""
+    trained = {id(p) for m in model.modules() if isinstance(m, Classifier) for p in m.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
+    for module in model.modules():
+        if isinstance(module, BatchNorm2d):
+            module.frozen = True
+            module.train(module.training)
+
+
 def flatten(x: Tensor) -> Tensor:
     """Returns x, (N, C, H, W), as (N, H * W * C): a view where it is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1)
 
 
+def adaptive_average(x: Tensor, size: int) -> Tensor:
+    """Returns x, (N, C, H, W), as the means of size x size regions: x itself where it has that size."""
+    return x if x.shape[2:] == (size, size) else F.adaptive_avg_pool2d(x, size)
+
+
 def check_size(model: str, x: Tensor, size: int) -> None:
-    """Raises InputError unless x is (N, 3, size, size), for models whose first Linear fixes the size of images."""
-    if x.shape[1:] != (3, size, size):
+    """Raises InputError unless x is (N, 3 or 4, size, size): for models whose first Linear fixes the size of images."""
+    if x.shape[1] not in (3, 4) or x.shape[2:] != (size, size):
         raise InputError(f"--model={model} takes images of 3 x {size} x {size} (C x H x W), got {tuple(x.shape[1:])}")
 
 

@@ -16,6 +16,14 @@ import kernels
 from nvcnn.models.fused import PendingAdd, PendingConv, Unnormalized, activation, conv_bn, max_pool
 from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
 
+DEPTHS = {  # blocks in each of the four stages
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
 
 def conv(c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1) -> Conv2d:
     return Conv2d(c_in, c_out, size, stride, padding=size // 2, groups=groups, bias=False)
@@ -117,3 +125,9 @@ class ResNet(nn.Module):
         x = max_pool(conv_bn(x, self.conv1, self.bn1), 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(kernels.global_average(activation(x)))
+
+
+def resnet(*, depth: int, num_classes: int, resnet_v1: bool = False, **options: Any) -> ResNet:
+    """Returns the ResNet of that depth; with `groups` and `group_width` the ResNeXt."""
+    block = BasicBlock if depth < 50 else Bottleneck
+    return ResNet(block, DEPTHS[depth], num_classes=num_classes, **options, **({"v1": True} if resnet_v1 else {}))

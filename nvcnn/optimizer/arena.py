@@ -32,6 +32,8 @@ class Slot:
 class Arena:
     """Moves a model's trainable parameters into flat buffers on `device`; each parameter becomes a view.
 
+    `frozen` has, by name, the fp32 values of the parameters that are not trained, and of running statistics likewise.
+
     `dtype` is the compute dtype: parameters of two or more dimensions get model weights of it, the others stay fp32.
     `gradient_dtype` (default: `dtype`) is that of the first kind's gradients; `momentum_dtype` is fp32 or bf16.
     `order` is that in which backward finishes the gradients: `nvcnn.meta.gradient_order`.
@@ -49,6 +51,11 @@ class Arena:
     ):
         self.model = model.to(device)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.fixed = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.frozen = {name: p.detach() for name, p in self.fixed.items()}
+        for p in self.fixed.values():
+            if p.ndim >= 2:
+                p.data = p.data.to(dtype, memory_format=torch.channels_last if p.ndim == 4 else torch.preserve_format)
         order = [name for name in order if name in named]
         if missing := named.keys() - set(order):
             raise ValueError(f"parameters that get no gradient: {', '.join(sorted(missing))}")
@@ -85,7 +92,11 @@ class Arena:
                 slot.parameter.data = self.view(self.model_weight, slot)
             slot.parameter.grad = None
 
-        self.batch_norms = [module for module in model.modules() if isinstance(module, BatchNorm2d)]
+        batch_norms = [(name, module) for name, module in model.named_modules() if isinstance(module, BatchNorm2d)]
+        self.batch_norms = [bn for _, bn in batch_norms if not bn.frozen]
+        for name, bn in batch_norms:
+            if bn.frozen:
+                self.frozen |= {f"{name}.running_mean": bn.running_mean, f"{name}.running_var": bn.running_var}
         momenta = {bn.momentum or 0.0 for bn in self.batch_norms} or {0.0}
         if len(momenta) > 1:
             raise ValueError(f"BatchNorm layers of different momentum: {sorted(momenta)}; one launch commits them all")
@@ -120,19 +131,21 @@ class Arena:
 
     def refresh(self) -> None:
         """Rebuilds what is derived from the master weights. Call after every write except the optimizer's."""
+        for name, p in self.fixed.items():
+            p.data.copy_(self.frozen[name])
         kernels.refresh(self.weight, self.model_weight, self.weight_square_sums)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the model's state_dict with fp32 master weights, on the CPU, each tensor contiguous and alone."""
         state = dict(self.model.state_dict())
-        state |= {slot.name: self.view(self.weight, slot) for slot in self.slots}
+        state |= self.frozen | {slot.name: self.view(self.weight, slot) for slot in self.slots}
         return {name: value.to("cpu", copy=True).contiguous() for name, value in state.items()}
 
     @torch.no_grad()
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:
         """Copies weights and statistics in by name. Raises InputError unless names and shapes fit."""
         own = self.model.state_dict()
-        own |= {slot.name: self.view(self.weight, slot) for slot in self.slots}
+        own |= self.frozen | {slot.name: self.view(self.weight, slot) for slot in self.slots}
         if problem := misfit(own, weights):
             raise InputError(f"these weights are not this model's: {problem}")
         for name, value in own.items():
