@@ -52,9 +52,11 @@ from nvcnn.models.fused import (
     Gradients,
     PendingAdd,
     PendingConv,
+    Rectified,
     Unnormalized,
     activation,
     conv_bn,
+    conv_relu,
     library_gradients,
     materialize,
 )
@@ -73,8 +75,8 @@ Measurements = dict[str, dict[str, Times]]  # by machine, by place
 
 
 def candidates(place: Place) -> tuple[str, ...]:
-    """Returns the algorithms that are measured there: in evaluation nothing is materialized."""
-    return ("triton", "cudnn") if place.folded else CANDIDATES
+    """Returns the algorithms that are measured there: in evaluation, and with a bias, all is in memory anyway."""
+    return ("triton", "cudnn") if place.folded or place.bias else CANDIDATES
 
 
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
@@ -115,11 +117,16 @@ class Sample:
         tensor, norm = self.tensors.get(name), self.tensors.get(f"{name}_norm")
         if tensor is None or norm is None:
             return tensor
+        if self.place.bias:
+            return Rectified(tensor, norm)
         return Unnormalized(tensor, self.bn, norm)  # norm says it all: nothing of the BatchNorm is read
 
     def forward(self, algorithm: str) -> dict[str, Tensor]:
         """Returns what the place hands on, by name."""
         self.conv.algorithm = algorithm
+        if self.place.bias:
+            z = conv_relu(self.read("x"), self.conv)
+            return {"z": z} if isinstance(z, Tensor) else {"y": z.z, "norm": z.norm}
         if self.place.folded:
             folded = PendingConv(self.tensors["x"], self.conv, self.bn)
             return {"z": materialize(folded, self.tensors.get("added"), True)}
@@ -133,7 +140,8 @@ class Sample:
 
     def backward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the gradients of what the place reads, by name."""
-        leaves = {"weight": self.conv.weight, "gamma": self.bn.weight, "beta": self.bn.bias} | self.tensors
+        own = {"bias": self.conv.bias} if self.place.bias else {"gamma": self.bn.weight, "beta": self.bn.bias}
+        leaves: dict[str, Any] = {"weight": self.conv.weight} | own | self.tensors
         leaves = {f"d_{name}": t for name, t in leaves.items() if t.requires_grad}
         directions = [self.directions[name] for name in outputs]
         gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), directions)
@@ -158,12 +166,14 @@ def sample(place: Place, device: torch.device) -> Sample:
         x = torch.randn(shape, device=device) * deviation
         return x.to(place.dtype, memory_format=torch.channels_last)
 
-    options: dict[str, Any] = {"stride": place.stride, "padding": place.padding, "groups": place.groups, "bias": False}
-    conv = Conv2d(c, k, (kernel_size[0], kernel_size[1]), **options)
+    options: dict[str, Any] = {"stride": place.stride, "padding": place.padding, "groups": place.groups}
+    conv = Conv2d(c, k, (kernel_size[0], kernel_size[1]), bias=place.bias, **options)
     cast_matrices(conv.to(device), place.dtype)
     bn = BatchNorm2d(k).to(device).train(not place.folded)
     tensors = {"x": images(*place.x)}
-    if place.reads != "activation":
+    if place.reads == "rectified":
+        tensors |= {"x": tensors["x"].relu_(), "x_norm": Conv2d(1, c, 1).to(device).unit_norm}
+    elif place.reads != "activation":
         tensors["x_norm"] = torch.rand(5, c, device=device) + 0.5
     if place.reads in ("join", "join of two"):
         tensors["b"] = images(*place.x)
@@ -171,7 +181,7 @@ def sample(place: Place, device: torch.device) -> Sample:
         tensors["b_norm"] = torch.rand(5, c, device=device) + 0.5
     if place.folded == "folded, adding":
         tensors["added"] = images(*place.y)
-    if "x_norm" in tensors:
+    if "x_norm" in tensors and not place.bias:
         keep_clear_of_zero(tensors)
     for t in tensors.values():
         t.requires_grad_(place.gradient)

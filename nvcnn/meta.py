@@ -73,9 +73,10 @@ class Place(NamedTuple):
     padding: tuple[int, int]
     groups: int
     dtype: torch.dtype
-    reads: str  # an activation, a raw tensor, or a join of a raw tensor with an activation or with another
+    reads: str  # an activation, rectified or not, a raw tensor, or a join of a raw tensor with one or another
     gradient: bool  # x has one
     folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
+    bias: bool = False  # and ReLU follow, not a BatchNorm
 
     @property
     def y(self) -> tuple[int, int, int, int]:
@@ -87,16 +88,18 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         sizes = ("x".join(map(str, numbers)) for numbers in (self.x, self.weight, self.stride, self.padding))
         words = "x {} weight {} stride {} padding {}".format(*sizes)
-        words += f" groups {self.groups} {str(self.dtype).removeprefix('torch.')} {self.reads}"
+        words += f" groups {self.groups} {str(self.dtype).removeprefix('torch.')} {self.reads}" + " bias" * self.bias
         return words + (f", {self.folded}" if self.folded else "" if self.gradient else ", without its gradient")
 
 
 class Places(TorchDispatchMode):
     """Records the place of each convolution op, by the identity of its weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, training: bool) -> None:
         super().__init__()
+        self.training = training
         self.found: dict[int, Place] = {}
+        self.rectified: list[torch.UntypedStorage] = []
         self.padded: list[tuple[Tensor, Tensor]] = []  # weights, and what stands for them
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -105,26 +108,31 @@ class Places(TorchDispatchMode):
         if func is torch.ops.aten.constant_pad_nd.default:
             self.padded.append((args[0], result))
         if func is kernels.convolution.overload:
-            self.note(*args, **kwargs)
+            self.note(result[0], *args, **kwargs)
         return result
 
     def note(
-        self, x, weight, stride, padding, groups, norm=None, residual=None, residual_norm=None,
+        self, y, x, weight, stride, padding, groups, norm=None, residual=None, residual_norm=None,
         center=None, scale=None, shift=None, add=None, relu=False,
     ):  # fmt: skip
         reads = "raw" if norm is not None else "activation"
         if residual is not None:
             reads = "join" if residual_norm is None else "join of two"
-        folded = "" if scale is None else "folded" if add is None else "folded, adding"
+        bias = scale is None and shift is not None
+        if bias and self.training and any(x.untyped_storage()._cdata == z._cdata for z in self.rectified):
+            reads = "rectified"
+        if bias:
+            self.rectified.append(y.untyped_storage())
+        folded = "" if self.training else "folded" if add is None else "folded, adding"
         geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
         of = next((original for original, padded in self.padded if padded is weight), weight)
-        self.found[id(of)] = Place(*geometry, x.dtype, reads, x.requires_grad, folded)
+        self.found[id(of)] = Place(*geometry, x.dtype, reads, x.requires_grad, folded, bias)
 
 
 def places(
     model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3
 ) -> dict[str, Place]:
-    """Returns the place of each convolution of a block of `conv_bn`, by its name in the model.
+    """Returns the place of each convolution of `conv_bn` and `conv_relu`, by its name in the model.
 
     It is that of a training step, or of an evaluation, as the model's mode is.
     """
@@ -134,7 +142,7 @@ def places(
     try:
         for conv in convolutions:
             conv.algorithm = "triton"
-        with torch.set_grad_enabled(model.training), Places() as recorded:
+        with torch.set_grad_enabled(model.training), Places(model.training) as recorded:
             functional_call(model, state, images)
     finally:
         for conv, algorithm in zip(convolutions, before, strict=True):

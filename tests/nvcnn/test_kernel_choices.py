@@ -85,6 +85,31 @@ def test_the_candidates_of_a_place_compute_the_same(reads, gradient):
         torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("reads", "gradient", "folded"),
+    [("rectified", True, ""), ("activation", True, ""), ("activation", False, ""), ("activation", False, "folded")],
+)
+def test_the_candidates_of_a_place_with_bias_compute_the_same(reads, gradient, folded):
+    place = Place((2, 8, 5, 5), (6, 8, 3, 3), (2, 2), (1, 1), 1, torch.float32, reads, gradient, folded, bias=True)
+    assert candidates(place) == ("triton", "cudnn")
+    one = sample(place, CPU)
+    with torch.set_grad_enabled(not folded):
+        results = [one.results(algorithm) for algorithm in candidates(place)]
+    wanted = {"weight", "bias"} | ({"x"} if gradient else set()) | ({"x_norm"} if reads == "rectified" else set())
+    assert results[0].keys() == ({"z"} if folded else {"y", "norm"} | {f"d_{name}" for name in wanted})
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reads", ["rectified", "activation"])
+def test_what_kernels_compute_is_right_at_a_place_with_bias(device, reads, monkeypatch):
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    lines: list[str] = []
+    quickly(monkeypatch, times=0.25)
+    place = Place((2, 16, 6, 6), (24, 16, 1, 1), *ONE, torch.float16, reads, True, bias=True)
+    assert measure(place, device, lines.append).keys() == {"triton", "cudnn"}
+    assert not lines
+
+
 @pytest.mark.parametrize("reads", ["activation", "raw", "join of two"])
 def test_what_kernels_compute_is_right_at_a_place(device, reads, monkeypatch):
     """The kernels are within the tolerance of the reference in fp16, too."""

@@ -110,5 +110,24 @@ def test_the_places_of_an_evaluation():
     assert not any(place.gradient for place in found.values())
 
 
+def test_the_places_of_a_vgg16():
+    """A convolution behind another masks that one's gradient; behind a pooling there is an ordinary tensor."""
+    with torch.device("meta"):
+        model = build_model("vgg16", num_classes=10, seed=1)
+    found = places(model, 64, 224, torch.float16, channels=4)
+    assert len(found) == 13
+    assert all(place.bias and not place.folded for place in found.values())
+    reads = {"0": "activation", "5": "activation", "10": "activation", "17": "activation", "24": "activation"}
+    assert {name: place.reads for name, place in found.items()} == {
+        name: reads.get(name.removeprefix("features."), "rectified") for name in found
+    }
+    assert [name for name, place in found.items() if not place.gradient] == ["features.0"]
+    assert str(found["features.2"]).endswith("groups 1 float16 rectified bias")
+    evaluated = places(model.eval(), 64, 224, torch.float16, channels=4)
+    assert {(place.reads, place.bias, place.folded) for place in evaluated.values()} == {("activation", True, "folded")}
+
+
 def test_a_model_without_blocks_has_no_places():
-    assert places(build_model("lenet", num_classes=10, seed=1), 2, 28, torch.float32) == {}
+    with torch.device("meta"):
+        model = build_model("trivial", num_classes=10, seed=1)
+    assert places(model, 2, 224, torch.float32) == {}

@@ -12,7 +12,7 @@ from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import use
 from nvcnn.meta import places
 from nvcnn.models.fused import activation, conv_bn
-from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d
+from nvcnn.models.layers import BatchNorm2d, Classifier, Conv2d, freeze_backbone
 from nvcnn.models.resnet import Bottleneck
 from nvcnn.optimizer.schedule import poly
 from nvcnn.program import Launch
@@ -81,6 +81,72 @@ def test_a_step_does_what_pytorch_does(transport, device):
     assert step(data)[0].item() == pytest.approx(loss.item(), rel=1e-5)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(step.arena.state_dict()[name], value.cpu(), rtol=1e-5, atol=1e-6)
+
+
+class Headed(nn.Module):
+    """Has two auxiliary heads, which it returns in training alone."""
+
+    aux_weight = 0.3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(3 * SIZE * SIZE, 16)
+        self.fc, self.aux1, self.aux2 = (Classifier(16, CLASSES) for _ in range(3))
+
+    def forward(self, x):
+        x = self.trunk(x.flatten(1)).relu()
+        return (self.fc(x), self.aux1(x), self.aux2(x)) if self.training else self.fc(x)
+
+
+def test_auxiliary_heads_add_their_share_of_the_gradient(device):
+    torch.manual_seed(0)
+    model = Headed()
+    plain, data = copy.deepcopy(model).to(device), batch(0, device)
+    options = {"label_smoothing": 0.1, "loss_scale": 8.0, "transport": Transport(Launch())}
+    step = Step(model, image_size=SIZE, device=device, schedule=poly(0.1, 20), **options)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    images = torch.where(data.flip[:, None, None, None], data.images.flip(2), data.images).permute(0, 3, 1, 2)
+    losses = [F.cross_entropy(y, data.labels, label_smoothing=0.1) for y in plain(images / 127.5 - 1)]
+    (losses[0] + 0.3 * losses[1] + 0.3 * losses[2]).backward()
+    sgd.step()
+    assert step(data)[0].item() == pytest.approx(losses[0].item(), rel=1e-5)  # what is shown is the logits' own
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(step.arena.state_dict()[name], value.cpu(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_a_frozen_backbone_stays_as_it_is(device, dtype):
+    """To the bit, in fp32 and with its running statistics, whatever the compute dtype; a resumed one, too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model, other = Net(), Net()
+    for module in model.modules():
+        if isinstance(module, BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    options = {"dtype": dtype, "transport": Transport(Launch())}
+
+    def made(model) -> Step:
+        freeze_backbone(model)
+        return Step(model, image_size=SIZE, device=device, schedule=poly(0.1, 20), **options)
+
+    step, resumed = made(model), made(other)
+    for number in range(2):
+        step(batch(number, device))
+    saved = step.state_dict()
+    resumed.load_state_dict(saved)
+    for each in (step, resumed):
+        each.model.train()  # does not thaw it
+        torch.manual_seed(5)
+        each(batch(2, device))
+    after = step.state_dict()["weights"]
+    assert {name for name, t in before.items() if not torch.equal(t, after[name])} == {"fc.weight", "fc.bias"}
+    for name, t in resumed.state_dict()["weights"].items():
+        assert torch.equal(t, after[name]), name
+    assert set(saved["optimizer"]["momentum"]) == {"fc.weight", "fc.bias"}
+    images = torch.randn(2, 3, SIZE, SIZE, device=device).to(dtype, memory_format=torch.channels_last)
+    torch.testing.assert_close(*(each.model.eval()(images) for each in (step, resumed)), rtol=0, atol=0)
 
 
 def test_averages_are_debiased_and_pass_over_a_loss_that_is_not_finite(device):

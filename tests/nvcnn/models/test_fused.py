@@ -22,6 +22,7 @@ from nvcnn.models.fused import (
     Unnormalized,
     activation,
     conv_bn,
+    conv_relu,
     max_pool,
 )
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
@@ -67,6 +68,15 @@ def made(algorithm: str, net: nn.Module | None = None) -> nn.Module:
             tensors = module.weight, module.bias, module.running_mean, module.running_var
             for t, low in zip(tensors, (0.5, -0.5, 0, 1), strict=True):
                 nn.init.uniform_(t, low, low + 1)
+    return net
+
+
+def made_of(net: nn.Module, values: nn.Module, algorithm: str) -> nn.Module:
+    """Gives a net the values of another, and its convolutions the algorithm."""
+    net.load_state_dict(values.state_dict())
+    for module in net.modules():
+        if isinstance(module, Conv2d):
+            module.algorithm = algorithm
     return net
 
 
@@ -311,6 +321,78 @@ def test_what_is_pooled_is_not_written(algorithm):
     written = {"batch_norm", "batch_norm_gradient_sums", "batch_norm_backward"} & called.counts.keys()
     assert written == ({"batch_norm", "batch_norm_backward"} if algorithm == "torch" else set())
     assert called.counts["max_pool"] == called.counts["max_pool_backward"] == 1
+
+
+class Biased(nn.Module):
+    """Has convolutions with bias and ReLU: one reads images, others what is Rectified, two of them the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = Conv2d(8, 6, 3, padding=1)
+        self.two = Conv2d(6, 8, 3, stride=2, padding=1)
+        self.three, self.four = Conv2d(8, 4, 1), Conv2d(8, 4, (1, 3), padding=(0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = conv_relu(conv_relu(x, self.one), self.two)
+        return flat([max_pool(conv_relu(y, self.three), 2, 2), activation(conv_relu(y, self.four)), activation(y)])
+
+    def plain(self, x: Tensor) -> Tensor:
+        """As PyTorch does it on a GPU: the bias is added to what was rounded to the compute dtype."""
+
+        def conv_relu(x: Tensor, conv: Conv2d) -> Tensor:
+            y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+            return F.relu(y + conv.bias.view(-1, 1, 1))
+
+        y = conv_relu(conv_relu(x, self.one), self.two)
+        return flat([F.max_pool2d(conv_relu(y, self.three), 2, 2), conv_relu(y, self.four), y])
+
+
+@algorithms
+@pytest.mark.parametrize("frozen", [(), ("one.weight", "two.bias"), ("one.", "two.")], ids=str)
+def test_convolutions_with_bias(algorithm, frozen):
+    net, x = made(algorithm, Biased()), input_of()
+    for name, p in net.named_parameters():
+        p.requires_grad_(not name.startswith(frozen or "none"))
+    twin, x_twin = deepcopy(net), x.detach().clone().requires_grad_()
+    with torch.no_grad():
+        evaluated = net(x)
+    y, expected = net(x), twin.plain(x_twin)
+    torch.testing.assert_close(evaluated, expected)
+    check(y, expected, net, twin, x, x_twin)
+
+
+@pytest.mark.parametrize("algorithm", ["triton", "cudnn"])
+def test_bias_and_relu_are_the_kernels(algorithm):
+    """Of the passes over a tensor the mask is the data gradient's by triton, one by cuDNN, and none is elsewhere."""
+    net, x = made(algorithm, Biased()), input_of()
+    with Called() as called:
+        net(x).sum().backward()
+    assert called.counts["convolution"] == (4 if algorithm == "triton" else 0)
+    assert called.counts["convolution_data_gradient"] == called.counts["convolution"]
+    assert called.counts["batch_norm_gradient_sums"] == (2 if algorithm == "triton" else 5)  # activation's, asked for
+    assert "batch_norm_data_gradient" not in called.counts
+
+
+@algorithms
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_convolutions_with_bias_round_no_more_than_torch(algorithm, dtype, device):
+    torch.manual_seed(0)
+    ours = Biased().to(device)
+    theirs, exact = deepcopy(ours).to(dtype), deepcopy(ours).to(dtype).double()
+    cast_matrices(made_of(ours, exact, algorithm), dtype)
+    x = input_of(4, side=16).to(device, dtype)
+    outputs = [ours(x), theirs.plain(x), exact.plain(x.double())]
+    direction = torch.randn_like(outputs[2])
+    for y in outputs:
+        y.backward(direction.to(y.dtype))
+
+    def error(a: Tensor, b: Tensor) -> float:
+        return ((a.double() - b).norm() / b.norm()).item()
+
+    assert error(outputs[0], outputs[2]) <= 2 * error(outputs[1], outputs[2])
+    for (name, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == (torch.float32 if p.ndim < 2 else dtype), name
+        assert error(p.grad, r.grad) <= 2 * error(q.grad, r.grad), name
 
 
 @algorithms

@@ -107,7 +107,7 @@ def test_learning_rate_at_a_total_batch_of_2048(name, rate):
 
 def test_unknown_model():
     with pytest.raises(
-        InputError, match=r"--model=resnet49: unknown, choose one of trivial, lenet, resnet18, .*resnet152"
+        InputError, match=r"--model=resnet49: unknown, choose one of trivial, lenet, alexnet, .*resnext152"
     ):
         build_model("resnet49", num_classes=10, seed=1)
 
