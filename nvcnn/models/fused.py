@@ -26,6 +26,7 @@ compute wrong gradients from an unnormalised tensor; therefore Unnormalized, Pen
 and refuse to be taken for one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -159,6 +160,14 @@ def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0) -> Ten
     if isinstance(x, Unnormalized) and x.norm is not None and x.value is None:
         return MaxPool.apply(x.y, x.norm, kernel_size, stride, padding)
     return kernels.max_pool(activation(x), kernel_size, stride, padding)
+
+
+def concatenate(branches: Iterable[Operand]) -> Tensor:
+    """Returns the activations of all, one behind the other in channels, (N, sum of C, H, W), channels-last.
+
+    Each is written once, read and written again: a kernel that stores into its slice of the channels would go here.
+    """
+    return torch.cat([activation(branch) for branch in branches], 1)
 
 
 def can_add(conv: Conv2d) -> bool:
