@@ -155,11 +155,11 @@ def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | Pending
     return Unnormalized(y, bn, norm)
 
 
-def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
+def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0, ceil_mode: bool = False) -> Tensor:
     """Returns the maxima of x's activation, as `kernels.max_pool` has them; an Unnormalized is not materialized."""
     if isinstance(x, Unnormalized) and x.norm is not None and x.value is None:
-        return MaxPool.apply(x.y, x.norm, kernel_size, stride, padding)
-    return kernels.max_pool(activation(x), kernel_size, stride, padding)
+        return MaxPool.apply(x.y, x.norm, ceil_mode, kernel_size, stride, padding)
+    return kernels.max_pool(activation(x), kernel_size, stride, padding, ceil_mode)
 
 
 def concatenate(branches: Iterable[Operand]) -> Tensor:
@@ -225,8 +225,8 @@ class MaxPool(Function):
     """The maxima of relu(normalised x), which is never in memory."""
 
     @staticmethod
-    def forward(ctx, x, norm, *window):
-        y, argmax = kernels.max_pool_with_argmax(x, *window, ctx.needs_input_grad[0], norm)
+    def forward(ctx, x, norm, ceil_mode, *window):
+        y, argmax = kernels.max_pool_with_argmax(x, *window, ctx.needs_input_grad[0], norm, ceil_mode)
         ctx.window = window
         ctx.save_for_backward(x, norm, argmax)
         return y
@@ -236,7 +236,7 @@ class MaxPool(Function):
     def backward(ctx, dy):
         x, norm, argmax = ctx.saved_tensors
         g, sums = kernels.max_pool_backward(dy, argmax, *x.shape[2:], *ctx.window, x, norm)
-        return g, gradient_of_norm(sums, x, norm), None, None, None
+        return g, gradient_of_norm(sums, x, norm), *[None] * 4
 
 
 class UnnormalizedConv(Function):
