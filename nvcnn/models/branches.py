@@ -25,6 +25,8 @@ HALVE = partial(max_pool, kernel_size=3, stride=2)
 AVERAGE = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
 AVERAGE_INSIDE = partial(AVERAGE, count_include_pad=False)  # the mean of the pixels that are there
 
+Table = list[list[Any]]
+
 
 class ConvBN(nn.Module):
     """Convolution, BatchNorm and ReLU. (N, c_in, H, W) -> (N, c_out, H', W').
@@ -48,9 +50,9 @@ class ConvBN(nn.Module):
 class AverageConvBN(ConvBN):
     """Average pooling, a 1x1 convolution, BatchNorm and ReLU. (N, c_in, H, W) -> (N, c_out, H, W).
 
-    Pooling and convolution are linear, over pixels and over channels, so they commute. The convolution comes first, as
-    that leaves 4 to 10 times fewer channels to pool: for backward an image of Inception v3 in fp16 keeps 0.9 MB of
-    them, and not the 4.0 MB of pooled inputs.
+    Pooling and convolution are linear, one over pixels, the other over channels, so they commute. The convolution comes
+    first: it leaves 4 to 10 times fewer channels to pool. Of an image in fp16 that Inception v3 has, those are 0.9 MB,
+    also kept for backward, where the pooled inputs would be 4.0 MB.
     """
 
     def __init__(self, c_in: int, c_out: int, average: Callable[[Tensor], Tensor]):
@@ -64,7 +66,7 @@ class AverageConvBN(ConvBN):
 class Branches(nn.Module):
     """The branches of a table, concatenated. (N, c_in, H, W) -> (N, sum of the branches' channels, H', W')."""
 
-    def __init__(self, c_in: int, table: list[list[Any]]):
+    def __init__(self, c_in: int, table: Table):
         super().__init__()
         self.branches = [self.branch(c_in, line) for line in table]
 
