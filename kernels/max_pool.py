@@ -28,17 +28,27 @@ from kernels.partial_sums import empty_sums
 LARGEST = 15  # kernel size: 15 x 15 positions fit into the byte
 
 
-def reference(x, kernel_size, stride, padding, norm):
+def output_size(extent: int, kernel_size: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    """Returns the number of windows along `extent` pixels. With ceil_mode the last may stick out, but begins inside."""
+    left = extent + 2 * padding - kernel_size
+    if not ceil_mode:
+        return left // stride + 1
+    return min(cdiv(left, stride), (extent + padding - 1) // stride) + 1
+
+
+def reference(x, kernel_size, stride, padding, norm, ceil_mode):
     """Returns PyTorch's y and the int64 indices into H x W that its backward takes, both (N, C, OH, OW)."""
     if norm is not None:
         x = normalise(x, norm, None, True)
-    return torch.ops.aten.max_pool2d_with_indices(x, [kernel_size] * 2, [stride] * 2, [padding] * 2)
+    return torch.ops.aten.max_pool2d_with_indices(x, [kernel_size] * 2, [stride] * 2, [padding] * 2, [1, 1], ceil_mode)
 
 
 def backward_reference(dy, argmax, dx, kernel_size, stride, padding, x, norm):
     """Returns dx and the sums; the dx argument is used only for its shape."""
     window = [kernel_size] * 2, [stride] * 2, [padding] * 2
-    dx = torch.ops.aten.max_pool2d_with_indices_backward(dy, dx, *window, [1, 1], False, argmax)
+    floors = [output_size(extent, kernel_size, stride, padding, False) for extent in dx.shape[2:]]
+    ceil_mode = list(dy.shape[2:]) != floors  # where both modes have the same windows, either will do
+    dx = torch.ops.aten.max_pool2d_with_indices_backward(dy, dx, *window, [1, 1], ceil_mode, argmax)
     if x is None or norm is None:
         return dx, empty_sums(dx, None, 0, 0)
     g = torch.ops.aten.threshold_backward(dx, normalise(x, norm, None, False), 0)
@@ -176,19 +186,27 @@ def grid(pixels: int, c: int, config: Configuration) -> tuple[int, int]:
     return cdiv(pixels, config["BLOCK_PIXELS"]), cdiv(c, config["BLOCK_C"])
 
 
-def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
+def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0, ceil_mode: bool = False) -> Tensor:
     """Returns the maximum of each window, kernel_size x kernel_size every stride pixels, differentiable.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last, surrounded by `padding` of -inf. Returns (N, C, OH, OW) in x's
-    dtype, channels-last, OH = floor((H + 2 padding - kernel_size) / stride) + 1. Raises ValueError for another layout,
+    dtype, channels-last, OH = floor((H + 2 padding - kernel_size) / stride) + 1. With `ceil_mode` that is rounded up: the
+    last window may stick out, but begins inside x or its padding on the left. Raises ValueError for another layout,
     shape or dtype, a kernel size or stride above 15, padding above half the kernel, and a window that does not fit.
     """
-    return max_pool_with_argmax(x, kernel_size, stride, padding, torch.is_grad_enabled() and x.requires_grad)[0]
+    with_argmax = torch.is_grad_enabled() and x.requires_grad
+    return max_pool_with_argmax(x, kernel_size, stride, padding, with_argmax, None, ceil_mode)[0]
 
 
 @operator("max_pool")
 def max_pool_with_argmax(
-    x: Tensor, kernel_size: int, stride: int, padding: int, with_argmax: bool, norm: Tensor | None = None
+    x: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    with_argmax: bool,
+    norm: Tensor | None = None,
+    ceil_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns y and, with `with_argmax`, what `argmax_like` says, for the backward alone; else an empty tensor.
 
@@ -202,13 +220,13 @@ def max_pool_with_argmax(
             f"max_pool: kernel_size and stride must be 1 .. {LARGEST}, padding 0 .. kernel_size // 2; "
             f"got {kernel_size}, {stride}, {padding}"
         )
-    size = tuple((extent + 2 * padding - kernel_size) // stride + 1 for extent in (h, w))
+    size = tuple(output_size(extent, kernel_size, stride, padding, ceil_mode) for extent in (h, w))
     if min(size) < 1:
         raise ValueError(
             f"max_pool: a window of {kernel_size} does not fit into {h} x {w} pixels with padding {padding}"
         )
     if not runs_triton(x.device):
-        y, argmax = reference(x, kernel_size, stride, padding, norm)
+        y, argmax = reference(x, kernel_size, stride, padding, norm, ceil_mode)
         return y, argmax if with_argmax else argmax_like(y, False)
     if n * h * w >= 2**31:
         raise ValueError(f"max_pool: x must have less than 2**31 pixels, got {tuple(x.shape)}")
@@ -276,7 +294,7 @@ def max_pool_backward(
 
 
 def setup_context(ctx, inputs, output):
-    x, *ctx.window, _, norm = (*inputs, None)[:6]
+    x, *ctx.window, _, norm = (*inputs, None)[:6]  # backward sees ceil_mode in dy's size
     if norm is not None:
         raise ValueError("max_pool: with norm there is no autograd; max_pool_backward takes x and norm")
     ctx.size = x.shape[2:]

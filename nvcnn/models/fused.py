@@ -29,6 +29,7 @@ compute wrong gradients from an unnormalised tensor; therefore Unnormalized, Pen
 and refuse to be taken for one. A Rectified's norm changes no value; D_BETA is the gradient of the bias.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -202,13 +203,22 @@ def check_supported(conv: Conv2d, bias: bool) -> None:
         raise ValueError(f"{op}: {conv}: dilation 1, padding with zeros in numbers and bias={bias} only")
 
 
-def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0) -> Tensor:
+def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0, ceil_mode: bool = False) -> Tensor:
     """Returns the maxima of x's activation, as `kernels.max_pool` has them; an Unnormalized is not materialized."""
+    window = kernel_size, stride, padding
     if isinstance(x, Rectified) and x.value is None:
-        return MaxPool.apply(x.z, x.norm, True, kernel_size, stride, padding)
+        return MaxPool.apply(x.z, x.norm, True, ceil_mode, *window)
     if isinstance(x, Unnormalized) and x.norm is not None and x.value is None:
-        return MaxPool.apply(x.y, x.norm, False, kernel_size, stride, padding)
-    return kernels.max_pool(activation(x), kernel_size, stride, padding)
+        return MaxPool.apply(x.y, x.norm, False, ceil_mode, *window)
+    return kernels.max_pool(activation(x), *window, ceil_mode)
+
+
+def concatenate(branches: Iterable[Operand]) -> Tensor:
+    """Returns the activations of all, one behind the other in channels, (N, sum of C, H, W), channels-last.
+
+    Each is written once, read and written again: a kernel that stores into its slice of the channels would go here.
+    """
+    return torch.cat([activation(branch) for branch in branches], 1)
 
 
 def can_add(conv: Conv2d) -> bool:
@@ -266,8 +276,9 @@ class MaxPool(Function):
     """The maxima of relu(normalised x), which is never in memory; or where x is `rectified`, of x itself."""
 
     @staticmethod
-    def forward(ctx, x, norm, rectified, *window):
-        y, argmax = kernels.max_pool_with_argmax(x, *window, ctx.needs_input_grad[0], None if rectified else norm)
+    def forward(ctx, x, norm, rectified, ceil_mode, *window):
+        through = None if rectified else norm
+        y, argmax = kernels.max_pool_with_argmax(x, *window, ctx.needs_input_grad[0], through, ceil_mode)
         ctx.window = window
         ctx.save_for_backward(x, norm, argmax)
         return y
@@ -277,7 +288,7 @@ class MaxPool(Function):
     def backward(ctx, dy):
         x, norm, argmax = ctx.saved_tensors
         g, sums = kernels.max_pool_backward(dy, argmax, *x.shape[2:], *ctx.window, x, norm)
-        return g, gradient_of_norm(sums, x, norm), None, None, None, None
+        return g, gradient_of_norm(sums, x, norm), *[None] * 5
 
 
 class UnnormalizedConv(Function):

@@ -9,7 +9,9 @@ from kernels import batch_norm, batch_norm_gradient_sums, max_pool, max_pool_bac
 from tests.kernels.images import DTYPES, SMALLEST, channels_last, integers, on, randn, unit
 
 STEM, INCEPTION, LENET, GOOGLENET = (3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1)
-WINDOWS = (STEM, INCEPTION, LENET, GOOGLENET, (1, 2, 0), (5, 2, 2), (5, 3, 0), (2, 3, 1), (4, 5, 2))
+FLOORED = (STEM, INCEPTION, LENET, GOOGLENET, (1, 2, 0), (5, 2, 2), (5, 3, 0), (2, 3, 1), (4, 5, 2))
+# With ceil_mode. At 6 or 13 pixels the last would have one more window, did that not begin in the padding behind them.
+WINDOWS = (*FLOORED, (*INCEPTION, True), (*LENET, True), (4, 5, 2, True))
 # (N, C, H, W): the widths of a vector of channels and of none, rows and columns that are left over, single pixels.
 SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 8, 17]), st.integers(1, 9), st.integers(1, 9))
 
@@ -17,9 +19,9 @@ SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 8, 17]), st.integer
 @st.composite
 def cases(draw):
     """Draws a window, and a shape that it fits into."""
-    kernel_size, _, padding = window = draw(st.sampled_from(WINDOWS))
+    kernel_size, stride, padding, *ceil_mode = window = draw(st.sampled_from(WINDOWS))
     n, c, h, w = draw(SHAPES)
-    least = kernel_size - 2 * padding
+    least = kernel_size - 2 * padding - (stride - 1 if ceil_mode else 0)
     return window, (n, c, max(h, least), max(w, least))
 
 
@@ -32,14 +34,14 @@ def pooled(pool, x, dy=None):
 
 
 def peer(window):
-    return lambda x: F.max_pool2d(x, *window)
+    return lambda x: F.max_pool2d(x, *window[:3], ceil_mode=len(window) == 4)
 
 
 def ours(window):
     return lambda x: max_pool(x, *window)
 
 
-@pytest.mark.parametrize(("window", "dtype"), [*zip(WINDOWS, 3 * DTYPES, strict=True)])
+@pytest.mark.parametrize(("window", "dtype"), [*zip(WINDOWS, 4 * DTYPES, strict=True)])
 def test_is_exact_on_integers(implementation, device, window, dtype):
     x = integers((2, 17, 9, 6), dtype, device, -3, 3)  # many equal ones in a window
     dy = integers(peer(window)(x).shape, dtype, device)
@@ -86,11 +88,11 @@ def test_values_that_are_not_finite_are_as_in_pytorch(implementation, device, ca
 
 def pooled_raw(window, x, norm, dy):
     """Returns y, the places of the maxima, g and its sums, of a raw x."""
-    y, argmax = max_pool_with_argmax(x, *window, True, norm)
-    return y, argmax, *max_pool_backward(dy, argmax, *x.shape[2:], *window, x, norm)
+    y, argmax = max_pool_with_argmax(x, *window[:3], True, norm, *window[3:])
+    return y, argmax, *max_pool_backward(dy, argmax, *x.shape[2:], *window[:3], x, norm)
 
 
-@pytest.mark.parametrize(("window", "dtype"), [*zip(WINDOWS, 3 * DTYPES, strict=True)])
+@pytest.mark.parametrize(("window", "dtype"), [*zip(WINDOWS, 4 * DTYPES, strict=True)])
 def test_a_raw_tensor_is_exact_on_integers(implementation, device, window, dtype):
     """Scales are of either sign and 0, so that padding is seen where it is normalised, too."""
     x, rows = integers((3, 17, 9, 13), dtype, device, -3, 3), torch.randint(-2, 3, (5, 17), device=device).float()
@@ -106,7 +108,7 @@ def test_a_raw_tensor_is_exact_on_integers(implementation, device, window, dtype
     assert torch.equal(sums.double().sum(1), torch.stack([t.sum((0, 2, 3)) for t in (v.grad, products)]))
     assert y.dtype == g.dtype == dtype
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, g))
-    assert torch.equal(max_pool_with_argmax(x, *window, False, rows)[0], y)
+    assert torch.equal(max_pool_with_argmax(x, *window[:3], False, rows, *window[3:])[0], y)
 
 
 @given(case=cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32))
@@ -122,9 +124,9 @@ def test_a_raw_tensor_gives_the_bits_of_its_activation(implementation, device, c
     norm[1] *= 2.0 ** -torch.randint(9, (shape[1],), device=device)
     norm[2] += 1
     a = batch_norm(x, norm[0], norm[0], norm, None, True, True)
-    y, argmax = max_pool_with_argmax(a, *window, True)
+    y, argmax = max_pool_with_argmax(a, *window[:3], True, None, *window[3:])
     dy = randn(y.shape, dtype, device)
-    dx, _ = max_pool_backward(dy, argmax, *shape[2:], *window)
+    dx, _ = max_pool_backward(dy, argmax, *shape[2:], *window[:3])
     g, sums, _ = batch_norm_gradient_sums(dx, x, None, norm, True)
     *got, got_sums = pooled_raw(window, x, norm, dy)
     for ours, theirs in zip(got, (y, argmax, g), strict=True):
@@ -213,6 +215,7 @@ def test_opcheck(implementation, device):
         (torch.ops.nvcnn.max_pool, (x.requires_grad_(), *STEM, True)),
         (torch.ops.nvcnn.max_pool, (x.detach(), *STEM, False)),
         (torch.ops.nvcnn.max_pool, (x.detach(), *STEM, True, norm)),
+        (torch.ops.nvcnn.max_pool, (x.detach().requires_grad_(), *INCEPTION, True, None, True)),
         (torch.ops.nvcnn.max_pool_backward, (y, argmax, 6, 5, *STEM)),
         (torch.ops.nvcnn.max_pool_backward, (y, argmax, 6, 5, *STEM, x.detach(), norm)),
     ):
