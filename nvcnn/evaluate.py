@@ -110,6 +110,8 @@ def evaluate(asked: Evaluation) -> int:
         batch_size=asked.batch_size,
         image_size=image_size,
         crop=state["preprocessing"]["eval_crop"],
+        aspect="stretch",
+        interpolation="bilinear",
         rank=transport.rank,
         ranks=transport.size,
         device=device,
