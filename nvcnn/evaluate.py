@@ -111,6 +111,8 @@ def evaluate(asked: Evaluation) -> int:
         batch_size=asked.batch_size,
         image_size=preprocessing.image_size,
         crop=preprocessing.eval_crop,
+        aspect=preprocessing.eval_aspect,
+        interpolation=preprocessing.eval_interpolation,
         rank=transport.rank,
         ranks=transport.size,
         device=device,

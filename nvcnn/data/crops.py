@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nvcnn.data.options import EvaluationOptions
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -40,14 +42,16 @@ def pixels(image: "Image.Image") -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
-def middle(image: "Image.Image", image_size: int, crop: float) -> Tensor:
-    """Returns the middle `crop` of width and height, resized to (image_size, image_size, 3) uint8.
+def middle(image: "Image.Image", options: EvaluationOptions) -> Tensor:
+    """Returns the middle of the image as `options` want it, (image_size, image_size, 3) uint8.
 
-    The resize is bilinear, with antialiasing. The cut is not rounded to whole pixels.
+    The resize has antialiasing. The cut is not rounded to whole pixels.
     """
     from PIL import Image
 
-    margin = (1 - crop) / 2
     w, h = image.size
-    box = (margin * w, margin * h, (1 - margin) * w, (1 - margin) * h)
-    return pixels(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box))
+    wide, high = (min(w, h) / w, min(w, h) / h) if options.aspect == "keep" else (1, 1)
+    x, y = (1 - options.crop * wide) / 2, (1 - options.crop * high) / 2
+    box = (x * w, y * h, (1 - x) * w, (1 - y) * h)
+    kernel = Image.Resampling[options.interpolation.upper()]
+    return pixels(image.resize((options.image_size, options.image_size), kernel, box=box))

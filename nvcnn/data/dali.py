@@ -1,7 +1,7 @@
 """Makes uint8 batches of samples with NVIDIA DALI, which decodes on the CPU or the GPU.
 
-https://docs.nvidia.com/deeplearning/dali/ . The resize is bilinear, with the antialiasing filter of Pillow and
-torchvision when it makes an image smaller.
+https://docs.nvidia.com/deeplearning/dali/ . The resize is bilinear, or bicubic where evaluation asks for it, with the
+antialiasing filter of Pillow and torchvision when it makes an image smaller.
 """
 
 import math
@@ -221,7 +221,7 @@ class TrainingData:
 class EvaluationData:
     """Each image of this rank's share of the split "validation" once, in order. The last batch may be short.
 
-    Over all ranks each image comes exactly once. Images are cropped to the middle `crop` of height and width.
+    Over all ranks each image comes exactly once. Images are cropped to their middle, as `options` say.
     """
 
     def __init__(self, dataset: Dataset, options: EvaluationOptions, *, decode_on_gpu: bool = False) -> None:
@@ -229,16 +229,22 @@ class EvaluationData:
         self.images = len(share(images, rank, options.ranks))
         self.batch_size = options.batch_size
         shards = min(options.ranks, images)  # DALI refuses more shards than images
-        margin = (1 - options.crop) / 2
 
         def pixels(dali: Any, encoded: Any) -> Any:
+            types = dali.types
             decoded = dali.fn.decoders.image(encoded, device="mixed" if decode_on_gpu else "cpu")
+            crop: Any = options.crop
+            if options.aspect == "keep":  # another share of height than of width, of each image its own
+                sides = decoded.shape(dtype=types.FLOAT)[:2]
+                crop = crop * (dali.math.min(sides[0], sides[1]) / sides)
+            margin = (1 - crop) / 2
             return dali.fn.resize(
                 decoded.gpu() if options.device.type == "cuda" else decoded,
                 size=(options.image_size, options.image_size),
-                roi_start=(margin, margin),
-                roi_end=(1 - margin, 1 - margin),
+                roi_start=margin,
+                roi_end=1 - margin,
                 roi_relative=True,
+                interp_type={"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[options.interpolation],
             )
 
         self.open = lambda: Pipeline(

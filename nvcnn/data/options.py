@@ -24,4 +24,6 @@ class TrainingOptions(ReaderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(ReaderOptions):
-    crop: float  # share of height and width, in the middle of the image
+    crop: float  # a share, in the middle of the image:
+    aspect: str  # "stretch": of height and of width, which become a square; "keep": a square, of the shorter side
+    interpolation: str  # "bilinear" or "bicubic"

@@ -55,7 +55,7 @@ class Samples:
         except ValueError as error:
             raise InputError(undecodable(self.source.name(i), str(error)) + REPLACE) from None
         if isinstance(options, EvaluationOptions):
-            return middle(image, options.image_size, options.crop), number, False
+            return middle(image, options), number, False
         assert isinstance(options, TrainingOptions)
         generator = random.Random(derived_seed(options.seed, "crop", epoch, i))
         box = random_crop(*image.size, options.crop_area, options.crop_aspect, generator)

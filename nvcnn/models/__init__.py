@@ -100,34 +100,34 @@ MODELS: dict[str, Model] = {
 }
 
 
-def kept(image_size: int, crop: float, interpolation: str, normalize: str, **options: Any) -> Origin:
-    """Returns the origin of weights that are evaluated on a square of the shorter side."""
-    return Origin(Preprocessing(image_size, normalize, crop, "keep", interpolation), options)
+def kept(image_size: int, resize: int, interpolation: str, normalize: str, **options: Any) -> Origin:
+    """Returns the origin of weights that are evaluated on the middle of images whose shorter side is `resize`."""
+    return Origin(Preprocessing(image_size, normalize, image_size / resize, "keep", interpolation), options)
 
 
 # Who published weights by these names and shapes. What is here belongs to those that torchvision calls DEFAULT, and to
 # those that timm loads by the name of the model alone.
-V1 = kept(224, 224 / 256, "bilinear", "imagenet", epsilon=1e-5)
-V2 = kept(224, 224 / 232, "bilinear", "imagenet", epsilon=1e-5)
-A1 = kept(224, 0.95, "bicubic", "imagenet", epsilon=1e-5)
-VGG = kept(224, 224 / 256, "bilinear", "imagenet")
+V1 = kept(224, 256, "bilinear", "imagenet", epsilon=1e-5)
+V2 = kept(224, 232, "bilinear", "imagenet", epsilon=1e-5)
+A1 = kept(224, 235, "bicubic", "imagenet", epsilon=1e-5)
+VGG = kept(224, 256, "bilinear", "imagenet")
 
 ORIGINS: dict[str, dict[str, Origin]] = {
     "torchvision": {
-        "alexnet": kept(224, 224 / 256, "bilinear", "imagenet", padding=2),
-        "googlenet": kept(224, 224 / 256, "bilinear", "signed", epsilon=1e-3),
+        "alexnet": kept(224, 256, "bilinear", "imagenet", padding=2),
+        "googlenet": kept(224, 256, "bilinear", "signed", epsilon=1e-3),
         **dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), VGG),
-        "inception3": kept(299, 299 / 342, "bilinear", "signed", epsilon=1e-3),
+        "inception3": kept(299, 342, "bilinear", "signed", epsilon=1e-3),
         **dict.fromkeys(("resnet18", "resnet34"), V1),
         **dict.fromkeys(("resnet50", "resnet101", "resnet152", "resnext50"), V2),
     },
     "timm": {
         **dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), VGG),
-        "inception3": kept(299, 0.875, "bicubic", "signed", epsilon=1e-3),
-        "inception4": kept(299, 0.875, "bicubic", "signed", epsilon=1e-3),
-        "inception-resnet2": kept(299, 0.8975, "bicubic", "signed", epsilon=1e-3),
+        "inception3": kept(299, 341, "bicubic", "signed", epsilon=1e-3),
+        "inception4": kept(299, 341, "bicubic", "signed", epsilon=1e-3),
+        "inception-resnet2": kept(299, 333, "bicubic", "signed", epsilon=1e-3),
         **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50"), A1),
-        "resnext101": kept(224, 0.875, "bilinear", "imagenet", epsilon=1e-5),
+        "resnext101": kept(224, 256, "bilinear", "imagenet", epsilon=1e-5),
     },
 }
 

@@ -15,6 +15,7 @@ CPU = torch.device("cpu")
 BACKENDS = ("dali_cpu", "torch")
 ALONE = {"rank": 0, "ranks": 1, "device": CPU, "threads": 1}
 TRAINING = {"batch_size": 4, "image_size": 16, "crop_area": (0.3, 1.0), "crop_aspect": (0.8, 1.25), "seed": 1}
+EVALUATION = {"batch_size": 7, "image_size": 28, "crop": 1.0, "aspect": "stretch", "interpolation": "bilinear"}
 WHOLE: dict[str, Any] = {"crop_area": (1.0, 1.0), "crop_aspect": (1.0, 1.0)}
 
 
@@ -27,7 +28,7 @@ def training(dataset: Dataset, backend: str = "dali_cpu", **changes):
 def evaluation(dataset: Dataset, backend: str = "dali_cpu", **changes):
     if backend == "dali_cpu":
         pytest.importorskip("nvidia.dali")
-    return open_evaluation(dataset, backend, **ALONE | {"batch_size": 7, "image_size": 28, "crop": 1.0} | changes)
+    return open_evaluation(dataset, backend, **ALONE | EVALUATION | changes)
 
 
 def find(directory: Path, split: str = "train", **flags) -> Dataset:

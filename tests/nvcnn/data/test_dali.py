@@ -25,10 +25,17 @@ def test_batches_stay_valid(dataset, device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["dali_cpu", "dali_gpu"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("aspect", ["stretch", "keep"])
 @pytest.mark.parametrize("crop", [1.0, 0.875])
-def test_a_gpu_shows_what_a_cpu_shows(dataset, crop):
+def test_a_gpu_shows_what_a_cpu_shows(tmp_path, crop, aspect, interpolation, backend):
     """They differ by a level at most, by rounding: both decode PNG on the CPU, each resizes for itself."""
-    cpu, gpu = (evaluation(dataset, device=torch.device(name), crop=crop, image_size=20) for name in ("cpu", "cuda"))
+    sizes = [(28, 28), (40, 30), (30, 40), (9, 7)]
+    write_split(tmp_path, "validation", images=8, shards=1, encoded=lambda i: picture(i, size=sizes[i % 4]))
+    dataset = find(tmp_path, "validation")
+    how = {"crop": crop, "aspect": aspect, "interpolation": interpolation, "image_size": 20}
+    cpu, gpu = evaluation(dataset, **how), evaluation(dataset, backend, device=torch.device("cuda"), **how)
     for a, b in zip(cpu, gpu, strict=True):
         assert torch.equal(a.labels, b.labels.cpu())
         assert (a.images.int() - b.images.cpu().int()).abs().max() <= 1

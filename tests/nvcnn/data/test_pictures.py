@@ -15,9 +15,10 @@ from tests.nvcnn.data.reading import BACKENDS, evaluation, find, joined, trainin
 from tests.samples import file_of, write_split
 
 ks_2samp = pytest.importorskip("scipy.stats").ks_2samp
-RandomResizedCrop = pytest.importorskip("torchvision.transforms").RandomResizedCrop
+transforms = pytest.importorskip("torchvision.transforms")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+aspects = pytest.mark.parametrize("aspect", ["stretch", "keep"])
 
 
 def data_of(directory, pictures: list[bytes], split: str = "train") -> Dataset:
@@ -31,15 +32,22 @@ def shown(dataset, backend, image_size: int, **options) -> dict[int, np.ndarray]
     return dict(zip(batch.labels.tolist(), batch.images.double().numpy(), strict=True))
 
 
-def by_pillow(image: Image.Image, size: int, **options) -> np.ndarray:
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, **options), float)
+def by_pillow(image: Image.Image, size: int, interpolation: str = "bilinear", **options) -> np.ndarray:
+    return np.asarray(image.resize((size, size), Image.Resampling[interpolation.upper()], **options), float)
+
+
+def middle_box(size: tuple[int, int], aspect: str, crop: float = 1.0) -> np.ndarray:
+    """Returns left, top, right, bottom of what evaluation shows."""
+    width, height = (min(size), min(size)) if aspect == "keep" else size
+    margins = np.array([size[0] - crop * width, size[1] - crop * height]) / 2
+    return np.concatenate((margins, size - margins))
 
 
 def torchvision_crops(width: int, height: int, area, aspect, n: int) -> np.ndarray:
     """Returns area, as a share, and aspect of n crops by torchvision's rule."""
     torch.manual_seed(0)
     picture = torch.empty(3, height, width)
-    sizes = np.array([RandomResizedCrop.get_params(picture, area, aspect)[2:] for _ in range(n)], float)
+    sizes = np.array([transforms.RandomResizedCrop.get_params(picture, area, aspect)[2:] for _ in range(n)], float)
     return np.stack((sizes[:, 0] * sizes[:, 1] / (width * height), sizes[:, 1] / sizes[:, 0]))
 
 
@@ -85,35 +93,67 @@ def test_pillow_s_crops_are_distributed_as_torchvision_s(area, aspect, size):
     assert_same_distribution(crops, torchvision_crops(*size, area, aspect, 3000))
 
 
-def smooth(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
-    small = np.random.default_rng(3).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+def smooth(mode: str = "RGB", size: tuple[int, int] = (40, 30), values: tuple[int, int] = (0, 256)) -> Image.Image:
+    small = np.random.default_rng(3).integers(*values, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
 @backends
 @pytest.mark.parametrize(
-    ("mode", "size", "crop", "image_size", "kind"),
+    ("mode", "size", "crop", "image_size", "kind", "aspect", "interpolation"),
     [
-        ("L", (28, 28), 0.875, 28, "PNG"),
-        ("RGB", (60, 45), 0.875, 13, "PNG"),
-        ("RGB", (60, 45), 1.0, 28, "JPEG"),
-        ("L", (28, 28), 0.5, 32, "JPEG"),
+        ("L", (28, 28), 0.875, 28, "PNG", "stretch", "bilinear"),
+        ("RGB", (60, 45), 0.875, 13, "PNG", "stretch", "bilinear"),
+        ("RGB", (60, 45), 1.0, 28, "JPEG", "stretch", "bilinear"),
+        ("L", (28, 28), 0.5, 32, "JPEG", "stretch", "bilinear"),
+        ("RGB", (60, 45), 0.875, 13, "PNG", "stretch", "bicubic"),
+        *(
+            ("RGB", size, crop, 24, "PNG", "keep", interpolation)
+            for size in ((60, 45), (45, 60), (50, 50), (9, 7), (7, 9), (9, 1), (1, 9))
+            for crop in (1.0, 0.875)
+            for interpolation in ("bilinear", "bicubic")
+        ),
     ],
 )
-def test_evaluation_shows_the_middle(tmp_path, mode, size, crop, image_size, kind, backend):
-    """It is Pillow's resize of that box, in floating point; beyond the edge, its pixels go on."""
-    data = file_of(smooth(mode, size), kind)
+def test_evaluation_shows_the_middle(tmp_path, mode, size, crop, image_size, kind, aspect, interpolation, backend):
+    """It is Pillow's resize of that box, in floating point; DALI goes on with the edge's pixels beyond the edge."""
+    values = (64, 192) if interpolation == "bicubic" else (0, 256)  # it overshoots; Pillow cuts that in each direction
+    data = file_of(smooth(mode, size, values), kind)
     dataset = data_of(tmp_path, [data], "validation")
-    (image,) = shown(dataset, backend, image_size, crop=crop).values()
-    (w, h), margin, edge = size, (1 - crop) / 2, 10
-    box = (margin * w + edge, margin * h + edge, (1 - margin) * w + edge, (1 - margin) * h + edge)
+    how = {"crop": crop, "aspect": aspect, "interpolation": interpolation}
+    (image,) = shown(dataset, backend, image_size, **how).values()
+    edge = 0 if backend == "torch" else 10
+    box = tuple(middle_box(size, aspect, crop) + edge)
     source = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32)
     padded = np.pad(source, ((edge, edge), (edge, edge), (0, 0)), "edge")
     for channel in range(3):
-        exact = by_pillow(Image.fromarray(padded[..., channel]), image_size, box=box)
-        # Rounding, by Pillow of each direction; JPEG decoders may differ by a level.
-        allowed = (0.5001 if kind == "PNG" else 2.5001) + (0.5 if backend == "torch" else 0)
+        exact = by_pillow(Image.fromarray(padded[..., channel]), image_size, interpolation, box=box)
+        # Rounding, by Pillow of each direction; JPEG decoders may differ by a level. Bicubic weights, of both signs,
+        # make Pillow's first rounding up to a quarter larger; DALI takes them from a table.
+        rounding = {"torch": (0.5, 0.625), "dali_cpu": (0, 0.02)}[backend][interpolation == "bicubic"]
+        allowed = (0.5001 if kind == "PNG" else 2.5001) + rounding
         assert np.abs(image[..., channel] - exact).max() <= allowed
+
+
+@backends
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("size", "pixels_off"), [((450, 300), 0), ((500, 375), 0.85), ((375, 500), 0.85), ((90, 60), 0)]
+)
+def test_keep_shows_what_torchvision_s_weights_were_evaluated_with(tmp_path, size, pixels_off, interpolation, backend):
+    """torchvision resizes the image, whose longer side it rounds down to whole pixels, and cuts at whole pixels.
+
+    Where both come out even, only roundings differ. Else its cut is half a pixel off, its scale less than a pixel in
+    341, which is a third of one at the edge of 224: together less than 0.85 of the step from a pixel to the next.
+    """
+    image = smooth(size=size, values=(64, 192))
+    resize = transforms.Resize(256, transforms.InterpolationMode(interpolation))
+    expected = np.asarray(transforms.CenterCrop(224)(resize(image)), float)
+    how = {"crop": 224 / 256, "aspect": "keep", "interpolation": interpolation}
+    dataset = data_of(tmp_path, [file_of(image, "PNG")], "validation")
+    (shows,) = shown(dataset, backend, 224, **how).values()
+    step = max(np.abs(np.diff(expected, axis=axis)).max() for axis in (0, 1))
+    assert np.abs(shows - expected).max() <= 1 + pixels_off * step
 
 
 PICTURES = {
@@ -131,11 +171,13 @@ PICTURES = {
 
 
 @backends
-def test_every_kind_of_picture_is_as_pillow_shows_it(tmp_path, backend):
-    images = shown(data_of(tmp_path, list(PICTURES.values()), "validation"), backend, 24)
+@aspects
+def test_every_kind_of_picture_is_as_pillow_shows_it(tmp_path, aspect, backend):
+    images = shown(data_of(tmp_path, list(PICTURES.values()), "validation"), backend, 24, aspect=aspect)
     for (name, data), (_, image) in zip(PICTURES.items(), sorted(images.items()), strict=True):
         opened = smooth("L") if name == "16 bits" else Image.open(io.BytesIO(data))  # Pillow's convert would clip
-        expected = by_pillow(ImageOps.exif_transpose(opened).convert("RGB"), 24)
+        upright = ImageOps.exif_transpose(opened).convert("RGB")
+        expected = by_pillow(upright, 24, box=tuple(middle_box(upright.size, aspect)))
         assert np.abs(image - expected).mean() < 1.5, name
 
 
@@ -152,8 +194,10 @@ def test_every_suffix_in_class_folders(tmp_path, backend):
 
 
 @backends
-def test_mixed_sizes_in_one_batch(tmp_path, backend):
+@aspects
+def test_mixed_sizes_in_one_batch(tmp_path, aspect, backend):
     sizes = [(1, 1), (2, 900), (900, 2), (33, 57), (640, 480)]
     dataset = data_of(tmp_path, [file_of(smooth(size=size), "PNG") for size in sizes], "validation")
-    for label, image in shown(dataset, backend, 16).items():
-        assert np.abs(image - by_pillow(smooth(size=sizes[label]), 16)).mean() < 1.0, sizes[label]
+    for label, image in shown(dataset, backend, 16, aspect=aspect).items():
+        expected = by_pillow(smooth(size=sizes[label]), 16, box=tuple(middle_box(sizes[label], aspect)))
+        assert np.abs(image - expected).mean() < 1.0, sizes[label]
