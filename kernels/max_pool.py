@@ -190,7 +190,7 @@ def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0, ceil_mo
     """Returns the maximum of each window, kernel_size x kernel_size every stride pixels, differentiable.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last, surrounded by `padding` of -inf. Returns (N, C, OH, OW) in x's
-    dtype, channels-last, OH = floor((H + 2 padding - kernel_size) / stride) + 1. `ceil_mode` rounds that up, so that the
+    dtype, channels-last, OH = floor((H + 2 padding - kernel_size) / stride) + 1. `ceil_mode` rounds that up, and the
     last window may stick out; it begins inside of x or of the padding before it. Raises ValueError for another layout,
     shape or dtype, a kernel size or stride above 15, padding above half the kernel, and a window that does not fit.
     """
