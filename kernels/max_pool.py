@@ -190,9 +190,9 @@ def max_pool(x: Tensor, kernel_size: int, stride: int, padding: int = 0, ceil_mo
     """Returns the maximum of each window, kernel_size x kernel_size every stride pixels, differentiable.
 
     x: (N, C, H, W), fp16, bf16 or fp32, channels-last, surrounded by `padding` of -inf. Returns (N, C, OH, OW) in x's
-    dtype, channels-last, OH = floor((H + 2 padding - kernel_size) / stride) + 1; with `ceil_mode` rounded up: the last
-    window may stick out, but begins inside x or its padding on the left. Raises ValueError for another layout, shape or
-    dtype, a kernel size or stride above 15, padding above half the kernel, and a window that does not fit.
+    dtype, channels-last, OH = floor((H + 2 padding - kernel_size) / stride) + 1. `ceil_mode` rounds that up, and the
+    last window may stick out; it begins inside of x or of the padding before it. Raises ValueError for another layout,
+    shape or dtype, a kernel size or stride above 15, padding above half the kernel, and a window that does not fit.
     """
     with_argmax = torch.is_grad_enabled() and x.requires_grad
     return max_pool_with_argmax(x, kernel_size, stride, padding, with_argmax, None, ceil_mode)[0]

@@ -50,9 +50,9 @@ class ConvBN(nn.Module):
 class AverageConvBN(ConvBN):
     """Average pooling, a 1x1 convolution, BatchNorm and ReLU. (N, c_in, H, W) -> (N, c_out, H, W).
 
-    Pooling and convolution are linear, one over pixels, the other over channels, so they commute. The convolution comes
-    first: it leaves 4 to 10 times fewer channels to pool. Of an image in fp16 that Inception v3 has, those are 0.9 MB,
-    also kept for backward, where the pooled inputs would be 4.0 MB.
+    Pooling is linear over pixels and the convolution over channels, so they commute. The convolution comes first, which
+    leaves 4 to 10 times fewer channels to pool: for an image of Inception v3 in fp16 backward keeps 0.9 MB of those, in
+    place of 4.0 MB of pooled inputs.
     """
 
     def __init__(self, c_in: int, c_out: int, average: Callable[[Tensor], Tensor]):

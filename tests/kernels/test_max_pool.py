@@ -10,7 +10,7 @@ from tests.kernels.images import DTYPES, SMALLEST, channels_last, integers, on, 
 
 STEM, INCEPTION, LENET, GOOGLENET = (3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1)
 FLOORED = (STEM, INCEPTION, LENET, GOOGLENET, (1, 2, 0), (5, 2, 2), (5, 3, 0), (2, 3, 1), (4, 5, 2))
-# With ceil_mode. At 6 or 13 pixels the last would have one more window, did that not begin in the padding behind them.
+# Those with ceil_mode end in True. The last has no window that begins in the padding behind 6 or 13 pixels.
 WINDOWS = (*FLOORED, (*INCEPTION, True), (*LENET, True), (4, 5, 2, True))
 # (N, C, H, W): the widths of a vector of channels and of none, rows and columns that are left over, single pixels.
 SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 8, 17]), st.integers(1, 9), st.integers(1, 9))

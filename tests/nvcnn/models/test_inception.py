@@ -170,26 +170,28 @@ def test_heads_are_computed_in_training_alone(name):
     assert len(called) == len(HEADS[name])
 
 
-def test_dropout_is_its_peer_s(monkeypatch):
-    """That of full-size images in training, and none in evaluation. timm's has the rate as an option."""
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("googlenet", [0.2, 0.7, 0.7]), ("inception3", [0.5]), ("inception4", [0.2]), ("inception_resnet2", [0.2])],
+)
+def test_dropout_is_of_training_alone(monkeypatch, name, expected):
+    """On images of full size, for which the heads are computed, too."""
     rates: list[float] = []
 
-    def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         rates.append(p if training else 0.0)
         return x
 
     monkeypatch.setattr("torch.nn.functional.dropout", dropout)
-    for name, expected in (
-        ("googlenet", [0.2, 0.7, 0.7]), ("inception3", [0.5]), ("inception4", [0.2]), ("inception_resnet2", [0.2]),
-    ):  # fmt: skip
-        with torch.device("meta"):
-            model = PAIRS[name].ours(num_classes=10, **({"aux": True} if name in HEADS else {}))
-            model(torch.empty(2, 3, 299, 299))
-            assert rates == expected
-            rates.clear()
-            model.eval()(torch.empty(2, 3, 299, 299))
-            assert rates == [0.0]
-            rates.clear()
+    with torch.device("meta"):
+        model = PAIRS[name].ours(num_classes=10, **({"aux": True} if name in HEADS else {}))
+        outputs = model(torch.empty(2, 3, 299, 299))
+        assert rates == expected
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert [y.shape for y in outputs] == [(2, 10)] * (1 + len(HEADS.get(name, [])))
+        rates.clear()
+        assert model.eval()(torch.empty(2, 3, 299, 299)).shape == (2, 10)
+        assert rates == [0.0]
 
 
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
