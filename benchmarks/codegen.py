@@ -5,7 +5,8 @@ python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME
 `short` is what the tests compile: the steps of two small models, the optimizer's options, and the convolutions and
 poolings that have the most fused into them. `all` adds ResNet-50's steps with every --conv, its evaluation, and the
 convolutions of ResNeXt-50 that have groups, in fp16 and bf16, launched without a table and with each table of
-kernels/configs/ (on its own GPU). Equal launches are compiled once; `calls` says how often they occur in these steps.
+kernels/configs/ (on its own GPU); and the convolutions and poolings of the models of OTHERS in fp16, on sm_90. Equal
+launches are compiled once; `calls` says how often they occur in ResNet-50's steps.
 
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. These are breaches, which
 make the exit code 1:
@@ -56,6 +57,7 @@ BY_TMA, PERSISTENT = "_tiles:tma", f"{'' if PROLOGUES else 'norm=None .*'}R=1 S=
 # Programs that walk over tiles hold the next one as well.
 WALK = {"PERSISTENT": 264, "BLOCK_OUT": 64, "maxnreg": 255}
 GPUS = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}  # a table's name contains the first, which has the second
+OTHERS = ("alexnet", "googlenet", "inception3", "vgg16")
 # These are bytes per SM, from the table of compute capabilities in the CUDA C++ Programming Guide. Every SM has 64
 # warps and 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -90,6 +92,12 @@ def short_calls() -> Iterator[Call]:
 def of_groups(dtype: torch.dtype) -> list[Call]:
     """Returns the calls of ResNeXt-50's convolutions that have groups."""
     return [call for call in step_calls("resnext50", dtype=dtype, conv="triton") if (call["groups"] or 1) > 1]
+
+
+def convolutions_and_poolings(model: str) -> list[Call]:
+    """Returns those of a training step with the project's kernels."""
+    calls = step_calls(model, 128, conv="triton")
+    return [call for call in calls if call.name in CONVOLUTIONS or "max_pool" in call.name]
 
 
 def most_fused(calls: Iterable[Call]) -> list[Call]:
@@ -154,6 +162,8 @@ def all_launches(which: str) -> Counter[Launch]:
                 found.update(dict.fromkeys(counted(others, chip, table), 0))
             found |= with_choices(step, BY_TMA, HOPPER, TMA=1)
             found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, **WALK)
+        for model in OTHERS:
+            found.update(dict.fromkeys(counted(convolutions_and_poolings(model), 90), 0))
     short = list(short_calls())
     for chip in CHIPS:
         found.update(dict.fromkeys(counted(short, chip), 0))

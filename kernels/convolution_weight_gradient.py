@@ -64,6 +64,7 @@ def kernel(
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     GROUP_OUT: tl.constexpr, GROUP_IN: tl.constexpr, NARROW: tl.constexpr,
+    UNIT: tl.constexpr,  # of C and K, in channels
     # tiles
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
 ):  # fmt: skip
@@ -72,6 +73,8 @@ def kernel(
     FORMED: tl.constexpr = (norm is not None or BOX_W > 0) and x_norm is None  # else both are: such products wait
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
+    if UNIT > 1:
+        C, K = C * UNIT, K * UNIT
     channels = NARROW if NARROW else C
     # Which values of dw.
     tiles = tl.cdiv(K, BLOCK_OUT) * R * TAPS_W * tiles_of_run
@@ -154,10 +157,13 @@ SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
     """Returns tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64. One fits an SM, or two of 64.
 
-    Runs of taps, and groups, take registers for their addresses: 32 rows, too.
+    Runs of taps, and groups, take registers for their addresses: 32 rows, too. From Hopper on a product has at least 64
+    rows, which are dw's channels out.
     """
     most = 128 if shape.groups == 1 else 64
     block_out, block_in = tile_of(shape.k, most), tile_of(shape.run, most)
+    if gpu >= 9 and element_size == 2:
+        block_out = max(block_out, 64)
     rows = 64 if block_out * block_in <= 128 * 64 and not shape.narrow and shape.groups == 1 else 32
     programs = SMS if block_out > 64 else 2 * SMS
     config = {
@@ -253,9 +259,10 @@ def convolution_weight_gradient(
         kernel,
         (tiles * parts,),
         *(g, x, y, norm, factors, x_norm, partial, shape.rows, tiles_a_part, tiles_of_run),
-        *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
+        *(shape.c // shape.unit, shape.h, shape.w, shape.k // shape.unit, shape.oh, shape.ow),
         **shape.constants,
         NARROW=shape.narrow,
+        UNIT=shape.unit,
         **options,
     )
     if parts > 1:

@@ -11,6 +11,7 @@ import kernels
 from nvcnn.models.branches import AVERAGE, HALVE, Branches, ConvBN
 from nvcnn.models.fused import activation, max_pool
 from nvcnn.models.layers import Classifier
+from nvcnn.program import InputError
 
 
 def inception_a(c_in: int, pool: int) -> Branches:
@@ -76,6 +77,10 @@ class Head(nn.Module):
         self.fc = Classifier(768, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < 17:
+            raise InputError(
+                "--aux: the head of --model=inception3 needs images of 299 and more: leave --image_size out"
+            )
         x = self.conv1(self.conv0(F.avg_pool2d(x, 5, stride=3)))
         return self.fc(kernels.global_average(activation(x)))
 
