@@ -71,7 +71,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def results(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
-    """Returns the logits, those of heads among them, the loss and all gradients, flat; of a gradient that has none 0."""
+    """Returns the logits, those of heads among them, the loss, and each gradient, which is 0 where there is none."""
     model.train(training).zero_grad()
     logits = outputs(model(x))
     loss = torch.stack([F.cross_entropy(y, torch.arange(len(x)) % CLASSES) for y in logits]).sum()
