@@ -51,13 +51,14 @@ def randomize(model: nn.Module) -> None:
 def pair(name: str) -> tuple[nn.Module, nn.Module, str]:
     """Returns ours and theirs with the same weights, in float64, and who they are."""
     torch.manual_seed(0)
-    theirs, who = peer(name, CLASSES)
+    aux = "aux" in MODELS[name].flags
+    theirs, who = peer(name, CLASSES, aux)
     randomize(theirs.double())
     published = ORIGINS.get(who, {}).get(name)
     epsilons = [module.eps for module in theirs.modules() if isinstance(module, nn.BatchNorm2d)]
     # The table's epsilon must be the peer's.
     options: dict[str, Any] = published.options if published else {"epsilon": epsilons[0]} if epsilons else {}
-    ours = build_model(name, num_classes=CLASSES, seed=1, aux="aux" in MODELS[name].flags, **options).double()
+    ours = build_model(name, num_classes=CLASSES, seed=1, aux=aux, **options).double()
     values = theirs.state_dict().values()  # a plain build has other names
     ours.load_state_dict(theirs.state_dict() if published else dict(zip(ours.state_dict(), values, strict=True)))
     for conv, algorithm in zip((m for m in ours.modules() if isinstance(m, Conv2d)), cycle(ALGORITHMS), strict=False):

@@ -53,13 +53,13 @@ TORCHVISION = {
 TIMM = {"inception4": "inception_v4", "inception-resnet2": "inception_resnet_v2", "resnext101": "resnext101_32x4d"}
 
 
-def peer(name: str, num_classes: int = 1000) -> tuple[nn.Module, str]:
-    """Returns the model of that name as others have it, with auxiliary heads if it has some, and who they are."""
+def peer(name: str, num_classes: int = 1000, aux: bool = False) -> tuple[nn.Module, str]:
+    """Returns the model of that name as others have it, and who they are. aux: with its auxiliary heads."""
     if name in TORCHVISION:
         from torchvision import models
 
-        plain = {"init_weights": False} if name in ("googlenet", "inception3") else {}
-        return getattr(models, TORCHVISION[name])(num_classes=num_classes, **plain), "torchvision"
+        heads = {"aux_logits": aux, "init_weights": False} if name in ("googlenet", "inception3") else {}
+        return getattr(models, TORCHVISION[name])(num_classes=num_classes, **heads), "torchvision"
     if name in TIMM or name == "resnext152":
         from timm.models import create_model, resnet
 

@@ -179,14 +179,13 @@ def evaluation_calls(
 
 
 def plain_calls(model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16) -> list[Call]:
-    """Returns all calls of forward, loss and backward of torchvision's model of that name.
+    """Returns all calls of forward, loss and backward of the model as others have it, of PyTorch's own operators."""
+    from benchmarks.peers import peer
 
-    Its operators are PyTorch's own.
-    """
-    import torchvision.models
-
-    network = getattr(torchvision.models, model)().to(META, dtype, memory_format=torch.channels_last)
-    images = torch.empty(batch, 3, 224, 224, device=META, dtype=dtype).to(memory_format=torch.channels_last)
+    with META:
+        network = peer(model)[0].to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size = MODELS[model].image_size
+    images = torch.empty(batch, 3, size, size, device=META, dtype=dtype).to(memory_format=torch.channels_last)
     labels = torch.empty(batch, dtype=torch.int64, device=META)
     with recorded() as calls:
         F.cross_entropy(network(images).float(), labels).backward()

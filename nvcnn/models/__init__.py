@@ -79,7 +79,7 @@ RESNEXT = {"groups": 32, "group_width": 4}
 MODELS: dict[str, Model] = {
     "trivial": Model(network("trivial", "Trivial"), 224, constant(0.001)),
     "lenet": Model(network("lenet", "LeNet"), 28, constant(0.001)),
-    "alexnet": Model(network("alexnet", "AlexNet"), 227, constant(0.03), 63),
+    "alexnet": Model(network("alexnet", "AlexNet"), 227, constant(0.03), 67),
     "overfeat": Model(network("overfeat", "OverFeat"), 231, constant(0.001)),
     "googlenet": Model(network("googlenet", "GoogLeNet"), 224, constant(0.04), 32, ("aux",)),
     "vgg11": Model(network("vgg", "VGG", depth=11), 224, constant(0.02), 32),

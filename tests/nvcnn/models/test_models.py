@@ -97,12 +97,51 @@ def test_lenet_learns_one_batch(device, dtype):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "rate"),
-    [("trivial", 0.001), ("lenet", 0.001), ("resnet18", 0.5), ("resnet34", 2.0), ("resnet50", 2.0), ("resnext50", 0.1)],
-)
-def test_learning_rate_at_a_total_batch_of_2048(name, rate):
-    assert MODELS[name].learning_rate(2048) == rate
+def test_sizes_and_learning_rates_are_the_original_s():
+    """The rates are those of a total batch of 2048."""
+    sizes = dict.fromkeys(MODELS, 224) | {"lenet": 28, "alexnet": 227, "overfeat": 231}
+    sizes |= dict.fromkeys(("inception3", "inception4", "inception-resnet2"), 299)
+    rates = dict.fromkeys(("trivial", "lenet", "overfeat"), 0.001) | {"alexnet": 0.03, "googlenet": 0.04}
+    rates |= dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), 0.02) | {"inception3": 0.2, "resnet18": 0.5}
+    rates |= dict.fromkeys(("inception4", "inception-resnet2"), 0.045)
+    rates |= dict.fromkeys(("resnet34", "resnet50", "resnet101", "resnet152"), 2.0)
+    rates |= dict.fromkeys(("resnext50", "resnext101", "resnext152"), 0.1)
+    assert {name: model.image_size for name, model in MODELS.items()} == sizes
+    assert {name: model.learning_rate(2048) for name, model in MODELS.items()} == rates
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.least_size])
+def test_takes_the_least_size_that_it_says(name):
+    """In training, whose BatchNorms want more than one value a channel, and where memory is counted."""
+    size = MODELS[name].least_size
+    with torch.device("meta"):
+        logits = build_model(name, num_classes=7, seed=1)(torch.empty(2, 3, size, size))
+    assert logits.shape == (2, 7)
+
+
+def test_epsilon_is_the_original_s_unless_given():
+    with torch.device("meta"):
+        models = [build_model("googlenet", num_classes=7, seed=1, **given) for given in ({}, {"epsilon": 1e-3})]
+    found = [{m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} for model in models]
+    assert found == [{1e-4}, {1e-3}]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception3"])
+def test_heads_are_asked_for(name):
+    with torch.device("meta"):
+        plain, headed = (build_model(name, num_classes=7, seed=1, aux=aux) for aux in (False, True))
+        x = torch.empty(2, 3, 299, 299)
+        assert isinstance(plain(x), Tensor)
+        assert [y.shape for y in headed(x)] == [(2, 7)] * {"googlenet": 3, "inception3": 2}[name]
+        assert isinstance(headed.eval()(x), Tensor)
+    assert headed.aux_weight == {"googlenet": 0.3, "inception3": 0.4}[name]
+    with pytest.raises(InputError, match="--aux is for googlenet, inception3; --model=resnet50 has no auxiliary heads"):
+        build_model("resnet50", num_classes=7, seed=1, aux=True)
+
+
+def test_the_head_of_inception3_needs_its_size():
+    with torch.device("meta"), pytest.raises(InputError, match="images of 299 and more"):
+        build_model("inception3", num_classes=7, seed=1, aux=True)(torch.empty(2, 3, 200, 200))
 
 
 def test_unknown_model():
@@ -119,8 +158,9 @@ def test_v1_is_for_bottlenecks(name):
         build_model(name, num_classes=10, resnet_v1=True, seed=1)
 
 
-@pytest.mark.parametrize("name", ["lenet", "trivial"])
+@pytest.mark.parametrize("name", ["lenet", "trivial", "overfeat"])
 def test_models_of_one_size_say_so(name):
     size = MODELS[name].image_size
-    with pytest.raises(InputError, match=f"--model={name} takes images of 3 x {size} x {size}"):
+    message = f"--model={name} takes images of 3 x {size} x {size}"
+    with torch.device("meta"), pytest.raises(InputError, match=message):
         build_model(name, num_classes=10, seed=1)(torch.zeros(1, 3, 32, 32))
