@@ -112,7 +112,7 @@ codegen: env  ## compile every kernel configuration for sm_80, sm_90, sm_100: re
 	@$(activate) python -m benchmarks.codegen
 
 # No .venv, no network: the machine's own python3 with torch and triton.
-gpu:  ## on a GPU machine: all parts, or PART="first tune tests ops layers conv step" (200 to 250 s each)
+gpu:  ## on a GPU machine: all parts, or PART="first tune tests ops layers conv step models" (200 to 250 s each)
 	PYTHONPATH=. python3 -m benchmarks.gpu $(PART)
 
 tune:  ## on a GPU machine: measure launch configurations, write its table in kernels/configs/

@@ -5,10 +5,10 @@ python3 -m benchmarks.gpu [PART ...] [--out DIR] [--dry_run]    (`make gpu`)
 python3 -m benchmarks.gpu summary FILE ... [--out DIR]          merges the GPU.json of several calls
 
 The parts, which all run in this order by default, are first (200 s: right or wrong, the step, probes, each layer),
-tune, tests, ops, layers, conv and step (250 s each). A part is a list of items, each with the seconds it should take.
-An item that does not fit any more is left out, which is printed; 15 s before its limit a part ends whatever runs. An
-item is one process, or several side by side, which write as they go. All of it needs PyTorch, Triton and pytest, but no
-network.
+tune, tests, ops, layers, conv, step and models (250 s each). A part is a list of items, each with the seconds it should
+take. An item that does not fit any more is left out, which is printed; 15 s before its limit a part ends whatever runs.
+An item is one process, or several side by side, which write as they go. All of it needs PyTorch, Triton and pytest, but
+no network.
 
 After every item DIR (benchmarks/results) gets GPU.json, with machine, versions and rows, GPU.md, the same as tables,
 and GPU.log; at the end of a part it gets GPU.png, which shows the share of the floor that each call reaches. The exit
@@ -116,6 +116,14 @@ PARTS = {
     ),
     "conv": Part(250, (kernels(5), one("conv", 225, "benchmarks.layers", "convolution", "bottleneck", least=60))),
     "step": Part(250, (kernels(5), one("whole-step", 225, "benchmarks.step", "--device=cuda", least=60))),
+    # By cuDNN, since a hundred shapes of convolutions would first have to be compiled.
+    "models": Part(
+        250,
+        tuple(
+            one(f"step-{model}", 70, "benchmarks.step", "--device=cuda", f"--model={model}", "--conv=cudnn")
+            for model in ("inception3", "vgg16", "resnext50")
+        ),
+    ),
 }  # fmt: skip
 
 

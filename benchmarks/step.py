@@ -1,13 +1,13 @@
 """Times the whole training step on synthetic data (forward, backward, optimizer) against what others would write.
 
-python -m benchmarks.step [--device=cpu|cuda] [--model MODEL] [--batch N] [--json FILE]
+python -m benchmarks.step [--device=cpu|cuda] [--model MODEL] [--batch N] [--conv auto|triton|...] [--json FILE]
 
 On a GPU it runs ResNet-50 at batch 256, 224 x 224, in fp16; other models likewise, at their own size and the batch of
 BATCHES, or 128. On the CPU, to prove the script, it runs ResNet-18 at batch 4, 64 x 64, in fp32. The peers are plain
 channels-last loops with SGD(fused=True), on a GPU with automatic mixed precision, GradScaler and, by the same rule as
 ours, the fastest of cuDNN's deterministic algorithms. They get normalised fp32 images; ours starts from uint8, as from
 a decoder, and has LARC. On a GPU ours runs with --conv=auto and as a CUDA graph; its other --conv, and ours without a
-graph, are among the peers. Nobody has auxiliary heads.
+graph, are among the peers of ResNet-50. Nobody has auxiliary heads.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, use_device, versions
 from nvcnn.models import ALGORITHMS, MODELS, build_model
 from nvcnn.optimizer.larc import MOMENTUM, WEIGHT_DECAY
+from nvcnn.settings import CONV
 from nvcnn.step import Step
 
 LEARNING_RATE = 1e-3  # small: the batch is always the same, and no contender may diverge while it is timed
@@ -150,13 +151,14 @@ def compare(
     case: Case,
     others: dict[str, Callable[[Case], timing.Step]],
     *,
+    conv: str = "auto",
     rounds: int,
     repeat: int,
     write: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Returns a row for every peer, each of which takes turns with ours. `write` gets all rows when one is added."""
     rows: list[dict[str, Any]] = []
-    own = ours(case, cuda_graph="auto")
+    own = ours(case, conv, cuda_graph="auto")
     for peer, make in others.items():
         name = f"{case.name}: nvcnn / {peer}"
         write([*rows, timing.missing(name, "images/s", "the benchmark ended while this was measured")])
@@ -179,6 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--model", choices=MODELS, help="default: resnet50, on a CPU resnet18")
+    parser.add_argument("--conv", choices=CONV, default="auto", help="what computes convolutions of ours")
     parser.add_argument("--batch", type=int, help="images a step")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     arguments = parser.parse_args()
@@ -198,9 +201,10 @@ def main() -> int:
         case = replace(case, model=model, batch=batch, size=MODELS[model].image_size)
     case = replace(case, batch=arguments.batch or case.batch)
     if gpu:
-        rows = compare(case, PEERS | OURS | COMPILED, rounds=8, repeat=10, write=write)
+        others = PEERS if arguments.model else PEERS | OURS | COMPILED
+        rows = compare(case, others, conv=arguments.conv, rounds=8, repeat=10, write=write)
     else:
-        rows = compare(case, PEERS, rounds=9, repeat=3, write=write)
+        rows = compare(case, PEERS, conv=arguments.conv, rounds=9, repeat=3, write=write)
     print(report.table(timing.shown(rows)))
     return 0
 
