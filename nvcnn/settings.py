@@ -106,6 +106,8 @@ class Evaluation(Images):
     def __post_init__(self) -> None:
         if bool(self.log_dir) == bool(self.checkpoint):
             raise InputError("give one of --log_dir (its newest checkpoint) and --checkpoint=FILE")
+        if self.weights_from and not self.checkpoint:
+            raise InputError(f"--weights_from={self.weights_from} needs --checkpoint, the weights")
         check(self, self.batch_size >= 1, "batch_size", "at least 1")
         if self.model is not None:
             find_model(self.model)
@@ -227,6 +229,8 @@ class Settings(Images):
             raise InputError(f"--larc_exclude={self.larc_exclude} needs --larc_eta: without it LARC is off")
         if self.weights_from and not (self.init or self.eval):
             raise InputError(f"--weights_from={self.weights_from} needs --init, the weights")
+        if self.freeze != "none" and not (self.init or self.eval):
+            raise InputError(f"--freeze={self.freeze} needs --init: random weights are none to keep")
         if self.log_tensors and not self.log_dir:
             raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
         if self.num_epochs is not None and self.data_dir is None:
@@ -243,7 +247,7 @@ class Settings(Images):
 
     def evaluation(self) -> Evaluation:
         """Returns what --eval asks for: launch/eval.py with the flags that both programs have."""
-        both = {f.name for f in fields(Settings)} & {f.name for f in fields(Evaluation)}
+        both = {f.name for f in fields(Settings)} & {f.name for f in fields(Evaluation)} - {"weights_from"}
         return Evaluation(**{name: getattr(self, name) for name in both})
 
 
