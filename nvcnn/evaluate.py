@@ -23,7 +23,7 @@ from nvcnn.metrics import draw_curve
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
 from nvcnn.program import InputError
-from nvcnn.settings import Evaluation, check_image_size
+from nvcnn.settings import Chosen, Evaluation, check_image_size
 from nvcnn.weights import Weights, load_model, of_checkpoint, read
 
 
@@ -63,7 +63,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     return ["-" * 64, line("Top-1"), line("Top-5"), "-" * 64]
 
 
-def find_weights(asked: Evaluation) -> Weights:
+def find_weights(asked: Chosen) -> Weights:
     """Returns the weights to evaluate, or to export. Raises InputError if there are none."""
     if asked.checkpoint:
         return read("checkpoint", asked.checkpoint, asked.model, asked.weights_from)

@@ -9,13 +9,13 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvcnn import checkpoint
 from nvcnn.models import MODELS, ORIGINS, Origin, Preprocessing, build_model
 from nvcnn.optimizer.arena import misfit
 from nvcnn.plan import plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings
 from nvcnn.weights import fit, foreign, load_model, read, skeleton
+from tests.nvcnn.checkpoints import state_of
 
 TORCHVISION = {"inception3": "inception_v3", "resnext50": "resnext50_32x4d"}
 TIMM = {"inception3": "inception_v3", "inception4": "inception_v4", "inception-resnet2": "inception_resnet_v2"}
@@ -34,23 +34,6 @@ def published(who: str, model: str, num_classes: int = 1000) -> torch.nn.Module:
 
 def lenet(num_classes: int = 10, seed: int = 7) -> dict[str, Tensor]:
     return build_model("lenet", num_classes=num_classes, seed=seed).state_dict()
-
-
-def state_of(model: str, num_classes: int, **entries) -> dict:
-    """Returns as much of a checkpoint as weights are read from."""
-    weights = build_model(model, num_classes=num_classes, seed=7).state_dict()
-    return {
-        "format": checkpoint.FORMAT,
-        "version": checkpoint.VERSION,
-        "model": model,
-        "num_classes": num_classes,
-        "class_names": [],
-        "settings": {"label_base": 3, "fp16": True, "bf16": False},
-        "preprocessing": {"image_size": 28, "normalize": "imagenet", "eval_crop": 1.0},
-        "options": {},
-        "weights": weights,
-        "optimizer": {"counters": torch.tensor([9, 8, 7])},
-    } | entries
 
 
 @pytest.mark.parametrize(("who", "model"), PUBLISHED)
