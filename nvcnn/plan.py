@@ -121,7 +121,9 @@ def initial_model(settings: Settings, run: Plan, weights: Weights | None) -> tup
     Raises InputError unless they fit.
     """
     model = build_model(settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
-    lines = [f"Weights:     {weights}", *(f"  {line}" for line in fit(model, weights))] if weights else []
+    lines = []
+    if weights:
+        lines = [f"Weights:     {weights}", *(f"  {line}" for line in fit(model, weights, run.class_names))]
     if settings.freeze == "backbone":
         freeze_backbone(model)
     return model, lines

@@ -4,6 +4,7 @@ Whose they are decides how images are prepared and what the model is built with:
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,11 +174,12 @@ def classifiers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Classifier)]
 
 
-def fit(model: nn.Module, weights: Weights) -> list[str]:
+def fit(model: nn.Module, weights: Weights, class_names: Sequence[str] | None = None) -> list[str]:
     """Copies the weights into a model of that kind. Returns a line for each thing that the model does not have of them.
 
-    A head for another number of classes stays as it was drawn; so do auxiliary heads that are not in the file, and
-    those of the file are left out where the model has none. Raises InputError for anything else that does not fit.
+    A head for other classes than `class_names`, or another number of them, stays as it was drawn. So do auxiliary heads
+    that are not in the file; those of the file are left out where the model has none. Raises InputError for anything
+    else that does not fit.
     """
     own, given, path = model.state_dict(), dict(weights.tensors), weights.path
     lines = []
@@ -189,11 +191,15 @@ def fit(model: nn.Module, weights: Weights) -> list[str]:
         if own.keys() & heads and not given.keys() & heads:
             given |= {name: own[name] for name in heads}
             lines.append(f"auxiliary heads: none in {path}, made anew")
+    others = bool(class_names and weights.class_names) and tuple(class_names or ()) != weights.class_names
     for head in classifiers(model):
-        names = [f"{head}.weight", f"{head}.bias"]
-        if all(n in given and given[n].shape[1:] == own[n].shape[1:] and len(given[n]) != len(own[n]) for n in names):
-            lines.append(f"{head}: {len(given[names[0]])} classes in {path}, {len(own[names[0]])} here: made anew")
-            given |= {name: own[name] for name in names}
+        there, here = given.get(f"{head}.weight"), own[f"{head}.weight"]
+        if there is None or there is here or there.shape[1:] != here.shape[1:]:
+            continue
+        if others or len(there) != len(here):
+            word = " others" * (len(there) == len(here))
+            lines.append(f"{head}: {len(there)} classes in {path}, {len(here)}{word} here: made anew")
+            given |= {f"{head}.{kind}": own[f"{head}.{kind}"] for kind in ("weight", "bias")}
     for name in own:
         if name.endswith("num_batches_tracked"):  # older files have none, and nothing reads it
             given.setdefault(name, own[name])

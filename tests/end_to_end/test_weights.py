@@ -36,7 +36,7 @@ def test_a_frozen_backbone_keeps_the_bits_of_the_file(launch, records, tmp_path,
     path, log_dir = tmp_path / "resnet18.pth", tmp_path / "run"
     theirs = published(path, num_classes=20)
     arguments = (*RESNET, *precision, f"--init={path}", "--weights_from=torchvision", "--freeze=backbone")
-    arguments += (f"--data_dir={records}", f"--log_dir={log_dir}", "--num_batches=4", "--learning_rate=0.1")
+    arguments += (f"--data_dir={records}", f"--log_dir={log_dir}", "--num_batches=8", "--learning_rate=0.1")
     text = launch.train(*arguments, "--dry_run")
     for line in (f"Weights:     {path}, torchvision's resnet18", f"  fc: 20 classes in {path}, 10 here: made anew"):
         assert text.splitlines().count(line) == 1
@@ -60,7 +60,7 @@ def test_a_frozen_backbone_keeps_the_bits_of_the_file(launch, records, tmp_path,
     assert all(momentum.any() for momentum in state["optimizer"]["momentum"].values())
     text = launch.run("launch/eval.py", f"--data_dir={records}", f"--log_dir={log_dir}", "--json")
     assert "Built with:  epsilon=1e-05" in text
-    assert json.loads(text.splitlines()[-1])["step"] == 4
+    assert json.loads(text.splitlines()[-1])["step"] == 8
 
 
 def test_published_weights_are_evaluated(launch, records, tmp_path):
@@ -83,8 +83,11 @@ def test_published_weights_are_evaluated(launch, records, tmp_path):
 
 
 def half(directory: Path, labels: range, images: dict[str, int]) -> Path:
-    """Writes the images of Fashion-MNIST with these labels, which then start at 1."""
+    """Writes images of Fashion-MNIST with these labels, which then start at 1."""
     directory.mkdir()
+    names = json.loads((FASHION / "dataset.json").read_text())["class_names"][labels[0] - 1 : labels[-1]]
+    declared = {"num_classes": len(names), "label_base": 1, "class_names": names}
+    (directory / "dataset.json").write_text(json.dumps(declared))
     for split, count in images.items():
         source = Records.find(FASHION, split)
         found = (source.read(i) for i in range(len(source)))
@@ -99,13 +102,14 @@ def test_fine_tuning_is_ahead_of_a_fresh_start(launch, tmp_path):
     """LeNet has seen half of Fashion-MNIST's classes; of the others it learns more in as many steps than a new one."""
     images = {"train": 6400, "validation": 5000}
     seen, others = half(tmp_path / "seen", range(1, 6), images), half(tmp_path / "others", range(6, 11), images)
-    flags = ("--model=lenet", "--num_classes=5", "--crop_area=0.9,1", "--eval_crop=1", "--learning_rate=0.05")
+    flags = ("--model=lenet", "--crop_area=0.9,1", "--eval_crop=1", "--learning_rate=0.05")
     flags += ("--batch_size=64", "--display_every=20")
     launch.train(*flags, f"--data_dir={seen}", f"--log_dir={tmp_path}/first", "--num_epochs=3")
     first = max((tmp_path / "first").glob("checkpoint-*.pt"))
     top1 = {}
     for name, init in (("fresh", ()), ("fine", (f"--init={first}",))):
-        launch.train(*flags, f"--data_dir={others}", f"--log_dir={tmp_path}/{name}", "--num_batches=20", *init)
+        said = launch.train(*flags, f"--data_dir={others}", f"--log_dir={tmp_path}/{name}", "--num_batches=20", *init)
+        assert (f"fc2: 5 classes in {first}, 5 others here: made anew" in said) == (name == "fine")
         text = launch.run("launch/eval.py", f"--data_dir={others}", f"--log_dir={tmp_path}/{name}", "--json")
         top1[name] = json.loads(text.splitlines()[-1])["top1"]
     print(top1)

@@ -1,6 +1,7 @@
 """Weights come in as their publishers have them, or an error of one line says why not."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from nvcnn.plan import plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings
 from nvcnn.weights import fit, foreign, load_model, read, skeleton
-from tests.nvcnn.checkpoints import state_of
+from tests.nvcnn.checkpoints import state_of, weights_of
 
 TORCHVISION = {"inception3": "inception_v3", "resnext50": "resnext50_32x4d"}
 TIMM = {"inception3": "inception_v3", "inception4": "inception_v4", "inception-resnet2": "inception_resnet_v2"}
@@ -113,6 +114,38 @@ def test_a_head_for_other_classes_is_made_anew(tmp_path):
     assert fit(model, weights) == [f"fc: 1000 classes in {tmp_path}/w.pth, 10 here: made anew"]
     assert torch.equal(model.fc.weight, head)
     assert torch.equal(model.layer4[1].conv2.weight, theirs["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("here", "anew"), [(None, False), (["a", "b", "c"], False), (["a", "c", "b"], True), (["x", "y", "z"], True)]
+)
+def test_a_head_for_classes_of_other_names_is_made_anew(here, anew, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save(state_of("lenet", 3, class_names=["a", "b", "c"]), path)
+    weights = read("init", str(path), "lenet", None)
+    model = build_model("lenet", num_classes=3, seed=1)
+    assert fit(model, weights, here) == [f"fc2: 3 classes in {path}, 3 others here: made anew"] * anew
+    assert torch.equal(model.fc2.weight, weights.tensors["fc2.weight"]) != anew
+    assert torch.equal(model.conv1.weight, weights.tensors["conv1.weight"])
+
+
+def test_auxiliary_heads_follow_the_flag(tmp_path):
+    """Those of the file are left out without --aux; those that it lacks are made anew."""
+    tensors = weights_of("googlenet", 7, 96, aux=True)
+    weights = foreign(tmp_path / "w.pth", tensors, "googlenet", "torchvision")
+    model = build_model("googlenet", num_classes=7, seed=1)
+    assert fit(model, weights) == [f"auxiliary heads: left out of what {tmp_path}/w.pth has"]
+    assert torch.equal(model.fc.weight, tensors["fc.weight"])
+    without = replace(weights, tensors=model.state_dict())
+    model = build_model("googlenet", num_classes=7, seed=1, aux=True)
+    assert fit(model, without) == [f"auxiliary heads: none in {tmp_path}/w.pth, made anew"]
+    assert torch.equal(model.fc.weight, tensors["fc.weight"])
+    model = build_model("googlenet", num_classes=7, seed=1, aux=True)
+    assert fit(model, weights) == []
+    assert torch.equal(model.aux1.fc1.weight, tensors["aux1.fc1.weight"])
+    model = build_model("googlenet", num_classes=5, seed=1, aux=True)
+    heads = [line.partition(":")[0] for line in fit(model, weights)]
+    assert heads == ["aux1.fc2", "aux2.fc2", "fc"]
 
 
 def test_heads_are_this_run_s_own():
