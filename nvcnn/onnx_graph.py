@@ -100,7 +100,8 @@ class Graph:
         return self.add("Transpose", x, perm=order)
 
     def flatten(self, x, start=0):
-        return self.add("Flatten", x, axis=start)
+        assert start == 1, "ONNX's Flatten has two dimensions"
+        return self.add("Flatten", x)
 
     def same(self, x, *_, **__):
         return x

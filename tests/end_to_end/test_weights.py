@@ -63,7 +63,7 @@ def test_a_frozen_backbone_keeps_the_bits_of_the_file(launch, records, tmp_path,
     assert json.loads(text.splitlines()[-1])["step"] == 8
 
 
-def test_published_weights_are_evaluated(launch, records, tmp_path):
+def test_published_weights_are_evaluated_and_exported(launch, records, tmp_path):
     published(tmp_path / "ten.pth", num_classes=10)
     published(tmp_path / "nine.pth", num_classes=9)
     evaluate = ("launch/eval.py", f"--data_dir={records}", "--model=resnet18", "--weights_from=torchvision")
@@ -71,6 +71,14 @@ def test_published_weights_are_evaluated(launch, records, tmp_path):
     assert "pixels imagenet" in text
     result = json.loads(text.splitlines()[-1])
     assert (result["images"], result["step"], result["checkpoint"]) == (101, None, f"{tmp_path}/ten.pth")
+    published_as = ("--model=resnet18", "--weights_from=torchvision", "--image_size=32")
+    export = ("launch/export.py", f"--checkpoint={tmp_path}/ten.pth", f"--out={tmp_path}/ten.safetensors")
+    assert f"Written to {tmp_path}/ten.safetensors" in launch.run(*export, *published_as)
+    assert "is there already" in launch.run(*export, *published_as, code=2)
+    text = launch.run(*evaluate[:2], f"--checkpoint={tmp_path}/ten.safetensors", "--json")
+    again = json.loads(text.splitlines()[-1])
+    assert again | {"checkpoint": ""} == result | {"checkpoint": ""}
+
     text = launch.run(*evaluate, f"--checkpoint={tmp_path}/nine.pth", "--image_size=32", code=2)
     assert "label 10 is outside 1 .. 9" in text
     (tmp_path / "data").mkdir()
@@ -100,17 +108,15 @@ def half(directory: Path, labels: range, images: dict[str, int]) -> Path:
 @pytest.mark.skipif(not FASHION.exists(), reason="make train prepares it")
 def test_fine_tuning_is_ahead_of_a_fresh_start(launch, tmp_path):
     """LeNet has seen half of Fashion-MNIST's classes; of the others it learns more in as many steps than a new one."""
-    images = {"train": 6400, "validation": 5000}
+    images = {"train": 30000, "validation": 5000}
     seen, others = half(tmp_path / "seen", range(1, 6), images), half(tmp_path / "others", range(6, 11), images)
-    flags = ("--model=lenet", "--crop_area=0.9,1", "--eval_crop=1", "--learning_rate=0.05")
-    flags += ("--batch_size=64", "--display_every=20")
+    flags = ("--model=lenet", "--crop_area=0.9,1", "--eval_crop=1", "--learning_rate=0.05", "--batch_size=64")
     launch.train(*flags, f"--data_dir={seen}", f"--log_dir={tmp_path}/first", "--num_epochs=3")
     first = max((tmp_path / "first").glob("checkpoint-*.pt"))
     top1 = {}
     for name, init in (("fresh", ()), ("fine", (f"--init={first}",))):
-        said = launch.train(*flags, f"--data_dir={others}", f"--log_dir={tmp_path}/{name}", "--num_batches=20", *init)
+        said = launch.train(*flags, f"--data_dir={others}", f"--log_dir={tmp_path}/{name}", "--num_batches=60", *init)
         assert (f"fc2: 5 classes in {first}, 5 others here: made anew" in said) == (name == "fine")
         text = launch.run("launch/eval.py", f"--data_dir={others}", f"--log_dir={tmp_path}/{name}", "--json")
         top1[name] = json.loads(text.splitlines()[-1])["top1"]
-    print(top1)
-    assert top1["fine"] > top1["fresh"] + 3, top1
+    assert top1["fine"] > top1["fresh"] + 2, top1  # its standard error over 5 000 images is 0.6

@@ -6,16 +6,11 @@ from collections import Counter
 from io import BytesIO
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import nvcnn
@@ -23,12 +18,16 @@ from nvcnn.data.batch import prepare_input
 from nvcnn.export import export
 from nvcnn.models import Origin, Preprocessing
 from nvcnn.models.layers import BatchNorm2d, adaptive_average
-from nvcnn.onnx_graph import onnx_model
 from nvcnn.program import InputError
 from nvcnn.settings import Export, parse
 from nvcnn.weights import load_model, read
 from tests.nvcnn.checkpoints import state_of
 from tests.samples import picture
+
+onnx, onnxruntime, timm = map(pytest.importorskip, ("onnx", "onnxruntime", "timm"))
+safe_open = pytest.importorskip("safetensors").safe_open
+load_file = pytest.importorskip("safetensors.torch").load_file
+onnx_model = pytest.importorskip("nvcnn.onnx_graph").onnx_model
 
 
 def exported(tmp_path, state: dict, format: str, *flags: str):

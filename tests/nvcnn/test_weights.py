@@ -2,12 +2,11 @@
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torchvision
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nvcnn.models import MODELS, ORIGINS, Origin, Preprocessing, build_model
@@ -17,6 +16,9 @@ from nvcnn.program import InputError
 from nvcnn.settings import Settings
 from nvcnn.weights import fit, foreign, load_model, read, skeleton
 from tests.nvcnn.checkpoints import state_of, weights_of
+
+timm = pytest.importorskip("timm")
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 TORCHVISION = {"inception3": "inception_v3", "resnext50": "resnext50_32x4d"}
 TIMM = {"inception3": "inception_v3", "inception4": "inception_v4", "inception-resnet2": "inception_resnet_v2"}
@@ -272,3 +274,15 @@ def test_epsilon_is_the_publishers(who, model):
     with torch.device("meta"):
         norms = [m.eps for m in published(who, model).modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert set(norms) == ({ORIGINS[who][model].options["epsilon"]} if norms else set())
+
+
+def test_the_page_has_the_table_of_origins():
+    rows: dict[str, list[str]] = {}
+    for who, model in PUBLISHED:
+        origin = ORIGINS[who][model]
+        built = ", ".join(f"{option}={value}" for option, value in origin.options.items())
+        rows.setdefault(f"| {who} | {{}} | {origin.preprocessing} | {built} |", []).append(model)
+    table = [row.format(", ".join(models)) for row, models in rows.items()]
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text().splitlines()
+    first = page.index("| whose | networks | images | built with |") + 2
+    assert page[first : page.index("", first)] == table, "\n".join(table)
