@@ -76,13 +76,13 @@ def read(path: Path, mmap: bool = False) -> Any:
     Raises InputError for a file that is damaged, or holds more than `weights_only` allows.
     """
     try:
-        archive = zipfile.is_zipfile(path)  # what torch.save wrote before torch 1.6 is none
-        if archive:
-            with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-                if broken := file.testzip():
+        zipped = zipfile.is_zipfile(path)  # what torch.save wrote before torch 1.6 is not
+        if zipped:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                if broken := archive.testzip():
                     raise InputError(f"{path}: damaged at {broken}; remove it or give another file")
         with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and archive)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except InputError:
