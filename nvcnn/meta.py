@@ -112,7 +112,7 @@ class Places(TorchDispatchMode):
         return result
 
     def note(
-        self, y, x, weight, stride, padding, groups, norm=None, residual=None, residual_norm=None,
+        self, y, x, weight, stride, padding, groups=1, norm=None, residual=None, residual_norm=None,
         center=None, scale=None, shift=None, add=None, relu=False,
     ):  # fmt: skip
         reads = "raw" if norm is not None else "activation"

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset, find_dataset
@@ -14,6 +15,7 @@ from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
 from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json
+from nvcnn.weights import Weights, fit
 
 SYNTHETIC_CLASSES = 1000
 
@@ -63,6 +65,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     steps_per_epoch = images // total_batch
     model = MODELS[settings.model]
     own = origin or Origin(Preprocessing(model.image_size), {})
+    options = {option: value for option, value in own.options.items() if option != "aux"}  # heads are this run's own
     return Plan(
         ranks=ranks,
         images=images,
@@ -72,7 +75,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
         num_classes=dataset.num_classes if dataset else settings.num_classes or SYNTHETIC_CLASSES,
         class_names=dataset.class_names if dataset else None,
         preprocessing=settings.prepared(own.preprocessing),
-        options=own.options | {flag: True for flag, given in settings.model_flags.items() if given},
+        options=options | {flag: True for flag, given in settings.model_flags.items() if given},
         learning_rate=settings.learning_rate or model.learning_rate(total_batch),
         dtype=compute_dtype(settings.fp16, settings.bf16),
         momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bf16" else torch.float32,
@@ -94,6 +97,7 @@ def describe(settings: Settings, run: Plan) -> list[str]:
         f"Num ranks:   {run.ranks}",
         f"Num images:  {run.images if settings.data_dir else 'Synthetic'}",
         f"Model:       {settings.model}",
+        *describe_images(settings.model, run.preprocessing, run.options),
         f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
         f"Data type:   {dtype}",
         *[f"  {dtype} on a CPU is for trying things out: it can be slow"] * slow,
@@ -102,11 +106,32 @@ def describe(settings: Settings, run: Plan) -> list[str]:
     ]
 
 
-def dry_run(settings: Settings, run: Plan) -> None:
-    """Prints the resolved settings, steps, parameter count and a memory estimate."""
+def describe_images(model: str, preprocessing: Preprocessing, options: dict[str, Any]) -> list[str]:
+    """Returns a line for what is not as nvcnn_hvd.py has it: how images are prepared, what the model is built with."""
+    built = ", ".join(f"{option}={value}" for option, value in options.items() if value)
+    return [
+        *[f"Images:      {preprocessing}"] * (preprocessing != Preprocessing(MODELS[model].image_size)),
+        *[f"Built with:  {built}"] * bool(built),
+    ]
+
+
+def initial_model(settings: Settings, run: Plan, weights: Weights | None) -> tuple[nn.Module, list[str]]:
+    """Returns the model that training begins with, and lines that say so. weights: on rank 0, those of --init.
+
+    Raises InputError unless they fit.
+    """
     model = build_model(settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
+    lines = []
+    if weights:
+        lines = [f"Weights:     {weights}", *(f"  {line}" for line in fit(model, weights, run.class_names))]
     if settings.freeze == "backbone":
         freeze_backbone(model)
+    return model, lines
+
+
+def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> None:
+    """Prints the resolved settings, steps, parameter count and a memory estimate."""
+    model, lines = initial_model(settings, run, weights)
     if settings.conv != "auto":  # else torch's, which keep the most
         use(model, {name: settings.conv for name, module in model.named_modules() if isinstance(module, Conv2d)})
     parameters = sum(p.numel() for p in model.parameters())
@@ -117,7 +142,7 @@ def dry_run(settings: Settings, run: Plan) -> None:
     resolved = as_json(settings) | {"learning_rate": run.learning_rate, "num_classes": run.num_classes}
     resolved |= asdict(run.preprocessing)
     print(*(f"--{name}={value}" for name, value in resolved.items()), sep="\n")
-    print(*describe(settings, run), sep="\n")
+    print(*describe(settings, run), *lines, sep="\n")
     print(f"Parameters:  {parameters:,}" + (f", of which {trained:,} are trained" if trained < parameters else ""))
     print(
         f"Memory:      about {(state + activations) / 2**30:.2f} GiB a device: {state / 2**30:.2f} weights and "

@@ -1,7 +1,7 @@
 """What can be asked for: a frozen dataclass for each program, from which its command line is made.
 
-`Settings` are those of launch/train.py, and what config.json holds; `Evaluation` those of launch/eval.py. Importing
-this file does not import torch.
+`Settings` are those of launch/train.py, and what config.json holds; `Evaluation` and `Export` those of launch/eval.py
+and launch/export.py. Importing this file does not import torch.
 """
 
 import argparse
@@ -23,6 +23,7 @@ NORMALIZE = ("signed", "imagenet")
 ASPECTS = ("stretch", "keep")
 INTERPOLATIONS = ("bilinear", "bicubic")
 ORIGIN_NAMES = ("nvcnn", *ORIGINS)
+FORMATS = ("safetensors", "torch", "onnx")
 
 
 def flag(default: Any, help: str, *, group: str, short: str | None = None, choices=(), may_differ: bool = False) -> Any:
@@ -84,7 +85,26 @@ def check(settings: Any, right: bool, name: str, must: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Images):
+class Chosen(Images):
+    """Weights that are there already: a run's, or a file's."""
+
+    log_dir: str = run("", "a training's directory: its newest checkpoint is taken")
+    checkpoint: str | None = run(None, "take this file: a checkpoint, or published weights (.pth, .safetensors)")
+    model: str | None = run(None, "network of published weights; a checkpoint's is checked against it", short="-m")
+    weights_from: str | None = run(None, "who published the weights, where they do not tell", choices=ORIGIN_NAMES)
+
+    def __post_init__(self) -> None:
+        if bool(self.log_dir) == bool(self.checkpoint):
+            raise InputError("give one of --log_dir (its newest checkpoint) and --checkpoint=FILE")
+        if self.weights_from and not self.checkpoint:
+            raise InputError(f"--weights_from={self.weights_from} needs --checkpoint, the weights")
+        if self.model is not None:
+            find_model(self.model)
+        self.check_images(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Chosen):
     """Evaluate a checkpoint on the validation images.
 
     What is not given (image size, pixels, crop), and the compute dtype, are the checkpoint's.
@@ -94,22 +114,32 @@ class Evaluation(Images):
     data_backend: str | None = image(None, "what decodes; none: DALI, on the GPU if any", choices=BACKENDS)
     skip_bad_images: bool = image(False, "leave out, and count, what cannot be decoded")
 
-    log_dir: str = run("", "a training's directory: its newest checkpoint is evaluated")
-    checkpoint: str | None = run(None, "evaluate this file: a checkpoint, or published weights (.pth, .safetensors)")
-    model: str | None = run(None, "network of published weights; a checkpoint's is checked against it", short="-m")
-    weights_from: str | None = run(None, "who published the weights, where they do not tell", choices=ORIGIN_NAMES)
     batch_size: int = run(64, "images per device", short="-b")
     conv: str = run("auto", "what computes convolutions, as in training", choices=CONV)
     json: bool = run(False, "print a JSON object as the last line")
     transport: str = run("horovod", "how ranks talk", choices=TRANSPORTS)
 
     def __post_init__(self) -> None:
-        if bool(self.log_dir) == bool(self.checkpoint):
-            raise InputError("give one of --log_dir (its newest checkpoint) and --checkpoint=FILE")
+        super().__post_init__()
         check(self, self.batch_size >= 1, "batch_size", "at least 1")
-        if self.model is not None:
-            find_model(self.model)
-        self.check_images(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Chosen):
+    """Write weights for other programs, with classes and preprocessing beside them."""
+
+    out: str = run(MISSING, "the file to write")
+    format: str = run(
+        "safetensors",
+        "a state_dict by torchvision's or timm's names (safetensors, torch), or an ONNX model",
+        choices=FORMATS,
+    )
+    fold: bool = run(False, "with --format=onnx: convolutions do the BatchNorm behind them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fold and self.format != "onnx":
+            raise InputError(f"--fold is for --format=onnx: nobody loads such weights as {self.format}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +257,8 @@ class Settings(Images):
             raise InputError(f"--larc_exclude={self.larc_exclude} needs --larc_eta: without it LARC is off")
         if self.weights_from and not (self.init or self.eval):
             raise InputError(f"--weights_from={self.weights_from} needs --init, the weights")
+        if self.freeze != "none" and not (self.init or self.eval):
+            raise InputError(f"--freeze={self.freeze} needs --init: random weights are none to keep")
         if self.log_tensors and not self.log_dir:
             raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
         if self.num_epochs is not None and self.data_dir is None:
@@ -243,7 +275,7 @@ class Settings(Images):
 
     def evaluation(self) -> Evaluation:
         """Returns what --eval asks for: launch/eval.py with the flags that both programs have."""
-        both = {f.name for f in fields(Settings)} & {f.name for f in fields(Evaluation)}
+        both = {f.name for f in fields(Settings)} & {f.name for f in fields(Evaluation)} - {"weights_from"}
         return Evaluation(**{name: getattr(self, name) for name in both})
 
 

@@ -19,13 +19,12 @@ from nvcnn.evaluate import evaluate
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
-from nvcnn.models import build_model
-from nvcnn.models.layers import freeze_backbone
 from nvcnn.optimizer.schedule import poly
-from nvcnn.plan import describe, dry_run, find_training_data, plan
+from nvcnn.plan import describe, dry_run, find_training_data, initial_model, plan
 from nvcnn.program import SAVED_AND_STOPPED, caught, launched
 from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
+from nvcnn.weights import Weights, read
 
 Data = TrainingData | WorkerTrainingData | SyntheticData
 
@@ -41,11 +40,14 @@ def train(settings: Settings) -> int:
     expected = plan(settings, dataset, launched().size)
     if settings.dry_run:
         if launched().rank == 0:
-            dry_run(settings, expected)
+            weights = initial_weights(settings)
+            origin = weights.origin if weights else None
+            dry_run(settings, plan(settings, dataset, expected.ranks, origin), weights)
         return 0
     transport = connect(settings.transport)
     state = checkpoint.resume(settings, transport.size) if transport.rank == 0 else None
-    run = Run(settings, dataset, transport, state)
+    weights = initial_weights(settings) if transport.rank == 0 and state is None else None
+    run = Run(settings, dataset, transport, state, weights)
     if run.step < run.plan.steps:
         return run.loop()
     if transport.rank == 0:
@@ -53,10 +55,25 @@ def train(settings: Settings) -> int:
     return 0
 
 
-class Run:
-    """Everything of one training run on one rank. `state`: on rank 0, the checkpoint it resumes from, or None."""
+def initial_weights(settings: Settings) -> Weights | None:
+    """Returns those of --init, if it is given."""
+    return read("init", settings.init, settings.model, settings.weights_from) if settings.init else None
 
-    def __init__(self, settings: Settings, dataset: Dataset | None, transport: Transport, state: dict[str, Any] | None):
+
+class Run:
+    """Everything of one training run on one rank.
+
+    On rank 0, `state`: the checkpoint it resumes from, or None; `weights`: those it begins with, None for random ones.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        dataset: Dataset | None,
+        transport: Transport,
+        state: dict[str, Any] | None,
+        weights: Weights | None = None,
+    ):
         self.settings, self.transport = settings, transport
         self.device, threads = use_device(transport)
         self.left_out: list[str] = []
@@ -65,15 +82,13 @@ class Run:
             dataset, self.left_out = check_data(
                 dataset, "train", settings.check_data, settings.skip_bad_images, transport, threads
             )
-        origin = transport.gather(state and checkpoint.origin(state))[0]
-        self.plan = plan(settings, dataset, transport.size, origin)
+        origin = checkpoint.origin(state) if state else weights and weights.origin
+        self.plan = plan(settings, dataset, transport.size, transport.gather(origin)[0])
+        model, self.beginning = initial_model(settings, self.plan, weights)
         # By rank, from rank 0's checkpoint: the reader's position and the random generators.
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
-        model = build_model(settings.model, num_classes=self.plan.num_classes, seed=settings.seed, **self.plan.options)
-        if settings.freeze == "backbone":
-            freeze_backbone(model)
         image_size = self.plan.preprocessing.image_size
         images = settings.batch_size, image_size
         stored = state and state["convolutions"]
@@ -215,7 +230,7 @@ class Run:
     def announce(self, metrics: Metrics) -> None:
         """Says what this run is, and how it computes."""
         say, settings, transport = metrics.say, self.settings, self.transport.name
-        say("\n".join(describe(settings, self.plan)))
+        say("\n".join([*describe(settings, self.plan), *self.beginning]))
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {transport}")
         if settings.data_dir:
             say(f"Input:       {self.backend}")

@@ -58,13 +58,20 @@ class Dataset:
 
 
 def find_dataset(
-    data_dir: str | Path, *, num_classes: int | None, label_base: int | None, split: str, lenient: bool = False
+    data_dir: str | Path,
+    *,
+    num_classes: int | None,
+    label_base: int | None,
+    split: str,
+    lenient: bool = False,
+    weights: Path | None = None,
 ) -> Dataset:
     """Returns the data set in `data_dir` after checking a split: files, indexes (missing ones are built), first labels.
 
     What the labels of TFRecords and WebDataset tars mean comes from dataset.json; without it from `num_classes` and
     `label_base`, else 1000 and 1. Class folders say it themselves.
     lenient: leaves out the checks that a check of every sample makes as well.
+    weights: the file that says `num_classes` and `label_base`; None: flags do.
     Raises InputError for anything that training would fail on later.
     """
     directory = Path(data_dir)
@@ -88,7 +95,10 @@ def find_dataset(
         for name, value in (("num_classes", num_classes), ("label_base", label_base)):
             if value is not None and value != declared.get(name, value):
                 where = " has" if kind == "class folders" else "/dataset.json says"
-                raise InputError(f"--{name}={value}: {directory}{where} {declared[name]}: leave the flag out")
+                said = f"{directory}{where} {declared[name]}"
+                if weights:
+                    raise InputError(f"{weights}: {name} {value}, but {said}: give the data of these weights")
+                raise InputError(f"--{name}={value}: {said}: leave the flag out")
         names = declared.get("class_names")
         dataset = Dataset(
             directory,

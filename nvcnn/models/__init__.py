@@ -52,6 +52,10 @@ class Preprocessing:
     eval_aspect: str = "stretch"
     eval_interpolation: str = "bilinear"
 
+    def __str__(self) -> str:
+        size, crop = self.image_size, f"{self.eval_crop:.4g}, {self.eval_aspect}, {self.eval_interpolation}"
+        return f"{size} x {size}, pixels {self.normalize}; in evaluation crop {crop}"
+
 
 @dataclass(frozen=True)
 class Origin:

@@ -46,6 +46,8 @@ def data(tmp_path: Path) -> Path:
         (["--model=lenet", "--batch_size=0"], ["--batch_size=0"]),
         (["--model=lenet", "--learning_rate=nan"], ["--learning_rate=nan"]),
         (["--model=lenet", "--data_dir=absent"], ["--data_dir=absent"]),
+        (["--model=lenet", "--freeze=backbone"], ["--freeze=backbone needs --init"]),
+        (["--model=lenet", "--init=absent.pth"], ["--init=absent.pth", "no such checkpoint"]),
     ],
 )
 def test_bad_flags(launch, tmp_path, arguments, names):

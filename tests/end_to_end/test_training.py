@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
+
+from nvcnn.models import Preprocessing
 
 from .conftest import Launcher, assert_same_bits, last_checkpoint, write_records
 
@@ -152,7 +155,8 @@ def test_what_a_log_directory_holds(undisturbed):
     assert config["settings"]["model"] == "lenet"
     assert {"nvcnn", "torch", "triton", "python"} <= config["versions"].keys()
     state = last_checkpoint(undisturbed)
-    assert state["preprocessing"] == {"image_size": 28, "normalize": "signed", "eval_crop": 1.0}
+    assert state["preprocessing"] == asdict(Preprocessing(28, "signed", 1.0, "stretch", "bilinear"))
+    assert state["options"] == {}
     assert state["kernels"] == "reference"
     assert state["num_classes"] == 10
 

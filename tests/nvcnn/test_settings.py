@@ -7,7 +7,7 @@ import pytest
 
 from nvcnn.models import ALGORITHMS
 from nvcnn.program import InputError
-from nvcnn.settings import Evaluation, Settings, as_json, differences, parse
+from nvcnn.settings import Evaluation, Export, Settings, as_json, differences, parse
 
 ORIGINAL = {
     "data_dir": None,
@@ -84,10 +84,19 @@ def test_names_and_defaults_of_an_evaluation_are_frozen():
     }
 
 
+def test_names_and_defaults_of_an_export_are_frozen():
+    evaluation = asdict(parse(Evaluation, ["--data_dir=d", "--log_dir=l"]))
+    export = asdict(parse(Export, ["--out=o", "--log_dir=l"]))
+    own = {"out": "o", "format": "safetensors", "fold": False}
+    assert {name: value for name, value in export.items() if name not in evaluation} == own
+    assert own | {name: evaluation[name] for name in export if name in evaluation} == export
+
+
 def test_eval_is_the_evaluation_of_the_same_flags():
     flags = "--data_dir=d --log_dir=l -m lenet -b 3 --conv=torch --transport=torch --data_backend=torch"
     flags = [*flags.split(), "--skip_bad_images"]
-    assert parse(Settings, [*flags, "--eval", "--seed=7"]).evaluation() == parse(Evaluation, flags)
+    training = [*flags, "--seed=7", "--init=w.pth", "--weights_from=timm", "--freeze=backbone"]
+    assert parse(Settings, [*training, "--eval"]).evaluation() == parse(Evaluation, flags)
 
 
 @pytest.mark.parametrize("program", [Settings, Evaluation])
@@ -142,6 +151,10 @@ def test_short_and_negative_forms():
         ("--larc_exclude=1d", "--larc_exclude=1d needs --larc_eta"),
         ("--larc_exclude=bias --larc_eta=1", "--larc_exclude"),
         ("--log_tensors", "--log_tensors needs --log_dir"),
+        ("--freeze=backbone", "--freeze=backbone needs --init"),
+        ("--freeze=head --init=w.pth", "--freeze"),
+        ("--weights_from=timm", "--weights_from=timm needs --init"),
+        ("--weights_from=me --init=w.pth", "--weights_from"),
         ("--num_epochs=2", "--data_dir"),
         ("--eval", "--data_dir"),
         ("--eval --data_dir=x", "--log_dir"),
