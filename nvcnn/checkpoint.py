@@ -84,7 +84,7 @@ def read(path: Path, mmap: bool = False) -> Any:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
+        raise InputError(f"{path}: no such file") from None
     except InputError:
         raise
     except Exception as error:  # a foreign file can fail in any way

@@ -126,6 +126,8 @@ def initial_model(settings: Settings, run: Plan, weights: Weights | None) -> tup
         lines = [f"Weights:     {weights}", *(f"  {line}" for line in fit(model, weights, run.class_names))]
     if settings.freeze == "backbone":
         freeze_backbone(model)
+        trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+        lines.append(f"Frozen:      weights and statistics of all but {', '.join(sorted(trained))}")
     return model, lines
 
 

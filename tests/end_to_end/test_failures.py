@@ -47,7 +47,7 @@ def data(tmp_path: Path) -> Path:
         (["--model=lenet", "--learning_rate=nan"], ["--learning_rate=nan"]),
         (["--model=lenet", "--data_dir=absent"], ["--data_dir=absent"]),
         (["--model=lenet", "--freeze=backbone"], ["--freeze=backbone needs --init"]),
-        (["--model=lenet", "--init=absent.pth"], ["--init=absent.pth", "no such checkpoint"]),
+        (["--model=lenet", "--init=absent.pth"], ["--init=absent.pth", "no such file"]),
     ],
 )
 def test_bad_flags(launch, tmp_path, arguments, names):

@@ -206,7 +206,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch):
     refused("--fold is for --format=onnx", given, out, "--fold")
     refused(f"{path}: is there already", given, f"--out={path}")
     refused("there is no directory", given, f"--out={tmp_path}/absent/out")
-    refused("no such checkpoint", f"--checkpoint={tmp_path}/absent.pt", out)
+    refused("no such file", f"--checkpoint={tmp_path}/absent.pt", out)
     refused("--image_size=32: --model=lenet takes 28 alone", given, out, "--image_size=32")
     for format, package in (("onnx", "onnx"), ("safetensors", "safetensors")):
         for name in [name for name in sys.modules if name.startswith((package, "nvcnn.onnx_graph"))]:
