@@ -31,13 +31,15 @@ setup(
         # what is shown beside metrics.jsonl: event files, the training-curve PNG, the progress bar
         "log": ["tensorboard>=2.16", "matplotlib>=3.8", "tqdm>=4.60"],
         # weights in .safetensors, and what launch/export.py writes
-        "export": ["onnx>=1.17", "safetensors>=0.4"],
+        "export": ["onnx-ir>=1,<2", "onnxscript>=0.7", "safetensors>=0.4"],
         # tests, and the peers that tests and benchmarks compare with
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.10",
             "onnx>=1.17",
+            "onnx-ir>=1,<2",
             "onnxruntime>=1.20",
+            "onnxscript>=0.7",
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-timeout>=2.2",
