@@ -37,13 +37,28 @@ class Net(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))
 
 
-def make(device, conv="torch", **options) -> Step:
+class Headed(nn.Module):
+    """Has two auxiliary heads, which it returns in training alone."""
+
+    aux_weight = 0.3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(3 * SIZE * SIZE, 16)
+        self.fc, self.aux1, self.aux2 = (Classifier(16, CLASSES) for _ in range(3))
+
+    def forward(self, x):
+        x = self.trunk(x.flatten(1)).relu()
+        return (self.fc(x), self.aux1(x), self.aux2(x)) if self.training else self.fc(x)
+
+
+def make(device, conv="torch", net=Net, **options) -> Step:
     """Makes a step with LARC, and in fp16 with a dynamic loss scale."""
     options = {"larc_eta": 0.003, "dtype": torch.float32, "transport": Transport(Launch())} | options
     options.setdefault("loss_scale", "dynamic" if options["dtype"] == torch.float16 else 1.0)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = Net()
+        model = net()
     use(model, dict.fromkeys(places(model, 4, SIZE, options["dtype"]), conv))
     return Step(model, image_size=SIZE, device=device, schedule=poly(0.1, 20), **options)
 
@@ -81,21 +96,6 @@ def test_a_step_does_what_pytorch_does(transport, device):
     assert step(data)[0].item() == pytest.approx(loss.item(), rel=1e-5)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(step.arena.state_dict()[name], value.cpu(), rtol=1e-5, atol=1e-6)
-
-
-class Headed(nn.Module):
-    """Has two auxiliary heads, which it returns in training alone."""
-
-    aux_weight = 0.3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Linear(3 * SIZE * SIZE, 16)
-        self.fc, self.aux1, self.aux2 = (Classifier(16, CLASSES) for _ in range(3))
-
-    def forward(self, x):
-        x = self.trunk(x.flatten(1)).relu()
-        return (self.fc(x), self.aux1(x), self.aux2(x)) if self.training else self.fc(x)
 
 
 def test_auxiliary_heads_add_their_share_of_the_gradient(device):
