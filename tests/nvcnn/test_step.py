@@ -149,6 +149,44 @@ def test_a_frozen_backbone_stays_as_it_is(device, dtype):
     torch.testing.assert_close(*(each.model.eval()(images) for each in (step, resumed)), rtol=0, atol=0)
 
 
+class Relay(Transport):
+    """Hands the tensors that rank 0 broadcasts to the next rank, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__(Launch())
+        self.sent: list[torch.Tensor] = []
+        self.sends = True
+
+    def broadcast(self, tensor):
+        if self.sends:
+            self.sent.append(tensor.clone())
+        else:
+            tensor.copy_(self.sent.pop(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_all_ranks_begin_as_rank_0_does(device, dtype):
+    """With a frozen backbone as well, of which each rank had drawn its own; what is derived from weights follows."""
+    relay, steps = Relay(), []
+    for seed in (1, 2):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Net()
+            nn.init.uniform_(model.bn.running_mean)
+        freeze_backbone(model)
+        options = {"image_size": SIZE, "device": device, "schedule": poly(0.1, 20), "dtype": dtype}
+        steps.append(Step(model, transport=relay, **options))
+    steps[0](batch(0, device))
+    images = torch.randn(2, 3, SIZE, SIZE, device=device).to(dtype, memory_format=torch.channels_last)
+    for step, relay.sends in zip(steps, (True, False), strict=True):
+        assert step.broadcast() == 1
+    assert not relay.sent
+    one, other = (step.state_dict()["weights"] for step in steps)
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+    torch.testing.assert_close(*(step.model.eval()(images) for step in steps), rtol=0, atol=0)
+
+
 def test_averages_are_debiased_and_pass_over_a_loss_that_is_not_finite(device):
     step = make(device)
     losses, weights = [], []
