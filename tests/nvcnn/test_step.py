@@ -140,6 +140,7 @@ def test_a_frozen_backbone_stays_as_it_is(device, dtype):
         each.model.train()  # does not thaw it
         torch.manual_seed(5)
         each(batch(2, device))
+        assert not any(bn.training for bn in each.model.modules() if isinstance(bn, BatchNorm2d))
     after = step.state_dict()["weights"]
     assert {name for name, t in before.items() if not torch.equal(t, after[name])} == {"fc.weight", "fc.bias"}
     for name, t in resumed.state_dict()["weights"].items():
