@@ -131,12 +131,20 @@ def recorded() -> Iterator[list[Call]]:
 
 
 def meta_step(
-    model: str, batch: int, dtype: torch.dtype, *, conv: str = "torch", bfloat16_transport: bool = True
+    model: str,
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    conv: str = "torch",
+    aux: bool = False,
+    bfloat16_transport: bool = True,
 ) -> Step:
     """Returns the trainer's step on one rank, with LARC and a dynamic loss scale, on the meta device."""
     transport = Transport(Launched())
     transport.bfloat16 = bfloat16_transport
-    network, size = build_model(model, num_classes=SYNTHETIC_CLASSES, seed=1), MODELS[model].image_size
+    size = MODELS[model].image_size
+    with META:
+        network = build_model(model, num_classes=SYNTHETIC_CLASSES, seed=1, aux=aux)
     choose_algorithms(network, conv, (batch, size), dtype, META, transport)
     return Step(
         network,

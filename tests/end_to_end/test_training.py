@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nvcnn.models import Preprocessing
+from tests.samples import picture, write_split
 
 from .conftest import Launcher, assert_same_bits, last_checkpoint, write_records
 
@@ -234,22 +235,39 @@ def check_evaluation(launch, tmp_path):
     }
 
 
-def test_the_originals_command(launch, records, tmp_path):
-    """It runs flag for flag on two ranks, with only data, log directory, batch and epochs replaced."""
-    data = write_records(tmp_path / "data", train=2, validation=2, classes=2)
+@pytest.mark.parametrize(
+    ("model", "learning_rate", "parameters", "batch_size"),
+    [
+        ("resnet50", 2.0, "25,557,032", 1),
+        pytest.param("resnet50", 2.0, "25,557,032", 2, marks=pytest.mark.full),
+        pytest.param("inception3", 1.0, "23,834,568", 2, marks=pytest.mark.full),
+    ],
+)
+def test_the_originals_commands(launch, tmp_path, model, learning_rate, parameters, batch_size):
+    """They run flag for flag on two ranks, with only data, log directory, batch and epochs replaced."""
+    data, log_dir = tmp_path / "data", tmp_path / "run"
+    for split, images in (("train", 2 * batch_size), ("validation", 2)):
+        write_split(data, split, images, 2, lambda i: picture(i, "JPEG", "RGB", (64, 48)), lambda i: 250 * i + 250)
     command = (
-        "--model=resnet50 --fp16 --larc_mode=clip --larc_eta=0.003 --loss_scale=128 --save_interval=3600 "
-        f"--display_every=100 --learning_rate=2.0 --data_dir={data} --log_dir={tmp_path}/run "
-        "--batch_size=1 --num_epochs=1"
+        f"--model={model} --data_dir={data} --batch_size={batch_size} --fp16 --larc_mode=clip --larc_eta=0.003 "
+        f"--loss_scale=128 --log_dir={log_dir} --save_interval=3600 --num_epochs=1 --display_every=100 "
+        f"--learning_rate={learning_rate}"
     ).split()
     text = launch.train(*command, "--dry_run")
-    assert text.count("Steps:       2") == 1
-    assert "Parameters:  25,557,032" in text
-    assert not (tmp_path / "run").exists()
+    assert "Steps:       2" in text.splitlines()  # of one rank
+    assert f"Parameters:  {parameters}" in text.splitlines()
+    assert not log_dir.exists()
     launch.train(*command, ranks=2)
-    state = last_checkpoint(tmp_path / "run")
+    state = last_checkpoint(log_dir)
+    assert state["num_classes"] == 1000
     assert state["optimizer"]["counters"].tolist() == [1, 1, 1]
     assert all(w.isfinite().all() for w in state["weights"].values())
+    places = (f"--data_dir={data}", f"--log_dir={log_dir}")
+    texts = launch.train(f"--model={model}", *places, "--batch_size=256", "--eval"), launch.run("launch/eval.py", *places)
+    lines = [re.findall(r"^Validation Top-.*$", text, re.MULTILINE) for text in texts]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 2
+    assert [e["images"] for e in events(log_dir, "eval")] == [2, 2]
 
 
 def test_one_process_needs_torch_and_triton_alone(launch, tmp_path):

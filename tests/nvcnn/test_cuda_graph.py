@@ -26,7 +26,7 @@ from nvcnn.program import InputError, Launch
 from nvcnn.settings import Settings
 from nvcnn.step import Step
 from nvcnn.train import Run
-from tests.nvcnn.test_step import CLASSES, batch, make
+from tests.nvcnn.test_step import CLASSES, Headed, batch, make
 
 HOST_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -94,6 +94,7 @@ OPTIONS = {
     "fp16, fused": {"conv": "triton", "dtype": torch.float16},
     "bf16, no LARC": {"dtype": torch.bfloat16, "larc_eta": None, "momentum_dtype": torch.bfloat16},
     "fp16, cudnn": {"conv": "cudnn", "dtype": torch.float16},
+    "auxiliary heads": {"net": Headed},
 }
 
 
@@ -167,12 +168,19 @@ def test_steps_are_alike_and_leave_state_where_it_is(device):
 
 
 @pytest.mark.parametrize(
-    ("model", "conv", "dtype"),
-    [("resnet50", "triton", torch.float16), ("resnet18", "cudnn", torch.bfloat16), ("lenet", "torch", torch.float32)],
+    ("model", "conv", "dtype", "aux"),
+    [
+        ("resnet50", "triton", torch.float16, False),
+        ("resnet18", "cudnn", torch.bfloat16, False),
+        ("lenet", "torch", torch.float32, False),
+        ("alexnet", "triton", torch.float16, False),
+        ("googlenet", "triton", torch.float16, True),
+        ("inception3", "cudnn", torch.bfloat16, True),
+    ],
 )
-def test_a_gpus_step_takes_nothing_from_the_host(model, conv, dtype):
+def test_a_gpus_step_takes_nothing_from_the_host(model, conv, dtype, aux):
     """On the meta device an op does what it does on a GPU, and has no values to read."""
-    step, size = meta_step(model, 2, dtype, conv=conv), MODELS[model].image_size
+    step, size = meta_step(model, 2, dtype, conv=conv, aux=aux), MODELS[model].image_size
     images = torch.empty(2, step.channels, size, size, dtype=dtype, device=META)
     with mock.patch.dict(os.environ, NVCNN_KERNELS="triton"), Tape() as tape:
         step.train(images.to(memory_format=torch.channels_last), torch.empty(2, dtype=torch.int64, device=META))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nvcnn.data.dataset import find_dataset
+from nvcnn.models import MODELS
 from nvcnn.plan import dry_run, plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings
@@ -41,6 +42,40 @@ def test_dry_run_says_what_a_user_plans_by(capsys):
         assert line in out.splitlines()
     assert "Parameters:  25,557,032" in out
     assert "GiB a device" in out
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+# By hand: parameters; values of an image that autograd keeps, a dropout's factors among them; places in windows, a byte.
+LENET = (
+    32 * 76 + 64 * 801 + 512 * 3137 + 1000 * 513,
+    3 * 28 * 28 + (32 + 64) * 14 * 14 + 32 * 28 * 28 + 64 * 7 * 7 + 512,
+    32 * 14 * 14 + 64 * 7 * 7,
+)
+ALEXNET = (
+    64 * 364 + 192 * 1601 + 384 * 1729 + 256 * (3457 + 2305) + 4096 * (9217 + 4097) + 1000 * 4097,
+    3 * 227**2 + 64 * (55**2 + 27**2) + 192 * (27**2 + 13**2) + (384 + 2 * 256) * 13**2 + 2 * 256 * 6**2 + 4 * 4096,
+    64 * 27**2 + 192 * 13**2 + 256 * 6**2,
+)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_dry_run_of_every_model(capsys, model):
+    settings = Settings(model=model, batch_size=256)
+    with torch.device("meta"):  # nothing asks for the values
+        dry_run(settings, plan(settings, None, ranks=1))
+    lines = capsys.readouterr().out.splitlines()
+    parameters = next(line for line in lines if line.startswith("Parameters:"))
+    memory = next(line for line in lines if line.startswith("Memory:"))
+    assert re.fullmatch(r"Parameters:  [\d,]+", parameters)
+    assert re.match(r"Memory:      about [\d.]+ GiB a device: [\d.]+ weights and optimizer, [\d.]+ activations;", memory)
+    if known := {"lenet": LENET, "alexnet": ALEXNET}.get(model):
+        count, values, windows = known
+        state, activations = 12 * count, 256 * (4 * values + windows)
+        assert parameters == f"Parameters:  {count:,}"
+        assert re.findall(r"\d+\.\d+", memory) == [gib(state + activations), gib(state), gib(activations)]
 
 
 @pytest.mark.parametrize(("momentum", "size"), [("fp32", 12), ("bf16", 10)])

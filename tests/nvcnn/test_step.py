@@ -37,13 +37,28 @@ class Net(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))
 
 
-def make(device, conv="torch", **options) -> Step:
+class Headed(nn.Module):
+    """Has two auxiliary heads, which it returns in training alone."""
+
+    aux_weight = 0.3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(3 * SIZE * SIZE, 16)
+        self.fc, self.aux1, self.aux2 = (Classifier(16, CLASSES) for _ in range(3))
+
+    def forward(self, x):
+        x = self.trunk(x.flatten(1)).relu()
+        return (self.fc(x), self.aux1(x), self.aux2(x)) if self.training else self.fc(x)
+
+
+def make(device, conv="torch", net=Net, **options) -> Step:
     """Makes a step with LARC, and in fp16 with a dynamic loss scale."""
     options = {"larc_eta": 0.003, "dtype": torch.float32, "transport": Transport(Launch())} | options
     options.setdefault("loss_scale", "dynamic" if options["dtype"] == torch.float16 else 1.0)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = Net()
+        model = net()
     use(model, dict.fromkeys(places(model, 4, SIZE, options["dtype"]), conv))
     return Step(model, image_size=SIZE, device=device, schedule=poly(0.1, 20), **options)
 
@@ -81,21 +96,6 @@ def test_a_step_does_what_pytorch_does(transport, device):
     assert step(data)[0].item() == pytest.approx(loss.item(), rel=1e-5)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(step.arena.state_dict()[name], value.cpu(), rtol=1e-5, atol=1e-6)
-
-
-class Headed(nn.Module):
-    """Has two auxiliary heads, which it returns in training alone."""
-
-    aux_weight = 0.3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Linear(3 * SIZE * SIZE, 16)
-        self.fc, self.aux1, self.aux2 = (Classifier(16, CLASSES) for _ in range(3))
-
-    def forward(self, x):
-        x = self.trunk(x.flatten(1)).relu()
-        return (self.fc(x), self.aux1(x), self.aux2(x)) if self.training else self.fc(x)
 
 
 def test_auxiliary_heads_add_their_share_of_the_gradient(device):
@@ -140,6 +140,7 @@ def test_a_frozen_backbone_stays_as_it_is(device, dtype):
         each.model.train()  # does not thaw it
         torch.manual_seed(5)
         each(batch(2, device))
+        assert not any(bn.training for bn in each.model.modules() if isinstance(bn, BatchNorm2d))
     after = step.state_dict()["weights"]
     assert {name for name, t in before.items() if not torch.equal(t, after[name])} == {"fc.weight", "fc.bias"}
     for name, t in resumed.state_dict()["weights"].items():
@@ -147,6 +148,44 @@ def test_a_frozen_backbone_stays_as_it_is(device, dtype):
     assert set(saved["optimizer"]["momentum"]) == {"fc.weight", "fc.bias"}
     images = torch.randn(2, 3, SIZE, SIZE, device=device).to(dtype, memory_format=torch.channels_last)
     torch.testing.assert_close(*(each.model.eval()(images) for each in (step, resumed)), rtol=0, atol=0)
+
+
+class Relay(Transport):
+    """Hands the tensors that rank 0 broadcasts to the next rank, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__(Launch())
+        self.sent: list[torch.Tensor] = []
+        self.sends = True
+
+    def broadcast(self, tensor):
+        if self.sends:
+            self.sent.append(tensor.clone())
+        else:
+            tensor.copy_(self.sent.pop(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_all_ranks_begin_as_rank_0_does(device, dtype):
+    """With a frozen backbone as well, of which each rank had drawn its own; what is derived from weights follows."""
+    relay, steps = Relay(), []
+    for seed in (1, 2):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Net()
+            nn.init.uniform_(model.bn.running_mean)
+        freeze_backbone(model)
+        options = {"image_size": SIZE, "device": device, "schedule": poly(0.1, 20), "dtype": dtype}
+        steps.append(Step(model, transport=relay, **options))
+    steps[0](batch(0, device))
+    images = torch.randn(2, 3, SIZE, SIZE, device=device).to(dtype, memory_format=torch.channels_last)
+    for step, relay.sends in zip(steps, (True, False), strict=True):
+        assert step.broadcast() == 1
+    assert not relay.sent
+    one, other = (step.state_dict()["weights"] for step in steps)
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+    torch.testing.assert_close(*(step.model.eval()(images) for step in steps), rtol=0, atol=0)
 
 
 def test_averages_are_debiased_and_pass_over_a_loss_that_is_not_finite(device):

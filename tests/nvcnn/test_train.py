@@ -1,12 +1,18 @@
-"""A run does what the flags say."""
+"""A run does what the flags say, and goes on where it stopped."""
+
+import signal
 
 import pytest
 import torch
 
+from nvcnn import checkpoint
 from nvcnn.distributed import Transport
-from nvcnn.program import Launch
+from nvcnn.models import MODELS, Model, constant
+from nvcnn.program import SAVED_AND_STOPPED, Launch
 from nvcnn.settings import Settings
+from nvcnn.step import Step
 from nvcnn.train import Run
+from tests.nvcnn.test_step import CLASSES, SIZE, Net
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +44,28 @@ def test_weights_are_those_of_the_seed_and_images_of_the_rank_too():
     images = [next(each.data).images for each in (first, second, other)]
     assert not torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
+
+
+def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch):
+    """The generators' state is in the checkpoint: bits are those of a run that nobody stopped."""
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
+    stop_at, whole = -1, Step.__call__
+
+    def stopped(step, batch):
+        if int(step.optimizer.counters[0]) == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(step, batch)
+
+    def trained(name) -> int:
+        options = {"conv": "torch", "batch_size": 4, "num_batches": 4, "num_classes": CLASSES}
+        settings = Settings(model="net", log_dir=str(tmp_path / name), **options)
+        return Run(settings, None, Transport(Launch()), checkpoint.resume(settings, 1)).loop()
+
+    monkeypatch.setattr(Step, "__call__", stopped)
+    assert trained("whole") == 0
+    stop_at = 1
+    assert trained("stopped") == SAVED_AND_STOPPED
+    assert trained("stopped") == 0
+    one, other = (checkpoint.newest(tmp_path / name)[1]["weights"] for name in ("whole", "stopped"))
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
