@@ -263,7 +263,10 @@ def test_the_originals_commands(launch, tmp_path, model, learning_rate, paramete
     assert state["optimizer"]["counters"].tolist() == [1, 1, 1]
     assert all(w.isfinite().all() for w in state["weights"].values())
     places = (f"--data_dir={data}", f"--log_dir={log_dir}")
-    texts = launch.train(f"--model={model}", *places, "--batch_size=256", "--eval"), launch.run("launch/eval.py", *places)
+    texts = (
+        launch.train(f"--model={model}", *places, "--batch_size=256", "--eval"),
+        launch.run("launch/eval.py", *places),
+    )
     lines = [re.findall(r"^Validation Top-.*$", text, re.MULTILINE) for text in texts]
     assert lines[0] == lines[1]
     assert len(lines[0]) == 2

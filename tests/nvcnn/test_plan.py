@@ -48,7 +48,7 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-# By hand: parameters; values of an image that autograd keeps, a dropout's factors among them; places in windows, a byte.
+# By hand: parameters; values of an image that autograd keeps, with a dropout's factors; places in windows, of a byte.
 LENET = (
     32 * 76 + 64 * 801 + 512 * 3137 + 1000 * 513,
     3 * 28 * 28 + (32 + 64) * 14 * 14 + 32 * 28 * 28 + 64 * 7 * 7 + 512,
@@ -70,7 +70,9 @@ def test_dry_run_of_every_model(capsys, model):
     parameters = next(line for line in lines if line.startswith("Parameters:"))
     memory = next(line for line in lines if line.startswith("Memory:"))
     assert re.fullmatch(r"Parameters:  [\d,]+", parameters)
-    assert re.match(r"Memory:      about [\d.]+ GiB a device: [\d.]+ weights and optimizer, [\d.]+ activations;", memory)
+    assert re.match(
+        r"Memory:      about [\d.]+ GiB a device: [\d.]+ weights and optimizer, [\d.]+ activations;", memory
+    )
     if known := {"lenet": LENET, "alexnet": ALEXNET}.get(model):
         count, values, windows = known
         state, activations = 12 * count, 256 * (4 * values + windows)
