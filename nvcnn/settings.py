@@ -36,7 +36,7 @@ def flag(default: Any, help: str, *, group: str, short: str | None = None, choic
     return field(default=default, metadata=metadata)
 
 
-GROUPS = ("as in nvcnn_hvd.py", "training", "precision", "input", "run")  # in the order of --help
+GROUPS = ("as in nvcnn_hvd.py", "training", "precision", "input", "run")  # in the order of --help, before any others
 original, training, numeric, image, run = (partial(flag, group=group) for group in GROUPS)
 
 
@@ -325,8 +325,9 @@ READERS |= {kind | None: kind for kind in (str, int, float)}
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """Adds a flag for each field of a dataclass whose fields are made by `flag`."""
     kinds = get_type_hints(settings)
-    used = {f.metadata["group"] for f in fields(settings)}
-    groups = {group: parser.add_argument_group(group) for group in GROUPS if group in used}
+    used = dict.fromkeys(f.metadata["group"] for f in fields(settings))
+    in_order = [group for group in GROUPS if group in used] + [group for group in used if group not in GROUPS]
+    groups = {group: parser.add_argument_group(group) for group in in_order}
     for f in fields(settings):
         kind, meta, group = kinds[f.name], f.metadata, groups[f.metadata["group"]]
         names = [n for n in (meta["short"], f"--{f.name}") if n]
