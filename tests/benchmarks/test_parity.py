@@ -9,7 +9,7 @@ from benchmarks import parity
 from nvcnn.models import MODELS
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet18"])
+@pytest.mark.parametrize("name", ["lenet", pytest.param("resnet18", marks=pytest.mark.full)])
 def test_a_row_of_the_table(name):
     row = parity.row(name)
     assert row["reference"] == {"lenet": "a plain build", "resnet18": "torchvision"}[name]

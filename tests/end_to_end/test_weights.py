@@ -30,7 +30,7 @@ def published(path: Path, num_classes: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("precision", [("--fp16", "--loss_scale=128"), pytest.param((), marks=pytest.mark.full)])
+@pytest.mark.parametrize("precision", [(), pytest.param(("--fp16", "--loss_scale=128"), marks=pytest.mark.full)])
 def test_a_frozen_backbone_keeps_the_bits_of_the_file(launch, records, tmp_path, precision):
     """On two ranks, stopped and resumed when the file is gone."""
     path, log_dir = tmp_path / "resnet18.pth", tmp_path / "run"

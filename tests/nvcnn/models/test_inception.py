@@ -128,7 +128,7 @@ def test_initialisation_is_its_peer_s(name, options):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("algorithm", ["torch", "mixed"])
+@pytest.mark.parametrize("algorithm", [pytest.param("torch", marks=pytest.mark.full), "mixed"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_computes_what_its_peer_computes(name, algorithm, training):
     ours, theirs = pair(name, training)
