@@ -30,9 +30,12 @@ def published(path: Path, num_classes: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("precision", [(), pytest.param(("--fp16", "--loss_scale=128"), marks=pytest.mark.full)])
-def test_a_frozen_backbone_keeps_the_bits_of_the_file(launch, records, tmp_path, precision):
-    """On two ranks, stopped and resumed when the file is gone."""
+@pytest.mark.parametrize(
+    ("ranks", "precision"),
+    [(1, ()), *(pytest.param(2, how, marks=pytest.mark.full) for how in ((), ("--fp16", "--loss_scale=128")))],
+)
+def test_a_frozen_backbone_keeps_the_bits_of_the_file(launch, records, tmp_path, ranks, precision):
+    """Stopped, and resumed when the file is gone."""
     path, log_dir = tmp_path / "resnet18.pth", tmp_path / "run"
     theirs = published(path, num_classes=20)
     arguments = (*RESNET, *precision, f"--init={path}", "--weights_from=torchvision", "--freeze=backbone")
@@ -43,13 +46,13 @@ def test_a_frozen_backbone_keeps_the_bits_of_the_file(launch, records, tmp_path,
     assert "of which 5,130 are trained" in text
     assert not log_dir.exists()
 
-    first = launch.start("tests/end_to_end/disturbed.py", "SIGTERM", 2, *arguments, ranks=2)
+    first = launch.start("tests/end_to_end/disturbed.py", "SIGTERM", 2, *arguments, ranks=ranks)
     assert first.wait() == 3, first.text()
     assert f"Weights:     {path}, torchvision's resnet18" in first.text()
     assert "Images:      32 x 32, pixels imagenet; in evaluation crop 0.875, keep, bilinear" in first.text()
     assert "Built with:  epsilon=1e-05" in first.text()
     path.unlink()
-    assert "Restored checkpoint" in launch.train(*arguments, ranks=2)
+    assert "Restored checkpoint" in launch.train(*arguments, ranks=ranks)
 
     state = last_checkpoint(log_dir)
     assert state["options"] == {"epsilon": 1e-5}

@@ -44,7 +44,7 @@ CASES = {
     "resnext101": Case(12),
     "resnext152": Case(15),
 }
-QUICK = ("lenet", "googlenet", "resnet18")
+QUICK = ("lenet", "resnet18")
 
 
 def patched(size: int, device: torch.device) -> Batch:
