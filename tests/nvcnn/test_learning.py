@@ -26,7 +26,8 @@ class Case(NamedTuple):
     aux: bool = False
 
 
-# Without BatchNorm they take hundreds of steps, of seconds each. OverFeat and the larger VGGs are left out.
+# Without BatchNorm they take hundreds of steps: VGG-13's loss is 0.07 after 200, VGG-16's 0.50. These, VGG-19 and
+# OverFeat, whose images have 231 x 231 pixels, are left out.
 CASES = {
     "lenet": Case(30, 0.01),
     "alexnet": Case(220, 0.005),
