@@ -330,7 +330,6 @@ class UnnormalizedConv(Function):
         x, x_norm, b, b_norm, a, weight, y, norm = ctx.saved_tensors
         conv = ctx.conv
         needs_x, needs_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[4]
-        geometry = conv.stride, conv.padding, conv.groups
         factors = d_norm[FACTORS] if ctx.batch else None
         dy, through = channels_last(g), (y if ctx.batch else None, norm, factors)
         if conv.algorithm in MATERIALIZED:
@@ -340,18 +339,8 @@ class UnnormalizedConv(Function):
         # The mask of a sum is that of a; any other is taken again from x, which the sums read anyway.
         raw_x = None if x_norm is None else x
         epilogue = None if d_a is None else channels_last(d_a), a if ctx.adds else None, raw_x, x_norm, b, b_norm
-        dx = sums = b_sums = dw = None
-        if conv.algorithm in LIBRARY:
-            dx, dw = library_gradients(dy, read, weight, geometry, (needs_x, needs_weight))
-            if needs_x:
-                dx, sums, b_sums = masked_with_sums(channels_last(dx), *epilogue)
-        else:
-            if needs_weight:
-                dw = empty_gradient(weight)
-                kernels.convolution_weight_gradient(dy, read, dw, *geometry, *through, read_norm)
-            if needs_x:
-                size = x.shape[2:]
-                dx, sums, b_sums = kernels.convolution_data_gradient(dy, weight, size, *geometry, *through, *epilogue)
+        needs = needs_x, needs_weight
+        dx, sums, b_sums, dw = conv_gradients(conv, dy, through, read, read_norm, weight, epilogue, needs)
         d_norms = gradient_of_norm(sums, raw_x, x_norm), gradient_of_norm(b_sums, b, b_norm)
         d_b = dx if ctx.adds else None
         return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], None, None
@@ -377,23 +366,42 @@ class RectifiedConv(Function):
     @once_differentiable
     def backward(ctx, g, d_norm):
         x, x_norm, weight = ctx.saved_tensors
-        conv, g = ctx.conv, channels_last(g)
-        geometry = conv.stride, conv.padding, conv.groups
         needs_x, _, needs_weight, *_ = ctx.needs_input_grad
         epilogue = None, None, None if x_norm is None else x, x_norm, None, None
-        dx = sums = dw = None
-        if conv.algorithm in LIBRARY:
-            dx, dw = library_gradients(g, x, weight, geometry, (needs_x, needs_weight))
-            if needs_x:
-                dx, sums, _ = masked_with_sums(channels_last(dx), *epilogue)
-        else:
-            if needs_weight:
-                dw = empty_gradient(weight)
-                kernels.convolution_weight_gradient(g, x, dw, *geometry, None, None, None, None)
-            if needs_x:
-                through = None, None, None
-                dx, sums, _ = kernels.convolution_data_gradient(g, weight, x.shape[2:], *geometry, *through, *epilogue)
+        stored = (None, None, None), x, None  # dy and what was convolved are in memory
+        needs = needs_x, needs_weight
+        dx, sums, _, dw = conv_gradients(ctx.conv, channels_last(g), *stored, weight, epilogue, needs)
         return dx, gradient_of_norm(sums, x, x_norm), dw, None if d_norm is None else d_norm[D_BETA], None
+
+
+def conv_gradients(
+    conv: Conv2d,
+    dy: Tensor,
+    through: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    x_norm: Tensor | None,
+    weight: Tensor,
+    epilogue: tuple[Tensor | None, ...],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Returns dx, its sums and those of the branch behind the epilogue, and dw; None for what is not needed.
+
+    through, x_norm, epilogue: as the kernels of the two gradients take them. needs: dx, dw.
+    """
+    geometry: Any = conv.stride, conv.padding, conv.groups
+    dx = sums = branch_sums = dw = None
+    if conv.algorithm in LIBRARY:
+        dx, dw = library_gradients(dy, x, weight, geometry, needs)
+        if needs[0]:
+            dx, sums, branch_sums = masked_with_sums(channels_last(dx), *epilogue)
+        return dx, sums, branch_sums, dw
+    if needs[1]:
+        dw = empty_gradient(weight)
+        kernels.convolution_weight_gradient(dy, x, dw, *geometry, *through, x_norm)
+    if needs[0]:
+        size = x.shape[2:]
+        dx, sums, branch_sums = kernels.convolution_data_gradient(dy, weight, size, *geometry, *through, *epilogue)
+    return dx, sums, branch_sums, dw
 
 
 def library_gradients(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]) -> Gradients:
