@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.nvidia.compiler import CUDAOptions
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.implementation import INTERPRETED
+
 PLAIN = frozenset((Tensor, Parameter))
+OPTIONS = CUDAOptions.__dataclass_fields__.keys()  # which the compiler takes beside arguments
 
 
 class State(threading.local):
@@ -45,6 +49,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """Starts a kernel, as kernel[grid](*args, **constants) does. Launchers start kernels by this alone."""
     if state.silent:
         return
+    if INTERPRETED and (unknown := constants.keys() - inspect.signature(kernel.fn).parameters - OPTIONS):
+        raise KeyError(f"{kernel.fn.__module__}: no kernel's argument: {', '.join(sorted(unknown))}")  # as compiled
     recording, state.recording = state.recording, None  # Triton's interpreter computes with PyTorch's operators
     compiled = kernel[grid](*args, **constants)
     state.recording = recording

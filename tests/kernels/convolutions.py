@@ -136,7 +136,7 @@ def configured(**choices: int):
 
 def check_same(run: Callable[[], tuple[Tensor, ...]], loads: int = 0, **choices: int) -> None:
     """Checks that the choices change no bit, and that `loads` tensors are then loaded by descriptors."""
-    made, plain_choices = [], {"TMA": 0, "PERSISTENT": 0}
+    made, plain_choices = [], {"TMA": 0} | dict.fromkeys(choices, 0)
     with configured(**plain_choices):
         plain = run()
     with configured(**plain_choices | choices), pytest.MonkeyPatch.context() as patch:

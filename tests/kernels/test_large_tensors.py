@@ -87,7 +87,11 @@ def launches(monkeypatch):
     monkeypatch.setattr(of_weight, "parts_of", lambda *_: 2**15)  # so that the last has few rows
     pool = import_module("kernels.max_pool")
     configured = pool.configured
-    monkeypatch.setattr(pool, "configured", lambda *given: {**configured(*given), "PROGRAMS": 2**30})  # a tile for each
+
+    def a_program_for_each_tile(*given):
+        return {name: 2**30 if name == "PROGRAMS" else value for name, value in configured(*given).items()}
+
+    monkeypatch.setattr(pool, "configured", a_program_for_each_tile)
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     return found
 
