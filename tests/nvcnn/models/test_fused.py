@@ -4,6 +4,7 @@ from collections import Counter
 from copy import deepcopy
 from functools import partial
 from itertools import cycle, product
+from statistics import median
 
 import pytest
 import torch
@@ -376,23 +377,29 @@ def test_bias_and_relu_are_the_kernels(algorithm):
 @algorithms
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_convolutions_with_bias_round_no_more_than_torch(algorithm, dtype, device):
-    torch.manual_seed(0)
-    ours = Biased().to(device)
-    theirs, exact = deepcopy(ours).to(dtype), deepcopy(ours).to(dtype).double()
-    cast_matrices(made_of(ours, exact, algorithm), dtype)
-    x = input_of(4, side=16).to(device, dtype)
-    outputs = [ours(x), theirs.plain(x), exact.plain(x.double())]
-    direction = torch.randn_like(outputs[2])
-    for y in outputs:
-        y.backward(direction.to(y.dtype))
+    """The median of nine draws counts.
 
-    def error(a: Tensor, b: Tensor) -> float:
-        return ((a.double() - b).norm() / b.norm()).item()
-
-    assert error(outputs[0], outputs[2]) <= 2 * error(outputs[1], outputs[2])
-    for (name, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
-        assert p.grad.dtype == (torch.float32 if p.ndim < 2 else dtype), name
-        assert error(p.grad, r.grad) <= 2 * error(q.grad, r.grad), name
+    In one draw of four a rounding moves a value over the edge of a ReLU, or another value is the maximum: a gradient is
+    then off by a hundred times what roundings alone make.
+    """
+    ratios: dict[str, list[float]] = {}
+    for seed in range(9):
+        torch.manual_seed(seed)
+        ours = Biased().to(device)
+        theirs, exact = deepcopy(ours).to(dtype), deepcopy(ours).to(dtype).double()
+        cast_matrices(made_of(ours, exact, algorithm), dtype)
+        x = input_of(4, side=16).to(device, dtype)
+        outputs = [ours(x), theirs.plain(x), exact.plain(x.double())]
+        direction = torch.randn_like(outputs[2])
+        for y in outputs:
+            y.backward(direction.to(y.dtype))
+        triples = {"y": outputs}
+        for (name, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
+            assert p.grad.dtype == (torch.float32 if p.ndim < 2 else dtype), name
+            triples[name] = [p.grad, q.grad, r.grad]
+        for name, (a, b, right) in triples.items():
+            ratios.setdefault(name, []).append(((a.double() - right).norm() / (b.double() - right).norm()).item())
+    assert all(median(found) <= 1.5 for found in ratios.values()), ratios
 
 
 @algorithms
