@@ -14,12 +14,13 @@ from tests.samples import record, write_shard
 
 # OpenMP's threads run in the parent, and then the workers need the table of so many samples that OpenMP divides it.
 SEARCH_AND_TRAIN = """
-import multiprocessing, sys
+import faulthandler, multiprocessing, sys
 import torch
 from nvcnn.check_data import search
 from nvcnn.data.backend import open_training
 from nvcnn.data.dataset import find_dataset
 
+faulthandler.dump_traceback_later(45, exit=True)
 torch.set_num_threads(2)
 a = torch.ones(3_000_000)
 (a + a).sum()
