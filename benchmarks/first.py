@@ -64,15 +64,18 @@ Write = Callable[[list[Row]], None]
 
 def launched() -> list[Launch]:
     """Returns all launches of `benchmarks.gpu first` on the chip that `pack` compiles for."""
-    calls = dict.fromkeys(
-        call for n in (BATCH, FEW) for conv in ops.CONVS for call in step_calls(MODEL, n, DTYPE, conv)
-    )
-    found = [launch for call in calls if call.name.startswith("nvcnn::") for launch in launches(call, pack.CHIP)]
+    found = [launch for n in (BATCH, FEW) for launch in launched_by(MODEL, n)]
     if find_spec("benchmarks.probes"):
         probes = import_module("benchmarks.probes")
         for name in probes.NAMES:
             found += probes.launches(probes.load(name), pack.CHIP)
     return found
+
+
+def launched_by(model: str, n: int) -> list[Launch]:
+    """Returns all launches of the model's steps on n images, by whatever --conv=auto may choose."""
+    calls = dict.fromkeys(call for conv in ops.CONVS for call in step_calls(model, n, DTYPE, conv))
+    return [launch for call in calls if call.name.startswith("nvcnn::") for launch in launches(call, pack.CHIP)]
 
 
 def calls_of(family: str, n: int = FEW) -> list[Call]:

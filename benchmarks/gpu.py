@@ -6,9 +6,9 @@ python3 -m benchmarks.gpu summary FILE ... [--out DIR]          merges the GPU.j
 
 The parts, which all run in this order by default, are first (200 s: right or wrong, the step, probes, each layer),
 tune, tests, ops, layers, conv, step and models (250 s each). A part is a list of items, each with the seconds it should
-take. An item that does not fit any more is left out, which is printed; 15 s before its limit a part ends whatever runs.
-An item is one process, or several side by side, which write as they go. All of it needs PyTorch, Triton and pytest, but
-no network.
+take. An item that does not fit any more is left out, which is printed; 15 s before its limit a part ends
+whatever runs. An item is one process, or several side by side, which write as they go. All of it needs PyTorch, Triton
+and pytest, but no network.
 
 After every item DIR (benchmarks/results) gets GPU.json, with machine, versions and rows, GPU.md, the same as tables,
 and GPU.log; at the end of a part it gets GPU.png, which shows the share of the floor that each call reaches. The exit
@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import pack, report, timing
+from benchmarks import pack, report, step, timing
 from benchmarks.first import FAMILIES
 
 RESERVE = 15  # seconds before a part's limit, for what still has to be written
@@ -89,7 +89,7 @@ def checks(seconds: float) -> Item:
 # tests the compiler's output, which is the same everywhere, and takes a minute.
 LEFT_OUT = ("tests/nvcnn/data", "tests/nvcnn/prepare", "tests/kernels/test_codegen.py")
 TESTS = ("tests/kernels", "tests/nvcnn", *(f"--ignore={path}" for path in LEFT_OUT))
-TUNE = ("benchmarks.tune", "--keys=10", "--minutes={minutes}")
+TUNE = ("benchmarks.tune", "--keys=14", "--minutes={minutes}", "convolution")
 # Of two v one makes up for the q in pyproject.toml, so that each test has its line.
 PYTEST = ("pytest", "-vv", "-p", "no:cacheprovider", *(("-n", "14") if find_spec("xdist") else ()), *TESTS)
 PARTS = {
@@ -116,12 +116,14 @@ PARTS = {
     ),
     "conv": Part(250, (kernels(5), one("conv", 225, "benchmarks.layers", "convolution", "bottleneck", least=60))),
     "step": Part(250, (kernels(5), one("whole-step", 225, "benchmarks.step", "--device=cuda", least=60))),
-    # By cuDNN, since a hundred shapes of convolutions would first have to be compiled.
     "models": Part(
         250,
-        tuple(
-            one(f"step-{model}", 70, "benchmarks.step", "--device=cuda", f"--model={model}", "--conv=cudnn")
-            for model in ("inception3", "vgg16", "resnext50")
+        (
+            kernels(10, "models"),
+            *(
+                one(f"step-{model}", seconds, "benchmarks.step", "--device=cuda", f"--model={model}")
+                for model, seconds in zip(step.OTHERS, (45, 80, 90), strict=True)
+            ),
         ),
     ),
 }  # fmt: skip

@@ -2,10 +2,10 @@
 
 python3 -m benchmarks.gpu pack [--out DIR] [--keys N] [--rings N] [--workers N]
 
-The kernels that `benchmarks.gpu first` launches, and that `tune` tries first for the heaviest configurations, are
-collected on tensors without memory, compiled for sm_90 in parallel processes, and archived with a key that says what
-compiled them. On the GPU machine `benchmarks.gpu` unpacks the archive, prints hits and misses, and compiles what is
-missing, all at once; where the key differs, everything is missing. Triton finds an entry by its source, its
+The kernels that `benchmarks.gpu first` and `models` launch, and that `tune` tries first for the heaviest convolutions,
+are collected on tensors without memory, compiled for sm_90 in parallel processes, and archived with a key that says
+what compiled them. On the GPU machine `benchmarks.gpu` unpacks the archive, prints hits and misses, and compiles what
+is missing, all at once; where the key differs, everything is missing. Triton finds an entry by its source, its
 specialisation and the compiler's files, wherever the checkout lies. The archive holds no launchers, which are linked
 where they run.
 """
@@ -182,7 +182,13 @@ def read(archive: Path, cache: Path) -> tuple[Lists, str]:
 def collect(keys: int, rings: int) -> Lists:
     from benchmarks import first, tune  # they use this module, too
 
-    return {"first": first.launched(), "tune": tune.launched(keys, rings)}
+    return {"first": first.launched(), "tune": tune.launched(keys, rings), "models": of_models()}
+
+
+def of_models() -> list[Launch]:
+    from benchmarks import first, step
+
+    return [launch for model in step.OTHERS for launch in first.launched_by(model, step.BATCHES[model])]
 
 
 def fill(names: Sequence[str], archive: Path, cache: Path, count: int) -> str:
@@ -198,10 +204,7 @@ def fill(names: Sequence[str], archive: Path, cache: Path, count: int) -> str:
     with knobs.cache.scope():
         knobs.cache.dir = str(cache)
         with workers(count) as pool:
-            if not lists:
-                from benchmarks import first
-
-                lists = {"first": first.launched()}
+            lists = lists or collect(0, 0)
             outcome = compile_all((launch for name in names for launch in lists[name]), pool)
     return f"{line}; {', '.join(names)}: {outcome}" + "".join(
         f"\n  refused: {launch.name[:100]}: {why}" for launch, why in outcome.failed.items()

@@ -3,7 +3,7 @@
 python -m benchmarks.step [--device=cpu|cuda] [--model MODEL] [--batch N] [--conv auto|triton|...] [--json FILE]
 
 On a GPU it runs ResNet-50 at batch 256, 224 x 224, in fp16; other models likewise, at their own size and the batch of
-BATCHES, or 128. On the CPU, to prove the script, it runs ResNet-18 at batch 4, 64 x 64, in fp32. The peers are plain
+BATCHES. On the CPU, to prove the script, it runs ResNet-18 at batch 4, 64 x 64, in fp32. The peers are plain
 channels-last loops with SGD(fused=True), on a GPU with automatic mixed precision, GradScaler and, by the same rule as
 ours, the fastest of cuDNN's deterministic algorithms. They get normalised fp32 images; ours starts from uint8, as from
 a decoder, and has LARC. On a GPU ours runs with --conv=auto and as a CUDA graph; its other --conv, and ours without a
@@ -54,7 +54,8 @@ class Case:
 
 CPU = Case(torch.device("cpu"), "resnet18", 4, 64, torch.float32)
 GPU = Case(torch.device("cuda"), "resnet50", 256, 224, torch.float16)
-BATCHES = {"resnet50": 256, "alexnet": 1024}
+OTHERS = ("vgg16", "resnext50", "inception3")  # which `benchmarks.gpu models` measures
+BATCHES = dict.fromkeys(MODELS, 128) | {"resnet50": 256, "alexnet": 1024}
 
 
 def ours(case: Case, conv: str = "auto", cuda_graph: str = "off") -> timing.Step:
@@ -197,7 +198,7 @@ def main() -> int:
     gpu = torch.cuda.is_available()
     case = GPU if gpu else CPU
     if model := arguments.model:
-        batch = BATCHES.get(model, 128) if gpu else CPU.batch
+        batch = BATCHES[model] if gpu else CPU.batch
         case = replace(case, model=model, batch=batch, size=MODELS[model].image_size)
     case = replace(case, batch=arguments.batch or case.batch)
     if gpu:
