@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import pack, timing
 from benchmarks.ops import CONVS, layer_calls
-from benchmarks.replay import argument_sets, arguments, describe, difference, outcome, replay, whole
+from benchmarks.replay import Arguments, argument_sets, arguments, describe, difference, outcome, replay, whole
 from benchmarks.roofline import bytes_of
 from benchmarks.trace import Call, Launch, launches
 from kernels import configurations
@@ -123,11 +123,12 @@ def heaviest(calls: Counter[Call], chip: int, table: Table, count: int) -> Itera
 
 
 def launched(keys: int, rings: int) -> list[Launch]:
-    """Returns the launches that tuning the heaviest keys of ResNet-50's fp16 step tries first.
+    """Returns the launches that tuning the heaviest convolutions of ResNet-50's fp16 step tries first.
 
     They are those of the chip that `pack` compiles for.
     """
-    calls, found = layer_calls("resnet50", 256, torch.float16, *CONVS), []
+    every, found = layer_calls("resnet50", 256, torch.float16, *CONVS), []
+    calls = Counter({call: n for call, n in every.items() if "convolution" in call.name})
     for call, op, key in heaviest(calls, pack.CHIP, {}, keys):
         start = looked_up(partial(launches, call, pack.CHIP), {})[op, key]
         for config in within(start, rings):
@@ -166,8 +167,13 @@ def agrees(call: Call, device: torch.device, expected: list[Tensor]) -> bool:
     return all(difference(a, b) <= TOLERANCE for a, b in zip(results(call, device), expected, strict=True))
 
 
+@lru_cache(maxsize=1)
+def sets_of(call: Call, device: torch.device) -> list[Arguments]:
+    return argument_sets(call, device)
+
+
 def milliseconds(call: Call, device: torch.device) -> float:
-    made = argument_sets(call, device)
+    made = sets_of(call, device)
     step = timing.captured(replay(call.op, made), device)
     return median(timing.milliseconds(timing.repeated(step, 3), device) / (3 * len(made)) for _ in range(7))
 
@@ -191,28 +197,32 @@ def climb(
     with launched_with(table):
         expected = results(call, device)
 
-    def cost(config: Configuration) -> float:
+    def cost(config: Configuration, enough: float) -> float:
+        """Returns its time; infinity if it fails, or if it takes less than `enough` but is wrong."""
         if time.monotonic() > end:
             return float("inf")
         with launched_with({**table, op: {**table.get(op, {}), key: config}}):
             try:
-                return clock(call) if agrees(call, device, expected) else float("inf")
+                taken = clock(call)
+                return taken if taken >= enough or agrees(call, device, expected) else float("inf")
             except Exception as error:  # shared memory runs out, or the compiler refuses: Triton raises many classes
                 if timing.lost(error):
                     raise
                 return float("inf")
 
-    first = best_cost = cost(start)
+    first = best_cost = cost(start, float("inf"))
     best = start
-    tried: dict[tuple, float] = {tuple(start.items()): first}
+    tried = {tuple(start.items())}
     while True:
         around = [c for c in neighbours(best) if tuple(c.items()) not in tried]
-        tried |= dict.fromkeys((tuple(c.items()) for c in around), float("inf"))
-        tried |= {tuple(c.items()): cost(c) for c in compilable(call, op, key, around)}
-        nearest = min(around, key=lambda c: tried[tuple(c.items())], default=best)
-        if tried[tuple(nearest.items())] >= best_cost * (1 - MARGIN):
+        tried |= {tuple(c.items()) for c in around}
+        nearest, nearest_cost = best, best_cost * (1 - MARGIN)
+        for config in compilable(call, op, key, around):
+            if (found := cost(config, nearest_cost)) < nearest_cost:
+                nearest, nearest_cost = config, found
+        if nearest is best:
             return best, best_cost, first
-        best, best_cost = nearest, tried[tuple(nearest.items())]
+        best, best_cost = nearest, nearest_cost
 
 
 def text_of(table: Table) -> str:
