@@ -11,7 +11,7 @@ launches are compiled once; `calls` says how often they occur in ResNet-50's ste
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. These are breaches, which
 make the exit code 1:
     - a spill, or a program that does not fit an SM;
-    - a matrix product of halves without the chip's own instruction for it;
+    - a matrix product of halves without the chip's own instruction for it, by warps that could issue it;
     - wgmma that ptxas serialises, so that each product waits for the one before;
     - with Triton before 3.7, wgmma that may still read an operand's registers when the next step writes them;
     - a tile that should be loaded by TMA and is not;
@@ -62,6 +62,7 @@ OTHERS = ("alexnet", "googlenet", "inception3", "vgg16")
 # warps and 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+FEWEST_WARPS = {80: 1, 90: 4, 100: 4}  # which issue it; a table may have fewer, where products do not count
 # trust_ratio reads the sums of one tensor's blocks from the L2 cache, and these begin at any address. So do runs of an
 # image's pixels, since a pixel is 3 or 4 values.
 UNALIGNED = re.compile(r"^trust_ratio\.kernel | NARROW=[34] ")
@@ -192,7 +193,8 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
     breaches = [f"{spills} bytes of spills"] if spills else []
     if not programs:
         breaches.append("does not fit an SM")
-    if re.search(r"tt\.dot .*xb?f16>", kernel.asm.get("ttir", "")) and matrix != MATRIX[launch.chip]:
+    halves = re.search(r"tt\.dot .*xb?f16>", kernel.asm.get("ttir", ""))
+    if halves and matrix != MATRIX[launch.chip] and warps >= FEWEST_WARPS[launch.chip]:
         breaches.append(f"multiplies matrices without {MATRIX[launch.chip]}")
     if matrix == "wgmma" and (warnings := serialised(ptx)):
         breaches.append(f"wgmma serialised ({', '.join(warnings)})")

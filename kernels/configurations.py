@@ -74,7 +74,7 @@ def configuration(op: str, key: str, device: torch.device, computed: Configurati
     if answer is None:
         answer = computed
     if answer is computed and name:
-        missing = f"kernels/configs/{name}.json lacks calls of {op}" if table else f"no kernels/configs/{name}.json"
+        missing = f"kernels/configs/{name}.json lacks some calls" if table else f"no kernels/configs/{name}.json"
         say_once(f"{missing}: computed launch configurations are used; `make tune` measures better ones")
     answers[op, key] = answer
     return answer
