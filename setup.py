@@ -16,6 +16,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["kernels", "kernels.*", "nvcnn", "nvcnn.*"]),
+    package_data={"kernels": ["configs/*.json"]},
     # `python -m nvcnn.install_horovod` reads Horovod's version there.
     data_files=[("share/nvcnn", ["constraints.txt"])],
     install_requires=["torch>=2.11,<2.16", "triton>=3.6,<3.10"],

@@ -334,6 +334,17 @@ def test_make_train_is_one_mpiexec_command():
         assert flag in commands[0]
 
 
+def test_an_installed_package_has_the_tables_of_launch_configurations(tmp_path):
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    (tmp_path / "nvcnn").mkdir()
+    shutil.copy(ROOT / "nvcnn" / "__init__.py", tmp_path / "nvcnn")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for file in (ROOT / "kernels" / "configs").iterdir():
+        assert (tmp_path / "built" / "kernels" / "configs" / file.name).exists()
+
+
 def test_make_gpu_uses_neither_the_environment_nor_the_network():
     assert make("-n", "gpu", "PART=ops").strip() == "PYTHONPATH=. python3 -m benchmarks.gpu ops"
 
