@@ -2,11 +2,12 @@
 
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
-`short` is what the tests compile: the steps of two small models, the optimizer's options, and the convolutions and
-poolings that have the most fused into them. `all` adds ResNet-50's steps with every --conv, its evaluation, and the
-convolutions of ResNeXt-50 that have groups, in fp16 and bf16, launched without a table and with each table of
-kernels/configs/ (on its own GPU); and the convolutions and poolings of the models of OTHERS in fp16, on sm_90. Equal
-launches are compiled once; `calls` says how often they occur in ResNet-50's steps.
+`short` is what the tests compile: the steps of two small models, the optimizer's options, the convolutions and poolings
+that have the most fused into them, and what the tables of kernels/configs/ change in ResNet-50's step. `all` adds
+ResNet-50's steps with every --conv, its evaluation, and the convolutions of ResNeXt-50 that have groups, in fp16 and
+bf16, launched without a table and with each table of kernels/configs/ (on its own GPU); and the convolutions and
+poolings of the models of OTHERS in fp16, on sm_90. Equal launches are compiled once; `calls` says how often they occur
+in ResNet-50's steps.
 
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. These are breaches, which
 make the exit code 1:
@@ -153,8 +154,8 @@ def counted(calls: Iterable[Call], chip: int, table: str = "") -> Counter[Launch
 def all_launches(which: str) -> Counter[Launch]:
     """Returns every distinct launch, and how often it occurs in ResNet-50's step."""
     found: Counter[Launch] = Counter()
+    tables = [(chip_of(file.stem), file.stem) for file in TABLES.glob("*.json") if file.stem != TEST]
     if which == "all":
-        tables = [(chip_of(file.stem), file.stem) for file in TABLES.glob("*.json") if file.stem != TEST]
         for dtype in (torch.float16, torch.bfloat16):
             step = [call for conv in ("torch", *CANDIDATES) for call in step_calls(dtype=dtype, conv=conv)]
             others = evaluation_calls(dtype=dtype) + of_groups(dtype)
@@ -165,6 +166,9 @@ def all_launches(which: str) -> Counter[Launch]:
             found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, **WALK)
         for model in OTHERS:
             found.update(dict.fromkeys(counted(convolutions_and_poolings(model), 90), 0))
+    step = [call for conv in CANDIDATES for call in step_calls(conv=conv)]
+    for chip, table in tables:
+        found.update(dict.fromkeys(counted(step, chip, table).keys() - counted(step, chip).keys(), 0))
     short = list(short_calls())
     for chip in CHIPS:
         found.update(dict.fromkeys(counted(short, chip), 0))

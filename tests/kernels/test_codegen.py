@@ -47,7 +47,8 @@ def test_wgmma_that_wait_for_each_other_are_found_and_those_that_do_not_wait():
 
 def test_convolutions_multiply_with_the_chips_own_instruction(rows):
     convolutions = [row for row in rows if re.match(r"convolution\w*\.kernel ", row["name"])]
-    assert {(row["chip"], row["matrix"]) for row in convolutions} == {
+    wide = [row for row in convolutions if not re.search(r"warps=[12]\b", row["name"])]  # wgmma takes 4
+    assert {(row["chip"], row["matrix"]) for row in wide} == {
         (f"sm_{chip}", instruction) for chip, instruction in MATRIX.items()
     }
     for op, tensors in {
