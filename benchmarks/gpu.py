@@ -91,7 +91,7 @@ LEFT_OUT = ("tests/nvcnn/data", "tests/nvcnn/prepare", "tests/kernels/test_codeg
 TESTS = ("tests/kernels", "tests/nvcnn", *(f"--ignore={path}" for path in LEFT_OUT))
 TUNE = ("benchmarks.tune", "--keys=14", "--minutes={minutes}", "convolution")
 # Of two v one makes up for the q in pyproject.toml, so that each test has its line.
-PYTEST = ("pytest", "-vv", "-p", "no:cacheprovider", *(("-n", "14") if find_spec("xdist") else ()), *TESTS)
+PYTEST = ("pytest", "-vv", "-p", "no:cacheprovider", *(("-n", "14") if find_spec("xdist") else ()))
 PARTS = {
     "first": Part(
         200,
@@ -104,7 +104,14 @@ PARTS = {
         ),
     ),
     "tune": Part(250, (kernels(5), Item("tune", 225, (TUNE,), least=60, quiet=False))),
-    "tests": Part(250, (kernels(5), Item("tests", 200, (PYTEST,), least=60))),
+    "tests": Part(
+        250,
+        (
+            kernels(5),
+            Item("learning", 60, ((*PYTEST, "tests/nvcnn/test_learning.py"),)),
+            Item("tests", 160, ((*PYTEST, "-m", "not full", *TESTS),), least=60),
+        ),
+    ),
     "ops": Part(250, (kernels(5), one("ops", 200, "benchmarks.ops", "--seconds={seconds}", least=60))),
     "layers": Part(
         250,
@@ -339,9 +346,9 @@ def run_part(name: str, results: Results) -> list[str]:
         if wrong:
             failed.append(f"{item.name}: {', '.join(wrong)}")
             print(*(log.splitlines()[-LAST_LINES:] if item.quiet else []), failed[-1], sep="\n")
-        if item.name == "tests":
+        if item.name in ("learning", "tests"):
             rows = test_rows(log, "; ".join([*wrong, what_tests_lack()]))
-            report.write(str(FOLDER / "tests.json"), "gpu", rows)
+            report.write(str(FOLDER / f"{item.name}.json"), "gpu", rows)
         compiled = f", {kernels_cached() - known} kernels compiled meanwhile" if item.name != "kernels" else ""
         print(f"   {time.monotonic() - began:.0f} s{compiled}", flush=True)
         results.collect()
