@@ -1,5 +1,6 @@
 """Every test has kernels that run without a GPU, a torchvision that imports without one, and the device."""
 
+import gc
 import os
 import signal
 
@@ -28,6 +29,12 @@ EXAMPLES = 5 if torch.cuda.is_available() else 25
 settings.register_profile("default", deadline=None, max_examples=EXAMPLES, phases=UNSHRUNK)
 settings.register_profile("full", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=full
 settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    """Spares later collections of garbage, of which each pool of workers makes one, what stays until the end anyway."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
