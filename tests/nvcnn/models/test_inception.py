@@ -127,9 +127,18 @@ def test_initialisation_is_its_peer_s(name, options):
         assert torch.equal(states[0][key], value), key
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        *[pytest.param(name, True, id=f"{name}-train") for name in PAIRS],
+        *[pytest.param(name, False, id=f"{name}-eval") for name in ("googlenet", "inception3")],
+        *[
+            pytest.param(name, False, id=f"{name}-eval", marks=pytest.mark.full)
+            for name in ("inception4", "inception_resnet2")
+        ],
+    ],
+)
 @pytest.mark.parametrize("algorithm", [pytest.param("torch", marks=pytest.mark.full), "mixed"])
-@pytest.mark.parametrize("name", PAIRS)
 def test_computes_what_its_peer_computes(name, algorithm, training):
     ours, theirs = pair(name, training)
     choose(ours, algorithm)
