@@ -146,6 +146,13 @@ def test_descriptors_are_those_of_the_tensors_that_are_given(device):
     assert not torch.equal(made[0], made[1])
 
 
+def test_what_is_no_argument_of_a_kernel_is_refused(device):
+    """Triton's interpreter would take it."""
+    x = torch.ones(1, device=device)
+    with pytest.raises(KeyError, match="PERSISTENT"):
+        launch(scale_kernel, (1,), x, None, x, 1, 1, 2.0, BLOCK=16, PERSISTENT=0)
+
+
 def test_silent_launches_start_nothing(device):
     kernel = SimpleNamespace()
     with silent():
