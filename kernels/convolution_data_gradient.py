@@ -236,7 +236,7 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
 def computed_for_tma(shape: ConvShape, fused: list[str]) -> Configuration:
     """Returns tiles of 64 x 64 x 64, wider where the map of g is worth sharing; loaded by pointers where k is small.
 
-    With map and mask, programs of 2 warps are best from 128 channels on, though wgmma takes 4 (H100: 1.35 times).
+    With map and mask, programs of 2 warps are best, though wgmma takes 4 (1.35 times, H100, k of 128 and 256).
     """
     config = {"BLOCK_ROWS": 64, "BLOCK_OUT": tile_of(shape.c, 64), "BLOCK_IN": tile_of(shape.k, 64), "TMA": 1}
     config |= {"num_warps": 4, "num_stages": 3, "PERSISTENT": 0}
@@ -246,7 +246,8 @@ def computed_for_tma(shape: ConvShape, fused: list[str]) -> Configuration:
         tile = {"BLOCK_ROWS": 32, "BLOCK_OUT": tile_of(shape.c, 128), "BLOCK_IN": tile_of(shape.k, 32)}
         return config | tile | {"num_warps": 2}
     if shape.k <= 128:
-        return config | {"BLOCK_IN": tile_of(shape.k, 32), "TMA": 0, "num_stages": 1 if "z" in fused else 3}
+        stages = 1 if "z" in fused and shape.k <= 64 else 3
+        return config | {"BLOCK_IN": tile_of(shape.k, 32), "TMA": 0, "num_stages": stages}
     return config | {"BLOCK_OUT": tile_of(shape.c, 128)}
 
 
