@@ -6,9 +6,9 @@ python3 -m benchmarks.gpu summary FILE ... [--out DIR]          merges the GPU.j
 
 The parts, which all run in this order by default, are first (200 s: right or wrong, the step, probes, each layer),
 tune, tests, ops, layers, conv, step and models (250 s each). A part is a list of items, each with the seconds it should
-take. An item that does not fit any more is left out, which is printed; 15 s before its limit a part ends
-whatever runs. An item is one process, or several side by side, which write as they go. All of it needs PyTorch, Triton
-and pytest, but no network.
+take. An item that does not fit any more is left out, which is printed; 15 s before its limit a part ends whatever runs.
+An item is one process, or several side by side, which write as they go. All of it needs PyTorch, Triton and pytest, but
+no network.
 
 After every item DIR (benchmarks/results) gets GPU.json, with machine, versions and rows, GPU.md, the same as tables,
 and GPU.log; at the end of a part it gets GPU.png, which shows the share of the floor that each call reaches. The exit

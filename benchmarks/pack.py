@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -179,16 +180,13 @@ def read(archive: Path, cache: Path) -> tuple[Lists, str]:
     return lists, f"{archive.name}: {sum(1 for _ in cache.glob('*/__grp__*'))} kernels"
 
 
-def collect(keys: int, rings: int) -> Lists:
-    from benchmarks import first, tune  # they use this module, too
+def launched(part: str, keys: int = 0, rings: int = 0) -> list[Launch]:
+    """Returns what a part of `benchmarks.gpu` launches, of `tune` so many keys and rings."""
+    from benchmarks import first, step, tune  # they use this module, too
 
-    return {"first": first.launched(), "tune": tune.launched(keys, rings), "models": of_models()}
-
-
-def of_models() -> list[Launch]:
-    from benchmarks import first, step
-
-    return [launch for model in step.OTHERS for launch in first.launched_by(model, step.BATCHES[model])]
+    if part == "models":
+        return [launch for model in step.OTHERS for launch in first.launched_by(model, step.BATCHES[model])]
+    return tune.launched(keys, rings) if part == "tune" else first.launched()
 
 
 def fill(names: Sequence[str], archive: Path, cache: Path, count: int) -> str:
@@ -204,8 +202,8 @@ def fill(names: Sequence[str], archive: Path, cache: Path, count: int) -> str:
     with knobs.cache.scope():
         knobs.cache.dir = str(cache)
         with workers(count) as pool:
-            lists = lists or collect(0, 0)
-            outcome = compile_all((launch for name in names for launch in lists[name]), pool)
+            wanted = [lists[name] if name in lists else launched(name) for name in names]
+            outcome = compile_all(chain.from_iterable(wanted), pool)
     return f"{line}; {', '.join(names)}: {outcome}" + "".join(
         f"\n  refused: {launch.name[:100]}: {why}" for launch, why in outcome.failed.items()
     )
@@ -221,7 +219,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
-    lists = collect(asked.keys, asked.rings)
+    lists = {part: launched(part, asked.keys, asked.rings) for part in ("first", "tune", "models")}
     for name, launches in lists.items():
         print(f"{name}: {len(set(launches))} kernels, about {2.5 * len(set(launches)) / asked.workers:.0f} s")
     if asked.dry_run:
