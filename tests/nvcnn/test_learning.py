@@ -90,7 +90,7 @@ def learn(name: str, case: Case, device: torch.device) -> tuple[nn.Module, Tenso
 def marked(name: str) -> Any:
     marks = [] if name in QUICK else [pytest.mark.full]
     if name in LONG:
-        marks += [pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a CPU half an hour: needs a GPU")]
+        marks += [pytest.mark.skipif(not torch.cuda.is_available(), reason="hundreds of large steps: needs a GPU")]
     return pytest.param(name, marks=marks)
 
 
