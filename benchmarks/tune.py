@@ -36,8 +36,7 @@ from benchmarks.replay import Arguments, argument_sets, arguments, describe, dif
 from benchmarks.roofline import bytes_of
 from benchmarks.trace import Call, Launch, launches
 from kernels import configurations
-from kernels.configurations import Configuration
-from kernels.convolution_weight_gradient import SMS
+from kernels.configurations import SMS, Configuration
 from kernels.operators import looked_up_again
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.models import MODELS

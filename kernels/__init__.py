@@ -12,6 +12,9 @@ from kernels.convolution_weight_gradient import convolution_weight_gradient
 from kernels.cross_entropy import cross_entropy
 from kernels.global_average import global_average
 from kernels.gradient_statistics import gradient_statistics
+from kernels.gram_gradient import gram_gradient
+from kernels.gram_matrix import gram_matrix
+from kernels.gram_norm import gram_norm
 from kernels.larc_update import larc_update, refresh
 from kernels.max_pool import max_pool, max_pool_backward, max_pool_with_argmax
 from kernels.prepare_input import prepare_input, prepare_input_into
@@ -29,6 +32,9 @@ __all__ = [
     "cross_entropy",
     "global_average",
     "gradient_statistics",
+    "gram_gradient",
+    "gram_matrix",
+    "gram_norm",
     "larc_update",
     "max_pool",
     "max_pool_backward",

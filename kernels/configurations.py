@@ -17,6 +17,7 @@ import torch
 
 TABLES = Path(__file__).parent / "configs"
 TEST = "test"
+SMS = 132  # of a H100
 
 Configuration = Mapping[str, int]
 

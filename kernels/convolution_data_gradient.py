@@ -4,13 +4,14 @@
 over the r and s for which i and j are whole and inside of dy. With stride 2 the parities of h and w make four classes
 of pixels, each with taps of its own: four dense problems, and no multiplication by a zero that stands between pixels.
     dy = g,   or scale g + factors[0] (y - mean) + factors[1]                                   (prologue)
+    dx + a of_a, times affine[0], + affine[1]              (BatchNorm's gradient without y: `gram_gradient`)
     dx + skip, times the mask of relu, and sums of it and of its product with x - mean          (epilogue)
 The prologue is BatchNorm's backward map (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3), from
 `norm_gradient`; its sums come from the epilogue of the next layer's data gradient: of g, the gradient of
 the normalised, masked value, and of g (x - mean), over the raw x. The mask is taken again from x, or, where x was
 joined with another, from z, the joined activation. Sums are of dx as it is stored, in one fixed order.
 
-Bytes per fp16 value: 2 for g and, with the map, 2 for y; 2 for dx; and 2 for each of skip, x, z and branch there is.
+Bytes per fp16 value: 2 for g and, with the map, 2 for y; 2 for dx; and 2 for each of a, skip, x, z and branch there is.
 
 What is wasted is as in `convolution`; a stem with few channels takes no short cut here, as images need no gradient.
 """
@@ -23,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.checks import (
     check_images,
@@ -62,13 +64,19 @@ from kernels.partial_sums import empty_sums
 from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
 
 
-def reference(g, weight, size, stride, padding, groups, y, norm, factors, skip, z, x, x_norm, branch, branch_norm):
+def reference(
+    g, weight, size, stride, padding, groups, y, norm, factors, skip, z, x, x_norm, branch, branch_norm, a, of_a, affine
+):
     """Returns dx and sums in plain PyTorch; the sums have one part. Arguments as in `convolution_data_gradient`."""
     wide = single_or_double(g)
     dy, weight = output_gradient(g, y, norm, factors).to(wide), weight.to(wide)
     like = dy.new_empty(1).expand(g.shape[0], weight.shape[1] * groups, *size)
     how = (stride, padding, [1, 1], False, [0, 0], groups, [True, False, False])
     dx = torch.ops.aten.convolution_backward(dy, like, weight, None, *how)[0]
+    if a is not None:
+        at = slice(None), slice(None), slice(None, None, stride[0]), slice(None, None, stride[1])
+        of_rows = F.conv2d(a[at].to(wide), of_a.T.to(wide)[:, :, None, None])
+        dx[at] = (dx[at] + of_rows) * affine[0].view(-1, 1, 1) + affine[1].view(-1, 1, 1)
     dx = (dx if skip is None else dx + skip).to(g.dtype, memory_format=torch.channels_last)
     if z is None and x is not None and x_norm is not None:
         z = normalise(x, x_norm, None, False)
@@ -94,7 +102,7 @@ def store_sums(g, x, norm, sums, at, inside, c, known, C, part, parts):
 
 
 @triton.jit(
-    do_not_specialize=["N", "tiles"], repr=named("convolution_data_gradient", *TILE, "y", "skip", "z", "branch")
+    do_not_specialize=["N", "tiles"], repr=named("convolution_data_gradient", *TILE, "y", "skip", "z", "branch", "a")
 )
 def kernel(
     # inputs
@@ -103,12 +111,14 @@ def kernel(
     y, norm, factors,
     # epilogue
     skip, z, x, x_norm, branch, branch_norm,
+    # a second product, and what both go through
+    a, of_a, affine,
     # outputs
     dx, sums, branch_sums,
     # sizes
     tiles, N, C, H, W, K, OH, OW,
     # descriptors of tiles
-    g_tiles, y_tiles, weight_tiles,
+    g_tiles, y_tiles, weight_tiles, a_tiles, of_a_tiles,
     # geometry
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
@@ -179,17 +189,30 @@ def kernel(
                 inside &= ((i - q >= 0) & (i - q < OH) & (j - p >= 0) & (j - p < OW))[:, None]
             at = (g_row - (q * OW + p) * K)[:, None] + k[None, :]
             top_q, left_p = top + first_i - q, left + first_j - p
-            a = load(g, g_tiles, g_tile + at, inside, box, top_q, left_p, start)
+            dy = load(g, g_tiles, g_tile + at, inside, box, top_q, left_p, start)
             if norm is not None:
                 value = load(y, y_tiles, g_tile + at, inside, box, top_q, left_p, start) if y is not None else None
-                a = through_batch_norm(a, value, norm, factors, inside, k, channel, K).to(g.dtype.element_ty)
+                dy = through_batch_norm(dy, value, norm, factors, inside, k, channel, K).to(g.dtype.element_ty)
             r, s = first_r + q * STRIDE_H, first_s + p * STRIDE_W
             weighted = channel[:, None] & known[None, :]
             if GROUP_IN:
                 weighted &= (k // GROUP_OUT)[:, None] == (c // GROUP_IN)[None, :]
             at = (k * R * S + (r * S + s))[:, None] * of_group + column[None, :]
             b = load(weight, weight_tiles, at, weighted, start, r, s, c0)
-            result = multiply_add(a, b, result, FORMED)
+            result = multiply_add(dy, b, result, FORMED)
+
+        # Products over the channels of a, at the pixels that have a tap, and what both go through.
+        if a is not None:
+            for step in range(tl.maximum(tl.cdiv(C, BLOCK_IN), 1)):
+                start = step * BLOCK_IN
+                d = start + tl.arange(0, BLOCK_IN)
+                channel = (d < C) & (taps > 0)
+                at = dx_row[:, None] + d[None, :]
+                value = load(a, a_tiles, dx_tile + at, exists[:, None] & channel[None, :], box, top, left, start)
+                at, weighted = d[:, None] * C + c[None, :], channel[:, None] & known[None, :]
+                result = multiply_add(value, load(of_a, of_a_tiles, at, weighted, start, 0, 0, c0), result, FORMED)
+            result *= load_row(affine, 0, c, known, C)[None, :]
+            result += tl.where(taps > 0, load_row(affine, 1, c, known, C), 0.0)[None, :]
 
         # The epilogue.
         at = dx_tile + dx_row[:, None] + c[None, :]
@@ -278,6 +301,9 @@ def convolution_data_gradient(
     x_norm: Tensor | None = None,
     branch: Tensor | None = None,
     branch_norm: Tensor | None = None,
+    a: Tensor | None = None,
+    of_a: Tensor | None = None,
+    affine: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx, sums, branch_sums; sums without x, and branch_sums without branch, are empty.
 
@@ -289,6 +315,8 @@ def convolution_data_gradient(
     the raw input, like dx, and (5, C): without z the mask is that of its normalised value; sums, (2, P, C), of dx and
     of dx (x - mean), over P parts. branch, branch_norm: likewise for branch_sums, where z joined x with another raw
     tensor.
+    Before it, for a weight of 1 x 1 without padding. a: like dx. of_a: (C, C), like g. affine: (2, C), fp32. All three
+    from `gram_gradient`: (dx + a of_a) affine[0] + affine[1], at the pixels that the convolution read.
     Raises ValueError for other layouts, shapes, dtypes or devices.
     """
     op = "convolution_data_gradient"
@@ -304,20 +332,28 @@ def convolution_data_gradient(
     check_together(op, y=y, factors=factors)
     check_together(op, x=x, x_norm=x_norm)
     check_together(op, branch=branch, branch_norm=branch_norm)
+    check_together(op, a=a, of_a=of_a, affine=affine)
+    check_tensors(op, g.device, single_or_double(g), affine=(affine, (2, shape.c)))
+    check_tensors(op, g.device, g.dtype, of_a=(of_a, (shape.c, shape.c)))
+    if a is not None and (shape.r * shape.s > 1 or any(shape.padding) or groups > 1):
+        raise ValueError(f"{op}: a is for a weight of 1 x 1 without padding and groups; got {shape.key}")
     if factors is not None and norm is None:
         raise ValueError(f"{op}: factors need norm")
     dx = empty_images(g, shape.input)
-    check_like(op, dx, skip=skip, z=z, x=x, branch=branch)
-    prologue, epilogue = (y, norm, factors), (skip, z, x, x_norm, branch, branch_norm)
+    check_like(op, dx, skip=skip, z=z, x=x, branch=branch, a=a)
+    prologue, epilogue = (y, norm, factors), (skip, z, x, x_norm, branch, branch_norm, a, of_a, affine)
     if not runs_triton(g.device):
         return reference(g, weight, size, stride, padding, groups, *prologue, *epilogue)
-    config = configured_for(op, g, shape, fusion_of(norm=norm, y=y, skip=skip, z=z, x=x, branch=branch), computed)
+    fusion = fusion_of(norm=norm, y=y, skip=skip, z=z, x=x, branch=branch, a=a)
+    config = configured_for(op, g, shape, fusion, computed)
     classes, tiles = classes_and_tiles(shape, config)
     sums, branch_sums = (empty_sums(g, raw, classes * tiles, shape.c) for raw in (x, branch))
     matrices = {
         "g": (g, "BLOCK_ROWS", "BLOCK_IN"),
         "y": (y, "BLOCK_ROWS", "BLOCK_IN"),
         "weight": (weight, "BLOCK_IN", "BLOCK_OUT"),
+        "a": (a if shape.pointwise else None, "BLOCK_ROWS", "BLOCK_IN"),
+        "of_a": (None if of_a is None else of_a.view(*of_a.shape, 1, 1), "BLOCK_IN", "BLOCK_OUT"),
     }
     options = launch_options(op, shape, config, **matrices)
     programs = tiles * cdiv(shape.c, config["BLOCK_OUT"])

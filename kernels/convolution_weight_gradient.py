@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_images, check_like, check_tensors, check_together, check_weight, single_or_double
-from kernels.configurations import Configuration, cdiv
+from kernels.configurations import SMS, Configuration, cdiv
 from kernels.conv_shape import (
     TILE,
     ConvShape,
@@ -148,7 +148,6 @@ def sum_kernel(partial, dw, parts, size, BLOCK_PARTS: tl.constexpr, BLOCK: tl.co
     tl.store(dw + at, total.to(dw.dtype.element_ty), mask=at < size)
 
 
-SMS = 132  # of a H100
 PARTIAL = 640  # rows whose products take as long as the result of a part does, written and read in fp32
 SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 

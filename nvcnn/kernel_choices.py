@@ -7,7 +7,8 @@ with the BatchNorm around it, since what is fused on one side is a pass of its o
 convolution jointly, as they share what is in memory. What neighbours hand to each other is the same for all algorithms
 (an unnormalised tensor and its norm; a masked gradient and its sums), so the times of places add up. An evaluation
 measures forward, with what comes behind. An algorithm that fails at a place, or whose results are wrong there, is not
-used.
+used. What `triton-gram` hands on is another thing, so it is chosen for a 1 x 1, with the one of the skip connection
+beside it, by the times of these and of the convolution that reads their sum.
 
 Every rank gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The
 measurements are kept in $XDG_CACHE_HOME/nvcnn/kernel_choices.json (by default in ~/.cache), for this GPU, these
@@ -17,6 +18,7 @@ versions, and the sources and launch configurations that they depend on.
 import argparse
 import ast
 import json
+import math
 import os
 import sys
 import tempfile
@@ -41,13 +43,15 @@ from triton.compiler.errors import CompilationError
 
 import kernels
 from kernels import configurations
+from kernels.norm_rows import D_BETA
 from nvcnn import checkpoint, timing
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.distributed import Transport
 from nvcnn.machine import chosen_kernels
-from nvcnn.meta import Place, places
+from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, Place, places
 from nvcnn.models import ALGORITHMS, fused
 from nvcnn.models.fused import (
+    GRAM,
     Geometry,
     Gradients,
     PendingAdd,
@@ -59,11 +63,12 @@ from nvcnn.models.fused import (
     conv_relu,
     library_gradients,
     materialize,
+    normalized_conv,
 )
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices, image_channels
 from nvcnn.program import InputError, run
 
-CANDIDATES = ("triton", "triton-materialized", "cudnn")
+CANDIDATES = ("triton", "triton-materialized", GRAM, "cudnn")
 LOAD, ROUNDS, REPEAT = 0.5, 10, 2  # seconds before a place is measured; rounds, and steps of a candidate in each
 TOLERANCE = 2e-3  # of the norm, against the reference in fp32: a few roundings to fp16
 MOST = 1e-2  # of the norm, where the library is as far off
@@ -76,7 +81,9 @@ Measurements = dict[str, dict[str, Times]]  # by machine, by place
 
 def candidates(place: Place) -> tuple[str, ...]:
     """Returns the algorithms that are measured there: in evaluation, and with a bias, all is in memory anyway."""
-    return ("triton", "cudnn") if place.folded or place.bias else CANDIDATES
+    if place.gram:
+        return (GRAM,)
+    return ("triton", "cudnn") if place.folded or place.bias else ("triton", "triton-materialized", "cudnn")
 
 
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
@@ -117,7 +124,7 @@ class Sample:
         tensor, norm = self.tensors.get(name), self.tensors.get(f"{name}_norm")
         if tensor is None or norm is None:
             return tensor
-        if self.place.bias:
+        if self.place.reads == "rectified" and name == "x":
             return Rectified(tensor, norm)
         return Unnormalized(tensor, self.bn, norm)  # norm says it all: nothing of the BatchNorm is read
 
@@ -131,12 +138,21 @@ class Sample:
             folded = PendingConv(self.tensors["x"], self.conv, self.bn)
             return {"z": materialize(folded, self.tensors.get("added"), True)}
         x, b = self.read("x"), self.read("b")
+        if self.place.gram:
+            relu = self.place.gram != GRAM_ALONE
+            if algorithm != GRAM:
+                y = conv_bn(x, self.conv, self.bn)
+                assert isinstance(y, Unnormalized)
+                return {"z": materialize(y, b, relu)}
+            z, norm = normalized_conv(PendingConv(x, self.conv, self.bn), b, relu)
+            return {"z": z, "norm": norm}
         x = x if b is None else PendingAdd(x, b)
         y = conv_bn(x, self.conv, self.bn)
         assert isinstance(y, Unnormalized)
         assert y.norm is not None
         outputs = {"y": y.y, "norm": y.norm}
-        return outputs if b is None else outputs | {"z": activation(x)}  # which somebody else reads, too
+        handed_on = b is not None or self.place.reads == "rectified"
+        return outputs | {"z": activation(x)} if handed_on else outputs  # which somebody else reads, too
 
     def backward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the gradients of what the place reads, by name."""
@@ -181,8 +197,10 @@ def sample(place: Place, device: torch.device) -> Sample:
         tensors["b_norm"] = torch.rand(5, c, device=device) + 0.5
     if place.folded == "folded, adding":
         tensors["added"] = images(*place.y)
-    if "x_norm" in tensors and not place.bias:
+    if "x_norm" in tensors and place.reads != "rectified":
         keep_clear_of_zero(tensors)
+    if place.gram == GRAM_ADDS:
+        tensors["b"] = images(*place.y)
     for t in tensors.values():
         t.requires_grad_(place.gradient)
     directions = {}
@@ -190,8 +208,24 @@ def sample(place: Place, device: torch.device) -> Sample:
         n, _, oh, ow = place.y
         of_norm = torch.randn(5, k, device=device) * 0.1 * (n * oh * ow) ** -0.5
         directions = {"y": images(*place.y, deviation=0.1), "norm": of_norm}
-        directions |= {"z": images(*place.x, deviation=0.1)} if "b" in tensors else {}
-    return Sample(place, conv, bn, tensors, directions)
+        handed_on = place.reads in ("join", "join of two") or (place.reads == "rectified" and not place.bias)
+        directions |= {"z": images(*place.x, deviation=0.1)} if handed_on else {}
+    made = Sample(place, conv, bn, tensors, directions)
+    return replace(made, directions=behind_the_mask(made)) if place.gram else made
+
+
+def behind_the_mask(made: Sample) -> dict[str, Tensor]:
+    """Returns the gradient of z as its readers hand it back: 0 where z is, or may be by roundings; and that of norm."""
+    g = made.directions["y"]
+    if made.place.gram != GRAM_ALONE:
+        with torch.no_grad():
+            made.conv.algorithm = "triton-materialized"
+            y = conv_bn(made.read("x"), made.conv, made.bn)
+            assert isinstance(y, Unnormalized)
+            g = g * (materialize(y, made.read("b"), False) > CLEAR)
+    of_norm = torch.zeros_like(made.directions["norm"])
+    of_norm[D_BETA] = g.sum((0, 2, 3), dtype=torch.float32)
+    return {"z": g, "norm": of_norm}
 
 
 def keep_clear_of_zero(tensors: dict[str, Tensor]) -> None:
@@ -280,7 +314,8 @@ def reason(error: Exception) -> str:
 def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> Times:
     """Returns microseconds of each candidate, without those that fail or are wrong, which are reported.
 
-    Raises RuntimeError if that is all of them, or if one has broken the device for this process.
+    Raises RuntimeError if that is all of them and there is no other way, or if one has broken the device for this
+    process.
     """
     samples = [sample(place, device)]
     samples += [sample(place, device) for _ in range(timing.sets(samples[0].bytes, device) - 1)]
@@ -303,6 +338,8 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
                     raise RuntimeError(line) from error
             if fault is not None:
                 say(f"{place}: {algorithm} fails here ({fault}) and is not used")
+    if not steps and place.gram:
+        return {}
     if not steps:
         raise RuntimeError(f"{place}: none of {', '.join(candidates(place))} computes this here: give --conv=torch")
     del expected
@@ -410,10 +447,12 @@ def choose(
     transport: Transport,
     stored: dict[str, str] | None,
     say: Callable[[str], None] = print,
+    with_gram: dict[str, Place] | None = None,
 ) -> Choices:
     """Returns the algorithm of each convolution, the same on every rank.
 
-    `stored`: those in the checkpoint that rank 0 resumes from.
+    `stored`: those in the checkpoint that rank 0 resumes from. with_gram: the places where all that can be are computed
+    by `triton-gram`; None if none is to be.
     Raises InputError for an algorithm that cannot run on the device.
     """
     if asked == "cudnn" and device.type == "cpu":
@@ -427,7 +466,7 @@ def choose(
         if stored and stored.keys() == convolutions.keys():
             mine = Choices(stored, "as in the checkpoint")
         else:
-            mine = fastest(convolutions, device, say)
+            mine = fastest(convolutions, with_gram or convolutions, device, say)
     return transport.gather(mine)[0]
 
 
@@ -444,17 +483,20 @@ def choose_algorithms(
 
     images: their number in a batch, their size.
     """
-    found = places(model, *images, dtype, image_channels(model, device))
-    choices = choose(asked, found, device, transport, stored)
+    found, with_gram = (places(model, *images, dtype, image_channels(model, device), gram) for gram in (False, True))
+    choices = choose(asked, found, device, transport, stored, with_gram=with_gram)
     use(model, choices.algorithms)
     return choices
 
 
-def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[[str], None]) -> Choices:
-    """Returns the fastest algorithms; measures the places that the cache does not know."""
+def fastest(
+    convolutions: dict[str, Place], with_gram: dict[str, Place], device: torch.device, say: Callable[[str], None]
+) -> Choices:
+    """Returns the fastest algorithms; measures the places that the cache does not know. Arguments as in `choose`."""
     measurements, here, start = read_cache(say), machine(), time.monotonic()
     known = measurements.setdefault(here, {})
-    missing = [place for place in dict.fromkeys(convolutions.values()) if str(place) not in known]
+    needed = dict.fromkeys((*convolutions.values(), *with_gram.values()))
+    missing = [place for place in needed if str(place) not in known]
     if missing:
         measured = dict.fromkeys(algorithm for place in missing for algorithm in candidates(place))
         say(f"Measuring {', '.join(measured)} at {len(missing)} places of convolutions, once on this machine")
@@ -467,8 +509,39 @@ def fastest(convolutions: dict[str, Place], device: torch.device, say: Callable[
         if missing:
             write_cache(measurements, say)
     best = {name: min(times := known[str(place)], key=times.__getitem__) for name, place in convolutions.items()}
+    for name in where_gram_pays(convolutions, with_gram, known):
+        best[name] = min(times := known[str(with_gram[name])], key=times.__getitem__)
     took = f"{len(missing)} places measured in {time.monotonic() - start:.0f} s"
     return Choices(best, took if missing else f"measured before, {cache_file()}")
+
+
+def where_gram_pays(convolutions: dict[str, Place], with_gram: dict[str, Place], known: dict[str, Times]) -> list[str]:
+    """Returns the convolutions whose places are those of `with_gram` in the fastest choice.
+
+    Those between which a tensor is handed on in the other way are one group: the 1 x 1s that are added up, and who
+    reads the sum. The last block's sum no convolution reads: its 1 x 1s are computed as others of the same place.
+    """
+
+    def least(places: dict[str, Place], group: list[str]) -> float:
+        return sum(min(known[str(places[name])].values(), default=math.inf) for name in group)
+
+    groups: list[list[str]] = []
+    for name, place in with_gram.items():
+        if place == convolutions[name]:
+            continue
+        if place.gram and not (groups and with_gram[groups[-1][-1]].gram):
+            groups.append([])
+        groups[-1].append(name)
+    paying: list[str] = []
+    pays: dict[Place, bool] = {}
+    for group in groups:
+        of_group = [with_gram[name] for name in group]
+        last = [place for place in of_group if place.gram][-1]
+        if of_group[-1] != last:
+            pays[last] = least(with_gram, group) < least(convolutions, group)
+        if pays.get(last):
+            paying += group
+    return paying
 
 
 def show(log_dir: str | None) -> int:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from nvcnn.models.fused import GRAM, widens
 from nvcnn.models.layers import Conv2d, outputs
 
 
@@ -64,6 +65,9 @@ def activation_bytes(model: nn.Module, batch_size: int, image_size: int, dtype: 
     return sum(storage.nbytes() for storage in saved.values())
 
 
+GRAM_ADDS, GRAM_RELU, GRAM_ALONE = "gram, adding", "gram, relu", "gram"
+
+
 class Place(NamedTuple):
     """A convolution as a training step, or an evaluation, meets it: two with equal places take the same time."""
 
@@ -77,6 +81,7 @@ class Place(NamedTuple):
     gradient: bool  # x has one
     folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
     bias: bool = False  # and ReLU follow, not a BatchNorm
+    gram: str = ""  # in training with --conv=triton-gram, what the epilogue does: GRAM_ADDS, GRAM_RELU or GRAM_ALONE
 
     @property
     def y(self) -> tuple[int, int, int, int]:
@@ -89,6 +94,7 @@ class Place(NamedTuple):
         sizes = ("x".join(map(str, numbers)) for numbers in (self.x, self.weight, self.stride, self.padding))
         words = "x {} weight {} stride {} padding {}".format(*sizes)
         words += f" groups {self.groups} {str(self.dtype).removeprefix('torch.')} {self.reads}" + " bias" * self.bias
+        words += f" {self.gram}" if self.gram else ""
         return words + (f", {self.folded}" if self.folded else "" if self.gradient else ", without its gradient")
 
 
@@ -99,7 +105,8 @@ class Places(TorchDispatchMode):
         super().__init__()
         self.training = training
         self.found: dict[int, Place] = {}
-        self.rectified: list[torch.UntypedStorage] = []
+        self.rectified: list[torch.UntypedStorage] = []  # what is read as such
+        self.multiplied: dict[int, tuple[torch.UntypedStorage, str, bool]] = {}  # what has a Gram matrix; by identity
         self.padded: list[tuple[Tensor, Tensor]] = []  # weights, and what stands for them
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -107,9 +114,15 @@ class Places(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func is torch.ops.aten.constant_pad_nd.default:
             self.padded.append((args[0], result))
+        if func is kernels.gram_matrix.overload:
+            self.note_gram(result[0], *args, **kwargs)
         if func is kernels.convolution.overload:
             self.note(result[0], *args, **kwargs)
         return result
+
+    def note_gram(self, a, x, stride, norm=None):
+        storage = (x if norm is None else a).untyped_storage()
+        self.multiplied[storage._cdata] = storage, "activation" if norm is None else "raw", x.requires_grad
 
     def note(
         self, y, x, weight, stride, padding, groups=1, norm=None, residual=None, residual_norm=None,
@@ -118,30 +131,37 @@ class Places(TorchDispatchMode):
         reads = "raw" if norm is not None else "activation"
         if residual is not None:
             reads = "join" if residual_norm is None else "join of two"
-        bias = scale is None and shift is not None
-        if bias and self.training and any(x.untyped_storage()._cdata == z._cdata for z in self.rectified):
+        bias, gradient, gram = scale is None and shift is not None, x.requires_grad, ""
+        storage = next((z for z in self.rectified if z._cdata == x.untyped_storage()._cdata), None)
+        if storage is not None and self.training and (bias or center is not None):
             reads = "rectified"
-        if bias:
+        if storage is not None and center is not None:
+            self.rectified.remove(storage)  # others get what this convolution hands on, an activation
+        if self.training and scale is not None:
+            _, reads, gradient = self.multiplied[x.untyped_storage()._cdata]
+            gram = GRAM_ADDS if add is not None else GRAM_RELU if relu else GRAM_ALONE
+        if bias or (gram and relu):
             self.rectified.append(y.untyped_storage())
         folded = "" if self.training else "folded" if add is None else "folded, adding"
         geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
         of = next((original for original, padded in self.padded if padded is weight), weight)
-        self.found[id(of)] = Place(*geometry, x.dtype, reads, x.requires_grad, folded, bias)
+        self.found[id(of)] = Place(*geometry, x.dtype, reads, gradient, folded, bias, gram)
 
 
 def places(
-    model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3
+    model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype, channels: int = 3, gram: bool = False
 ) -> dict[str, Place]:
-    """Returns the place of each convolution of `conv_bn` and `conv_relu`, by its name in the model.
+    """Returns the place of each convolution of `conv_bn` and `conv_relu`, by its name in the model, in their order.
 
-    It is that of a training step, or of an evaluation, as the model's mode is.
+    It is that of a training step, or of an evaluation, as the model's mode is. gram: all that can be are computed by
+    `triton-gram`, which changes their places, and those of who reads them.
     """
     convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
     before = [conv.algorithm for conv in convolutions]
     state, images = on_meta(model, batch_size, image_size, dtype, channels)
     try:
         for conv in convolutions:
-            conv.algorithm = "triton"
+            conv.algorithm = GRAM if gram and widens(conv) else "triton"
         with torch.set_grad_enabled(model.training), Places(model.training) as recorded:
             functional_call(model, state, images)
     finally:

@@ -14,19 +14,21 @@ ordinary tensor of any of them. A convolution's `algorithm` says how it is compu
                           weight's gradient read, and dy, which both gradients read, are each written once; sums, mask
                           and addition stay in the kernels' epilogues
     cudnn                 the library's convolution on the same operands, with passes of their own for the epilogues
+    triton-gram           as triton-materialized, but a 1 x 1 that `widens` has BatchNorm's statistics from the Gram
+                          matrix of a, before it is computed: y is in memory neither forward nor backward
 Neighbours may differ: which is faster depends on the shape. All but `triton` keep a beside x for backward.
 
-In evaluation without gradients BatchNorm is known before the convolution. So the convolution waits as a PendingConv
-until it is known whether ReLU or an addition follows, and the kernel then does all of it as it stores.
-
-Where a convolution has a bias instead of a BatchNorm, z = conv_relu(x, self.conv1) is a Rectified: relu(y + bias),
-which the kernel writes instead of y. In backward its readers apply the ReLU's mask as they store the gradient.
+Where BatchNorm is known before the convolution, which it is in evaluation without gradients and with `triton-gram`, the
+convolution waits as a PendingConv until it is known whether ReLU or an addition follows, and the kernel then does all
+of it as it stores. In training z is then a Rectified, as where a convolution has a bias instead of a BatchNorm:
+z = conv_relu(x, self.conv1) is relu(y + bias), which the kernel writes instead of y. In backward the readers of a
+Rectified apply the ReLU's mask as they store the gradient.
 
 Backward has one convention. The gradient of an unnormalised tensor is that of its normalised value, behind the ReLU's
 mask. The gradient of its `norm`, (5, C), has the rows FACTORS, D_GAMMA, D_BETA (`kernels.norm_rows`), which turn that
 into dy. Both are linear, so autograd may add them up where a tensor has several readers. An ordinary operator would
 compute wrong gradients from an unnormalised tensor; therefore Unnormalized, PendingConv and PendingAdd are no tensors,
-and refuse to be taken for one. A Rectified's norm changes no value; D_BETA is the gradient of the bias.
+and refuse to be taken for one. A Rectified's norm changes no value; D_BETA is the gradient of the bias, or of beta.
 """
 
 from collections.abc import Iterable
@@ -40,10 +42,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import kernels
-from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS
+from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, SCALE
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
-MATERIALIZED = ("triton-materialized", "cudnn")  # a and dy are written before they are multiplied
+GRAM = "triton-gram"
+MATERIALIZED = ("triton-materialized", GRAM, "cudnn")  # a and dy are written before they are multiplied
 LIBRARY = ("torch", "cudnn")  # PyTorch's operators multiply, not the project's kernels
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # stride, padding, groups
@@ -74,9 +77,13 @@ class Unnormalized(Pending):
 
 @dataclass
 class PendingConv(Pending):
-    """A convolution of x that is still to come, with the BatchNorm of the running statistics folded into it."""
+    """A convolution of x that is still to come, with BatchNorm in its epilogue.
 
-    x: Tensor
+    In evaluation that is the running statistics', and x an activation. In training `bn` takes the batch's from x, which
+    may be unnormalised.
+    """
+
+    x: Tensor | Unnormalized
     conv: Conv2d
     bn: BatchNorm2d
     value: Tensor | None = field(default=None, init=False)  # relu(normalised y), once somebody asked
@@ -93,7 +100,7 @@ class PendingAdd(Pending):
 
 @dataclass
 class Rectified(Pending):
-    """z = relu(y + bias), (N, C, H, W), whose gradient is handed back behind the ReLU's mask, with that of `norm`.
+    """z = relu(...), (N, C, H, W), whose gradient is handed back behind the ReLU's mask, with that of `norm`.
 
     `norm`: (5, C), under which z is what it is.
     """
@@ -112,7 +119,7 @@ def activation(x: Operand) -> Tensor:
         return x
     if x.value is None:
         if isinstance(x, Rectified):
-            x.value = Materialize.apply(x.z, x.norm, None, None, True)
+            x.value = Normalized.apply(x.z, x.norm, True)
         else:
             x.value = materialize(x.a, x.b, True) if isinstance(x, PendingAdd) else materialize(x, None, True)
     return x.value
@@ -122,13 +129,15 @@ def materialize(a: Unnormalized | PendingConv, b: Tensor | Unnormalized | Pendin
     """Returns relu(normalised a + b) as an ordinary tensor; b may be None, and ReLU is optional."""
     if isinstance(a, Unnormalized) and a.norm is not None:
         return Materialize.apply(a.y, a.norm, *addend(b), relu)
+    if isinstance(a, PendingConv) and a.bn.training:
+        return Normalized.apply(*normalized_conv(a, b, relu), relu)
     added = b if b is None or isinstance(b, Tensor) else materialize(b, None, False)
     return a.bn(a.y, residual=added, relu=relu) if isinstance(a, Unnormalized) else compute(a, added, relu)
 
 
 def compute(a: PendingConv, added: Tensor | None, relu: bool) -> Tensor:
-    """Returns relu(normalised convolution + added); `added` may be None, and ReLU is optional."""
-    x, conv, bn = a.x, a.conv, a.bn
+    """Returns relu(normalised convolution + added), in evaluation; `added` may be None, and ReLU is optional."""
+    x, conv, bn = activation(a.x), a.conv, a.bn
     if conv.algorithm in LIBRARY:
         return bn(channels_last(conv(x)), residual=added, relu=relu)
     scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
@@ -137,15 +146,38 @@ def compute(a: PendingConv, added: Tensor | None, relu: bool) -> Tensor:
     return kernels.convolution(x, conv.weight_for(x), conv.stride, conv.padding, conv.groups, **epilogue)[0]
 
 
+def normalized_conv(a: PendingConv, b: Tensor | Unnormalized | PendingConv | None, relu: bool) -> tuple[Tensor, Tensor]:
+    """Returns relu(normalised convolution + b), in training, and a norm that changes no value of it.
+
+    b may be None, and ReLU is optional.
+    """
+    x = (a.x, None) if isinstance(a.x, Tensor) else (a.x.y, a.x.norm)
+    # The epilogue adds what is normalised.
+    added = (materialize(b, None, False), None) if isinstance(b, Unnormalized) else addend(b)
+    return GramConv.apply(*x, *added, a.conv.weight, a.bn.weight, a.bn.bias, a.conv, a.bn, relu)
+
+
+def rectified(x: Operand) -> Rectified | None:
+    """Returns x as a Rectified, if it is one, or becomes one, and is not an ordinary tensor yet."""
+    if isinstance(x, Tensor) or x.value is not None:
+        return None
+    if isinstance(x, Rectified):
+        return x
+    a, b = (x.a, x.b) if isinstance(x, PendingAdd) else (x, None)
+    return Rectified(*normalized_conv(a, b, True)) if isinstance(a, PendingConv) and a.bn.training else None
+
+
 def addend(b: Tensor | Unnormalized | PendingConv | None) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the tensor to add, and its norm where it is not normalised yet."""
+    """Returns the tensor to add, and its norm where it is not normalised yet, or where that changes no value."""
     if b is None or isinstance(b, Tensor):
         return b, None
+    if isinstance(b, PendingConv) and b.bn.training:
+        return normalized_conv(b, None, False)
     return (b.y, b.norm) if isinstance(b, Unnormalized) and b.norm is not None else (materialize(b, None, False), None)
 
 
 def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | PendingConv:
-    """Returns the convolution of x's activation, not normalised yet; in evaluation without gradients, a PendingConv.
+    """Returns the convolution of x's activation, not normalised yet; where BatchNorm is known before, a PendingConv.
 
     Raises ValueError for what the kernels do not have: dilation, a bias.
     """
@@ -155,15 +187,23 @@ def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | Pending
         return PendingConv(activation(x), conv, bn)
     if conv.algorithm == "torch":
         return Unnormalized(conv(activation(x)), bn)
+    if conv.algorithm == GRAM and bn.training and widens(conv):
+        if not (isinstance(x, Unnormalized) and x.norm is not None and x.value is None and conv.stride == (1, 1)):
+            x = activation(x)
+        return PendingConv(x, conv, bn)
     a = x.a if isinstance(x, PendingAdd) and can_add(conv) else x
     tensors: tuple[Tensor | None, ...]
-    if isinstance(x, Tensor) or x.value is not None or not isinstance(a, Unnormalized) or a.norm is None:
+    z = rectified(x)
+    if z is not None:
+        tensors = z.z, z.norm, None, None
+    elif isinstance(x, Tensor) or x.value is not None or not isinstance(a, Unnormalized) or a.norm is None:
         tensors = activation(x), None, None, None
     else:
         tensors = a.y, a.norm, *addend(x.b if isinstance(x, PendingAdd) else None)
-    y, norm, materialized = UnnormalizedConv.apply(*tensors, conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn)
+    of_bn = conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn
+    y, norm, materialized = UnnormalizedConv.apply(*tensors, *of_bn, z is not None)
     if materialized is not None:
-        assert isinstance(x, Unnormalized | PendingAdd)
+        assert not isinstance(x, Tensor)
         x.value = materialized  # for who else reads x
     return Unnormalized(y, bn, norm)
 
@@ -176,7 +216,8 @@ def conv_relu(x: Operand, conv: Conv2d) -> Tensor | Rectified:
     if conv.algorithm == "torch":
         return F.relu(conv(activation(x)), inplace=True)
     check_supported(conv, bias=True)
-    x, x_norm = (x.z, x.norm) if isinstance(x, Rectified) and x.value is None else (activation(x), None)
+    ready = rectified(x)
+    x, x_norm = (activation(x), None) if ready is None else (ready.z, ready.norm)
     z, norm = RectifiedConv.apply(x, x_norm, conv.weight_for(x), conv.bias, conv)
     return Rectified(z, norm) if torch.is_grad_enabled() else z
 
@@ -206,8 +247,9 @@ def check_supported(conv: Conv2d, bias: bool) -> None:
 def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0, ceil_mode: bool = False) -> Tensor:
     """Returns the maxima of x's activation, as `kernels.max_pool` has them; an Unnormalized is not materialized."""
     window = kernel_size, stride, padding
-    if isinstance(x, Rectified) and x.value is None:
-        return MaxPool.apply(x.z, x.norm, True, ceil_mode, *window)
+    z = rectified(x)
+    if z is not None:
+        return MaxPool.apply(z.z, z.norm, True, ceil_mode, *window)
     if isinstance(x, Unnormalized) and x.norm is not None and x.value is None:
         return MaxPool.apply(x.y, x.norm, False, ceil_mode, *window)
     return kernels.max_pool(activation(x), *window, ceil_mode)
@@ -224,6 +266,12 @@ def concatenate(branches: Iterable[Operand]) -> Tensor:
 def can_add(conv: Conv2d) -> bool:
     """Returns whether the kernel can add as it loads: each value of its input is loaded in one place."""
     return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def widens(conv: Conv2d) -> bool:
+    """Returns whether it is a 1 x 1 with more channels out than in, so that the Gram matrix of its input is narrow."""
+    pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    return pointwise and conv.in_channels < conv.out_channels
 
 
 def apply_batch_norm(y: Tensor, norm: Tensor, b: Tensor | None, b_norm: Tensor | None, relu: bool) -> Tensor:
@@ -248,6 +296,24 @@ def empty_gradient(weight: Tensor) -> Tensor:
 
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+class Normalized(Function):
+    """x itself, whose norm changes no value, as an ordinary tensor; `relu`: it is relu of something."""
+
+    @staticmethod
+    def forward(ctx, x, norm, relu):
+        ctx.relu = relu
+        ctx.save_for_backward(x, norm)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_x):
+        x, norm = ctx.saved_tensors
+        d_x = channels_last(d_x)
+        g, sums, _ = kernels.batch_norm_gradient_sums(d_x, x, None, norm, ctx.relu)
+        return g if ctx.relu else d_x, gradient_of_norm(sums, x, norm), None
 
 
 class Materialize(Function):
@@ -294,16 +360,19 @@ class MaxPool(Function):
 class UnnormalizedConv(Function):
     """y = conv(a), its BatchNorm's norm, and a where it is written here: a is x, or relu(normalised x (+ b)).
 
-    In evaluation the norm is that of the running statistics, and dy = SCALE g.
+    In evaluation the norm is that of the running statistics, and dy = SCALE g. Of an x that is `rectified` x_norm
+    changes no value, and a is x.
     """
 
     @staticmethod
-    def forward(ctx, x, x_norm, b, b_norm, weight, gamma, beta, conv, bn):
+    def forward(ctx, x, x_norm, b, b_norm, weight, gamma, beta, conv, bn, rectified):
         ctx.set_materialize_grads(False)
         ctx.conv, ctx.batch, ctx.adds = conv, bn.training, b is not None
         center = bn.running_mean if bn.training else None
         read, prologue, a = x, (x_norm, b, b_norm), None
-        if conv.algorithm in MATERIALIZED and x_norm is not None:
+        if rectified:
+            a, prologue = x, (None, None, None)
+        elif conv.algorithm in MATERIALIZED and x_norm is not None:
             read = a = apply_batch_norm(x, *prologue, True)
             prologue = None, None, None
         if conv.algorithm in LIBRARY:
@@ -343,7 +412,44 @@ class UnnormalizedConv(Function):
         dx, sums, b_sums, dw = conv_gradients(conv, dy, through, read, read_norm, weight, epilogue, needs)
         d_norms = gradient_of_norm(sums, raw_x, x_norm), gradient_of_norm(b_sums, b, b_norm)
         d_b = dx if ctx.adds else None
-        return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], None, None
+        return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], None, None, None
+
+
+class GramConv(Function):
+    """z = relu(normalised conv(a) + b), where a is x, or relu(normalised x), and a norm that changes no value of z.
+
+    b may be None, and ReLU is optional. b_norm: one that changes no value, or None. y is nowhere in memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x, x_norm, b, b_norm, weight, gamma, beta, conv, bn, relu):
+        a, gram = kernels.gram_matrix(x, conv.stride, x_norm)
+        a = x if x_norm is None else a
+        n, _, h, w = a.shape
+        pixels = n * -(-h // conv.stride[0]) * -(-w // conv.stride[1])
+        statistics = bn.batch_mean, bn.batch_var, bn.eps
+        norm, shift, spread = kernels.gram_norm(gram, pixels, weight, gamma, beta, *statistics)
+        epilogue = {"scale": norm[SCALE.value], "shift": shift, "add": b, "relu": relu}
+        z, _, _ = kernels.convolution(a, weight, conv.stride, conv.padding, **epilogue)
+        ctx.conv, ctx.pixels, ctx.adds, ctx.of_b = conv, pixels, b is not None, b_norm is not None
+        ctx.save_for_backward(None if x_norm is None else x, x_norm, a, weight, norm, gram, spread)
+        return z, conv.unit_norm.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, d_norm):
+        x, x_norm, a, weight, norm, gram, spread = ctx.saved_tensors
+        conv, g, d_beta = ctx.conv, channels_last(g), d_norm[D_BETA]
+        geometry = conv.stride, conv.padding, conv.groups
+        products = torch.empty_like(weight, dtype=norm.dtype)
+        kernels.convolution_weight_gradient(g, a, products, *geometry)
+        dw = empty_gradient(weight)
+        of_y = norm, gram, spread, ctx.pixels
+        d_gamma, of_g, of_a, affine = kernels.gram_gradient(products, d_beta, *of_y, weight, dw)
+        second = {"a": a, "of_a": of_a, "affine": affine}
+        dx, sums, _ = kernels.convolution_data_gradient(g, of_g, a.shape[2:], *geometry, x=x, x_norm=x_norm, **second)
+        d_b = (g if ctx.adds else None), (d_norm.clone() if ctx.of_b else None)  # two parameters keep a row each
+        return dx, gradient_of_norm(sums, x, x_norm), *d_b, dw, d_gamma, d_beta, None, None, None
 
 
 class RectifiedConv(Function):

@@ -36,7 +36,7 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d whose bias, if any, may be fp32 under fp16 or bf16 weights. (N, C_in, H, W) -> (N, C_out, H', W').
 
     Where C_in is 3, x may have more channels that are all zero, as tensor cores want them. `algorithm`: how `conv_bn`
-    and `conv_relu` compute it. `unit_norm`: (5, C_out), the `norm` that changes no value; with a bias only.
+    and `conv_relu` compute it. `unit_norm`: (5, C_out), the `norm` that changes no value.
     """
 
     algorithm = "torch"
@@ -44,10 +44,9 @@ class Conv2d(nn.Conv2d):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        if self.bias is not None:
-            norm = torch.zeros(5, self.out_channels)
-            norm[[SCALE.value, RSTD.value]] = 1
-            self.register_buffer("unit_norm", norm, persistent=False)
+        norm = torch.zeros(5, self.out_channels)
+        norm[[SCALE.value, RSTD.value]] = 1
+        self.register_buffer("unit_norm", norm, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_for(x)

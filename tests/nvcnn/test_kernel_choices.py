@@ -16,7 +16,7 @@ from kernels.implementation import INTERPRETED
 from nvcnn import checkpoint, kernel_choices, timing
 from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import CANDIDATES, FEW, cache_file, candidates, choose, exact, measure, sample, show, use
-from nvcnn.meta import Place, places
+from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, GRAM_RELU, Place, places
 from nvcnn.models import build_model, fused
 from nvcnn.models.fused import library_gradients
 from nvcnn.models.layers import Conv2d
@@ -69,7 +69,7 @@ def test_the_candidates_of_an_evaluation_s_place_compute_the_same(folded):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("reads", ["activation", "raw", "join", "join of two"])
+@pytest.mark.parametrize("reads", ["activation", "raw", "rectified", "join", "join of two"])
 @pytest.mark.parametrize("gradient", [True, False])
 def test_the_candidates_of_a_place_compute_the_same(reads, gradient):
     """The whole of a place is timed, with every gradient; here in float32 through the references."""
@@ -77,8 +77,9 @@ def test_the_candidates_of_a_place_compute_the_same(reads, gradient):
     one = sample(place, CPU)
     results = [one.results(algorithm) for algorithm in candidates(place)]
     read = {"activation": "x", "raw": "x x_norm", "join": "x x_norm b", "join of two": "x x_norm b b_norm"}
+    read["rectified"] = read["raw"]
     gradients = {"weight", "gamma", "beta"} | (set(read[reads].split()) if gradient else set())
-    joined = {"z"} if "join" in reads else set()
+    joined = {"z"} if "join" in reads or reads == "rectified" else set()
     assert results[0].keys() == {"y", "norm"} | joined | {f"d_{name}" for name in gradients}
     assert not any(t.requires_grad for t in results[0].values())  # of the graph nothing is left
     for other in results[1:]:
@@ -100,6 +101,59 @@ def test_the_candidates_of_a_place_with_bias_compute_the_same(reads, gradient, f
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+GRAM_PLACES = pytest.mark.parametrize(
+    ("reads", "stride", "gram"),
+    [("raw", (1, 1), GRAM_ADDS), ("activation", (2, 2), GRAM_ALONE), ("raw", (1, 1), GRAM_RELU)],
+    ids=str,
+)
+
+
+@GRAM_PLACES
+def test_a_gram_place_computes_what_others_compute(reads, stride, gram):
+    """Its reference stores y, normalises it, and reads it again in backward."""
+    place = Place((2, 8, 6, 5), (12, 8, 1, 1), stride, (0, 0), 1, torch.float32, reads, True, gram=gram)
+    assert candidates(place) == ("triton-gram",)
+    one = sample(place, CPU)
+    found, expected = one.results("triton-gram"), one.results("cudnn")
+    read = {"x"} | ({"x_norm"} if reads == "raw" else set()) | ({"b"} if gram == GRAM_ADDS else set())
+    assert expected.keys() == {"z"} | {f"d_{name}" for name in read | {"weight", "gamma", "beta"}}
+    assert found.keys() == expected.keys() | {"norm"}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+@GRAM_PLACES
+def test_what_kernels_compute_is_right_at_a_gram_place(device, reads, stride, gram, monkeypatch):
+    monkeypatch.setenv("NVCNN_KERNELS", "triton")
+    lines: list[str] = []
+    quickly(monkeypatch, times=0.25)
+    place = Place((2, 16, 6, 6), (24, 16, 1, 1), stride, (0, 0), 1, torch.float16, reads, True, gram=gram)
+    assert measure(place, device, lines.append) == {"triton-gram": 250.0}
+    assert not lines
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_rounding_decides_on_a_gram_place(dtype, monkeypatch):
+    lines: list[str] = []
+    quickly(monkeypatch, times=0.25)
+    place = Place((2, 64, 14, 14), (256, 64, 1, 1), *ONE, dtype, "raw", True, gram=GRAM_ADDS)
+    assert measure(place, CPU, lines.append).keys() == {"triton-gram"}
+    assert not lines
+
+
+def test_a_gram_place_that_fails_is_left_out_with_a_line(monkeypatch):
+    """There is another way to compute it."""
+    lines: list[str] = []
+    quickly(monkeypatch, times=0.25)
+    right = kernels.gram_gradient
+    monkeypatch.setattr(kernels, "gram_gradient", lambda *a: (right(*a)[0] * 1.01, *right(*a)[1:]))
+    place = Place((2, 16, 6, 6), (24, 16, 1, 1), *ONE, torch.float32, "raw", True, gram=GRAM_ADDS)
+    assert measure(place, CPU, lines.append) == {}
+    assert lines == [
+        f"{place}: triton-gram fails here (d_gamma is off by 1.0e-02 of its norm, 2.0e-03 are allowed) and is not used"
+    ]
+
+
 @pytest.mark.parametrize("reads", ["rectified", "activation"])
 def test_what_kernels_compute_is_right_at_a_place_with_bias(device, reads, monkeypatch):
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
@@ -110,14 +164,14 @@ def test_what_kernels_compute_is_right_at_a_place_with_bias(device, reads, monke
     assert not lines
 
 
-@pytest.mark.parametrize("reads", ["activation", "raw", "join of two"])
+@pytest.mark.parametrize("reads", ["activation", "raw", "rectified", "join of two"])
 def test_what_kernels_compute_is_right_at_a_place(device, reads, monkeypatch):
     """The kernels are within the tolerance of the reference in fp16, too."""
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     lines: list[str] = []
     quickly(monkeypatch, times=0.25)
     place = Place((2, 16, 6, 6), (24, 16, 1, 1), *ONE, torch.float16, reads, True)
-    assert measure(place, device, lines.append).keys() == set(CANDIDATES)
+    assert measure(place, device, lines.append).keys() == set(candidates(place))
     assert not lines
     assert INTERPRETED or device.type == "cuda"
 
@@ -129,7 +183,7 @@ def test_no_rounding_decides_on_a_mask(dtype, reads, monkeypatch):
     lines: list[str] = []
     quickly(monkeypatch, times=0.25)
     place = Place((2, 256, 14, 14), (64, 256, 1, 1), *ONE, dtype, reads, True)
-    assert measure(place, CPU, lines.append).keys() == set(CANDIDATES)
+    assert measure(place, CPU, lines.append).keys() == set(candidates(place))
     assert not lines
 
 
@@ -186,7 +240,7 @@ def test_a_time_is_of_one_set_of_several(monkeypatch):
     monkeypatch.setattr(timing, "captured", lambda step, device: done.clear() or step() or step)
     monkeypatch.setattr(timing, "alternate", lambda steps, device, **_: {name: [6.0, 9.0, 90.0] for name in steps})
     place = Place((1, 8, 2, 2), (8, 8, 1, 1), *ONE, torch.float32, "raw", True)
-    assert measure(place, CPU, print) == dict.fromkeys(CANDIDATES, 3000.0)
+    assert measure(place, CPU, print) == dict.fromkeys(candidates(place), 3000.0)
     assert done == ["forward"] * 3 + ["backward"] * 3
 
 
@@ -203,6 +257,50 @@ def test_measures_each_place_once_and_takes_the_faster(measured):
     assert len(measured) == 28
     assert again.algorithms == found.algorithms
     assert str(again) == f"37 triton, 16 cudnn (measured before, {cache_file()})"
+
+
+def gram_choices(monkeypatch, gram: dict[str, float], lines=None) -> dict[str, str]:
+    """Returns the algorithms, where the Gram matrix takes so long at the 1 x 1s of so many channels (of all: "")."""
+
+    def fake(place, device, say):
+        if not place.gram:
+            return dict.fromkeys(CANDIDATES[:2], 12.0) | {"cudnn": 9.0 if place.reads == "rectified" else 10.0}
+        time = gram.get(str(place.x[1]), gram[""])
+        return {"triton-gram": time} if time else {}
+
+    monkeypatch.setattr(kernel_choices, "measure", fake)
+    monkeypatch.setattr(kernel_choices, "machine", lambda: "a GPU, some versions")
+    model = resnet()
+    found, with_gram = (places(model, 256, 224, torch.float16, gram=gram) for gram in (False, True))
+    say = [].append if lines is None else lines.append
+    return choose("auto", found, GPU, Transport(Launch()), None, say, with_gram).algorithms
+
+
+def test_a_gram_matrix_is_chosen_where_all_that_it_changes_is_faster_together(monkeypatch):
+    """10 + 10 (+ 10 of the skip connection) are compared with the Gram matrix's and 9 of who reads the sum."""
+    lines: list[str] = []
+    found = gram_choices(monkeypatch, {"": 10.5, "128": 12.0}, lines)
+    assert lines == [
+        "Measuring triton, triton-materialized, cudnn, triton-gram at 43 places of convolutions, once on this machine"
+    ]
+    of = {stage: {name: found[name] for name in found if name.startswith(f"layer{stage}")} for stage in (1, 2)}
+    gram = {"layer1.0.downsample.0", *(f"layer1.{i}.conv3" for i in range(3))}
+    assert {name for name, algorithm in of[1].items() if algorithm == "triton-gram"} == gram - {
+        "layer1.0.downsample.0",
+        "layer1.0.conv3",
+    }
+    # Two of 10.5 and 9 are as long as three of 10: the first block stays, as does a stage where it takes longer.
+    assert "triton-gram" not in of[2].values()
+    assert found["layer2.0.conv1"] == "cudnn"
+    # Nobody reads the last block's sum: it is computed as the block before.
+    assert found["layer4.2.conv3"] == found["layer4.1.conv3"] == "triton-gram"
+
+
+def test_a_gram_matrix_that_fails_is_not_chosen(monkeypatch):
+    found = gram_choices(monkeypatch, {"": 1.0, "64": 0.0})
+    gram = [name for name, algorithm in found.items() if algorithm == "triton-gram"]
+    assert gram
+    assert not [name for name in gram if name.startswith("layer1")]
 
 
 def test_captures_of_measuring_collect_new_objects_alone(measured, monkeypatch):
@@ -232,6 +330,7 @@ def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
 
     found = {file.name: file for file in kernel_choices.sources()}
     ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient max_pool"
+    ops += " gram_gradient gram_matrix gram_norm"
     parts = "checks configurations conv_shape implementation launch norm_rows operators partial_sums tiles"
     assert found.keys() == {f"{name}.py" for name in f"fused layers {ops} {parts}".split()}
 
@@ -364,7 +463,7 @@ def test_what_is_wrong_is_said_and_not_used(monkeypatch, off):
         for a in CANDIDATES[:2]
     ]
     monkeypatch.setattr(kernels, "convolution_weight_gradient", right)
-    assert measure(PLACE, CPU, lines.append).keys() == set(CANDIDATES)
+    assert measure(PLACE, CPU, lines.append).keys() == set(candidates(PLACE))
 
 
 @pytest.mark.parametrize(
@@ -449,8 +548,8 @@ def test_shows_what_was_measured(measured, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "a GPU, some versions"
     assert len(out) == 29
-    row = "triton 10 us triton 12 us triton-materialized 20 us cudnn x 256x3x224x224 weight"
-    assert out[1].split()[:12] == row.split()[:12]
+    row = "triton 10 us triton 12 us triton-materialized - triton-gram 20 us cudnn x 256x3x224x224 weight"
+    assert out[1].split()[:14] == row.split()[:14]
 
 
 def test_shows_what_a_run_computes_with(tmp_path, capsys):
