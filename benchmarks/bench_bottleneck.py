@@ -69,7 +69,7 @@ def block_layer(name: str, c_in: int, width: int, stride: int, h: int) -> Layer:
     shape = c_in, width, stride
     contenders = {OURS: partial(differentiated, partial(Block, *shape, "triton"))}
     if torch.cuda.is_available():
-        for other in ("triton-materialized", "cudnn"):
+        for other in ("triton-materialized", "triton-gram", "cudnn"):
             contenders[f"nvcnn --conv={other}"] = partial(differentiated, partial(Block, *shape, other))
     contenders["torchvision"] = partial(differentiated, partial(plain, *shape))
     return Layer(f"bottleneck {name} {c_in} x {h} x {h}", inputs, contenders)

@@ -3,11 +3,11 @@
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
 `short` is what the tests compile: the steps of two small models, the optimizer's options, the convolutions and poolings
-that have the most fused into them, and what the tables of kernels/configs/ change in ResNet-50's step. `all` adds
-ResNet-50's steps with every --conv, its evaluation, and the convolutions of ResNeXt-50 that have groups, in fp16 and
-bf16, launched without a table and with each table of kernels/configs/ (on its own GPU); and the convolutions and
-poolings of the models of OTHERS in fp16, on sm_90. Equal launches are compiled once; `calls` says how often they occur
-in ResNet-50's steps.
+that have the most fused into them, some Gram matrices with what follows, and what the tables of kernels/configs/ change
+in ResNet-50's step. `all` adds ResNet-50's steps with every --conv, its evaluation, and the convolutions of ResNeXt-50
+that have groups, in fp16 and bf16, launched without a table and with each table of kernels/configs/ (on its own GPU);
+and the convolutions and poolings of the models of OTHERS in fp16, on sm_90. Equal launches are compiled once; `calls`
+says how often they occur in ResNet-50's steps.
 
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. These are breaches, which
 make the exit code 1:
@@ -49,6 +49,7 @@ from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
 from kernels.tiles import EARLY
 from nvcnn.kernel_choices import CANDIDATES
+from nvcnn.models.fused import GRAM
 
 CHIPS = (80, 90, 100)
 HOPPER = (90, 100)  # the chips with TMA are Hopper and later
@@ -89,6 +90,14 @@ def short_calls() -> Iterator[Call]:
         yield from most_fused(step)
         yield from (call for call in step if "max_pool" in call.name)  # of a raw tensor
     yield from most_fused(of_groups(half))
+    few = (64, 512)  # channels: one block, and several
+    yield from (call for call in of_gram_matrices(half) if (call["weight"] or call["x"]).shape[1] in few)
+
+
+def of_gram_matrices(dtype: torch.dtype) -> list[Call]:
+    """Returns the calls of ResNet-50's step that have or follow from a Gram matrix."""
+    step = step_calls(dtype=dtype, conv=GRAM)
+    return [call for call in step if "gram" in call.name or (call.name in CONVOLUTIONS and call["a"] is not None)]
 
 
 def of_groups(dtype: torch.dtype) -> list[Call]:

@@ -1,6 +1,6 @@
 """Measures the host's time of a training step: how long Python takes to launch it on a GPU that takes no time.
 
-python -m benchmarks.host [--model resnet50] [--conv triton|triton-materialized ...] [--steps 20] [--profile]
+python -m benchmarks.host [--model resnet50] [--conv triton ...] [--steps 20] [--profile]
                           [--json FILE]
 
 The step is the trainer's own, on tensors without memory. Launchers run as ever, and Triton binds their arguments and
@@ -35,7 +35,7 @@ from nvcnn.models import MODELS
 from nvcnn.step import Step
 
 BATCH = 256  # the host takes as long for any size
-OWN = ("triton", "triton-materialized")  # without memory PyTorch's convolutions lose channels-last
+OWN = ("triton", "triton-materialized", "triton-gram")  # without memory PyTorch's convolutions lose channels-last
 
 
 class NoKernel:

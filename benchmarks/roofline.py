@@ -1,7 +1,7 @@
 """Computes the least time of a training step on GPUs that need not be here, from bytes and FLOPs.
 
 python -m benchmarks.roofline [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--json FILE]
-                              [--conv triton|triton-materialized|cudnn|torch|plain]
+                              [--conv triton|triton-materialized|triton-gram|cudnn|torch|plain]
 
 Every call of the step moves the bytes of its tensors and does its FLOPs. Its floor is the bytes over the bandwidth or
 the FLOPs over the matrix rate, whichever is longer. No implementation with these calls can take less than the sum of
@@ -25,6 +25,7 @@ import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks import report
 from benchmarks.timing import shown, significant
 from benchmarks.trace import Call, Layout, plain_calls, step_calls
+from kernels.configurations import cdiv
 from nvcnn.models import ALGORITHMS, MODELS
 
 
@@ -90,13 +91,24 @@ def flops_of(call: Call) -> int:
     """Returns the FLOPs of a convolution or matrix product, and 0 for anything else."""
     if call.name in CONVOLUTIONS:
         y, weight = CONVOLUTIONS[call.name]
-        return 2 * prod((call[y] if y else call.outputs[0]).shape) * prod(call[weight].shape[1:])
+        second = call.name.endswith("data_gradient") and call["a"] is not None  # product, of a
+        terms = prod(call[weight].shape[1:]) * 2
+        pixels, channels = pixels_and_channels((call[y] if y else call.outputs[0]).shape)
+        return pixels * (channels * terms + (2 * call["a"].shape[1] ** 2 if second else 0))
+    if call.name == "nvcnn::gram_matrix":  # symmetric: half of it is computed
+        n, c, h, w = call["x"].shape
+        return n * cdiv(h, call["stride"][0]) * cdiv(w, call["stride"][1]) * c * (c + 1)
     formula = flop_registry.get(call.op.overloadpacket)
     if formula is None:
         return 0
     shapes = [value.shape if isinstance(value, Layout) else value for _, value in call.arguments]
     out = call.outputs[0].shape
     return formula(*shapes, out_val=[out, out] if "backward" in call.name else out)
+
+
+def pixels_and_channels(shape: tuple[int, ...]) -> tuple[int, int]:
+    n, c, h, w = shape
+    return n * h * w, c
 
 
 def name_of(call: Call) -> str:

@@ -37,7 +37,7 @@ from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.norm_rows import activation, normalised, output_gradient, through_batch_norm
 from kernels.operators import named, operator
-from kernels.partial_sums import sum_parts
+from kernels.partial_sums import store_sum
 from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
 
 
@@ -140,16 +140,7 @@ def kernel(
     tl.store(dw + at, result.to(dw.dtype.element_ty), mask=inside)
 
 
-@triton.jit(repr=named("convolution_weight_gradient_sum"))
-def sum_kernel(partial, dw, parts, size, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program sums BLOCK values of dw over the parts."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = sum_parts(partial, parts, at, size, BLOCK_PARTS, BLOCK)
-    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=at < size)
-
-
 PARTIAL = 640  # rows whose products take as long as the result of a part does, written and read in fp32
-SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 
 
 @cache
@@ -265,6 +256,5 @@ def convolution_weight_gradient(
         **options,
     )
     if parts > 1:
-        grid = (cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
-        launch(sum_kernel, grid, partial, out, parts, out.numel(), **SUM_CONFIG)
+        store_sum(partial, out)
     return None

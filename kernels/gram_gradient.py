@@ -121,8 +121,8 @@ def weights_kernel(
     power = ((254 - bits) << 23).to(tl.float32, bitcast=True)
 
     # Store.
-    inside = (c < C)[:, None] & (d < C)[None, :]
-    tl.store(of_a + c[:, None] * C + d[None, :], (product * power[None, :]).to(of_a.dtype.element_ty), mask=inside)
+    block = (c < C)[:, None] & (d < C)[None, :]
+    tl.store(of_a + c[:, None] * C + d[None, :], (product * power[None, :]).to(of_a.dtype.element_ty), mask=block)
     for k0 in range(tl.program_id(0) * BLOCK_OUT, K, tl.num_programs(0) * BLOCK_OUT):
         k = k0 + tl.arange(0, BLOCK_OUT)
         at, inside = k[:, None] * C + d[None, :], (k < K)[:, None] & (d < C)[None, :]

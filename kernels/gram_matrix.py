@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_images, check_tensors, single_or_double
-from kernels.configurations import SMS, Configuration, cdiv, configuration, dtype_name, next_power_of_2
+from kernels.configurations import SMS, Configuration, capability, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.norm_rows import activation, normalised
 from kernels.operators import named, operator
-from kernels.partial_sums import sum_parts
+from kernels.partial_sums import store_sum
 from kernels.tiles import locate, multiply_add
 
 
@@ -89,32 +89,23 @@ def kernel(
         result = multiply_add(tl.trans(of_left), of_right, result, False)
         total += tl.sum(of_right.to(tl.float32), 0)
 
-    # Store, above the diagonal and on it; a block on it stores the sums.
+    # Store: a block of the diagonal, with the sums, or one above it, and what it is below.
     partial += part.to(tl.int64) * ((C + 1) * C)
     tl.store(partial + c[:, None] * C + d[None, :], result, mask=(c < C)[:, None] & (d < C)[None, :])
+    if PAIRS > 1:
+        below = (d < C)[:, None] & (c < C)[None, :] & (left < right)
+        tl.store(partial + d[:, None] * C + c[None, :], tl.trans(result), mask=below)
     tl.store(partial + C * C + d, total, mask=(d < C) & (left == right))
 
 
-@triton.jit(repr=named("gram_matrix_sum"))
-def sum_kernel(partial, gram, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program sums BLOCK values of gram over the parts; those below the diagonal are those above it."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    size = (C + 1) * C
-    c, d = at // C, at % C
-    above = tl.where(c < C, tl.minimum(c, d) * C + tl.maximum(c, d), at)
-    tl.store(gram + at, sum_parts(partial, parts, above, size, BLOCK_PARTS, BLOCK), mask=at < size)
-
-
-SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
-
-
 @cache
-def computed(channels: int, of_rows: int, element_size: int) -> Configuration:
+def computed(channels: int, of_rows: int, element_size: int, gpu: int) -> Configuration:
     """Returns blocks of 128 channels, 64 rows at a time, for 8 warps; or of 64, 128 rows. Two programs fit an SM."""
     block = min(128, max(64 if element_size == 2 else 16, next_power_of_2(channels)))
     rows = (128 if block <= 64 else 64) // (1 if element_size == 2 else 2)
     parts = min(cdiv(of_rows, rows), max(1, 2 * SMS // pairs_of(channels, block)))
-    return {"BLOCK_ROWS": rows, "BLOCK": block, "PARTS": parts, "num_warps": block // 16, "num_stages": 3}
+    config = {"BLOCK_ROWS": rows, "BLOCK": block, "PARTS": parts, "num_warps": block // 16, "num_stages": 3}
+    return config | ({"maxnreg": 255} if gpu >= 10 else {})  # unasked, ptxas may stop at 128 and spill a few bytes
 
 
 def pairs_of(channels: int, block: int) -> int:
@@ -139,7 +130,7 @@ def gram_matrix(x: Tensor, stride: Sequence[int], norm: Tensor | None = None) ->
         return reference(x, stride, norm)
     oh, ow = cdiv(h, stride[0]), cdiv(w, stride[1])
     rows = n * oh * ow
-    own = computed(c, rows, x.element_size())
+    own = computed(c, rows, x.element_size(), capability(x.device))
     key = f"{dtype_name(x.dtype)} C={c} NHW={rows} stride={stride[0]},{stride[1]}" + " norm" * (norm is not None)
     config = dict(configuration(op, key, x.device, own))
     pairs = pairs_of(c, config["BLOCK"])
@@ -155,5 +146,5 @@ def gram_matrix(x: Tensor, stride: Sequence[int], norm: Tensor | None = None) ->
         kernel, (pairs * parts,), x, norm, of_a, partial, *sizes,
         STRIDE_H=stride[0], STRIDE_W=stride[1], PAIRS=pairs, **config,
     )  # fmt: skip
-    launch(sum_kernel, (cdiv(gram.numel(), SUM_CONFIG["BLOCK"]),), partial, gram, parts, c, **SUM_CONFIG)
+    store_sum(partial, gram)
     return a, gram

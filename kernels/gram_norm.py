@@ -113,7 +113,9 @@ def gram_norm(
     if not runs_triton(gram.device):
         return reference(gram, count, weight, gamma, beta, batch_mean, batch_var, eps)
     norm, shift, spread = (gram.new_empty(size) for size in ((5, k), (k,), (k, c)))
-    config = {"BLOCK_OUT": 16 if k <= 1024 else 32, "BLOCK_IN": min(64, max(16, next_power_of_2(c))), "num_warps": 4}
+    few = k <= 1024
+    config = {"BLOCK_OUT": 16 if few else 32, "BLOCK_IN": min(64, max(16, next_power_of_2(c)))}
+    config["num_warps"] = 4 if few else 8
     outputs = norm, shift, spread, batch_mean, batch_var
     grid = (cdiv(k, config["BLOCK_OUT"]),)
     launch(kernel, grid, gram, weight, gamma, beta, *outputs, k, c, float(count), eps, **config)

@@ -12,6 +12,7 @@ from kernels.operators import named
 
 NORM_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 16, "num_warps": 4}
 FOLD_CONFIG = {"BLOCK_PARTS": 64, "BLOCK_C": 64, "num_warps": 4}
+SUM_CONFIG = {"BLOCK_PARTS": 16, "BLOCK": 128, "num_warps": 4}
 MOST_PARTS = 512  # of sums that `norm_kernel`, few programs, reads
 
 
@@ -52,6 +53,20 @@ def fold_kernel(sums, fewer, parts, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.co
     value = tl.load(sums + (which * parts + part)[:, None] * C + c[None, :], mask=inside, other=0.0)
     at = (which * tl.num_programs(0) + tl.program_id(0)) * C + c
     tl.store(fewer + at, tl.sum(value, 0), mask=c < C)
+
+
+@triton.jit(repr=named("partial_sums_sum"))
+def sum_kernel(partial, out, parts, size, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program sums BLOCK values over the parts."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = sum_parts(partial, parts, at, size, BLOCK_PARTS, BLOCK)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+def store_sum(partial: Tensor, out: Tensor) -> None:
+    """Stores in `out` the sum of the parts: partial is (P, values of out), fp32."""
+    grid = (cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
+    launch(sum_kernel, grid, partial, out, len(partial), out.numel(), **SUM_CONFIG)
 
 
 def few_parts(sums: Tensor) -> Tensor:

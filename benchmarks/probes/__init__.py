@@ -17,7 +17,7 @@ from benchmarks.trace import META, Launch, launches_of
 from kernels.operators import hash_callees_first
 
 # The most decisive come first.
-NAMES = ("joint_gradient", "resident_forward", "linear_batch_norm")
+NAMES = ("joint_gradient", "resident_forward")
 IMAGES = 256
 
 

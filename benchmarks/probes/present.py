@@ -9,8 +9,8 @@ from torch import Tensor
 from triton import cdiv
 
 from benchmarks.timing import Step
-from kernels.convolution_weight_gradient import SUM_CONFIG, sum_kernel
 from kernels.operators import operators
+from kernels.partial_sums import SUM_CONFIG, sum_kernel
 
 POINTWISE = ((1, 1), (0, 0))  # stride and padding of a 1 x 1 convolution
 

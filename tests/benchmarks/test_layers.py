@@ -35,7 +35,13 @@ def test_the_batch_norms_are_those_of_resnet50():
 def test_every_differentiable_op_has_a_benchmark():
     ours = [op for op in operators.values() if op.__module__.startswith("kernels.")]  # not those of other tests
     differentiable = {op.name.removeprefix("nvcnn::") for op in ours if op.function is not None}
-    assert {layer.name.split()[0] for layer in ALL} == {*differentiable, "prepare_input", "convolution", "bottleneck"}
+    assert {layer.name.split()[0] for layer in ALL} == {
+        *differentiable,
+        "prepare_input",
+        "convolution",
+        "gram_matrix",
+        "bottleneck",
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="batch 256: run as a benchmark there")

@@ -168,6 +168,15 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
             *(images(24, 14), norm(), torch.rand(2, 24), norm()),
         ),
     ),
+    "convolution_data_gradient, second product": (
+        "convolution_data_gradient",
+        lambda: (
+            *(images(24, 14), weight(1), [14, 14], *ONE, None, None, None, None, None, images(24, 14), norm(), None),
+            *(None, images(24, 14), torch.randn(24, 24).half(), torch.rand(2, 24)),
+        ),
+    ),
+    "gram_matrix": ("gram_matrix", lambda: (images(24, 26), [1, 1])),
+    "gram_matrix, norm": ("gram_matrix", lambda: (images(24, 26), [1, 1], norm())),
     "max_pool": ("max_pool", lambda: (images(24, 24), 3, 2, 1, True)),
     "max_pool_backward": (
         "max_pool_backward",
@@ -209,6 +218,8 @@ def test_the_bytes_of_an_op_are_those_its_kernels_move(case, monkeypatch):
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     # The results of several parts stay in the L2 cache, and are more than tensors as small as these.
     monkeypatch.setitem(read_table(TEST)["convolution_weight_gradient"]["*"], "PARTS", 1)
+    monkeypatch.setitem(read_table(TEST)["gram_matrix"]["*"], "PARTS", 1)
+    monkeypatch.setitem(read_table(TEST)["gram_matrix"]["*"], "BLOCK", 32)
     assert kernels.configurations.table_name(torch.device("cpu")) == TEST
     name, make = CALLS[case]
     made = make()

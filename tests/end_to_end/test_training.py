@@ -170,13 +170,15 @@ KERNELS = {
     *("max_pool.kernel", "max_pool.backward_kernel", "global_average.kernel", "global_average.backward_kernel"),
 }
 CONVOLUTIONS = {f"convolution{what}kernel" for what in (".", "_data_gradient.", "_weight_gradient.")}
-CONVOLUTIONS |= {"convolution_weight_gradient.sum_kernel"}
+CONVOLUTIONS |= {"partial_sums.sum_kernel"}
 # These are done in the epilogues of convolutions, and in their prologues.
 REPLACED = {
     "torch": set(),
     "triton": {"batch_norm_statistics.sums_kernel", "batch_norm.gradient_kernel"},
     "triton-materialized": {"batch_norm_statistics.sums_kernel"},
+    "triton-gram": {"batch_norm_statistics.sums_kernel"},
 }
+GRAM = {"gram_matrix.kernel", "gram_norm.kernel", "gram_gradient.kernel", "gram_gradient.weights_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,7 @@ REPLACED = {
         pytest.param("fp32", "triton", 20, marks=pytest.mark.full),
         ("fp16", "triton", 3),  # of five seconds each
         pytest.param("fp16", "triton-materialized", 10, marks=pytest.mark.full),
+        pytest.param("fp16", "triton-gram", 10, marks=pytest.mark.full),
     ],
 )
 def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, precision, conv, steps):
@@ -207,6 +210,7 @@ def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, prec
     assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-4 if precision == "fp32" else 5e-3)
     one, other = (state["weights"] for state in states.values())
     expected = KERNELS - REPLACED[conv] | (set() if conv == "torch" else CONVOLUTIONS)
+    expected |= GRAM if conv == "triton-gram" else set()
     assert set(re.search(r"^launched: (.*)$", texts["triton"], re.MULTILINE)[1].split()) == expected
     assert f"Convolution: 3 {conv} (--conv={conv})" in texts["triton"]
     if conv == "triton":

@@ -85,6 +85,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(conv_shape, "capability", lambda device: 8)  # without TMA every address is computed
     of_weight = import_module("kernels.convolution_weight_gradient")
     monkeypatch.setattr(of_weight, "parts_of", lambda *_: 2**15)  # so that the last has few rows
+    monkeypatch.setattr(import_module("kernels.gram_matrix"), "SMS", 2**15)
     pool = import_module("kernels.max_pool")
     configured = pool.configured
 
@@ -136,6 +137,12 @@ CALLS = {
         *(meta(*X), meta(*X), meta(C, C, 3, 3), *PADDED),
         *(meta(*X), norm(5, C), norm(2, C), norm(5, C)),
     ],
+    "convolution_data_gradient second": lambda: [
+        *(meta(*X), meta(C, C, 1, 1), (56, 56), *PLAIN, None, None, None, None, None, meta(*X), norm(5, C), None, None),
+        *(meta(*X), meta(C, C), norm(2, C)),
+    ],
+    "gram_matrix": lambda: [meta(*X), (1, 1), norm(5, C)],
+    "gram_matrix strided": lambda: [meta(4 * X[0], C, 56, 56), (2, 2)],
     "prepare_input": lambda: [
         meta(15000, 224, 224, 3, dtype=torch.uint8).contiguous(),
         meta(15000, dtype=torch.bool),

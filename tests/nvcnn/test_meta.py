@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nvcnn.meta import activation_bytes, gradient_order, places
+from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, activation_bytes, gradient_order, places
 from nvcnn.models import build_model
 from nvcnn.models.layers import cast_matrices
 
@@ -96,6 +96,27 @@ def test_the_places_of_a_resnet50():
     padded = places(model, 256, 224, torch.float16, channels=4)
     assert list(padded) == list(found)
     assert padded["conv1"].weight == (64, 4, 7, 7)
+
+
+def test_the_places_of_a_resnet50_with_gram_matrices():
+    """What a 1 x 1 that widens hands on is read as rectified, once; for the skip connection it is an activation."""
+    model = resnet50()
+    before, found = (places(model, 256, 224, torch.float16, gram=gram) for gram in (False, True))
+    assert found.keys() == before.keys()
+    changed = {name: place for name, place in found.items() if place != before[name]}
+    widening = {name for name in found if name.endswith(("conv3", "downsample.0"))}
+    assert {name for name, place in changed.items() if place.gram} == widening
+    assert {name for name, place in changed.items() if not place.gram} == {
+        name for name in found if name.endswith(".conv1") and name != "layer1.0.conv1"
+    }
+    assert {place.reads for place in changed.values() if not place.gram} == {"rectified"}
+    assert {(found[name].gram, found[name].reads) for name in widening if "conv3" in name} == {(GRAM_ADDS, "raw")}
+    skips = {(found[name].gram, found[name].reads) for name in widening if "conv3" not in name}
+    assert skips == {(GRAM_ALONE, "activation")}
+    assert all(place.gradient for place in changed.values())
+    assert str(found["layer2.0.downsample.0"]) == (
+        "x 256x256x56x56 weight 512x256x1x1 stride 2x2 padding 0x0 groups 1 float16 activation gram"
+    )
 
 
 def test_the_places_of_an_evaluation():
