@@ -118,7 +118,7 @@ PARTS = {
         (
             kernels(5),
             one("layers", 225, "benchmarks.layers", "batch_norm", "max_pool", "global_average", "cross_entropy",
-                "prepare_input", least=60),
+                "prepare_input", "gram_matrix", least=60),
         ),
     ),
     "conv": Part(250, (kernels(5), one("conv", 225, "benchmarks.layers", "convolution", "bottleneck", least=60))),

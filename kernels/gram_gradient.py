@@ -163,10 +163,10 @@ def gram_gradient(
         return reference(products, d_beta, norm, gram, spread, count, weight, d_weight)
     d_gamma, terms, affine = (norm.new_empty(size) for size in ((k,), (3, k), (2, c)))
     of_g, of_a = torch.empty_like(weight), weight.new_empty((c, c))
-    config = {"BLOCK_OUT": 16 if k <= 1024 else 32, "BLOCK_IN": min(128, max(16, next_power_of_2(c))), "num_warps": 4}
+    config = {"BLOCK_OUT": 16, "BLOCK_IN": min(128, max(16, next_power_of_2(c))), "num_warps": 4}
     inputs, outputs = (products, d_beta, norm, gram, spread, weight), (d_gamma, d_weight, terms)
     launch(kernel, (cdiv(k, config["BLOCK_OUT"]),), *inputs, *outputs, k, c, float(count), **config)
-    config = {"BLOCK_OUT": 32, "BLOCK_IN": min(64, max(16, next_power_of_2(c))), "num_warps": 4}
+    config = {"BLOCK_OUT": 64, "BLOCK_IN": min(64, max(16, next_power_of_2(c))), "num_warps": 8}
     blocks = cdiv(c, config["BLOCK_IN"])
     precision = "tf32x3" if weight.dtype == torch.float32 else "tf32"  # halves are exact in TF32
     outputs = of_g, of_a, affine

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import conv_shape
 from kernels.checks import check_images, check_tensors, single_or_double
-from kernels.configurations import SMS, Configuration, capability, cdiv, configuration, dtype_name, next_power_of_2
+from kernels.configurations import SMS, Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.norm_rows import activation, normalised
@@ -99,12 +100,20 @@ def kernel(
 
 
 @cache
-def computed(channels: int, of_rows: int, element_size: int, gpu: int) -> Configuration:
-    """Returns blocks of 128 channels, 64 rows at a time, for 8 warps; or of 64, 128 rows. Two programs fit an SM."""
-    block = min(128, max(64 if element_size == 2 else 16, next_power_of_2(channels)))
-    rows = (128 if block <= 64 else 64) // (1 if element_size == 2 else 2)
-    parts = min(cdiv(of_rows, rows), max(1, 2 * SMS // pairs_of(channels, block)))
+def computed(channels: int, of_rows: int, normal: bool, element_size: int, gpu: int) -> Configuration:
+    """Returns blocks of 64 channels for 4 warps, or of 128 for 8, and so few rows that two to four programs fit an SM.
+
+    Where pairs of blocks are normalised, one fits. `normal`: whether x is.
+    """
+    halves = element_size == 2
+    block = min(128, max(64 if halves else 16, next_power_of_2(channels)))
+    pairs = pairs_of(channels, block)
+    one = normal and block == 128 and pairs == 1
+    rows = (32 if one else 64 if normal or block == 128 else 128) // (1 if halves else 2)
+    parts = min(cdiv(of_rows, rows), max(1, (4 if block < 128 else 2) * SMS // pairs))
     config = {"BLOCK_ROWS": rows, "BLOCK": block, "PARTS": parts, "num_warps": block // 16, "num_stages": 3}
+    if one:
+        config |= conv_shape.two_programs(element_size, gpu)
     return config | ({"maxnreg": 255} if gpu >= 10 else {})  # unasked, ptxas may stop at 128 and spill a few bytes
 
 
@@ -130,7 +139,7 @@ def gram_matrix(x: Tensor, stride: Sequence[int], norm: Tensor | None = None) ->
         return reference(x, stride, norm)
     oh, ow = cdiv(h, stride[0]), cdiv(w, stride[1])
     rows = n * oh * ow
-    own = computed(c, rows, x.element_size(), capability(x.device))
+    own = computed(c, rows, norm is not None, x.element_size(), conv_shape.capability(x.device))
     key = f"{dtype_name(x.dtype)} C={c} NHW={rows} stride={stride[0]},{stride[1]}" + " norm" * (norm is not None)
     config = dict(configuration(op, key, x.device, own))
     pairs = pairs_of(c, config["BLOCK"])

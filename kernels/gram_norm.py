@@ -39,12 +39,30 @@ def reference(gram, count, weight, gamma, beta, batch_mean, batch_var, eps):
     return norm, torch.addcmul(beta, batch_mean, Norm(*norm).scale, value=-1), spread
 
 
+@triton.jit(repr=named("gram_norm_spread", "BLOCK_OUT", "BLOCK_IN"))
+def spread_kernel(gram, weight, spread, K, C, count, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """One program computes BLOCK_OUT channels of y x BLOCK_IN of a."""
+    k = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    d = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    m_d = tl.load(gram + C * C + d, mask=d < C, other=0.0) / count
+    product = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    for c0 in range(0, C, BLOCK_IN):
+        c = c0 + tl.arange(0, BLOCK_IN)
+        m_c = tl.load(gram + C * C + c, mask=c < C, other=0.0) / count
+        inside = (c < C)[:, None] & (d < C)[None, :]
+        cov = tl.load(gram + c[:, None] * C + d[None, :], mask=inside, other=0.0) / count - m_c[:, None] * m_d[None, :]
+        inside = (k < K)[:, None] & (c < C)[None, :]
+        w = tl.load(weight + k[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        product = tl.dot(w, cov, product, input_precision="tf32x3")
+    tl.store(spread + k[:, None] * C + d[None, :], product, mask=(k < K)[:, None] & (d < C)[None, :])
+
+
 @triton.jit(repr=named("gram_norm", "BLOCK_OUT", "BLOCK_IN"))
 def kernel(
     # inputs
-    gram, weight, gamma, beta,
+    gram, weight, spread, gamma, beta,
     # outputs
-    norm, shift, spread, batch_mean, batch_var,
+    norm, shift, batch_mean, batch_var,
     # sizes, and what is compiled in
     K, C, count, eps, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -53,25 +71,12 @@ def kernel(
     known = k < K
     mean = tl.zeros((BLOCK_OUT,), tl.float32)
     var = tl.zeros((BLOCK_OUT,), tl.float32)
-    for d0 in range(0, C, BLOCK_IN):
-        d = d0 + tl.arange(0, BLOCK_IN)
-        m_d = tl.load(gram + C * C + d, mask=d < C, other=0.0) / count
-        product = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-        for c0 in range(0, C, BLOCK_IN):
-            c = c0 + tl.arange(0, BLOCK_IN)
-            m_c = tl.load(gram + C * C + c, mask=c < C, other=0.0) / count
-            inside = (c < C)[:, None] & (d < C)[None, :]
-            cov = tl.load(gram + c[:, None] * C + d[None, :], mask=inside, other=0.0) / count
-            cov -= m_c[:, None] * m_d[None, :]
-            inside = known[:, None] & (c < C)[None, :]
-            w = tl.load(weight + k[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            product = tl.dot(w, cov, product, input_precision="tf32x3")
-        at = k[:, None] * C + d[None, :]
-        inside = known[:, None] & (d < C)[None, :]
+    for c0 in range(0, C, BLOCK_IN):
+        c = c0 + tl.arange(0, BLOCK_IN)
+        at, inside = k[:, None] * C + c[None, :], known[:, None] & (c < C)[None, :]
         w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(spread + at, product, mask=inside)
-        mean += tl.sum(w * m_d[None, :], 1)
-        var += tl.sum(w * product, 1)
+        mean += tl.sum(w * (tl.load(gram + C * C + c, mask=c < C, other=0.0) / count)[None, :], 1)
+        var += tl.sum(w * tl.load(spread + at, mask=inside, other=0.0), 1)
     var = tl.where(var < 0, 0.0, var)  # NaN stays
     rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     scale = tl.load(gamma + k, mask=known) * rstd
@@ -113,10 +118,10 @@ def gram_norm(
     if not runs_triton(gram.device):
         return reference(gram, count, weight, gamma, beta, batch_mean, batch_var, eps)
     norm, shift, spread = (gram.new_empty(size) for size in ((5, k), (k,), (k, c)))
-    few = k <= 1024
-    config = {"BLOCK_OUT": 16 if few else 32, "BLOCK_IN": min(64, max(16, next_power_of_2(c)))}
-    config["num_warps"] = 4 if few else 8
-    outputs = norm, shift, spread, batch_mean, batch_var
-    grid = (cdiv(k, config["BLOCK_OUT"]),)
-    launch(kernel, grid, gram, weight, gamma, beta, *outputs, k, c, float(count), eps, **config)
+    blocks = {"BLOCK_OUT": 32, "BLOCK_IN": min(64, max(16, next_power_of_2(c)))}
+    grid = cdiv(k, blocks["BLOCK_OUT"]), cdiv(c, blocks["BLOCK_IN"])
+    launch(spread_kernel, grid, gram, weight, spread, k, c, float(count), **blocks, num_warps=4)
+    blocks = {"BLOCK_OUT": 16, "BLOCK_IN": min(128, max(16, next_power_of_2(c)))}
+    inputs, outputs = (gram, weight, spread, gamma, beta), (norm, shift, batch_mean, batch_var)
+    launch(kernel, (cdiv(k, 16),), *inputs, *outputs, k, c, float(count), eps, **blocks, num_warps=4)
     return norm, shift, spread

@@ -178,7 +178,13 @@ REPLACED = {
     "triton-materialized": {"batch_norm_statistics.sums_kernel"},
     "triton-gram": {"batch_norm_statistics.sums_kernel"},
 }
-GRAM = {"gram_matrix.kernel", "gram_norm.kernel", "gram_gradient.kernel", "gram_gradient.weights_kernel"}
+GRAM = {
+    "gram_matrix.kernel",
+    "gram_norm.spread_kernel",
+    "gram_norm.kernel",
+    "gram_gradient.kernel",
+    "gram_gradient.weights_kernel",
+}
 
 
 @pytest.mark.parametrize(
