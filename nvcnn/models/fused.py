@@ -154,7 +154,8 @@ def normalized_conv(a: PendingConv, b: Tensor | Unnormalized | PendingConv | Non
     x = (a.x, None) if isinstance(a.x, Tensor) else (a.x.y, a.x.norm)
     # The epilogue adds what is normalised.
     added = (materialize(b, None, False), None) if isinstance(b, Unnormalized) else addend(b)
-    return GramConv.apply(*x, *added, a.conv.weight, a.bn.weight, a.bn.bias, a.conv, a.bn, relu)
+    of_bn = a.conv.weight_for(x[0]), a.bn.weight, a.bn.bias, a.conv, a.bn
+    return GramConv.apply(*x, *added, *of_bn, relu)
 
 
 def rectified(x: Operand) -> Rectified | None:
