@@ -108,13 +108,15 @@ def computed(channels: int, of_rows: int, normal: bool, element_size: int, gpu: 
     halves = element_size == 2
     block = min(128, max(64 if halves else 16, next_power_of_2(channels)))
     pairs = pairs_of(channels, block)
-    one = normal and block == 128 and pairs == 1
-    rows = (32 if one else 64 if normal or block == 128 else 128) // (1 if halves else 2)
-    parts = min(cdiv(of_rows, rows), max(1, (4 if block < 128 else 2) * SMS // pairs))
+    rows, programs = (64, 2 * SMS) if block == 128 else (64 if normal else 128, 4 * SMS)
+    options = {"maxnreg": 255} if gpu >= 10 else {}  # unasked, ptxas may stop at 128 and spill a few bytes
+    if normal and block == 128 and pairs == 1:
+        rows = 32
+        options |= conv_shape.two_programs(element_size, gpu)
+    rows //= 1 if halves else 2
+    parts = min(cdiv(of_rows, rows), max(1, programs // pairs))
     config = {"BLOCK_ROWS": rows, "BLOCK": block, "PARTS": parts, "num_warps": block // 16, "num_stages": 3}
-    if one:
-        config |= conv_shape.two_programs(element_size, gpu)
-    return config | ({"maxnreg": 255} if gpu >= 10 else {})  # unasked, ptxas may stop at 128 and spill a few bytes
+    return config | options
 
 
 def pairs_of(channels: int, block: int) -> int:

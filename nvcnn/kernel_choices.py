@@ -519,7 +519,8 @@ def where_gram_pays(convolutions: dict[str, Place], with_gram: dict[str, Place],
     """Returns the convolutions whose places are those of `with_gram` in the fastest choice.
 
     Those between which a tensor is handed on in the other way are one group: the 1 x 1s that are added up, and who
-    reads the sum. The last block's sum no convolution reads: its 1 x 1s are computed as others of the same place.
+    reads the sum. The last block's sum no convolution reads: its 1 x 1s are computed as others of the same place. One
+    that is added to what is unnormalised hands on the same as ever, and is a group of its own.
     """
 
     def least(places: dict[str, Place], group: list[str]) -> float:
@@ -529,7 +530,8 @@ def where_gram_pays(convolutions: dict[str, Place], with_gram: dict[str, Place],
     for name, place in with_gram.items():
         if place == convolutions[name]:
             continue
-        if place.gram and not (groups and with_gram[groups[-1][-1]].gram):
+        before = with_gram[groups[-1][-1]].gram if groups else ""
+        if place.gram and (not before or before == place.gram == GRAM_ALONE):
             groups.append([])
         groups[-1].append(name)
     paying: list[str] = []
@@ -537,7 +539,7 @@ def where_gram_pays(convolutions: dict[str, Place], with_gram: dict[str, Place],
     for group in groups:
         of_group = [with_gram[name] for name in group]
         last = [place for place in of_group if place.gram][-1]
-        if of_group[-1] != last:
+        if of_group[-1] != last or last.gram == GRAM_ALONE:
             pays[last] = least(with_gram, group) < least(convolutions, group)
         if pays.get(last):
             paying += group

@@ -282,7 +282,7 @@ def test_measures_each_place_once_and_takes_the_faster(measured):
     assert str(again) == f"37 triton, 16 cudnn (measured before, {cache_file()})"
 
 
-def gram_choices(monkeypatch, gram: dict[str, float], lines=None) -> dict[str, str]:
+def gram_choices(monkeypatch, gram: dict[str, float], lines=None, name="resnet50") -> dict[str, str]:
     """Returns the algorithms, where the Gram matrix takes so long at the 1 x 1s of so many channels (of all: "")."""
 
     def fake(place, device, say):
@@ -293,7 +293,7 @@ def gram_choices(monkeypatch, gram: dict[str, float], lines=None) -> dict[str, s
 
     monkeypatch.setattr(kernel_choices, "measure", fake)
     monkeypatch.setattr(kernel_choices, "machine", lambda: "a GPU, some versions")
-    model = resnet()
+    model = resnet(name)
     found, with_gram = (places(model, 256, 224, torch.float16, gram=gram) for gram in (False, True))
     say = [].append if lines is None else lines.append
     return choose("auto", found, GPU, Transport(Launch()), None, say, with_gram).algorithms
@@ -317,6 +317,13 @@ def test_a_gram_matrix_is_chosen_where_all_that_it_changes_is_faster_together(mo
     assert found["layer2.0.conv1"] == "cudnn"
     # Nobody reads the last block's sum: it is computed as the block before.
     assert found["layer4.2.conv3"] == found["layer4.1.conv3"] == "triton-gram"
+
+
+def test_a_gram_matrix_of_a_skip_connection_alone_is_compared_alone(monkeypatch):
+    """Basic blocks add it to what is unnormalised: nobody reads anything else."""
+    found = gram_choices(monkeypatch, {"": 9.5, "128": 11.0}, name="resnet18")
+    gram = {name for name, algorithm in found.items() if algorithm == "triton-gram"}
+    assert gram == {"layer2.0.downsample.0", "layer4.0.downsample.0"}
 
 
 def test_a_gram_matrix_that_fails_is_not_chosen(monkeypatch):
