@@ -96,7 +96,7 @@ def short_calls() -> Iterator[Call]:
 
 def of_gram_matrices(dtype: torch.dtype) -> list[Call]:
     """Returns the calls of ResNet-50's step that have or follow from a Gram matrix."""
-    step = step_calls(dtype=dtype, conv=GRAM)
+    step = step_calls(dtype=dtype, conv=GRAM[0])
     return [call for call in step if "gram" in call.name or (call.name in CONVOLUTIONS and call["a"] is not None)]
 
 

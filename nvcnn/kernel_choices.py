@@ -7,8 +7,8 @@ with the BatchNorm around it, since what is fused on one side is a pass of its o
 convolution jointly, as they share what is in memory. What neighbours hand to each other is the same for all algorithms
 (an unnormalised tensor and its norm; a masked gradient and its sums), so the times of places add up. An evaluation
 measures forward, with what comes behind. An algorithm that fails at a place, or whose results are wrong there, is not
-used. What `triton-gram` hands on is another thing, so it is chosen for a 1 x 1, with the one of the skip connection
-beside it, by the times of these and of the convolution that reads their sum.
+used. What is made with a Gram matrix is handed on as another thing, so it is chosen for a 1 x 1, with the one of the
+skip connection beside it, by the times of these and of the convolution that reads their sum.
 
 Every rank gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The
 measurements are kept in $XDG_CACHE_HOME/nvcnn/kernel_choices.json (by default in ~/.cache), for this GPU, these
@@ -68,7 +68,7 @@ from nvcnn.models.fused import (
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices, image_channels
 from nvcnn.program import InputError, run
 
-CANDIDATES = ("triton", "triton-materialized", GRAM, "cudnn")
+CANDIDATES = ALGORITHMS[1:]
 LOAD, ROUNDS, REPEAT = 0.5, 10, 2  # seconds before a place is measured; rounds, and steps of a candidate in each
 TOLERANCE = 2e-3  # of the norm, against the reference in fp32: a few roundings to fp16
 MOST = 1e-2  # of the norm, where the library is as far off
@@ -82,7 +82,7 @@ Measurements = dict[str, dict[str, Times]]  # by machine, by place
 def candidates(place: Place) -> tuple[str, ...]:
     """Returns the algorithms that are measured there: in evaluation, and with a bias, all is in memory anyway."""
     if place.gram:
-        return (GRAM,)
+        return GRAM
     return ("triton", "cudnn") if place.folded or place.bias else ("triton", "triton-materialized", "cudnn")
 
 
@@ -140,7 +140,7 @@ class Sample:
         x, b = self.read("x"), self.read("b")
         if self.place.gram:
             relu = self.place.gram != GRAM_ALONE
-            if algorithm != GRAM:
+            if algorithm not in GRAM:
                 y = conv_bn(x, self.conv, self.bn)
                 assert isinstance(y, Unnormalized)
                 return {"z": materialize(y, b, relu)}
@@ -452,11 +452,11 @@ def choose(
     """Returns the algorithm of each convolution, the same on every rank.
 
     `stored`: those in the checkpoint that rank 0 resumes from. with_gram: the places where all that can be are computed
-    by `triton-gram`; None if none is to be.
+    with a Gram matrix; None if none is to be.
     Raises InputError for an algorithm that cannot run on the device.
     """
-    if asked == "cudnn" and device.type == "cpu":
-        raise InputError("--conv=cudnn needs a GPU; on a CPU give --conv=torch, or leave it out")
+    if asked.startswith("cudnn") and device.type == "cpu":
+        raise InputError(f"--conv={asked} needs a GPU; on a CPU give --conv=torch, or leave it out")
     if asked != "auto":
         return Choices(dict.fromkeys(convolutions, asked), f"--conv={asked}")
     if device.type != "cuda":

@@ -81,7 +81,7 @@ class Place(NamedTuple):
     gradient: bool  # x has one
     folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
     bias: bool = False  # and ReLU follow, not a BatchNorm
-    gram: str = ""  # in training with --conv=triton-gram, what the epilogue does: GRAM_ADDS, GRAM_RELU or GRAM_ALONE
+    gram: str = ""  # in training with a Gram matrix, what the epilogue does: GRAM_ADDS, GRAM_RELU or GRAM_ALONE
 
     @property
     def y(self) -> tuple[int, int, int, int]:
@@ -153,15 +153,15 @@ def places(
 ) -> dict[str, Place]:
     """Returns the place of each convolution of `conv_bn` and `conv_relu`, by its name in the model, in their order.
 
-    It is that of a training step, or of an evaluation, as the model's mode is. gram: all that can be are computed by
-    `triton-gram`, which changes their places, and those of who reads them.
+    It is that of a training step, or of an evaluation, as the model's mode is. gram: all that can be are computed
+    with a Gram matrix, which changes their places, and those of who reads them.
     """
     convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
     before = [conv.algorithm for conv in convolutions]
     state, images = on_meta(model, batch_size, image_size, dtype, channels)
     try:
         for conv in convolutions:
-            conv.algorithm = GRAM if gram and widens(conv) else "triton"
+            conv.algorithm = GRAM[0] if gram and widens(conv) else "triton"
         with torch.set_grad_enabled(model.training), Places(model.training) as recorded:
             functional_call(model, state, images)
     finally:

@@ -188,9 +188,9 @@ class Settings(Images):
     conv: str = numeric(
         "auto",
         "what computes convolutions with their BatchNorms: the project's kernels, which normalise as they load "
-        "(triton), read what is normalised (triton-materialized), or normalise a widening 1 x 1 by its input's Gram "
-        "matrix (triton-gram), cudnn, torch; or of all but torch, place by place, what is measured to be the fastest "
-        "on this GPU (auto)",
+        "(triton) or read what is normalised (triton-materialized), cudnn, either with the statistics of a widening "
+        "1 x 1 from its input's Gram matrix (triton-gram, cudnn-gram), torch; or of all but torch, place by place, "
+        "what is measured to be the fastest on this GPU (auto)",
         choices=CONV,
     )
     momentum_dtype: str = numeric("fp32", "what momentum is kept in", choices=("fp32", "bf16"))

@@ -18,13 +18,8 @@ from nvcnn.program import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-ALGORITHMS = (
-    "torch",
-    "triton",
-    "triton-materialized",
-    "triton-gram",
-    "cudnn",
-)  # that compute a convolution: see fused.py
+# They compute a convolution: see fused.py.
+ALGORITHMS = ("torch", "triton", "triton-materialized", "triton-gram", "cudnn", "cudnn-gram")
 EPSILON = 1e-4  # of BatchNorm, as in nvcnn_hvd.py
 FLAGS = {"resnet_v1": "bottleneck blocks", "aux": "auxiliary heads"}  # what a model needs for them
 

@@ -16,9 +16,10 @@ ordinary tensor of any of them. A convolution's `algorithm` says how it is compu
     cudnn                 the library's convolution on the same operands, with passes of their own for the epilogues
     triton-gram           as triton-materialized, but a 1 x 1 that `widens` has BatchNorm's statistics from the Gram
                           matrix of a, before it is computed: y is in memory neither forward nor backward
+    cudnn-gram            as cudnn, but as triton-gram where that is so, with the library's product for the weight
 Neighbours may differ: which is faster depends on the shape. All but `triton` keep a beside x for backward.
 
-Where BatchNorm is known before the convolution, which it is in evaluation without gradients and with `triton-gram`, the
+Where BatchNorm is known before the convolution, which it is in evaluation without gradients and with a Gram matrix, the
 convolution waits as a PendingConv until it is known whether ReLU or an addition follows, and the kernel then does all
 of it as it stores. In training z is then a Rectified, as where a convolution has a bias instead of a BatchNorm:
 z = conv_relu(x, self.conv1) is relu(y + bias), which the kernel writes instead of y. In backward the readers of a
@@ -45,9 +46,9 @@ import kernels
 from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, SCALE
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
-GRAM = "triton-gram"
-MATERIALIZED = ("triton-materialized", GRAM, "cudnn")  # a and dy are written before they are multiplied
-LIBRARY = ("torch", "cudnn")  # PyTorch's operators multiply, not the project's kernels
+GRAM = ("triton-gram", "cudnn-gram")
+MATERIALIZED = ("triton-materialized", "cudnn", *GRAM)  # a and dy are written before they are multiplied
+LIBRARY = ("torch", "cudnn", "cudnn-gram")  # PyTorch's operators multiply, not the project's kernels
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # stride, padding, groups
 Gradients = tuple[Tensor, Tensor]
@@ -188,7 +189,7 @@ def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | Pending
         return PendingConv(activation(x), conv, bn)
     if conv.algorithm == "torch":
         return Unnormalized(conv(activation(x)), bn)
-    if conv.algorithm == GRAM and bn.training and widens(conv):
+    if conv.algorithm in GRAM and bn.training and widens(conv):
         if not (isinstance(x, Unnormalized) and x.norm is not None and x.value is None and conv.stride == (1, 1)):
             x = activation(x)
         return PendingConv(x, conv, bn)
@@ -442,8 +443,11 @@ class GramConv(Function):
         x, x_norm, a, weight, norm, gram, spread = ctx.saved_tensors
         conv, g, d_beta = ctx.conv, channels_last(g), d_norm[D_BETA]
         geometry = conv.stride, conv.padding, conv.groups
-        products = torch.empty_like(weight, dtype=norm.dtype)
-        kernels.convolution_weight_gradient(g, a, products, *geometry)
+        if conv.algorithm in LIBRARY:
+            products = product_in_single(g, a[:, :, :: conv.stride[0], :: conv.stride[1]]).view_as(weight)
+        else:
+            products = torch.empty_like(weight, dtype=norm.dtype)
+            kernels.convolution_weight_gradient(g, a, products, *geometry)
         dw = empty_gradient(weight)
         of_y = norm, gram, spread, ctx.pixels
         d_gamma, of_g, of_a, affine = kernels.gram_gradient(products, d_beta, *of_y, weight, dw)
@@ -509,6 +513,15 @@ def conv_gradients(
         size = x.shape[2:]
         dx, sums, branch_sums = kernels.convolution_data_gradient(dy, weight, size, *geometry, *through, *epilogue)
     return dx, sums, branch_sums, dw
+
+
+def product_in_single(g: Tensor, a: Tensor) -> Tensor:
+    """Returns g^T a, (K, C), over all pixels; of halves in fp32, as BatchNorm's share is a difference of such sums."""
+    g, a = (channels_last(t).permute(0, 2, 3, 1).flatten(0, 2) for t in (g, a))
+    if g.is_cuda and g.dtype != torch.float32:
+        return torch.mm(g.T, a, out_dtype=torch.float32)
+    wide = torch.promote_types(g.dtype, torch.float32)
+    return g.T.to(wide) @ a.to(wide)
 
 
 def library_gradients(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]) -> Gradients:

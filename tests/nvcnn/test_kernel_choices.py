@@ -124,14 +124,15 @@ GRAM_PLACES = pytest.mark.parametrize(
 def test_a_gram_place_computes_what_others_compute(reads, stride, gram):
     """Its reference stores y, normalises it, and reads it again in backward."""
     place = Place((2, 8, 6, 5), (12, 8, 1, 1), stride, (0, 0), 1, torch.float32, reads, True, gram=gram)
-    assert candidates(place) == ("triton-gram",)
+    assert candidates(place) == ("triton-gram", "cudnn-gram")
     one = sample(place, CPU)
-    found, expected = one.results("triton-gram"), one.results("cudnn")
+    expected, *results = (one.results(algorithm) for algorithm in ("cudnn", *candidates(place)))
     read = {"x"} | ({"x_norm"} if reads == "raw" else set()) | ({"b"} if gram == GRAM_ADDS else set())
     assert expected.keys() == {"z"} | {f"d_{name}" for name in read | {"weight", "gamma", "beta"}}
-    assert found.keys() == expected.keys() | {"norm"}
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
+    for found in results:
+        assert found.keys() == expected.keys() | {"norm"}
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 @GRAM_PLACES
@@ -140,7 +141,7 @@ def test_what_kernels_compute_is_right_at_a_gram_place(device, reads, stride, gr
     lines: list[str] = []
     quickly(monkeypatch, times=0.25)
     place = Place((2, 16, 6, 6), (24, 16, 1, 1), stride, (0, 0), 1, torch.float16, reads, True, gram=gram)
-    assert measure(place, device, lines.append) == {"triton-gram": 250.0}
+    assert measure(place, device, lines.append) == {"triton-gram": 250.0, "cudnn-gram": 250.0}
     assert not lines
 
 
@@ -149,7 +150,7 @@ def test_no_rounding_decides_on_a_gram_place(dtype, monkeypatch):
     lines: list[str] = []
     quickly(monkeypatch, times=0.25)
     place = Place((2, 64, 14, 14), (256, 64, 1, 1), *ONE, dtype, "raw", True, gram=GRAM_ADDS)
-    assert measure(place, CPU, lines.append).keys() == {"triton-gram"}
+    assert measure(place, CPU, lines.append).keys() == set(candidates(place))
     assert not lines
 
 
@@ -173,7 +174,8 @@ def test_a_gram_place_that_fails_is_left_out_with_a_line(monkeypatch):
     place = Place((2, 16, 6, 6), (24, 16, 1, 1), *ONE, torch.float32, "raw", True, gram=GRAM_ADDS)
     assert measure(place, CPU, lines.append) == {}
     assert lines == [
-        f"{place}: triton-gram fails here (d_gamma is off by 1.0e-02 of its norm, 2.0e-03 are allowed) and is not used"
+        f"{place}: {algorithm} fails here (d_gamma is off by 1.0e-02 of its norm, 2.0e-03 are allowed) and is not used"
+        for algorithm in candidates(place)
     ]
 
 
@@ -289,7 +291,7 @@ def gram_choices(monkeypatch, gram: dict[str, float], lines=None, name="resnet50
         if not place.gram:
             return dict.fromkeys(CANDIDATES[:2], 12.0) | {"cudnn": 9.0 if place.reads == "rectified" else 10.0}
         time = gram.get(str(place.x[1]), gram[""])
-        return {"triton-gram": time} if time else {}
+        return {"triton-gram": time, "cudnn-gram": 2 * time} if time else {}
 
     monkeypatch.setattr(kernel_choices, "measure", fake)
     monkeypatch.setattr(kernel_choices, "machine", lambda: "a GPU, some versions")
@@ -303,9 +305,8 @@ def test_a_gram_matrix_is_chosen_where_all_that_it_changes_is_faster_together(mo
     """10 + 10 (+ 10 of the skip connection) are compared with the Gram matrix's and 9 of who reads the sum."""
     lines: list[str] = []
     found = gram_choices(monkeypatch, {"": 10.5, "128": 12.0}, lines)
-    assert lines == [
-        "Measuring triton, triton-materialized, cudnn, triton-gram at 43 places of convolutions, once on this machine"
-    ]
+    measured = "Measuring triton, triton-materialized, cudnn, triton-gram, cudnn-gram at 43 places of convolutions"
+    assert lines == [f"{measured}, once on this machine"]
     of = {stage: {name: found[name] for name in found if name.startswith(f"layer{stage}")} for stage in (1, 2)}
     gram = {"layer1.0.downsample.0", *(f"layer1.{i}.conv3" for i in range(3))}
     assert {name for name, algorithm in of[1].items() if algorithm == "triton-gram"} == gram - {
@@ -578,8 +579,8 @@ def test_shows_what_was_measured(measured, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "a GPU, some versions"
     assert len(out) == 29
-    row = "triton 10 us triton 12 us triton-materialized - triton-gram 20 us cudnn x 256x3x224x224 weight"
-    assert out[1].split()[:14] == row.split()[:14]
+    row = "triton 10 us triton 12 us triton-materialized - triton-gram 20 us cudnn - cudnn-gram x 256x3x224x224"
+    assert out[1].split()[:15] == row.split()[:15]
 
 
 def test_shows_what_a_run_computes_with(tmp_path, capsys):

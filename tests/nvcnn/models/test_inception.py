@@ -74,7 +74,7 @@ def pair(name: str, training: bool, **options: bool) -> tuple[nn.Module, nn.Modu
 
 def choose(model: nn.Module, algorithm: str) -> None:
     """Has `algorithm` compute every convolution, or, "mixed", all of them in turn."""
-    order = "0010203041121314223243344"  # every two are neighbours, in either order, and each is its own
+    order = "001020304051121314152232425334354455"  # every two are neighbours, in either order, and each is its own
     convolutions = [m for m in model.modules() if isinstance(m, Conv2d)]
     for module, i in zip(convolutions, cycle(order), strict=False):
         module.algorithm = ALGORITHMS[int(i)] if algorithm == "mixed" else algorithm

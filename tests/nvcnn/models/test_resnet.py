@@ -45,7 +45,7 @@ def images(dtype: torch.dtype) -> Tensor:
 
 def choose(model: nn.Module, algorithm: str) -> nn.Module:
     """Has `algorithm` compute every convolution, or, "mixed", all of them in turn."""
-    order = "0010203041121314223243344"  # every two are neighbours, in either order, and each is its own
+    order = "001020304051121314152232425334354455"  # every two are neighbours, in either order, and each is its own
     convolutions = [m for m in model.modules() if isinstance(m, Conv2d)]
     for module, i in zip(convolutions, cycle(order), strict=False):
         module.algorithm = ALGORITHMS[int(i)] if algorithm == "mixed" else algorithm
@@ -76,7 +76,7 @@ def test_initialisation_is_torchvision_s(name):
     ("block", "options", "algorithm"),
     [
         *(("BasicBlock", {}, algorithm) for algorithm in [*ALGORITHMS, "mixed"]),
-        *(("Bottleneck", {}, algorithm) for algorithm in ["triton", "triton-gram", "mixed"]),
+        *(("Bottleneck", {}, algorithm) for algorithm in ["triton", "triton-gram", "cudnn-gram", "mixed"]),
         ("Bottleneck", {"groups": 32, "group_width": 4}, "mixed"),
     ],
 )
