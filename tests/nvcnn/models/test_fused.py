@@ -17,7 +17,6 @@ from nvcnn.meta import activation_bytes
 from nvcnn.models import ALGORITHMS, build_model
 from nvcnn.models.fused import (
     LIBRARY,
-    LIBRARY,
     MATERIALIZED,
     PendingAdd,
     PendingConv,
