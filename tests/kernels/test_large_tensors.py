@@ -85,7 +85,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(conv_shape, "capability", lambda device: 8)  # without TMA every address is computed
     of_weight = import_module("kernels.convolution_weight_gradient")
     monkeypatch.setattr(of_weight, "parts_of", lambda *_: 2**15)  # so that the last has few rows
-    monkeypatch.setattr(import_module("kernels.gram_matrix"), "SMS", 2**15)
+    monkeypatch.setattr(import_module("kernels.gram_matrix"), "SMS", 2**10)
     pool = import_module("kernels.max_pool")
     configured = pool.configured
 

@@ -457,6 +457,8 @@ def test_memory_of_a_resnet50():
     assert kept("triton") == pytest.approx(2 * values + norm, rel=0.01)
     for others in ("triton-materialized", "cudnn", "torch"):
         assert kept(others) == kept("triton") + 2 * read  # their activations, too
+    for others in ("triton-gram", "cudnn-gram"):  # no output of a 1x1 that widens, but matrices of its weight's size
+        assert kept(others) == pytest.approx(kept("triton") + 2 * read - 2 * raw, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +466,7 @@ def test_memory_of_a_resnet50():
     [
         *product(["triton"], [torch.float32], [True, False]),
         *product(["triton"], [torch.float16], [True]),  # in evaluation: among the mixed
+        *product(["triton-gram"], [torch.float16], [True]),
         *product(["mixed"], [torch.float16], [True, False]),
     ],
 )
