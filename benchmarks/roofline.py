@@ -91,10 +91,10 @@ def flops_of(call: Call) -> int:
     """Returns the FLOPs of a convolution or matrix product, and 0 for anything else."""
     if call.name in CONVOLUTIONS:
         y, weight = CONVOLUTIONS[call.name]
-        second = call.name.endswith("data_gradient") and call["a"] is not None  # product, of a
-        terms = prod(call[weight].shape[1:]) * 2
-        pixels, channels = pixels_and_channels((call[y] if y else call.outputs[0]).shape)
-        return pixels * (channels * terms + (2 * call["a"].shape[1] ** 2 if second else 0))
+        shape = (call[y] if y else call.outputs[0]).shape
+        flops = 2 * prod(shape) * prod(call[weight].shape[1:])
+        second = call["a"]  # factor of a product, in the data gradient
+        return flops if second is None else flops + 2 * prod(shape) // shape[1] * second.shape[1] ** 2
     if call.name == "nvcnn::gram_matrix":  # symmetric: half of it is computed
         n, c, h, w = call["x"].shape
         return n * cdiv(h, call["stride"][0]) * cdiv(w, call["stride"][1]) * c * (c + 1)
@@ -104,11 +104,6 @@ def flops_of(call: Call) -> int:
     shapes = [value.shape if isinstance(value, Layout) else value for _, value in call.arguments]
     out = call.outputs[0].shape
     return formula(*shapes, out_val=[out, out] if "backward" in call.name else out)
-
-
-def pixels_and_channels(shape: tuple[int, ...]) -> tuple[int, int]:
-    n, c, h, w = shape
-    return n * h * w, c
 
 
 def name_of(call: Call) -> str:

@@ -6,7 +6,7 @@ From it follow mean and variance of any y = weight a before there is a y (`gram_
 2015, arXiv:1502.03167, section 3.1, would normalise a whole layer's inputs; here it serves the layer behind. A matrix
 product with as many terms as there are pixels, shared out to parts, as `convolution_weight_gradient` does it. It is
 symmetric: a pair of blocks of channels is multiplied once. What is summed in fp32 is at least 0, so tensor cores, which
-cut off, are low by at most 2^-24 of it for each 16 rows of a part.
+cut off, are low by at most 2^-23 of it for each 16 rows of a part.
 
 Bytes per fp16 value: 2 for x, and 2 for a where it is written; from 129 channels on further pairs of blocks read x
 again, from the L2 cache, as programs of the same rows run side by side. Parts write and read 4 per value of gram each.

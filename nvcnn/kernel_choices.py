@@ -151,8 +151,7 @@ class Sample:
         assert isinstance(y, Unnormalized)
         assert y.norm is not None
         outputs = {"y": y.y, "norm": y.norm}
-        handed_on = b is not None or self.place.reads == "rectified"
-        return outputs | {"z": activation(x)} if handed_on else outputs  # which somebody else reads, too
+        return outputs | {"z": activation(x)} if self.place.hands_on else outputs
 
     def backward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the gradients of what the place reads, by name."""
@@ -208,8 +207,7 @@ def sample(place: Place, device: torch.device) -> Sample:
         n, _, oh, ow = place.y
         of_norm = torch.randn(5, k, device=device) * 0.1 * (n * oh * ow) ** -0.5
         directions = {"y": images(*place.y, deviation=0.1), "norm": of_norm}
-        handed_on = place.reads in ("join", "join of two") or (place.reads == "rectified" and not place.bias)
-        directions |= {"z": images(*place.x, deviation=0.1)} if handed_on else {}
+        directions |= {"z": images(*place.x, deviation=0.1)} if place.hands_on else {}
     made = Sample(place, conv, bn, tensors, directions)
     return replace(made, directions=behind_the_mask(made)) if place.gram else made
 
@@ -314,8 +312,8 @@ def reason(error: Exception) -> str:
 def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> Times:
     """Returns microseconds of each candidate, without those that fail or are wrong, which are reported.
 
-    Raises RuntimeError if that is all of them and there is no other way, or if one has broken the device for this
-    process.
+    If that is all of them, those with a Gram matrix take for ever, as there is another way. Raises RuntimeError if
+    there is none, or if one has broken the device for this process.
     """
     samples = [sample(place, device)]
     samples += [sample(place, device) for _ in range(timing.sets(samples[0].bytes, device) - 1)]
@@ -339,7 +337,7 @@ def measure(place: Place, device: torch.device, say: Callable[[str], None]) -> T
             if fault is not None:
                 say(f"{place}: {algorithm} fails here ({fault}) and is not used")
     if not steps and place.gram:
-        return {}
+        return dict.fromkeys(candidates(place), math.inf)
     if not steps:
         raise RuntimeError(f"{place}: none of {', '.join(candidates(place))} computes this here: give --conv=torch")
     del expected
@@ -483,7 +481,10 @@ def choose_algorithms(
 
     images: their number in a batch, their size.
     """
-    found, with_gram = (places(model, *images, dtype, image_channels(model, device), gram) for gram in (False, True))
+    of_step = model, *images, dtype, image_channels(model, device)
+    found = places(*of_step)
+    measures = asked == "auto" and device.type == "cuda" and model.training
+    with_gram = places(*of_step, gram=True) if measures else None
     choices = choose(asked, found, device, transport, stored, with_gram=with_gram)
     use(model, choices.algorithms)
     return choices
@@ -524,7 +525,7 @@ def where_gram_pays(convolutions: dict[str, Place], with_gram: dict[str, Place],
     """
 
     def least(places: dict[str, Place], group: list[str]) -> float:
-        return sum(min(known[str(places[name])].values(), default=math.inf) for name in group)
+        return sum(min(known[str(places[name])].values()) for name in group)
 
     groups: list[list[str]] = []
     for name, place in with_gram.items():

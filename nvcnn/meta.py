@@ -84,6 +84,11 @@ class Place(NamedTuple):
     gram: str = ""  # in training with a Gram matrix, what the epilogue does: GRAM_ADDS, GRAM_RELU or GRAM_ALONE
 
     @property
+    def hands_on(self) -> bool:
+        """Returns whether others read the activation from it: a join that it writes, or what it reads as rectified."""
+        return self.reads.startswith("join") or (self.reads == "rectified" and not self.bias)
+
+    @property
     def y(self) -> tuple[int, int, int, int]:
         """Returns the shape of the output: N, K, OH, OW."""
         sizes = zip(self.x[2:], self.padding, self.weight[2:], self.stride, strict=True)

@@ -34,17 +34,6 @@ def fma_relu(x, scale, shift):
 
 
 @triton.jit
-def where_positive(g, a):
-    """Returns g where a is above 0 or NaN, else 0. It selects, since infinity times 0 would be NaN."""
-    if INTERPRET:
-        return tl.where(a <= 0, 0.0, g).to(tl.float16)
-    asm: tl.constexpr = (
-        "{ .reg .b32 mask, zero; mov.b32 zero, 0; set.gtu.u32.f16x2 mask, $2, zero; and.b32 $0, $1, mask; }"
-    )
-    return tl.inline_asm_elementwise(asm, "=r,r,r", [g, a], dtype=tl.float16, is_pure=True, pack=2)
-
-
-@triton.jit
 def deviation(y, inverse, shift):
     """Returns (y - mean) / deviation as y inverse + shift, kept between -MOST and MOST. A NaN stays one."""
     if INTERPRET:

@@ -427,8 +427,8 @@ class GramConv(Function):
     def forward(ctx, x, x_norm, b, b_norm, weight, gamma, beta, conv, bn, relu):
         a, gram = kernels.gram_matrix(x, conv.stride, x_norm)
         a = x if x_norm is None else a
-        n, _, h, w = a.shape
-        pixels = n * -(-h // conv.stride[0]) * -(-w // conv.stride[1])
+        read = strided(a, conv)
+        pixels = read.numel() // read.shape[1]
         statistics = bn.batch_mean, bn.batch_var, bn.eps
         norm, shift, spread = kernels.gram_norm(gram, pixels, weight, gamma, beta, *statistics)
         epilogue = {"scale": norm[SCALE.value], "shift": shift, "add": b, "relu": relu}
@@ -444,7 +444,7 @@ class GramConv(Function):
         conv, g, d_beta = ctx.conv, channels_last(g), d_norm[D_BETA]
         geometry = conv.stride, conv.padding, conv.groups
         if conv.algorithm in LIBRARY:
-            products = product_in_single(g, a[:, :, :: conv.stride[0], :: conv.stride[1]]).view_as(weight)
+            products = product_in_single(g, strided(a, conv)).view_as(weight)
         else:
             products = torch.empty_like(weight, dtype=norm.dtype)
             kernels.convolution_weight_gradient(g, a, products, *geometry)
@@ -513,6 +513,11 @@ def conv_gradients(
         size = x.shape[2:]
         dx, sums, branch_sums = kernels.convolution_data_gradient(dy, weight, size, *geometry, *through, *epilogue)
     return dx, sums, branch_sums, dw
+
+
+def strided(a: Tensor, conv: Conv2d) -> Tensor:
+    """Returns the pixels of a that a 1 x 1 convolution reads."""
+    return a[:, :, :: conv.stride[0], :: conv.stride[1]]
 
 
 def product_in_single(g: Tensor, a: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ import ast
 import gc
 import json
 import threading
+from math import inf
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -156,13 +158,21 @@ def test_no_rounding_decides_on_a_gram_place(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_gram_place_rounds_no_more_than_one_that_stores_y(dtype):
-    """y is not rounded before it is normalised, and there is no dy: but two matrices are."""
+    """y is not rounded before it is normalised, and there is no dy: but two matrices are, alike for all pixels.
+
+    The median of nine draws counts: sums of roundings to few channels are as often 1.3 times as far off as 0.8 times.
+    """
     place = Place((4, 64, 14, 14), (256, 64, 1, 1), *ONE, dtype, "raw", True, gram=GRAM_ADDS)
-    one = sample(place, CPU)
-    with exact():
-        expected = one.in_fp32().results("cudnn")
-    found, stored = (distances(one.results(a), expected) for a in ("triton-gram", "triton-materialized"))
-    assert all(found[name] <= 1.2 * stored[name] for name in expected), (found, stored)
+    ratios: dict[str, list[float]] = {}
+    for seed in range(9):
+        torch.manual_seed(seed)
+        one = sample(place, CPU)
+        with exact():
+            expected = one.in_fp32().results("cudnn")
+        found, stored = (distances(one.results(a), expected) for a in ("triton-gram", "triton-materialized"))
+        for name in ("z", "d_weight", "d_gamma", "d_x", "d_x_norm"):  # d_beta and d_b are exact
+            ratios.setdefault(name, []).append(found[name] / stored[name])
+    assert all(median(values) <= 1.2 for values in ratios.values()), ratios
 
 
 def test_a_gram_place_that_fails_is_left_out_with_a_line(monkeypatch):
@@ -172,7 +182,7 @@ def test_a_gram_place_that_fails_is_left_out_with_a_line(monkeypatch):
     right = kernels.gram_gradient
     monkeypatch.setattr(kernels, "gram_gradient", lambda *a: (right(*a)[0] * 1.01, *right(*a)[1:]))
     place = Place((2, 16, 6, 6), (24, 16, 1, 1), *ONE, torch.float32, "raw", True, gram=GRAM_ADDS)
-    assert measure(place, CPU, lines.append) == {}
+    assert measure(place, CPU, lines.append) == dict.fromkeys(candidates(place), inf)
     assert lines == [
         f"{place}: {algorithm} fails here (d_gamma is off by 1.0e-02 of its norm, 2.0e-03 are allowed) and is not used"
         for algorithm in candidates(place)
@@ -291,7 +301,7 @@ def gram_choices(monkeypatch, gram: dict[str, float], lines=None, name="resnet50
         if not place.gram:
             return dict.fromkeys(CANDIDATES[:2], 12.0) | {"cudnn": 9.0 if place.reads == "rectified" else 10.0}
         time = gram.get(str(place.x[1]), gram[""])
-        return {"triton-gram": time, "cudnn-gram": 2 * time} if time else {}
+        return {"triton-gram": time, "cudnn-gram": 2 * time}
 
     monkeypatch.setattr(kernel_choices, "measure", fake)
     monkeypatch.setattr(kernel_choices, "machine", lambda: "a GPU, some versions")
@@ -328,7 +338,7 @@ def test_a_gram_matrix_of_a_skip_connection_alone_is_compared_alone(monkeypatch)
 
 
 def test_a_gram_matrix_that_fails_is_not_chosen(monkeypatch):
-    found = gram_choices(monkeypatch, {"": 1.0, "64": 0.0})
+    found = gram_choices(monkeypatch, {"": 1.0, "64": inf})
     gram = [name for name, algorithm in found.items() if algorithm == "triton-gram"]
     assert gram
     assert not [name for name in gram if name.startswith("layer1")]
