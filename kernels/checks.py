@@ -23,7 +23,7 @@ def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -
     if not (state.silent or x.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(
             f"{op}: {name} must be channels-last, got strides {x.stride()} for {tuple(x.shape)}: "
-            "make it so once, with .to(memory_format=torch.channels_last)"
+            "make it so once, with .contiguous(memory_format=torch.channels_last)"
         )
     if like is not None and (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
         raise ValueError(
