@@ -202,13 +202,9 @@ def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d, skip_stride: int = 1) -> 
         return PendingConv(activation(x), conv, bn)
     if conv.algorithm == "torch":
         return Unnormalized(conv(activation(x)), bn)
-    if (
-        not isinstance(x, Tensor)
-        and x.sparse is not None
-        and is_pointwise(conv)
-        and conv.stride == (x.skip_stride,) * 2
-    ):
-        x, conv = x.sparse, without_stride(conv)
+    few = what_it_reads(conv, x)
+    if few is not None:
+        x, conv = few, without_stride(conv)
     if conv.algorithm in GRAM and bn.training and widens(conv):
         if not (isinstance(x, Unnormalized) and x.norm is not None and x.value is None and conv.stride == (1, 1)):
             x = activation(x)
@@ -298,6 +294,13 @@ def widens(conv: Conv2d) -> bool:
 def is_pointwise(conv: Conv2d) -> bool:
     """Returns whether it is a 1 x 1, with any stride."""
     return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def what_it_reads(conv: Conv2d, x: Operand) -> Tensor | None:
+    """Returns the pixels of x that a 1 x 1 with a stride reads, if they are in memory as a tensor of their own."""
+    if isinstance(x, Tensor) or not is_pointwise(conv) or conv.stride != (x.skip_stride,) * 2:
+        return None
+    return x.sparse
 
 
 def without_stride(conv: Conv2d) -> Conv2d:
