@@ -87,6 +87,9 @@ def reference(
         z = normalise(x, x_norm, None, False)
     if z is not None:
         dx = torch.ops.aten.threshold_backward(dx, z, 0)
+    if z is not None and x is None:
+        sums = torch.stack((dx.to(wide).sum((0, 2, 3)), dx.new_zeros(dx.shape[1], dtype=wide))).unsqueeze(1)
+        return dx, sums, sums.new_empty(0)
     sums, branch_sums = (
         torch.empty(0, dtype=wide, device=g.device)
         if raw is None or of_raw is None
@@ -98,12 +101,15 @@ def reference(
 
 @triton.jit
 def store_sums(g, x, norm, sums, at, inside, c, known, C, part, parts):
-    """Stores the sums of g and of g (x - mean) over a tile."""
-    mean = load_row(norm, MEAN, c, known, C)[None, :]
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    at = part * C + c
-    tl.store(sums + at, tl.sum(g, 0), mask=known)
-    tl.store(sums + parts * C + at, tl.sum(tl.where(inside, g * (value - mean), 0.0), 0), mask=known)
+    """Stores the sums of g and of g (x - mean) over a tile; without x 0 in place of the latter."""
+    first = sums + part * C + c
+    tl.store(first, tl.sum(g, 0), mask=known)
+    products = tl.zeros_like(c).to(tl.float32)
+    if x is not None:
+        mean = load_row(norm, MEAN, c, known, C)[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        products = tl.sum(tl.where(inside, g * (value - mean), 0.0), 0)
+    tl.store(first + parts * C, products, mask=known)
 
 
 @triton.jit(
@@ -239,7 +245,7 @@ def kernel(
         of_sums = tl.where(inside, stored.to(tl.float32), 0.0)
         part = (tl.program_id(1) * tiles + tile).to(tl.int64)
         parts = (tl.num_programs(1) * tiles).to(tl.int64)
-        if x is not None:
+        if x is not None or z is not None:
             store_sums(of_sums, x, x_norm, sums, at, inside, c, known, C, part, parts)
         if branch is not None:
             store_sums(of_sums, branch, branch_norm, branch_sums, at, inside, c, known, C, part, parts)
@@ -324,8 +330,8 @@ def convolution_data_gradient(
     `norm_gradient`, and y, the raw output: dy = scale g + factors[0] (y - mean) + factors[1].
     Epilogue, in this order. skip: like dx, or like every skip_stride-th of its pixels, added to those. z: like dx; the
     gradient is 0 where z is 0 or below. x, x_norm: the raw input, like dx, and (5, C): without z the mask is that of
-    its normalised value; sums, (2, P, C), of dx and of dx (x - mean), over P parts. branch, branch_norm: likewise for
-    branch_sums, where z joined x with another raw tensor.
+    its normalised value; sums, (2, P, C), of dx and of dx (x - mean), over P parts; without x the latter are 0. branch,
+    branch_norm: likewise for branch_sums, where z joined x with another raw tensor.
     Before it, for a weight of 1 x 1 without padding. a: like dx. of_a: (C, C), like g. affine: (2, C), fp32. All three
     from `gram_gradient`: (dx + a of_a) affine[0] + affine[1], at the pixels that the convolution read.
     Raises ValueError for other layouts, shapes, dtypes or devices.
@@ -359,7 +365,8 @@ def convolution_data_gradient(
     fusion = fusion_of(norm=norm, y=y, skip=skip, z=z, x=x, branch=branch, a=a)
     config = configured_for(op, g, shape, fusion, computed)
     classes, tiles = classes_and_tiles(shape, config)
-    sums, branch_sums = (empty_sums(g, raw, classes * tiles, shape.c) for raw in (x, branch))
+    summed = z if x is None else x, branch
+    sums, branch_sums = (empty_sums(g, tensor, classes * tiles, shape.c) for tensor in summed)
     matrices = {
         "g": (g, "BLOCK_ROWS", "BLOCK_IN"),
         "y": (y, "BLOCK_ROWS", "BLOCK_IN"),

@@ -81,6 +81,16 @@ def test_the_join_is_exact_on_integers(implementation, device, shape, branch, sk
         assert others.numel() == 0
 
 
+def test_what_is_rectified_is_its_own_mask(implementation, device):
+    """Without a raw x there is one sum; the other is 0."""
+    given = conv.tensors(POINTWISE, torch.float16, device, conv.small_integers)
+    dx, sums, _ = gradient(given, POINTWISE, "skip", "z")
+    exact = conv.of_input(given["g"], given["weight"], POINTWISE) + given["skip"]
+    assert torch.equal(dx, (exact * (given["z"] > 0)).half())
+    assert torch.equal(sums[0].double().sum(0), dx.double().sum((0, 2, 3)))
+    assert not sums[1].any()
+
+
 def check(shape, dtype, device, implementation, *, mapped, masked, skipped):
     given = conv.tensors(shape, dtype, device)
     names = MAP * mapped + MASK * masked + ("skip",) * skipped
