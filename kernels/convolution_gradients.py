@@ -42,9 +42,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels import conv_shape
+from kernels import configurations, conv_shape
 from kernels.checks import check_images, check_like, check_tensors, check_weight, empty_images, single_or_double
-from kernels.configurations import SMS, Configuration, cdiv, configuration, dtype_name, read_table, table_name
+from kernels.configurations import SMS, Configuration, cdiv, configuration, dtype_name
 from kernels.convolution_data_gradient import reference as data_gradient_reference
 from kernels.convolution_weight_gradient import reference as weight_gradient_reference
 from kernels.implementation import runs_gluon
@@ -246,7 +246,8 @@ def table_key(dtype: torch.dtype, k: int, c: int, rectified: bool, adds: bool) -
 
 def passed(dtype: torch.dtype, k: int, c: int, rectified: bool, adds: bool, device: torch.device) -> bool:
     """Returns whether `make tune` has found the kernel right on this GPU: its table then has a configuration of it."""
-    return table_key(dtype, k, c, rectified, adds) in read_table(table_name(device)).get(OP, {})
+    table = configurations.read_table(configurations.table_name(device))
+    return table_key(dtype, k, c, rectified, adds) in table.get(OP, {})
 
 
 def fits(k: int, c: int, dtype: torch.dtype) -> bool:

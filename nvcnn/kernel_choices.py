@@ -43,13 +43,14 @@ from triton.compiler.errors import CompilationError
 
 import kernels
 from kernels import configurations
+from kernels.convolution_gradients import passed
 from kernels.norm_rows import D_BETA
 from nvcnn import checkpoint, timing
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.distributed import Transport
 from nvcnn.machine import chosen_kernels
 from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, Place, places
-from nvcnn.models import ALGORITHMS, fused
+from nvcnn.models import ALGORITHMS, JOINT, fused
 from nvcnn.models.fused import (
     GRAM,
     Geometry,
@@ -68,7 +69,8 @@ from nvcnn.models.fused import (
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices, image_channels
 from nvcnn.program import InputError, run
 
-CANDIDATES = ALGORITHMS[1:]
+CANDIDATES = ALGORITHMS[1:]  # and JOINT, at few places
+THIS_GPU = torch.device("meta")  # tensors without memory stand for those of the GPU that is here
 LOAD, ROUNDS, REPEAT = 0.5, 10, 2  # seconds before a place is measured; rounds, and steps of a candidate in each
 TOLERANCE = 2e-3  # of the norm, against the reference in fp32: a few roundings to fp16
 MOST = 1e-2  # of the norm, where the library is as far off
@@ -83,13 +85,29 @@ def candidates(place: Place) -> tuple[str, ...]:
     """Returns the algorithms that are measured there: in evaluation, and with a bias, all is in memory anyway."""
     if place.gram:
         return GRAM
-    return ("triton", "cudnn") if place.folded or place.bias else ("triton", "triton-materialized", "cudnn")
+    if place.folded or place.bias:
+        return "triton", "cudnn"
+    return "triton", "triton-materialized", "cudnn", *[JOINT] * joins(place)
+
+
+def joins(place: Place) -> bool:
+    """Returns whether both gradients may be computed in one kernel: if `make tune` found that right on this GPU.
+
+    If its barriers were wrong the kernel would hang, and a run with it: it is not tried here for the first time.
+    """
+    rectified = place.reads == "rectified"
+    pointwise = (place.weight[2:], place.stride, place.padding, place.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    if not (pointwise and place.gradient and (rectified or place.reads == "raw")):
+        return False
+    return passed(
+        place.dtype, *place.weight[:2], rectified, rectified, THIS_GPU
+    )  # who hands x on gets a gradient of it
 
 
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
     """Sets the algorithm of each convolution that is named."""
     for name, algorithm in algorithms.items():
-        if algorithm not in ALGORITHMS:
+        if algorithm not in (*ALGORITHMS, JOINT):
             raise InputError(f"{name}: there is no algorithm {algorithm!r} here, but {', '.join(ALGORITHMS)}")
         convolution = model.get_submodule(name)
         assert isinstance(convolution, Conv2d)
@@ -435,7 +453,7 @@ class Choices:
 
     def __str__(self) -> str:
         counts = Counter(self.algorithms.values())
-        return ", ".join(f"{counts[a]} {a}" for a in ALGORITHMS if counts[a]) + f" ({self.source})"
+        return ", ".join(f"{counts[a]} {a}" for a in (*ALGORITHMS, JOINT) if counts[a]) + f" ({self.source})"
 
 
 def choose(
@@ -465,7 +483,12 @@ def choose(
             mine = Choices(stored, "as in the checkpoint")
         else:
             mine = fastest(convolutions, with_gram or convolutions, device, say)
-    return transport.gather(mine)[0]
+    found = transport.gather(mine)[0]
+    if JOINT in found.algorithms.values() and (gpu := configurations.capability(device)) != 9:
+        raise InputError(
+            f"{found.source}: {JOINT} is for GPUs of compute capability 9, this has {gpu}: give --conv=triton"
+        )
+    return found
 
 
 def choose_algorithms(
@@ -565,7 +588,7 @@ def show(log_dir: str | None) -> int:
         print(here)
         for place, times in rows.items():
             best = min(times, key=times.__getitem__)
-            columns = (f"{f'{times[a]:.0f} us' if a in times else '-':>10} {a}" for a in CANDIDATES)
+            columns = (f"{f'{times[a]:.0f} us' if a in times else '-':>10} {a}" for a in (*CANDIDATES, JOINT))
             print(f"{best:21}{''.join(columns)}  {place}")
     return 0
 
