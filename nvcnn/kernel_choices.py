@@ -99,9 +99,8 @@ def joins(place: Place) -> bool:
     pointwise = (place.weight[2:], place.stride, place.padding, place.groups) == ((1, 1), (1, 1), (0, 0), 1)
     if not (pointwise and place.gradient and (rectified or place.reads == "raw")):
         return False
-    return passed(
-        place.dtype, *place.weight[:2], rectified, rectified, THIS_GPU
-    )  # who hands x on gets a gradient of it
+    skip = rectified  # who hands x on gets a gradient of it
+    return passed(place.dtype, *place.weight[:2], rectified, skip, THIS_GPU)
 
 
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
