@@ -101,6 +101,12 @@ def load_row(norm, ROW: gl.constexpr, c, C: gl.constexpr):
 
 
 @gluon.jit
+def load_norm(norm, c, C: gl.constexpr):
+    """Returns mean, scale and shift. Each turn loads those of x again, from the L1 cache, as registers are few."""
+    return load_row(norm, MEAN, c, C), load_row(norm, SCALE, c, C), load_row(norm, SHIFT, c, C)
+
+
+@gluon.jit
 def consume(ring, memory, rows_of, outputs, rows, tiles, ADDS: gl.constexpr, RECTIFIED: gl.constexpr):
     """Computes the program's tiles; at the end stores its part of dw and of the sums."""
     g_ring, y_ring, x_ring, results, full, empty = ring
@@ -124,8 +130,6 @@ def consume(ring, memory, rows_of, outputs, rows, tiles, ADDS: gl.constexpr, REC
     row = gl.arange(0, SLICE, gl.SliceLayout(1, of_c))
     mean, scale = load_row(norm, MEAN, k, K), load_row(norm, SCALE, k, K)
     slope, offset = load_row(factors, 0, k, K), load_row(factors, 1, k, K)
-    x_mean, x_scale = load_row(x_norm, MEAN, c, C), load_row(x_norm, SCALE, c, C)
-    x_shift = load_row(x_norm, SHIFT, c, C)
     total_dw = gl.zeros([K, C], gl.float32, of_dw)
     total = gl.zeros([SLICE, C], gl.float32, of_c)
     products = gl.zeros([SLICE, C], gl.float32, of_c)
@@ -144,6 +148,7 @@ def consume(ring, memory, rows_of, outputs, rows, tiles, ADDS: gl.constexpr, REC
             a = x_tile
         else:
             a = activation
+            x_mean, x_scale, x_shift = load_norm(x_norm, c, C)
             value = (x_tile.load(of_c).to(gl.float32) - x_mean) * x_scale + x_shift
             inside = (row_c < known)[:, None]
             a.store(gl.where(inside & ~(value <= 0), value, 0.0).to(dy.dtype))  # a NaN stays
@@ -163,6 +168,7 @@ def consume(ring, memory, rows_of, outputs, rows, tiles, ADDS: gl.constexpr, REC
         barrier()
 
         # The epilogue, by rows of 16 bytes a thread: the mask, dx, and its sums.
+        x_mean, x_scale, x_shift = load_norm(x_norm, c, C)
         for i in gl.static_range(BLOCK_ROWS // SLICE):
             raw = x_tile.slice(i * SLICE, SLICE).load(of_c).to(gl.float32)
             out = result.slice(i * SLICE, SLICE).load(of_c).to(gl.float32)

@@ -8,7 +8,8 @@ convolution jointly, as they share what is in memory. What neighbours hand to ea
 (an unnormalised tensor and its norm; a masked gradient and its sums), so the times of places add up. An evaluation
 measures forward, with what comes behind. An algorithm that fails at a place, or whose results are wrong there, is not
 used. What is made with a Gram matrix is handed on as another thing, so it is chosen for a 1 x 1, with the one of the
-skip connection beside it, by the times of these and of the convolution that reads their sum.
+skip connection beside it, by the times of these and of the convolution that reads their sum. Both gradients in one
+kernel (`triton-joint`) are a candidate where `make tune` has found that kernel right.
 
 Every rank gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The
 measurements are kept in $XDG_CACHE_HOME/nvcnn/kernel_choices.json (by default in ~/.cache), for this GPU, these
