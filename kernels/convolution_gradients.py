@@ -19,10 +19,10 @@ matrix units reach shared memory by another way, the async proxy, than loads and
               before its own, which passes at once in the ring's first turn.
     loaded    takes 1 arrival and the bytes of the weight. All warps wait for it before they part.
 A turn of the consumers has three barriers of their own, of which the producer is no part:
-    1. behind the prologue, which stores dy in place of g, and a. Each thread fences its stores before it, and the
-       products start behind it: they read what all threads stored.
-    2. behind the product of dx, which is stored in place of skip, where that is given: a thread reads and writes its
-       own values there. The epilogue reads it by rows.
+    1. behind the prologue, which stores a, and dy in place of g, where a thread overwrites what it has read itself.
+       Each thread fences its stores before it, and the products start behind it: they read what all threads stored.
+    2. behind the product of dx, which is stored in place of skip, where that is given, and where a warp overwrites what
+       it has read itself. The epilogue reads it by rows, as other threads stored it.
     3. at the end, when each thread has waited for its products, and read what it reads. A fence before it puts the
        stores in place of g and skip before what TMA will write there. Then empty[s] is told.
 `activation` and `result`, of which there is one each, are overwritten behind 3, when nobody reads them.
