@@ -40,7 +40,7 @@ from benchmarks.roofline import bytes_of
 from benchmarks.trace import Call, Launch, launches
 from kernels import configurations
 from kernels.configurations import SMS, Configuration
-from kernels.convolution_gradients import COMPUTED, OP, USES, table_key
+from kernels.convolution_gradients import COMPUTED, OP, SOURCE, USES, table_key
 from kernels.operators import looked_up_again
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.models import MODELS
@@ -240,16 +240,16 @@ def text_of(table: Table) -> str:
 def record_passes(
     file: Path, dtype: str, *, command: Callable[..., list[str]] = prove.command, seconds: float = PATIENCE
 ) -> None:
-    """Proves each kernel of both gradients in a process. `file` then has a configuration of those that are right alone.
+    """Proves each kernel of both gradients in a process. `file` then has those that are right.
 
-    It prints a line for each. command: what runs the proof; it has so many seconds.
+    Those of another source are dropped. It prints a line for each. command: what runs the proof, in so many seconds.
     """
     table: Table = json.loads(file.read_text()) if file.exists() else {}
     for use in USES:
         fault = prove.fault_of(command(*use, dtype), seconds)
         key = table_key(prove.DTYPES[dtype], *use)
         print(f"{OP} {key}: {fault or 'right'}", flush=True)
-        entries = {other: config for other, config in table.pop(OP, {}).items() if other != key}
+        entries = {other: config for other, config in table.pop(OP, {}).items() if other != key and SOURCE in other}
         entries |= {} if fault else {key: COMPUTED}
         table |= {OP: entries} if entries else {}
     if table or file.exists():

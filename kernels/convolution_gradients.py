@@ -28,6 +28,8 @@ A turn of the consumers has three barriers of their own, of which the producer i
 `activation` and `result`, of which there is one each, are overwritten behind 3, when nobody reads them.
 """
 
+from hashlib import sha256
+
 import torch
 import triton
 from torch import Tensor
@@ -241,13 +243,14 @@ def kernel(
     )
 
 
+SOURCE = sha256("".join(part.src for part in (load_row, load_norm, produce, consume, kernel)).encode()).hexdigest()[:8]
 COMPUTED: Configuration = {"BLOCK_ROWS": 64, "STAGES": 2, "PROGRAMS": SMS}
 
 
 def table_key(dtype: torch.dtype, k: int, c: int, rectified: bool, adds: bool) -> str:
-    """Returns the key of the table of configurations: all that is compiled in, and what compiles it."""
-    words = f"{dtype_name(dtype)} K={k} C={c} triton={triton.__version__}"
-    return words + " rectified" * rectified + " skip" * adds
+    """Returns the key of the table of configurations: all that is compiled in, what is compiled, and by what."""
+    words = f"{dtype_name(dtype)} K={k} C={c}" + " rectified" * rectified + " skip" * adds
+    return f"{words} kernel={SOURCE} triton={triton.__version__}"
 
 
 def passed(dtype: torch.dtype, k: int, c: int, rectified: bool, adds: bool, device: torch.device) -> bool:

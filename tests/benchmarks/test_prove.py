@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import prove, tune
 from kernels import configurations
-from kernels.convolution_gradients import COMPUTED, OP, USES, passed, table_key
+from kernels.convolution_gradients import COMPUTED, OP, SOURCE, USES, passed, table_key
 from nvcnn.kernel_choices import candidates
 from nvcnn.meta import Place
 
@@ -20,12 +20,12 @@ OTHER = {"convolution": {"key": {"BLOCK_ROWS": 64}}}
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """Returns the table of the GPU that is here, which has a pass of both kernels."""
+    """Returns the table of the GPU that is here, which has a pass of both kernels, and one of an older source."""
     monkeypatch.setattr(configurations, "TABLES", tmp_path)
     monkeypatch.setattr(configurations, "table_name", lambda device: "some-gpu")
     configurations.read_table.cache_clear()
     file = tmp_path / "some-gpu.json"
-    file.write_text(tune.text_of(OTHER | {OP: dict.fromkeys(KEYS, COMPUTED)}))
+    file.write_text(tune.text_of(OTHER | {OP: dict.fromkeys([*KEYS, KEYS[0].replace(SOURCE, "0" * 8)], COMPUTED)}))
     yield file
     configurations.read_table.cache_clear()
 
