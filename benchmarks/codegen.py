@@ -41,11 +41,24 @@ import torch
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
+import kernels
 from benchmarks import report
 from benchmarks.roofline import CONVOLUTIONS
-from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, launches, meta_step, recorded, step_calls
+from benchmarks.trace import (
+    META,
+    Call,
+    Launch,
+    Layout,
+    compiled,
+    evaluation_calls,
+    launches,
+    meta_step,
+    recorded,
+    step_calls,
+)
 from kernels import conv_shape
 from kernels.configurations import TABLES, TEST, Configuration, configuration
+from kernels.convolution_gradients import USES
 from kernels.implementation import INTERPRETED
 from kernels.tiles import EARLY
 from nvcnn.kernel_choices import CANDIDATES
@@ -66,8 +79,8 @@ SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 FEWEST_WARPS = {80: 1, 90: 4, 100: 4}  # which issue it; a table may have fewer, where products do not count
 # trust_ratio reads the sums of one tensor's blocks from the L2 cache, and these begin at any address. So do runs of an
-# image's pixels, since a pixel is 3 or 4 values.
-UNALIGNED = re.compile(r"^trust_ratio\.kernel | NARROW=[34] ")
+# image's pixels, since a pixel is 3 or 4 values. Once a program, dw leaves the registers in which products left it.
+UNALIGNED = re.compile(r"^trust_ratio\.kernel |^convolution_gradients\.kernel | NARROW=[34] ")
 
 
 def short_calls() -> Iterator[Call]:
@@ -100,6 +113,23 @@ def of_gram_matrices(dtype: torch.dtype) -> list[Call]:
     """Returns the calls of ResNet-50's step that have or follow from a Gram matrix."""
     step = step_calls(dtype=dtype, conv=GRAM[0])
     return [call for call in step if "gram" in call.name or (call.name in CONVOLUTIONS and call["a"] is not None)]
+
+
+def of_both_gradients(dtype: torch.dtype) -> list[Call]:
+    """Returns calls of the op that has a kernel for Hopper alone: one for each kernel that a model may launch."""
+
+    def images(channels: int) -> torch.Tensor:
+        x = torch.empty(256, channels, 56, 56, dtype=dtype, device=META)
+        return x.to(memory_format=torch.channels_last)
+
+    with recorded() as calls:
+        for k, c, rectified, adds in USES:
+            weight = torch.empty(k, c, 1, 1, dtype=dtype, device=META)
+            norm, factors, x_norm = (torch.empty(size, device=META) for size in ((5, k), (2, k), (5, c)))
+            through = images(k), norm, factors, x_norm
+            skip = images(c) if adds else None
+            kernels.convolution_gradients(images(k), images(c), weight, weight, *through, rectified, skip)
+    return [call for call in calls if call.name == "nvcnn::convolution_gradients"]
 
 
 def of_groups(dtype: torch.dtype) -> list[Call]:
@@ -175,6 +205,7 @@ def all_launches(which: str) -> Counter[Launch]:
                 found.update(dict.fromkeys(counted(others, chip, table), 0))
             found |= with_choices(step, BY_TMA, HOPPER, TMA=1)
             found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, **WALK)
+            found.update(dict.fromkeys(counted(of_both_gradients(dtype), 90), 0))
         for model in OTHERS:
             found.update(dict.fromkeys(counted(convolutions_and_poolings(model), 90), 0))
     step = [call for conv in CANDIDATES for call in step_calls(conv=conv)]
@@ -183,6 +214,7 @@ def all_launches(which: str) -> Counter[Launch]:
     short = list(short_calls())
     for chip in CHIPS:
         found.update(dict.fromkeys(counted(short, chip), 0))
+    found.update(dict.fromkeys(counted(of_both_gradients(torch.float16), 90), 0))
     found.update(dict.fromkeys(with_choices(short, f"fp16.*{BY_TMA}", HOPPER, TMA=1), 0))
     found.update(dict.fromkeys(with_choices(short, f"bf16.*{PERSISTENT}", (90,), TMA=1, **WALK), 0))
     return found

@@ -56,7 +56,8 @@ MOVES: dict[str, dict[str, int]] = {
     # Read for the sums and for dx. Where g, the gradient behind the mask, is asked for, the first pass writes it, and
     # the second reads it.
     "nvcnn::batch_norm_backward": {"dy": 2, "x": 2},
-    "nvcnn::convolution_weight_gradient": {"out": 1},  # written only; sums over parts stay in the L2 cache
+    "nvcnn::convolution_gradients": {"out": 1},  # written only; sums over parts stay in the L2 cache
+    "nvcnn::convolution_weight_gradient": {"out": 1},  # likewise
     "nvcnn::gradient_statistics": {"square_sums": 1},
     "nvcnn::larc_update": {"model_weight": 1, "weight_square_sums": 1},
     "nvcnn::refresh": {"model_weight": 1, "weight_square_sums": 1},
@@ -98,6 +99,8 @@ def flops_of(call: Call) -> int:
         flops = 2 * prod(shape) * prod(call[weight].shape[1:])
         second = call["a"]  # factor of a product, in the data gradient
         return flops if second is None else flops + 2 * prod(shape) // shape[1] * second.shape[1] ** 2
+    if call.name == "nvcnn::convolution_gradients":
+        return 4 * prod(call["g"].shape) * call["weight"].shape[1]
     if call.name == "nvcnn::gram_matrix":  # symmetric: half of it is computed
         n, c, h, w = call["x"].shape
         return n * cdiv(h, call["stride"][0]) * cdiv(w, call["stride"][1]) * c * (c + 1)

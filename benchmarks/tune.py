@@ -9,6 +9,9 @@ many programs as run at once in place of one for each tile; what does not compil
 Neighbours are compiled ahead, in parallel processes, except those in Triton's cache (`benchmarks.pack`). The table
 keeps what it has of other ops and keys, and is written after each call, so that what is measured stays when time runs
 out; heavy calls come first. With NAME, only ops whose name contains one are tuned.
+
+Before that, the kernel of both gradients is proved on a Hopper, in a process of its own, as it could hang
+(`benchmarks.prove`). Only if it is right, the table has a configuration of it, and --conv=auto a candidate more.
 """
 
 import argparse
@@ -30,21 +33,22 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import pack, timing
+from benchmarks import pack, prove, timing
 from benchmarks.ops import CONVS, layer_calls
 from benchmarks.replay import Arguments, argument_sets, arguments, describe, difference, outcome, replay, whole
 from benchmarks.roofline import bytes_of
 from benchmarks.trace import Call, Launch, launches
 from kernels import configurations
 from kernels.configurations import SMS, Configuration
+from kernels.convolution_gradients import COMPUTED, OP, SOURCE, USES, table_key
 from kernels.operators import looked_up_again
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.models import MODELS
 
 MARGIN = 0.02  # a gain below it is noise
 SECONDS = 0.4  # it takes to check and time a compiled candidate
+PATIENCE = 60.0  # seconds for a proof: most of them compile
 TOLERANCE = 1e-3  # of the norm: it is twice a rounding to fp16, and less than one to bf16
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 Table = dict[str, dict[str, Configuration]]
 Clock = Callable[[Call], float]
 Compilable = Callable[[Call, str, str, list[Configuration]], list[Configuration]]
@@ -233,6 +237,25 @@ def text_of(table: Table) -> str:
     return "{\n" + ",\n".join(ops) + "\n}\n"
 
 
+def record_passes(
+    file: Path, dtype: str, *, command: Callable[..., list[str]] = prove.command, seconds: float = PATIENCE
+) -> None:
+    """Proves each kernel of both gradients in a process. `file` then has those that are right.
+
+    Those of another source are dropped. It prints a line for each. command: what runs the proof, in so many seconds.
+    """
+    table: Table = json.loads(file.read_text()) if file.exists() else {}
+    for use in USES:
+        fault = prove.fault_of(command(*use, dtype), seconds)
+        key = table_key(prove.DTYPES[dtype], *use)
+        print(f"{OP} {key}: {fault or 'right'}", flush=True)
+        entries = {other: config for other, config in table.pop(OP, {}).items() if other != key and SOURCE in other}
+        entries |= {} if fault else {key: COMPUTED}
+        table |= {OP: entries} if entries else {}
+    if table or file.exists():
+        file.write_text(text_of(table))
+
+
 def tune(
     calls: Counter[Call],
     device: torch.device,
@@ -272,7 +295,7 @@ def tune(
 
 
 def chosen(asked: argparse.Namespace) -> Counter[Call]:
-    every = layer_calls(asked.model, asked.batch, DTYPES[asked.dtype], *CONVS)
+    every = layer_calls(asked.model, asked.batch, prove.DTYPES[asked.dtype], *CONVS)
     return Counter({call: n for call, n in every.items() if any(name in call.name for name in asked.names or [""])})
 
 
@@ -297,15 +320,17 @@ def main() -> int:
             print(f"{calls[call]} x {describe(call)}: {key}: from {dict(start)}, {around} neighbours, "
                   f"about {3 * around * SECONDS:.0f} s")  # fmt: skip
         return 0
-    totals = pack.Outcome()
+    totals, began = pack.Outcome(), time.monotonic()
     with pack.workers(min(14, len(os.sched_getaffinity(0)))) as pool:  # the pool is made before the GPU is touched
         device = torch.device("cuda")
         major, minor = torch.cuda.get_device_capability(device)
         file = configurations.TABLES / f"{configurations.table_name(device)}.json"
         ahead = partial(compiled_ahead, pool=pool, chip=10 * major + minor, totals=totals)
         options = {"clock": partial(milliseconds, device=device), "keys": asked.keys, "compilable": ahead}
+        if major == 9 and any(name in OP for name in asked.names or [""]):
+            record_passes(file, asked.dtype)
         with quick_captures():
-            tune(chosen(asked), device, file, seconds=60 * asked.minutes, **options)
+            tune(chosen(asked), device, file, seconds=60 * asked.minutes + began - time.monotonic(), **options)
     print(f"kernels: {totals}\nwritten: {file}")
     return 0
 

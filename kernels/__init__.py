@@ -8,6 +8,7 @@ from kernels.batch_norm_statistics import batch_norm_statistics, norm_from_sums,
 from kernels.blocks import BLOCK
 from kernels.convolution import convolution
 from kernels.convolution_data_gradient import convolution_data_gradient
+from kernels.convolution_gradients import convolution_gradients
 from kernels.convolution_weight_gradient import convolution_weight_gradient
 from kernels.cross_entropy import cross_entropy
 from kernels.global_average import global_average
@@ -28,6 +29,7 @@ __all__ = [
     "batch_norm_statistics",
     "convolution",
     "convolution_data_gradient",
+    "convolution_gradients",
     "convolution_weight_gradient",
     "cross_entropy",
     "global_average",

@@ -2,7 +2,7 @@
 
 `auto` (default): the Triton kernel for CUDA tensors and for those on "meta", without memory, the reference for CPU
 tensors. `reference` and `triton`: that one everywhere; Triton's interpreter runs kernels on CPU tensors where
-TRITON_INTERPRET=1.
+TRITON_INTERPRET=1. Kernels written in Gluon have no interpreter: with `triton`, too, the reference runs on CPU tensors.
 """
 
 import os
@@ -24,6 +24,11 @@ def runs_triton(device: torch.device) -> bool:
     if choice == "triton" and device.type == "cpu" and not INTERPRETED:
         raise ValueError("NVCNN_KERNELS=triton: tensors on the CPU need TRITON_INTERPRET=1, set before Python starts")
     return choice == "triton" or (choice == "auto" and device.type in ("cuda", "meta"))
+
+
+def runs_gluon(device: torch.device) -> bool:
+    """Returns whether tensors on `device` are for a kernel written in Gluon. On a CPU they never are: see above."""
+    return runs_triton(device) and device.type != "cpu"
 
 
 def keep_masks_boolean() -> None:

@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.compiler import CUDAOptions
+from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.implementation import INTERPRETED
 
 PLAIN = frozenset((Tensor, Parameter))
+DESCRIPTORS = TensorDescriptor, hopper.TensorDescriptor
 OPTIONS = CUDAOptions.__dataclass_fields__.keys()  # which the compiler takes beside arguments
 
 
@@ -148,7 +150,7 @@ class Recording(TorchDispatchMode):
 
     def launched(self, start: Callable[..., Any], values: list[Any]) -> None:
         for value in values:
-            if isinstance(value, TensorDescriptor):
+            if isinstance(value, DESCRIPTORS):
                 self.make(value, self.number(value.base), partial(descriptor_of, like=descriptor_of(None, value)))
         self.launches.append((start, values))
 
@@ -158,7 +160,7 @@ class Recording(TorchDispatchMode):
         count = len(self.arguments) + len(self.made)
 
         def place(value: Any) -> int:
-            if isinstance(value, Tensor | TensorDescriptor):
+            if isinstance(value, (Tensor, *DESCRIPTORS)):
                 return self.number(value)
             found.constants.append(value)
             return count + len(found.constants) - 1

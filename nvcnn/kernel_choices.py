@@ -8,7 +8,8 @@ convolution jointly, as they share what is in memory. What neighbours hand to ea
 (an unnormalised tensor and its norm; a masked gradient and its sums), so the times of places add up. An evaluation
 measures forward, with what comes behind. An algorithm that fails at a place, or whose results are wrong there, is not
 used. What is made with a Gram matrix is handed on as another thing, so it is chosen for a 1 x 1, with the one of the
-skip connection beside it, by the times of these and of the convolution that reads their sum.
+skip connection beside it, by the times of these and of the convolution that reads their sum. Both gradients in one
+kernel (`triton-joint`) are a candidate where `make tune` has found that kernel right.
 
 Every rank gets the same answer, and checkpoints keep that of training: another algorithm would round differently. The
 measurements are kept in $XDG_CACHE_HOME/nvcnn/kernel_choices.json (by default in ~/.cache), for this GPU, these
@@ -44,13 +45,14 @@ from triton.compiler.errors import CompilationError
 import kernels
 from kernels import configurations
 from kernels.configurations import cdiv
+from kernels.convolution_gradients import passed
 from kernels.norm_rows import D_BETA
 from nvcnn import checkpoint, timing
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.distributed import Transport
 from nvcnn.machine import chosen_kernels
 from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, Place, places
-from nvcnn.models import ALGORITHMS, fused
+from nvcnn.models import ALGORITHMS, JOINT, fused
 from nvcnn.models.fused import (
     GRAM,
     Geometry,
@@ -69,7 +71,8 @@ from nvcnn.models.fused import (
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices, image_channels
 from nvcnn.program import InputError, run
 
-CANDIDATES = ALGORITHMS[1:]
+CANDIDATES = ALGORITHMS[1:]  # and JOINT, at few places
+THIS_GPU = torch.device("meta")  # tensors without memory stand for those of the GPU that is here
 LOAD, ROUNDS, REPEAT = 0.5, 10, 2  # seconds before a place is measured; rounds, and steps of a candidate in each
 TOLERANCE = 2e-3  # of the norm, against the reference in fp32: a few roundings to fp16
 MOST = 1e-2  # of the norm, where the library is as far off
@@ -84,13 +87,28 @@ def candidates(place: Place) -> tuple[str, ...]:
     """Returns the algorithms that are measured there: in evaluation, and with a bias, all is in memory anyway."""
     if place.gram:
         return GRAM
-    return ("triton", "cudnn") if place.folded or place.bias else ("triton", "triton-materialized", "cudnn")
+    if place.folded or place.bias:
+        return "triton", "cudnn"
+    return "triton", "triton-materialized", "cudnn", *[JOINT] * joins(place)
+
+
+def joins(place: Place) -> bool:
+    """Returns whether both gradients may be computed in one kernel: if `make tune` found that right on this GPU.
+
+    If its barriers were wrong the kernel would hang, and a run with it: it is not tried here for the first time.
+    """
+    rectified = place.reads == "rectified"
+    pointwise = (place.weight[2:], place.stride, place.padding, place.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    if not (pointwise and place.gradient and (rectified or place.reads == "raw") and place.skip_stride == 1):
+        return False
+    skip = rectified  # who hands x on gets a gradient of it
+    return passed(place.dtype, *place.weight[:2], rectified, skip, THIS_GPU)
 
 
 def use(model: nn.Module, algorithms: dict[str, str]) -> None:
     """Sets the algorithm of each convolution that is named."""
     for name, algorithm in algorithms.items():
-        if algorithm not in ALGORITHMS:
+        if algorithm not in (*ALGORITHMS, JOINT):
             raise InputError(f"{name}: there is no algorithm {algorithm!r} here, but {', '.join(ALGORITHMS)}")
         convolution = model.get_submodule(name)
         assert isinstance(convolution, Conv2d)
@@ -441,7 +459,7 @@ class Choices:
 
     def __str__(self) -> str:
         counts = Counter(self.algorithms.values())
-        return ", ".join(f"{counts[a]} {a}" for a in ALGORITHMS if counts[a]) + f" ({self.source})"
+        return ", ".join(f"{counts[a]} {a}" for a in (*ALGORITHMS, JOINT) if counts[a]) + f" ({self.source})"
 
 
 def choose(
@@ -471,7 +489,12 @@ def choose(
             mine = Choices(stored, "as in the checkpoint")
         else:
             mine = fastest(convolutions, with_gram or convolutions, device, say)
-    return transport.gather(mine)[0]
+    found = transport.gather(mine)[0]
+    if JOINT in found.algorithms.values() and (gpu := configurations.capability(device)) != 9:
+        raise InputError(
+            f"{found.source}: {JOINT} is for GPUs of compute capability 9, this has {gpu}: give --conv=triton"
+        )
+    return found
 
 
 def choose_algorithms(
@@ -571,7 +594,7 @@ def show(log_dir: str | None) -> int:
         print(here)
         for place, times in rows.items():
             best = min(times, key=times.__getitem__)
-            columns = (f"{f'{times[a]:.0f} us' if a in times else '-':>10} {a}" for a in CANDIDATES)
+            columns = (f"{f'{times[a]:.0f} us' if a in times else '-':>10} {a}" for a in (*CANDIDATES, JOINT))
             print(f"{best:21}{''.join(columns)}  {place}")
     return 0
 

@@ -1,8 +1,8 @@
 """Measures kernels before any is adopted: each answers one question, and its threshold says what follows.
 
-Each probe is one file here. It has a kernel, for sizes that its tiles divide, other ways to compute the same, and a
-verdict. All activations are fp16, (rows, channels), where rows are pixels, one image after the other. `python -m
-benchmarks.probes` runs the probes.
+Each probe is one file here. It has a kernel, for sizes that its tiles divide, or one of the project's that has not
+proved itself yet; other ways to compute the same; and a verdict. All activations are fp16, (rows, channels), where rows
+are pixels, one image after the other. `python -m benchmarks.probes` runs the probes.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from benchmarks.timing import Step
 from kernels.operators import operators
-from kernels.partial_sums import store_sum
 
 POINTWISE = ((1, 1), (0, 0))  # stride and padding of a 1 x 1 convolution
 
@@ -43,12 +42,3 @@ def library_gradients(g: Tensor, x: Tensor, weight: Tensor, *, of_weight: bool) 
             return torch.ops.aten.convolution_backward(g, x, weight, None, *POINTWISE, [1, 1], False, [0, 0], 1, mask)
 
     return step
-
-
-def summed(parts: Tensor) -> Tensor:
-    """Returns the sum of (parts, K, C), fp32, over the parts, by the kernel that ends the project's weight gradient."""
-    if parts.device.type == "cpu":  # the interpreter would take a minute
-        return parts.sum(0)
-    out = parts.new_empty(parts.shape[1:])
-    store_sum(parts, out)
-    return out

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # They compute a convolution: see fused.py.
 ALGORITHMS = ("torch", "triton", "triton-materialized", "triton-gram", "cudnn", "cudnn-gram")
+JOINT = "triton-joint"  # another, which --conv=auto alone chooses
 EPSILON = 1e-4  # of BatchNorm, as in nvcnn_hvd.py
 FLAGS = {"resnet_v1": "bottleneck blocks", "aux": "auxiliary heads"}  # what a model needs for them
 

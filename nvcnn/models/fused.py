@@ -17,7 +17,9 @@ ordinary tensor of any of them. A convolution's `algorithm` says how it is compu
     triton-gram           as triton-materialized, but a 1 x 1 that `widens` has BatchNorm's statistics from the Gram
                           matrix of a, before it is computed: y is in memory neither forward nor backward
     cudnn-gram            as cudnn, but as triton-gram where that is so, with the library's product for the weight
-Neighbours may differ: which is faster depends on the shape. All but `triton` keep a beside x for backward.
+    triton-joint          as triton, but both gradients of a 1 x 1 are computed in one kernel, where there is one
+Neighbours may differ: which is faster depends on the shape. All but `triton` and `triton-joint` keep a
+beside x for backward.
 
 Where BatchNorm is known before the convolution, which it is in evaluation without gradients and with a Gram matrix, the
 convolution waits as a PendingConv until it is known whether ReLU or an addition follows, and the kernel then does all
@@ -44,7 +46,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import kernels
+from kernels.convolution_gradients import fits
 from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, SCALE
+from nvcnn.models import JOINT
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
 GRAM = ("triton-gram", "cudnn-gram")
@@ -559,6 +563,11 @@ def conv_gradients(
         if needs[0]:
             dx, sums, branch_sums = masked_with_sums(channels_last(dx), *epilogue, skip_stride=skip_stride)
         return dx, sums, branch_sums, dw
+    if conv.algorithm == JOINT and all(needs) and skip_stride == 1 and can_join(conv, dy, through, x_norm, epilogue):
+        skip, _, raw_x, norm_of_x, *_ = epilogue
+        dw, of_x = empty_gradient(weight), (norm_of_x, x_norm is None, skip)
+        dx, sums = kernels.convolution_gradients(dy, raw_x, weight, dw, *through, *of_x)
+        return dx, sums, branch_sums, dw
     if needs[1]:
         dw = empty_gradient(weight)
         kernels.convolution_weight_gradient(dy, x, dw, *geometry, *through, x_norm)
@@ -566,6 +575,20 @@ def conv_gradients(
         how = x.shape[2:], *geometry, *through, *epilogue
         dx, sums, branch_sums = kernels.convolution_data_gradient(dy, weight, *how, skip_stride=skip_stride)
     return dx, sums, branch_sums, dw
+
+
+def can_join(
+    conv: Conv2d,
+    dy: Tensor,
+    through: tuple[Tensor | None, ...],
+    x_norm: Tensor | None,
+    epilogue: tuple[Tensor | None, ...],
+) -> bool:
+    """Returns whether one kernel computes both gradients. Arguments as in `conv_gradients`."""
+    skip, z, raw_x, _, branch, _ = epilogue
+    given = through[0] is not None and raw_x is not None and (skip is None or x_norm is None)
+    alone = z is None and branch is None
+    return given and alone and can_add(conv) and fits(conv.out_channels, conv.in_channels, dy.dtype)
 
 
 def strided(a: Tensor, conv: Conv2d) -> Tensor:

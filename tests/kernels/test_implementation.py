@@ -28,8 +28,10 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch, interpreted):
     monkeypatch.setenv("NVCNN_KERNELS", "triton")
     monkeypatch.setattr(implementation, "INTERPRETED", interpreted)
     assert implementation.runs_triton(CUDA)
+    assert implementation.runs_gluon(CUDA)
     if interpreted:
         assert implementation.runs_triton(CPU)
+        assert not implementation.runs_gluon(CPU), "Gluon has no interpreter"
     else:
         with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
             implementation.runs_triton(CPU)

@@ -31,7 +31,7 @@ from nvcnn.kernel_choices import (
     use,
 )
 from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, GRAM_RELU, Place, places
-from nvcnn.models import build_model, fused
+from nvcnn.models import JOINT, build_model, fused
 from nvcnn.models.fused import library_gradients
 from nvcnn.models.layers import Conv2d
 from nvcnn.program import InputError, Launch
@@ -100,6 +100,24 @@ def test_the_candidates_of_a_place_compute_the_same(reads, gradient):
     assert not any(t.requires_grad for t in results[0].values())  # of the graph nothing is left
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("reads", "c", "k", "joined"),
+    [("raw", 64, 256, True), ("rectified", 256, 64, True), ("join", 256, 64, False), ("raw", 64, 128, False)],
+)
+def test_both_gradients_in_one_kernel_are_those_of_two(monkeypatch, reads, c, k, joined):
+    """Where there is no such kernel the two run. The one op's reference is that of the two."""
+    place = Place((2, c, 3, 5), (k, c, 1, 1), *ONE, torch.float16, reads, True)
+    one, calls = sample(place, CPU), []
+    op = kernels.convolution_gradients
+    monkeypatch.setattr(kernels, "convolution_gradients", lambda *arguments: calls.append(1) or op(*arguments))
+    expected = one.results("triton")
+    assert not calls
+    found = one.results(JOINT)
+    assert len(calls) == joined
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +392,7 @@ def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
 
     found = {file.name: file for file in kernel_choices.sources()}
     ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient max_pool"
-    ops += " gram_gradient gram_matrix gram_norm"
+    ops += " convolution_gradients gram_gradient gram_matrix gram_norm"
     parts = "checks configurations conv_shape implementation launch norm_rows operators partial_sums tiles"
     assert found.keys() == {f"{name}.py" for name in f"fused layers {ops} {parts}".split()}
 
@@ -426,6 +444,29 @@ def test_a_checkpoint_s_choices_are_used_again(measured):
     found = choices(stored)
     assert not measured
     assert str(found) == "53 cudnn (as in the checkpoint)"
+
+
+def test_a_checkpoint_s_choice_of_one_kernel_needs_a_hopper(measured, monkeypatch):
+    stored = dict.fromkeys(places(resnet(), 256, 224, torch.float16), "cudnn") | {"layer1.1.conv1": JOINT}
+    monkeypatch.setattr(kernels.configurations, "capability", lambda device: 9)
+    found = choices(stored)
+    assert str(found) == "52 cudnn, 1 triton-joint (as in the checkpoint)"
+    model = resnet()
+    use(model, found.algorithms)
+    assert model.layer1[1].conv1.algorithm == JOINT
+    monkeypatch.setattr(kernels.configurations, "capability", lambda device: 8)
+    with pytest.raises(InputError, match=r"as in the checkpoint: triton-joint is for GPUs of compute capability 9"):
+        choices(stored)
+
+
+def test_it_is_chosen_where_it_is_the_fastest(measured, monkeypatch):
+    def joint_is_faster(place, device, say):
+        return TRITON_IS_FASTER | ({JOINT: 9.0} if place.weight == (256, 64, 1, 1) and place.reads == "raw" else {})
+
+    monkeypatch.setattr(kernel_choices, "measure", joint_is_faster)
+    monkeypatch.setattr(kernels.configurations, "capability", lambda device: 9)
+    found = choices().algorithms
+    assert [name for name, algorithm in found.items() if algorithm == JOINT] == [f"layer1.{i}.conv3" for i in range(3)]
 
 
 def test_off_a_gpu_it_is_pytorch(measured):
@@ -592,8 +633,9 @@ def test_shows_what_was_measured(measured, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "a GPU, some versions"
     assert len(out) == 29
-    row = "triton 10 us triton 12 us triton-materialized - triton-gram 20 us cudnn - cudnn-gram x 256x3x224x224"
-    assert out[1].split()[:15] == row.split()[:15]
+    row = "triton 10 us triton 12 us triton-materialized - triton-gram 20 us cudnn - cudnn-gram"
+    row += " - triton-joint x 256x3x224x224"
+    assert out[1].split()[:17] == row.split()[:17]
 
 
 def test_shows_what_a_run_computes_with(tmp_path, capsys):
