@@ -280,7 +280,7 @@ def computed_for_tma(shape: ConvShape, fused: list[str]) -> Configuration:
     config = {"BLOCK_ROWS": 64, "BLOCK_OUT": tile_of(shape.c, 64), "BLOCK_IN": tile_of(shape.k, 64), "TMA": 1}
     config |= {"num_warps": 4, "num_stages": 3, "PERSISTENT": 0}
     if "norm" not in fused:
-        return config | {"num_stages": 2 if "z" in fused or shape.k < 256 else 3}
+        return config | {"num_stages": 2 if {"z", "x"} <= {*fused} or shape.k < 256 else 3}
     if "z" in fused and "branch" not in fused and shape.k >= 128:
         tile = {"BLOCK_ROWS": 32, "BLOCK_OUT": tile_of(shape.c, 128), "BLOCK_IN": tile_of(shape.k, 32)}
         return config | tile | {"num_warps": 2}

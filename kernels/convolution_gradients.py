@@ -69,7 +69,7 @@ def reference(g, x, weight, out, y, norm, factors, x_norm, rectified, skip):
     """Stores dw; returns dx and sums in plain PyTorch. Arguments as in `convolution_gradients`."""
     how, prologue = ([1, 1], [0, 0], 1), (y, norm, factors)
     weight_gradient_reference(g, x, out, *how, *prologue, None if rectified else x_norm)
-    epilogue = skip, None, x, x_norm, None, None, None, None, None
+    epilogue = skip, None, x, x_norm, None, None, None, None, None, 1
     dx, sums, _ = data_gradient_reference(g, weight, x.shape[2:], *how, *prologue, *epilogue)
     return dx, sums
 

@@ -119,7 +119,7 @@ def kernel(
         if norm is not None:
             value = load(y, y_tiles, at, inside, box, top, left, k0) if y is not None else None
             dy = through_batch_norm(dy, value, norm, factors, inside, k, known, K).to(g.dtype.element_ty)
-        before, results = results, ()  # type: ignore[assignment]
+        before, results = results, ()
         for t in tl.static_range(TAPS):
             r, s = (first_tap + t) // TAPS_W, (first_tap + t) % TAPS_W
             inside = exists[:, None] & channel[None, :]

@@ -182,7 +182,10 @@ class Sample:
         leaves = {f"d_{name}": t for name, t in leaves.items() if t.requires_grad}
         directions = [self.directions[name] for name in outputs]
         gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), directions)
-        return dict(zip(leaves, gradients, strict=True))
+        found = dict(zip(leaves, gradients, strict=True))
+        if self.place.reads == "rectified" and "d_x_norm" in found:
+            found["d_x_norm"] = found["d_x_norm"][D_BETA]  # the others are nobody's
+        return found
 
     def results(self, algorithm: str) -> dict[str, Tensor]:
         """Returns outputs and gradients without their autograd graph: a capture needs one made on its own stream."""

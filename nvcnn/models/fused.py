@@ -424,7 +424,8 @@ class UnnormalizedConv(Function):
     @staticmethod
     def forward(ctx, x, x_norm, b, b_norm, weight, gamma, beta, conv, bn, rectified, skip_stride):
         ctx.set_materialize_grads(False)
-        ctx.conv, ctx.batch, ctx.adds, ctx.skip_stride = conv, bn.training, b is not None, skip_stride
+        ctx.conv, ctx.batch, ctx.adds, ctx.rectified = conv, bn.training, b is not None, rectified
+        ctx.skip_stride = skip_stride
         center = bn.running_mean if bn.training else None
         read, prologue, a = x, (x_norm, b, b_norm), None
         if rectified:
@@ -466,8 +467,8 @@ class UnnormalizedConv(Function):
         raw_x = None if x_norm is None else x
         skip, skip_stride = added_gradient(d_a, d_sparse, ctx.skip_stride)
         epilogue = skip, a if ctx.adds else None, raw_x, x_norm, b, b_norm
-        needs = needs_x, needs_weight
-        dx, sums, b_sums, dw = conv_gradients(conv, dy, through, read, read_norm, weight, epilogue, needs, skip_stride)
+        how = (needs_x, needs_weight), ctx.rectified, skip_stride
+        dx, sums, b_sums, dw = conv_gradients(conv, dy, through, read, read_norm, weight, epilogue, *how)
         d_norms = gradient_of_norm(sums, raw_x, x_norm), gradient_of_norm(b_sums, b, b_norm)
         d_b = dx if ctx.adds else None
         return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], *[None] * 4
@@ -537,7 +538,8 @@ class RectifiedConv(Function):
         epilogue = None, None, None if x_norm is None else x, x_norm, None, None
         stored = (None, None, None), x, None  # dy and what was convolved are in memory
         needs = needs_x, needs_weight
-        dx, sums, _, dw = conv_gradients(ctx.conv, channels_last(g), *stored, weight, epilogue, needs)
+        rectified = x_norm is not None
+        dx, sums, _, dw = conv_gradients(ctx.conv, channels_last(g), *stored, weight, epilogue, needs, rectified)
         return dx, gradient_of_norm(sums, x, x_norm), dw, None if d_norm is None else d_norm[D_BETA], None
 
 
@@ -550,11 +552,13 @@ def conv_gradients(
     weight: Tensor,
     epilogue: tuple[Tensor | None, ...],
     needs: tuple[bool, bool],
+    rectified: bool,
     skip_stride: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Returns dx, its sums and those of the branch behind the epilogue, and dw; None for what is not needed.
 
-    through, x_norm, epilogue, skip_stride: as the kernels of the two gradients take them. needs: dx, dw.
+    through, x_norm, epilogue, skip_stride: as the kernels of the two gradients take them. needs: dx, dw. rectified: the
+    x of the epilogue is, so that it is its own mask, and only the sum of dx counts.
     """
     geometry: Any = conv.stride, conv.padding, conv.groups
     dx = sums = branch_sums = dw = None
@@ -565,13 +569,15 @@ def conv_gradients(
         return dx, sums, branch_sums, dw
     if conv.algorithm == JOINT and all(needs) and skip_stride == 1 and can_join(conv, dy, through, x_norm, epilogue):
         skip, _, raw_x, norm_of_x, *_ = epilogue
-        dw, of_x = empty_gradient(weight), (norm_of_x, x_norm is None, skip)
+        dw, of_x = empty_gradient(weight), (norm_of_x, rectified, skip)
         dx, sums = kernels.convolution_gradients(dy, raw_x, weight, dw, *through, *of_x)
         return dx, sums, branch_sums, dw
     if needs[1]:
         dw = empty_gradient(weight)
         kernels.convolution_weight_gradient(dy, x, dw, *geometry, *through, x_norm)
     if needs[0]:
+        if rectified:
+            epilogue = epilogue[0], x
         how = x.shape[2:], *geometry, *through, *epilogue
         dx, sums, branch_sums = kernels.convolution_data_gradient(dy, weight, *how, skip_stride=skip_stride)
     return dx, sums, branch_sums, dw
