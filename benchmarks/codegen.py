@@ -239,7 +239,7 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
         "tma": "yes" if loads_by_tma else "-",
         "programs": programs,
         "step": code.inner or "-",
-        "outside": code.outside + code.around,
+        "outside": code.outside + code.around + code.jumped,
         "serialised": " ".join(warnings) or "-",
         "breach": "; ".join(breaches),
     }

@@ -224,7 +224,7 @@ def ranks(values: Iterable[float]) -> list[int]:
 
 
 def fitted(known: Sequence[Known], gpu: GPU) -> Constants:
-    """Returns the constants with the least squares of log(predicted / measured), changed one at a time, by ever less."""
+    """Returns the constants with the least squares of log(predicted / measured), changing one at a time, ever less."""
 
     def error(constants: Constants) -> float:
         return sum(math.log(one.ratio(gpu, constants)) ** 2 for one in known)
@@ -290,7 +290,7 @@ def main() -> int:
     if asked.json:
         report.write(asked.json, "predict", rows)
     print(f"predicted microseconds\n{table(rows)}\n")
-    if asked.conv != "all":
+    if asked.conv != "all" and not asked.only:
         print(f"predicted milliseconds\n{table(sums_of(rows, asked.gpu, asked.batch))}\n")
     for name, found in known.items():
         if len(found) > 1:

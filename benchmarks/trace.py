@@ -213,7 +213,7 @@ class Launch:
     chip: int
     specialization: str
     grid: tuple[int, ...] = field(compare=False)
-    sizes: dict[str, int] = field(compare=False)  # the integers it is launched with, by name
+    sizes: dict[str, int] = field(default_factory=dict, compare=False)  # the integers it is launched with, by name
 
     @property
     def name(self) -> str:
