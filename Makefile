@@ -108,7 +108,7 @@ count:  ## lines of code of product, benchmarks and tests
 bench: env  ## the kernels and their peers, timed on this machine
 	@$(activate) pytest benchmarks/ --benchmark-only; python -m benchmarks.step --device=cpu
 
-codegen: env  ## compile every kernel configuration for sm_80, sm_90, sm_100: registers, spills, widths
+codegen: env  ## compile every kernel configuration for sm_80, sm_90, sm_100: registers, instructions, spills, widths
 	@$(activate) python -m benchmarks.codegen
 
 # No .venv, no network: the machine's own python3 with torch and triton.

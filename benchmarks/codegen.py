@@ -20,7 +20,9 @@ make the exit code 1:
       of the program, so scalars and vectors with one value per channel are none. Tensors of bytes are exempt (pixels
       have three values and may be mirrored; positions in a window are half as wide as the values beside them), and so
       is what UNALIGNED names.
-`programs` is the number of programs that fit an SM at once, by their registers and shared memory.
+`programs` is the number of programs that fit an SM at once, by their registers and shared memory. `step` counts the
+instructions (SASS) of the innermost loops, those with matrix products where there are any, and `outside` the others; a
+loop that is unrolled has none. `serialised` has ptxas's warnings of wgmma that wait.
 """
 
 import argparse
@@ -43,6 +45,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 import kernels
 from benchmarks import report
+from benchmarks.instructions import code_of, sass_of
 from benchmarks.roofline import CONVOLUTIONS
 from benchmarks.trace import (
     META,
@@ -243,10 +246,12 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
     halves = re.search(r"tt\.dot .*xb?f16>", kernel.asm.get("ttir", ""))
     if halves and matrix != MATRIX[launch.chip] and warps >= FEWEST_WARPS[launch.chip]:
         breaches.append(f"multiplies matrices without {MATRIX[launch.chip]}")
-    if matrix == "wgmma" and (warnings := serialised(ptx)):
+    warnings = serialised(ptx) if matrix == "wgmma" else []
+    if warnings:
         breaches.append(f"wgmma serialised ({', '.join(warnings)})")
     if EARLY.value and written_early(ttgir):
         breaches.append("registers are written while wgmma reads them")
+    code = code_of(sass_of(kernel.asm["cubin"]), warps)
     loads_by_tma = "cp.async.bulk.tensor" in ptx
     if "_tiles:tma" in launch.name and not loads_by_tma:
         breaches.append("loads tiles without TMA")
@@ -267,6 +272,9 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
         "matrix": matrix,
         "tma": "yes" if loads_by_tma else "-",
         "programs": programs,
+        "step": code.inner or "-",
+        "outside": code.outside + code.around + code.jumped,
+        "serialised": " ".join(warnings) or "-",
         "breach": "; ".join(breaches),
     }
 

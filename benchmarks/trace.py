@@ -213,6 +213,7 @@ class Launch:
     chip: int
     specialization: str
     grid: tuple[int, ...] = field(compare=False)
+    sizes: dict[str, int] = field(default_factory=dict, compare=False)  # the integers it is launched with, by name
 
     @property
     def name(self) -> str:
@@ -272,7 +273,9 @@ def launches_of(step: Callable[[], object], chip: int, table: str = "") -> list[
         def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
             specialization = json.loads(compile["specialization_data"])
             specialization["options"].pop("extern_libs", None)
-            found.append(Launch(fn.module, fn.name, chip, json.dumps(specialization), tuple(grid)))
+            named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+            sizes = {name: int(value) for name, value in named.items() if isinstance(value, int)}
+            found.append(Launch(fn.module, fn.name, chip, json.dumps(specialization), tuple(grid), sizes))
             return True  # nothing to compile or to launch
 
         with knobs.runtime.scope():

@@ -62,6 +62,13 @@ def test_convolutions_multiply_with_the_chips_own_instruction(rows):
         assert any(all(f" {tensor}:fp16" in name for tensor in tensors) for name in names), op
 
 
+def test_instructions_of_a_step_and_outside_of_it_are_counted(rows):
+    assert all(row["outside"] > 50 and row["serialised"] == "-" for row in rows)
+    taps = [row for row in rows if re.match(r"convolution\w*\.kernel .*R=3 S=3", row["name"])]
+    assert {row["chip"] for row in taps} == {f"sm_{chip}" for chip in CHIPS}
+    assert all(50 < row["step"] < 1500 for row in taps)  # nine taps are a loop
+
+
 def test_poolings_normalise(rows):
     raw = {(row["function"], row["chip"], *re.findall(r" x:(\w+)", row["name"])) for row in rows}
     functions = ("max_pool_norm", "max_pool_backward_norm")
