@@ -3,11 +3,12 @@
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
 `short` is what the tests compile: the steps of two small models, the optimizer's options, the convolutions and poolings
-that have the most fused into them, some Gram matrices with what follows, and what the tables of kernels/configs/ change
-in ResNet-50's step. `all` adds ResNet-50's steps with every --conv, its evaluation, and the convolutions of ResNeXt-50
-that have groups, in fp16 and bf16, launched without a table and with each table of kernels/configs/ (on its own GPU);
-and the convolutions and poolings of the models of OTHERS in fp16, on sm_90. Equal launches are compiled once; `calls`
-says how often they occur in ResNet-50's steps.
+that have the most fused into them, some Gram matrices with what follows, slices of channels, and what the tables of
+kernels/configs/ change in ResNet-50's step. `all` adds ResNet-50's steps with every --conv, its evaluation, and the
+convolutions of ResNeXt-50 that have groups, in fp16 and bf16, launched without a table and with each table of
+kernels/configs/ (on its own GPU); and in fp16, on sm_90, the convolutions and poolings of the models of OTHERS and what
+concatenates Inception v3's branches. Equal launches are compiled once; `calls` says how often they occur in ResNet-50's
+steps.
 
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. These are breaches, which
 make the exit code 1:
@@ -45,6 +46,7 @@ from benchmarks import report
 from benchmarks.roofline import CONVOLUTIONS
 from benchmarks.trace import Call, Launch, Layout, compiled, evaluation_calls, launches, meta_step, recorded, step_calls
 from kernels import conv_shape
+from kernels.checks import pitch_of
 from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.implementation import INTERPRETED
 from kernels.tiles import EARLY
@@ -90,6 +92,7 @@ def short_calls() -> Iterator[Call]:
         yield from most_fused(step)
         yield from (call for call in step if "max_pool" in call.name)  # of a raw tensor
     yield from most_fused(of_groups(half))
+    yield from {call.name: call for call in of_slices(half)}.values()
     few = (64, 512)  # channels: one block, and several
     yield from (call for call in of_gram_matrices(half) if (call["weight"] or call["x"]).shape[1] in few)
 
@@ -98,6 +101,16 @@ def of_gram_matrices(dtype: torch.dtype) -> list[Call]:
     """Returns the calls of ResNet-50's step that have or follow from a Gram matrix."""
     step = step_calls(dtype=dtype, conv=GRAM[0])
     return [call for call in step if "gram" in call.name or (call.name in CONVOLUTIONS and call["a"] is not None)]
+
+
+def of_slices(dtype: torch.dtype) -> list[Call]:
+    """Returns the calls of Inception v3, in training and evaluation, that write or read a slice of channels."""
+
+    def is_slice(value: Any) -> bool:
+        return isinstance(value, Layout) and len(value.shape) == 4 and (pitch_of(value.meta()) or 0) > value.shape[1]
+
+    calls = step_calls("inception3", 128, dtype, "triton") + evaluation_calls("inception3", 128, dtype)
+    return [call for call in calls if any(is_slice(value) for _, value in call.arguments)]
 
 
 def of_groups(dtype: torch.dtype) -> list[Call]:
@@ -175,6 +188,7 @@ def all_launches(which: str) -> Counter[Launch]:
             found |= with_choices(most_fused(step), PERSISTENT, HOPPER, TMA=1, **WALK)
         for model in OTHERS:
             found.update(dict.fromkeys(counted(convolutions_and_poolings(model), 90), 0))
+        found.update(dict.fromkeys(counted(of_slices(torch.float16), 90), 0))
     step = [call for conv in CANDIDATES for call in step_calls(conv=conv)]
     for chip, table in tables:
         found.update(dict.fromkeys(counted(step, chip, table).keys() - counted(step, chip).keys(), 0))

@@ -34,7 +34,8 @@ and refuse to be taken for one. A Rectified's norm changes no value; D_BETA is t
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from itertools import chain
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import kernels
+from kernels.checks import empty_images
+from kernels.conv_shape import conv_shape
 from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, SCALE
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
@@ -111,6 +114,27 @@ class Rectified(Pending):
     value: Tensor | None = field(default=None, init=False)  # z, with the gradient of an ordinary tensor
 
 
+class Slice(NamedTuple):
+    """What `Concatenate` writes of a branch: x, or relu(normalised x) where there is a norm.
+
+    gamma, beta, batch: of a norm that autograd does not know, as `kernels.batch_norm` takes them.
+    """
+
+    x: Tensor | PendingConv
+    norm: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    batch: bool | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if isinstance(self.x, Tensor):
+            return tuple(self.x.shape)
+        x, conv = activation(self.x.x), self.x.conv
+        how: Any = x.shape, conv.weight_for(x), conv.stride, conv.padding, conv.groups
+        return conv_shape("concatenate", *how).output
+
+
 Operand = Tensor | Unnormalized | PendingConv | PendingAdd | Rectified
 
 
@@ -136,14 +160,17 @@ def materialize(a: Unnormalized | PendingConv, b: Tensor | Unnormalized | Pendin
     return a.bn(a.y, residual=added, relu=relu) if isinstance(a, Unnormalized) else compute(a, added, relu)
 
 
-def compute(a: PendingConv, added: Tensor | None, relu: bool) -> Tensor:
-    """Returns relu(normalised convolution + added), in evaluation; `added` may be None, and ReLU is optional."""
+def compute(a: PendingConv, added: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+    """Returns relu(normalised convolution + added), in evaluation; `added` may be None, and ReLU is optional.
+
+    out: where the project's kernels write it.
+    """
     x, conv, bn = activation(a.x), a.conv, a.bn
     if conv.algorithm in LIBRARY:
         return bn(channels_last(conv(x)), residual=added, relu=relu)
     scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
     shift = torch.addcmul(bn.bias, bn.running_mean, scale, value=-1)
-    epilogue = {"scale": scale, "shift": shift, "add": added, "relu": relu}
+    epilogue = {"scale": scale, "shift": shift, "add": added, "relu": relu, "out": out}
     return kernels.convolution(x, conv.weight_for(x), conv.stride, conv.padding, conv.groups, **epilogue)[0]
 
 
@@ -260,9 +287,32 @@ def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0, ceil_m
 def concatenate(branches: Iterable[Operand]) -> Tensor:
     """Returns the activations of all, one behind the other in channels, (N, sum of C, H, W), channels-last.
 
-    Each is written once, read and written again: a kernel that stores into its slice of the channels would go here.
+    What is not normalised yet is written where it belongs at once, and its gradient is read from there; ordinary
+    tensors are copied.
     """
-    return torch.cat([activation(branch) for branch in branches], 1)
+    slices = [slice_of(branch) for branch in branches]
+    ordinary = [slice.x for slice in slices if isinstance(slice.x, Tensor) and slice.norm is None]
+    if len(ordinary) == len(slices):
+        return torch.cat(ordinary, 1)
+    return Concatenate.apply(*chain.from_iterable(slices))
+
+
+def slice_of(branch: Operand) -> Slice:
+    """Returns what `concatenate` writes of a branch."""
+    if isinstance(branch, Tensor) or branch.value is not None:
+        return Slice(activation(branch))
+    if isinstance(branch, Unnormalized):
+        y, bn = branch.y, branch.bn
+        if branch.norm is not None:
+            return Slice(y, branch.norm)
+        return Slice(y, bn.norm_of(y), bn.weight, bn.bias, bn.training)
+    if isinstance(branch, PendingConv) and not branch.bn.training:
+        if branch.conv.algorithm not in LIBRARY:
+            return Slice(branch)
+        if branch.conv.algorithm != "torch":
+            y = channels_last(branch.conv(activation(branch.x)))
+            return Slice(y, branch.bn.norm_of(y))
+    return Slice(activation(branch))
 
 
 def can_add(conv: Conv2d) -> bool:
@@ -338,6 +388,57 @@ class Materialize(Function):
         g = g if ctx.relu else d_z
         d_norm = gradient_of_norm(sums, a, a_norm), gradient_of_norm(b_sums, b, b_norm)
         return g, d_norm[0], g if ctx.adds else None, d_norm[1], None
+
+
+def by_slice(fields: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Returns the fields of each Slice, of all of them one after another."""
+    size = len(Slice._fields)
+    return [fields[i : i + size] for i in range(0, len(fields), size)]
+
+
+class Concatenate(Function):
+    """The values of Slices, which are the arguments one after another, side by side in one tensor.
+
+    In backward each kernel reads its slice of the gradient, too.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        slices = [Slice(*fields) for fields in by_slice(arguments)]
+        shapes = [slice.shape for slice in slices]
+        if len({(n, h, w) for n, _, h, w in shapes}) > 1:
+            raise ValueError(f"concatenate: N, H and W must be the same, got {shapes}")
+        (n, _, h, w), x = shapes[0], slices[0].x
+        ctx.channels = [shape[1] for shape in shapes]
+        z = empty_images(x if isinstance(x, Tensor) else activation(x.x), (n, sum(ctx.channels), h, w))
+        for slice, out in zip(slices, z.split(ctx.channels, 1), strict=True):
+            if isinstance(slice.x, PendingConv):
+                compute(slice.x, None, True, out)
+            elif slice.norm is None:
+                out.copy_(slice.x)
+            else:
+                kernels.batch_norm_into(slice.x, slice.norm, True, out)
+        ctx.batch = [slice.batch for slice in slices]
+        norms = [slice.norm for slice in slices]
+        ctx.save_for_backward(*norms, *(None if slice.norm is None else slice.x for slice in slices))
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_z):
+        norms, xs = ctx.saved_tensors[: len(ctx.channels)], ctx.saved_tensors[len(ctx.channels) :]
+        slices, needs = channels_last(d_z).split(ctx.channels, 1), by_slice(ctx.needs_input_grad)
+        gradients = []
+        for d, x, norm, batch, needed in zip(slices, xs, norms, ctx.batch, needs, strict=True):
+            if norm is None or not any(needed):
+                gradients.append(Slice(d))
+            elif batch is None:
+                g, sums, _ = kernels.batch_norm_gradient_sums(d, x, None, norm, True)
+                gradients.append(Slice(g, gradient_of_norm(sums, x, norm)))
+            else:
+                dx, d_gamma, d_beta, _ = kernels.batch_norm_backward(d, x, None, norm, True, batch, False)
+                gradients.append(Slice(dx, None, d_gamma, d_beta))
+        return tuple(chain.from_iterable(gradients))
 
 
 class MaxPool(Function):
