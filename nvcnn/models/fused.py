@@ -34,7 +34,6 @@ and refuse to be taken for one. A Rectified's norm changes no value; D_BETA is t
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -115,7 +114,7 @@ class Rectified(Pending):
 
 
 class Slice(NamedTuple):
-    """What `Concatenate` writes of a branch: x, or relu(normalised x) where there is a norm.
+    """What `concatenate` writes of a branch: x, or relu(normalised x) where there is a norm.
 
     gamma, beta, batch: of a norm that autograd does not know, as `kernels.batch_norm` takes them.
     """
@@ -133,6 +132,16 @@ class Slice(NamedTuple):
         x, conv = activation(self.x.x), self.x.conv
         how: Any = x.shape, conv.weight_for(x), conv.stride, conv.padding, conv.groups
         return conv_shape("concatenate", *how).output
+
+    def write(self, out: Tensor) -> Tensor:
+        """Writes it to `out`, and returns what gets the gradient of that."""
+        if isinstance(self.x, PendingConv):
+            return compute(self.x, None, True, out)
+        if self.norm is not None:
+            return Written.apply(*self, out)
+        with torch.no_grad():
+            out.copy_(self.x)
+        return self.x
 
 
 Operand = Tensor | Unnormalized | PendingConv | PendingAdd | Rectified
@@ -294,7 +303,13 @@ def concatenate(branches: Iterable[Operand]) -> Tensor:
     ordinary = [slice.x for slice in slices if isinstance(slice.x, Tensor) and slice.norm is None]
     if len(ordinary) == len(slices):
         return torch.cat(ordinary, 1)
-    return Concatenate.apply(*chain.from_iterable(slices))
+    shapes = [slice.shape for slice in slices]
+    if len({(n, h, w) for n, _, h, w in shapes}) > 1:
+        raise ValueError(f"concatenate: N, H and W must be the same, got {shapes}")
+    (n, _, h, w), channels, x = shapes[0], [shape[1] for shape in shapes], slices[0].x
+    z = empty_images(x if isinstance(x, Tensor) else activation(x.x), (n, sum(channels), h, w))
+    parts = [slice.write(out) for slice, out in zip(slices, z.split(channels, 1), strict=True)]
+    return Concatenate.apply(z, channels, *parts)
 
 
 def slice_of(branch: Operand) -> Slice:
@@ -390,55 +405,40 @@ class Materialize(Function):
         return g, d_norm[0], g if ctx.adds else None, d_norm[1], None
 
 
-def by_slice(fields: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Returns the fields of each Slice, of all of them one after another."""
-    size = len(Slice._fields)
-    return [fields[i : i + size] for i in range(0, len(fields), size)]
+class Written(Function):
+    """relu(normalised x) of a Slice, in `out`; what is returned has no values, and is there for its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, norm, gamma, beta, batch, out):
+        kernels.batch_norm_into(x, norm, True, out)
+        ctx.batch = batch
+        ctx.save_for_backward(x, norm)
+        return x.new_empty(()).expand(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, norm = ctx.saved_tensors
+        if ctx.batch is None:
+            g, sums, _ = kernels.batch_norm_gradient_sums(d_out, x, None, norm, True)
+            return g, gradient_of_norm(sums, x, norm), *[None] * 4
+        dx, d_gamma, d_beta, _ = kernels.batch_norm_backward(d_out, x, None, norm, True, ctx.batch, False)
+        return dx, None, d_gamma, d_beta, None, None
 
 
 class Concatenate(Function):
-    """The values of Slices, which are the arguments one after another, side by side in one tensor.
-
-    In backward each kernel reads its slice of the gradient, too.
-    """
+    """z, whose slices of channels are written; `parts` get those of its gradient, as they lie there."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        slices = [Slice(*fields) for fields in by_slice(arguments)]
-        shapes = [slice.shape for slice in slices]
-        if len({(n, h, w) for n, _, h, w in shapes}) > 1:
-            raise ValueError(f"concatenate: N, H and W must be the same, got {shapes}")
-        (n, _, h, w), x = shapes[0], slices[0].x
-        ctx.channels = [shape[1] for shape in shapes]
-        z = empty_images(x if isinstance(x, Tensor) else activation(x.x), (n, sum(ctx.channels), h, w))
-        for slice, out in zip(slices, z.split(ctx.channels, 1), strict=True):
-            if isinstance(slice.x, PendingConv):
-                compute(slice.x, None, True, out)
-            elif slice.norm is None:
-                out.copy_(slice.x)
-            else:
-                kernels.batch_norm_into(slice.x, slice.norm, True, out)
-        ctx.batch = [slice.batch for slice in slices]
-        norms = [slice.norm for slice in slices]
-        ctx.save_for_backward(*norms, *(None if slice.norm is None else slice.x for slice in slices))
+    def forward(ctx, z, channels, *parts):
+        ctx.channels = channels
+        ctx.mark_dirty(z)  # else it would be a view, which others may not change
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_z):
-        norms, xs = ctx.saved_tensors[: len(ctx.channels)], ctx.saved_tensors[len(ctx.channels) :]
-        slices, needs = channels_last(d_z).split(ctx.channels, 1), by_slice(ctx.needs_input_grad)
-        gradients = []
-        for d, x, norm, batch, needed in zip(slices, xs, norms, ctx.batch, needs, strict=True):
-            if norm is None or not any(needed):
-                gradients.append(Slice(d))
-            elif batch is None:
-                g, sums, _ = kernels.batch_norm_gradient_sums(d, x, None, norm, True)
-                gradients.append(Slice(g, gradient_of_norm(sums, x, norm)))
-            else:
-                dx, d_gamma, d_beta, _ = kernels.batch_norm_backward(d, x, None, norm, True, batch, False)
-                gradients.append(Slice(dx, None, d_gamma, d_beta))
-        return tuple(chain.from_iterable(gradients))
+        return None, None, *channels_last(d_z).split(ctx.channels, 1)
 
 
 class MaxPool(Function):
