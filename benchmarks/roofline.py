@@ -76,6 +76,9 @@ CONVOLUTIONS = {
 def moved(call: Call) -> Iterator[tuple[Layout, int]]:
     """Yields each tensor that the call must move to or from memory, and how often: as MOVES has it, a result once."""
     moves = MOVES.get(call.name, {})
+    if call.name == "nvcnn::max_pool" and call["kernel_size"] == 1:
+        moves = {"x": 0}
+        yield call.outputs[0], 1  # what is read of x, every stride-th pixel
     for argument in call.op._schema.arguments:
         default = 2 if argument.alias_info is not None and argument.alias_info.is_write else 1
         for value in tree_leaves(call[argument.name], is_leaf=lambda value: isinstance(value, Layout)):

@@ -40,7 +40,7 @@ from kernels.norm_rows import (
 )
 from kernels.operators import named, operator
 from kernels.partial_sums import NORM_CONFIG, few_parts, parts_of_rows, sum_parts
-from kernels.tiles import configured_for_rows, pitch_in_units
+from kernels.tiles import configured_for_rows, load_sparse, pitch_in_units
 
 
 def reference(x, norm, residual, relu):
@@ -121,8 +121,9 @@ def sums_kernel(
     # outputs
     g, sums, branch_sums,
     # sizes, and what is compiled in
-    rows, C, rows_a_part, pitch,
-    UNIT: tl.constexpr, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    rows, C, rows_a_part, pitch, H, W,
+    UNIT: tl.constexpr, SKIP_STRIDE: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program sums g and g (x - mean) over one part of the rows, and stores g where it is asked for.
 
@@ -147,9 +148,15 @@ def sums_kernel(
         of_dy = at if pitch is None else row * (pitch * UNIT) + c[None, :]
         gradient = tl.load(dy + of_dy, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if skip is not None:  # the sums are of what is stored, here as well
-            gradient += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-            gradient = gradient.to(dy.dtype.element_ty).to(tl.float32)
+        if skip is not None:
+            if SKIP_STRIDE == 1:
+                gradient += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+            else:
+                image = first // (H * W)
+                pixel = (first - image * (H * W)).to(tl.int32) + offset + tl.arange(0, BLOCK_ROWS)
+                n, pixel = pixel // (H * W), pixel % (H * W)
+                gradient += load_sparse(skip, SKIP_STRIDE, image, n, pixel // W, pixel % W, c, inside, H, W, C)
+            gradient = gradient.to(dy.dtype.element_ty).to(tl.float32)  # the sums are of what is stored, here as well
         if RELU:
             gradient = masked(gradient, value, y, at, inside, mean, scale, shift)
         if g is not None:
@@ -308,6 +315,7 @@ def launch_sums(
     branch_norm: Tensor | None,
     g: Tensor | None,
     relu: bool,
+    skip_stride: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Returns the sums, (2, P, C), of g and of g (x - mean), and those of the branch, which are empty without one.
 
@@ -323,7 +331,8 @@ def launch_sums(
     )
     inputs, outputs = (dy, skip, x, y, norm, branch, branch_norm), (g, sums, branch_sums)
     grid, (pitch, unit) = (parts, cdiv(c, config["BLOCK_C"])), pitch_in_units(dy)
-    launch(sums_kernel, grid, *inputs, *outputs, n * h * w, c, rows_a_part, pitch, UNIT=unit, RELU=relu, **tile)
+    sizes, options = (n * h * w, c, rows_a_part, pitch, h, w), {"UNIT": unit, "SKIP_STRIDE": skip_stride, "RELU": relu}
+    launch(sums_kernel, grid, *inputs, *outputs, *sizes, **options, **tile)
     return sums, branch_sums
 
 
@@ -373,27 +382,31 @@ def batch_norm_gradient_sums(
     skip: Tensor | None = None,
     branch: Tensor | None = None,
     branch_norm: Tensor | None = None,
+    skip_stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns g, the gradient behind relu's mask (empty without `relu`: it is dy), and the sums for `norm_gradient`.
 
     The last are the sums with branch, empty without one.
     dy: like x, or a slice of channels; the gradient of relu((x - mean) scale + shift + residual). y: that value, or
-    None where the mask shall be taken from x, without a residual only. x, norm: as in `batch_norm`. skip: like x, added
-    to dy; with relu only. branch, branch_norm: likewise x and norm of a residual that was normalised, too.
+    None where the mask shall be taken from x, without a residual only. x, norm: as in `batch_norm`. skip: like x, or
+    like every skip_stride-th of its pixels, added to those of dy; with relu only.
+    branch, branch_norm: likewise x and norm of a residual that was normalised, too.
     """
     op = "batch_norm_gradient_sums"
     c = check_images(op, "x", x)[1]
     check_images(op, "dy", dy, like=x, slices=True)
-    check_like(op, x, y=y, skip=skip, branch=branch)
+    check_like(op, x, y=y, branch=branch)
+    check_like(op, x[:, :, ::skip_stride, ::skip_stride], skip=skip)
     check_tensors(op, x.device, single_or_double(x), norm=(norm, (5, c)), branch_norm=(branch_norm, (5, c)))
     check_together(op, branch=branch, branch_norm=branch_norm)
     if skip is not None and not relu:
         raise ValueError(f"{op}: skip is added where g is stored, which is with relu only")
     g = torch.empty_like(x) if relu else x.new_empty(0)
     if runs_triton(x.device):
-        return g, *launch_sums(dy, skip, x, y, norm, branch, branch_norm, g if relu else None, relu)
+        return g, *launch_sums(dy, skip, x, y, norm, branch, branch_norm, g if relu else None, relu, skip_stride)
     if skip is not None:
-        dy = dy + skip
+        dy = dy.clone()
+        dy[:, :, ::skip_stride, ::skip_stride] += skip
     if relu:
         g = torch.ops.aten.threshold_backward(dy, normalise(x, norm, None, False) if y is None else y, 0)
     masked_dy = g if relu else dy

@@ -40,7 +40,7 @@ def check_images(
         raise ValueError(
             f"{op}: {name} must be channels-last{' or a slice of such channels' * slices}, "
             f"got strides {x.stride()} for {tuple(x.shape)}: "
-            "make it so once, with .to(memory_format=torch.channels_last)"
+            "make it so once, with .contiguous(memory_format=torch.channels_last)"
         )
     if like is not None and (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
         raise ValueError(

@@ -6,6 +6,8 @@ of pixels, each with taps of its own: four dense problems, and no multiplication
     dy = g,   or scale g + factors[0] (y - mean) + factors[1]                                   (prologue)
     dx + a of_a, times affine[0], + affine[1]              (BatchNorm's gradient without y: `gram_gradient`)
     dx + skip, times the mask of relu, and sums of it and of its product with x - mean          (epilogue)
+The skip may have every skip_stride-th pixel alone, both ways: the gradient of a 1x1 with that stride, which has no
+other, is neither written nor read as zeros.
 The prologue is BatchNorm's backward map (Ioffe and Szegedy 2015, arXiv:1502.03167, section 3), from
 `norm_gradient`; its sums come from the epilogue of the next layer's data gradient: of g, the gradient of
 the normalised, masked value, and of g (x - mean), over the raw x. The mask is taken again from x, or, where x was
@@ -61,12 +63,13 @@ from kernels.norm_rows import (
 )
 from kernels.operators import named, operator
 from kernels.partial_sums import empty_sums
-from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
+from kernels.tiles import channels_of_groups, corner, load, load_sparse, locate, multiply_add, tiles_of_rows
 
 
 def reference(
-    g, weight, size, stride, padding, groups, y, norm, factors, skip, z, x, x_norm, branch, branch_norm, a, of_a, affine
-):
+    g, weight, size, stride, padding, groups, y, norm, factors,
+    skip, z, x, x_norm, branch, branch_norm, a, of_a, affine, skip_stride,
+):  # fmt: skip
     """Returns dx and sums in plain PyTorch; the sums have one part. Arguments as in `convolution_data_gradient`."""
     wide = single_or_double(g)
     dy, weight = output_gradient(g, y, norm, factors).to(wide), weight.to(wide)
@@ -77,7 +80,9 @@ def reference(
         at = slice(None), slice(None), slice(None, None, stride[0]), slice(None, None, stride[1])
         of_rows = F.conv2d(a[at].to(wide), of_a.T.to(wide)[:, :, None, None])
         dx[at] = (dx[at] + of_rows) * affine[0].view(-1, 1, 1) + affine[1].view(-1, 1, 1)
-    dx = (dx if skip is None else dx + skip).to(g.dtype, memory_format=torch.channels_last)
+    if skip is not None:
+        dx[:, :, ::skip_stride, ::skip_stride] += skip
+    dx = dx.to(g.dtype, memory_format=torch.channels_last)
     if z is None and x is not None and x_norm is not None:
         z = normalise(x, x_norm, None, False)
     if z is not None:
@@ -124,6 +129,7 @@ def kernel(
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     GROUP_OUT: tl.constexpr, GROUP_IN: tl.constexpr,
     UNIT: tl.constexpr,  # of C and K, in channels
+    SKIP_STRIDE: tl.constexpr,
     # tiles
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     PERSISTENT: tl.constexpr = 0,
@@ -217,8 +223,12 @@ def kernel(
         # The epilogue.
         at = dx_tile + dx_row[:, None] + c[None, :]
         inside = exists[:, None] & known[None, :]
-        if skip is not None:
+        if skip is not None and SKIP_STRIDE == 1:
             result += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+        elif skip is not None:
+            image, n, i, j, _ = locate(tile, rows, height, width, BLOCK_ROWS, BOX_H, BOX_W)
+            h, w = first_h + i * STRIDE_H, first_w + j * STRIDE_W
+            result += load_sparse(skip, SKIP_STRIDE, image, n, h, w, c, inside, H, W, C)
         if z is not None:
             result = tl.where(tl.load(z + at, mask=inside, other=0.0) <= 0, 0.0, result)  # a NaN lets the gradient pass
         elif x is not None:
@@ -304,6 +314,7 @@ def convolution_data_gradient(
     a: Tensor | None = None,
     of_a: Tensor | None = None,
     affine: Tensor | None = None,
+    skip_stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx, sums, branch_sums; sums without x, and branch_sums without branch, are empty.
 
@@ -311,10 +322,10 @@ def convolution_data_gradient(
     size: H and W of dx. stride, padding: of H and W.
     Prologue. norm: (5, K), fp32, of the BatchNorm behind this convolution: dy = scale g. With factors, (2, K), of
     `norm_gradient`, and y, the raw output: dy = scale g + factors[0] (y - mean) + factors[1].
-    Epilogue, in this order. skip: like dx, added. z: like dx; the gradient is 0 where z is 0 or below. x, x_norm:
-    the raw input, like dx, and (5, C): without z the mask is that of its normalised value; sums, (2, P, C), of dx and
-    of dx (x - mean), over P parts. branch, branch_norm: likewise for branch_sums, where z joined x with another raw
-    tensor.
+    Epilogue, in this order. skip: like dx, or like every skip_stride-th of its pixels, added to those. z: like dx; the
+    gradient is 0 where z is 0 or below. x, x_norm: the raw input, like dx, and (5, C): without z the mask is that of
+    its normalised value; sums, (2, P, C), of dx and of dx (x - mean), over P parts. branch, branch_norm: likewise for
+    branch_sums, where z joined x with another raw tensor.
     Before it, for a weight of 1 x 1 without padding. a: like dx. of_a: (C, C), like g. affine: (2, C), fp32. All three
     from `gram_gradient`: (dx + a of_a) affine[0] + affine[1], at the pixels that the convolution read.
     Raises ValueError for other layouts, shapes, dtypes or devices.
@@ -340,10 +351,11 @@ def convolution_data_gradient(
     if factors is not None and norm is None:
         raise ValueError(f"{op}: factors need norm")
     dx = empty_images(g, shape.input)
-    check_like(op, dx, skip=skip, z=z, x=x, branch=branch, a=a)
+    check_like(op, dx, z=z, x=x, branch=branch, a=a)
+    check_like(op, dx[:, :, ::skip_stride, ::skip_stride], skip=skip)
     prologue, epilogue = (y, norm, factors), (skip, z, x, x_norm, branch, branch_norm, a, of_a, affine)
     if not runs_triton(g.device):
-        return reference(g, weight, size, stride, padding, groups, *prologue, *epilogue)
+        return reference(g, weight, size, stride, padding, groups, *prologue, *epilogue, skip_stride)
     fusion = fusion_of(norm=norm, y=y, skip=skip, z=z, x=x, branch=branch, a=a)
     config = configured_for(op, g, shape, fusion, computed)
     classes, tiles = classes_and_tiles(shape, config)
@@ -364,6 +376,7 @@ def convolution_data_gradient(
         *(shape.n, shape.c // shape.unit, shape.h, shape.w, shape.k // shape.unit, shape.oh, shape.ow),
         **shape.constants,
         UNIT=shape.unit,
+        SKIP_STRIDE=skip_stride,
         **options,
     )
     return dx, sums, branch_sums

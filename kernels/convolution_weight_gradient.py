@@ -7,7 +7,8 @@ A matrix product with as many terms as y has pixels: they are shared out to part
 in one fixed order. The result is stored in a tensor that is there already, a slice of the gradients' buffer.
 
 Bytes per fp16 value: 2 for x, 2 for g and, with the map, 2 for y; each tile of dw reads them again, from the L2 cache,
-as tiles of the same rows run side by side. Parts write and read 4 per value of dw each: there are only as many as fill
+as tiles of the same rows run side by side. A tile may have several taps, which share dy: it is then loaded, and formed,
+once for all of them. Parts write and read 4 per value of dw each: there are only as many as fill
 the GPU. What is wasted is as in `convolution`. A tile that is a box reads x beyond y, times 0: what is not finite
 there reaches other taps of its channel, as it does other groups that share its tile.
 """
@@ -67,8 +68,9 @@ def kernel(
     UNIT: tl.constexpr,  # of C and K, in channels
     # tiles
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    TAPS: tl.constexpr = 1,
 ):  # fmt: skip
-    """One program sums BLOCK_OUT x BLOCK_IN values of dw, of one tap, over one part of the rows."""
+    """One program sums BLOCK_OUT x BLOCK_IN values of dw, of TAPS taps, over one part of the rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
     FORMED: tl.constexpr = (norm is not None or BOX_W > 0) and x_norm is None  # else both are: such products wait
     TAPS_W: tl.constexpr = 1 if NARROW else S
@@ -77,13 +79,13 @@ def kernel(
         C, K = C * UNIT, K * UNIT
     channels = NARROW if NARROW else C
     # Which values of dw.
-    tiles = tl.cdiv(K, BLOCK_OUT) * R * TAPS_W * tiles_of_run
+    SETS: tl.constexpr = R * TAPS_W // TAPS
+    tiles = tl.cdiv(K, BLOCK_OUT) * SETS * tiles_of_run
     tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    k0 = tile // (R * TAPS_W * tiles_of_run) * BLOCK_OUT
+    k0 = tile // (SETS * tiles_of_run) * BLOCK_OUT
     k = k0 + tl.arange(0, BLOCK_OUT)
     known = k < K
-    tap = tile // tiles_of_run % (R * TAPS_W)
-    r, s = tap // TAPS_W, tap % TAPS_W
+    first_tap = tile // tiles_of_run % SETS * TAPS
     lowest = channels_of_groups(k0, BLOCK_OUT, K, RUN * channels, GROUP_OUT, GROUP_IN)[0]
     run = lowest + tile % tiles_of_run * BLOCK_IN + tl.arange(0, BLOCK_IN)
     channel = run < RUN * channels
@@ -92,7 +94,9 @@ def kernel(
         c = run % NARROW
 
     # Products over this part's rows; dy and the activation are formed as g and x are loaded.
-    result = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    results = ()
+    for _ in tl.static_range(TAPS):
+        results += (tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32),)  # type: ignore[assignment]
     start = part.to(tl.int64) * tiles_a_part
     if x_norm is None:  # an operand that is not formed in registers: said, or ptxas makes wgmma wait for each other
         tl.assume(tiles_a_part > 0)
@@ -104,8 +108,8 @@ def kernel(
             x_tile, x_row = first * channels, tl.arange(0, BLOCK_ROWS) * channels
         else:
             image, n, i, j, exists = locate(of_rows, rows, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
-            h, w = i * STRIDE_H + r - PADDING_H, j * STRIDE_W + s - PADDING_W
-            x_tile, x_row = image * H * W * channels, ((n * H + h) * W + w) * channels
+            top_h, left_w = i * STRIDE_H - PADDING_H, j * STRIDE_W - PADDING_W
+            x_tile, x_row = image * H * W * channels, ((n * H + top_h) * W + left_w) * channels
             if BOX_W:
                 g_tile, g_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
         box, top, left = corner(of_rows, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
@@ -115,31 +119,40 @@ def kernel(
         if norm is not None:
             value = load(y, y_tiles, at, inside, box, top, left, k0) if y is not None else None
             dy = through_batch_norm(dy, value, norm, factors, inside, k, known, K).to(g.dtype.element_ty)
-        inside = exists[:, None] & channel[None, :]
-        if NARROW:
-            s_of_run = w[:, None] + (run // NARROW)[None, :]
-            inside &= ((h >= 0) & (h < H))[:, None] & (s_of_run >= 0) & (s_of_run < W)
-        elif not SAME:
-            inside &= ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-        at = x_tile + (x_row[:, None] + run[None, :])
-        c0 = tile % tiles_of_run * BLOCK_IN
-        a = load(x, x_tiles, at, inside, box, top + r - PADDING_H, left + s - PADDING_W, c0)
-        if x_norm is not None:
-            value = tl.maximum(normalised(a, x_norm, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
-            a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
-        result = multiply_add(tl.trans(dy), a, result, FORMED)
+        before, results = results, ()  # type: ignore[assignment]
+        for t in tl.static_range(TAPS):
+            r, s = (first_tap + t) // TAPS_W, (first_tap + t) % TAPS_W
+            inside = exists[:, None] & channel[None, :]
+            at = x_tile + (x_row[:, None] + run[None, :])
+            if not SAME:
+                h, w = top_h + r, left_w + s
+                at += (r * W + s) * channels
+                inside &= ((h >= 0) & (h < H))[:, None]
+                if NARROW:
+                    s_of_run = w[:, None] + (run // NARROW)[None, :]
+                    inside &= (s_of_run >= 0) & (s_of_run < W)
+                else:
+                    inside &= ((w >= 0) & (w < W))[:, None]
+            c0 = tile % tiles_of_run * BLOCK_IN
+            a = load(x, x_tiles, at, inside, box, top + r - PADDING_H, left + s - PADDING_W, c0)
+            if x_norm is not None:
+                value = tl.maximum(normalised(a, x_norm, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
+                a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
+            results += (multiply_add(tl.trans(dy), a, before[t], FORMED),)  # type: ignore[assignment]
 
     # Store.
     of_group = GROUP_IN if GROUP_IN else RUN * channels
-    row = k * (R * TAPS_W * of_group) + tap * of_group
+    row = k * (R * TAPS_W * of_group) + first_tap * of_group
     inside = known[:, None] & channel[None, :]
     if GROUP_IN:
         row -= k // GROUP_OUT * GROUP_IN
         inside &= (k // GROUP_OUT)[:, None] == (run // GROUP_IN)[None, :]
     at = part.to(tl.int64) * (K * R * TAPS_W * of_group) + (row[:, None] + run[None, :])
-    tl.store(dw + at, result.to(dw.dtype.element_ty), mask=inside)
+    for t in tl.static_range(TAPS):
+        tl.store(dw + at + t * of_group, results[t].to(dw.dtype.element_ty), mask=inside)
 
 
+MOST_VALUES = 3 * 128 * 64  # of a tile with several taps: 96 registers a thread, of 8 warps
 PARTIAL = 640  # rows whose products take as long as the result of a part does, written and read in fp32
 
 
@@ -148,19 +161,26 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     """Returns tiles of 128 x 128, 32 rows at a time, or smaller as the weight is, 64. One fits an SM, or two of 64.
 
     Runs of taps, and groups, take registers for their addresses: 32 rows, too. From Hopper on a product has at least 64
-    rows, which are dw's channels out.
+    rows, which are dw's channels out. The taps of a row, or the runs of all rows, are one tile if they fit registers.
     """
     most = 128 if shape.groups == 1 else 64
     block_out, block_in = tile_of(shape.k, most), tile_of(shape.run, most)
     if gpu >= 9 and element_size == 2:
         block_out = max(block_out, 64)
-    rows = 64 if block_out * block_in <= 128 * 64 and not shape.narrow and shape.groups == 1 else 32
+    taps = shape.r if shape.narrow else shape.s
+    if element_size == 2 and shape.groups == 1 and block_out * min(block_in, 64) * taps <= MOST_VALUES:
+        block_in = min(block_in, 64) if taps > 1 else block_in
+    else:
+        taps = 1
+    few = block_out * block_in * taps <= 128 * 64 or (taps > 1 and block_out <= 64)
+    rows = 64 if few and not shape.narrow and shape.groups == 1 else 32
     programs = SMS if block_out > 64 else 2 * SMS
     config = {
         "BLOCK_ROWS": rows,
         "BLOCK_OUT": block_out,
         "BLOCK_IN": block_in,
-        "PARTS": parts_of(tiles_of(shape, block_out, block_in)[1], cdiv(shape.rows, rows), rows, programs),
+        "TAPS": taps,
+        "PARTS": parts_of(tiles_of(shape, block_out, block_in, taps)[1], cdiv(shape.rows, rows), rows, programs),
         "TMA": 0,
         "num_warps": 8,
         "num_stages": 3,
@@ -183,18 +203,19 @@ def parts_of(tiles: int, of_rows: int, rows: int, programs: int) -> int:
     return min(range(1, most + 1), key=time)
 
 
-def tiles_of(shape: ConvShape, block_out: int, block_in: int) -> tuple[int, int]:
-    """Returns the tiles of a tap's run, and those of the weight."""
+def tiles_of(shape: ConvShape, block_out: int, block_in: int, taps: int) -> tuple[int, int]:
+    """Returns the tiles of a tap's run, and those of the weight, each of so many taps."""
     run = shape.run if shape.groups == 1 else most_channels_of_groups(shape, block_out)
-    taps = shape.r if shape.narrow else shape.r * shape.s
-    return cdiv(run, block_in), cdiv(shape.k, block_out) * taps * cdiv(run, block_in)
+    sets = (shape.r if shape.narrow else shape.r * shape.s) // taps
+    return cdiv(run, block_in), cdiv(shape.k, block_out) * sets * cdiv(run, block_in)
 
 
 def launch_sizes(shape: ConvShape, config: Configuration) -> tuple[int, int, int, int]:
     """Returns tiles of a tap's run, tiles, parts of the rows, tiles of rows a part."""
     of_rows = tiles_of_rows(shape.n, shape.oh, shape.ow, config)
     tiles_a_part = cdiv(of_rows, min(config["PARTS"], of_rows))
-    return *tiles_of(shape, config["BLOCK_OUT"], config["BLOCK_IN"]), cdiv(of_rows, tiles_a_part), tiles_a_part
+    of_weight = tiles_of(shape, config["BLOCK_OUT"], config["BLOCK_IN"], config["TAPS"])
+    return *of_weight, cdiv(of_rows, tiles_a_part), tiles_a_part
 
 
 @operator("convolution_weight_gradient", mutates_args=("out",))
@@ -234,6 +255,9 @@ def convolution_weight_gradient(
     if not runs_triton(g.device):
         return reference(g, x, out, stride, padding, groups, y, norm, factors, x_norm)
     config = configured_for(op, g, shape, fusion_of(norm=norm, y=y, x_norm=x_norm), computed)
+    config = {"TAPS": 1, **config}
+    if (shape.r if shape.narrow else shape.r * shape.s) % config["TAPS"]:
+        raise ValueError(f"{op}: TAPS divides the taps, or the runs of them; got {dict(config)} for {shape.key}")
     tiles_of_run, tiles, parts, tiles_a_part = launch_sizes(shape, config)
     matrices = {
         "g": (g, "BLOCK_ROWS", "BLOCK_OUT"),

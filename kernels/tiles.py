@@ -64,6 +64,19 @@ def load(tensor, tiles, at, inside, n, i, j, c):
 
 
 @triton.jit
+def load_sparse(tensor, STRIDE: tl.constexpr, image, n, h, w, c, inside, H, W, C):
+    """Returns the values at pixels (h, w) of images of H x W, of which `tensor` has every STRIDE-th, both ways; else 0.
+
+    (rows, channels c), fp32. n: of a row, the image counted from `image`.
+    """
+    SH, SW = tl.cdiv(H, STRIDE), tl.cdiv(W, STRIDE)
+    there = (h % STRIDE == 0) & (w % STRIDE == 0)
+    at = ((n * SH + h // STRIDE) * SW + w // STRIDE) * C
+    first = tensor + image.to(tl.int64) * SH * SW * C
+    return tl.load(first + (at[:, None] + c[None, :]), mask=inside & there[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def channels_of_groups(first, BLOCK: tl.constexpr, own, other, OWN: tl.constexpr, OTHER: tl.constexpr):
     """Returns the channels on the other side of the groups of a tile's channels, first ... first + BLOCK - 1.
 

@@ -43,6 +43,7 @@ from triton.compiler.errors import CompilationError
 
 import kernels
 from kernels import configurations
+from kernels.configurations import cdiv
 from kernels.norm_rows import D_BETA
 from nvcnn import checkpoint, timing
 from nvcnn.cuda_graph import quick_captures
@@ -147,10 +148,13 @@ class Sample:
             z, norm = normalized_conv(PendingConv(x, self.conv, self.bn), b, relu)
             return {"z": z, "norm": norm}
         x = x if b is None else PendingAdd(x, b)
-        y = conv_bn(x, self.conv, self.bn)
+        y = conv_bn(x, self.conv, self.bn, self.place.skip_stride)
         assert isinstance(y, Unnormalized)
         assert y.norm is not None
         outputs = {"y": y.y, "norm": y.norm}
+        if self.place.hands_on and self.place.skip_stride > 1:
+            assert x.sparse is not None
+            return outputs | {"z": x.sparse}
         return outputs | {"z": activation(x)} if self.place.hands_on else outputs
 
     def backward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -207,7 +211,9 @@ def sample(place: Place, device: torch.device) -> Sample:
         n, _, oh, ow = place.y
         of_norm = torch.randn(5, k, device=device) * 0.1 * (n * oh * ow) ** -0.5
         directions = {"y": images(*place.y, deviation=0.1), "norm": of_norm}
-        directions |= {"z": images(*place.x, deviation=0.1)} if place.hands_on else {}
+        if place.hands_on:
+            sparse = (cdiv(size, place.skip_stride) for size in place.x[2:])
+            directions["z"] = images(*place.x[:2], *sparse, deviation=0.1)
     made = Sample(place, conv, bn, tensors, directions)
     return replace(made, directions=behind_the_mask(made)) if place.gram else made
 

@@ -82,6 +82,7 @@ class Place(NamedTuple):
     folded: str = ""  # in evaluation, what the epilogue does: "folded", or "folded, adding" an activation
     bias: bool = False  # and ReLU follow, not a BatchNorm
     gram: str = ""  # in training with a Gram matrix, what the epilogue does: GRAM_ADDS, GRAM_RELU or GRAM_ALONE
+    skip_stride: int = 1  # others read every so many-th pixel of what it hands on
 
     @property
     def hands_on(self) -> bool:
@@ -100,6 +101,7 @@ class Place(NamedTuple):
         words = "x {} weight {} stride {} padding {}".format(*sizes)
         words += f" groups {self.groups} {str(self.dtype).removeprefix('torch.')} {self.reads}" + " bias" * self.bias
         words += f" {self.gram}" if self.gram else ""
+        words += f" skip stride {self.skip_stride}" if self.skip_stride > 1 else ""
         return words + (f", {self.folded}" if self.folded else "" if self.gradient else ", without its gradient")
 
 
@@ -113,6 +115,7 @@ class Places(TorchDispatchMode):
         self.rectified: list[torch.UntypedStorage] = []  # what is read as such
         self.multiplied: dict[int, tuple[torch.UntypedStorage, str, bool]] = {}  # what has a Gram matrix; by identity
         self.padded: list[tuple[Tensor, Tensor]] = []  # weights, and what stands for them
+        self.handed_on: torch.UntypedStorage | None = None  # what the last convolution hands on
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -122,17 +125,26 @@ class Places(TorchDispatchMode):
         if func is kernels.gram_matrix.overload:
             self.note_gram(result[0], *args, **kwargs)
         if func is kernels.convolution.overload:
-            self.note(result[0], *args, **kwargs)
+            self.note(result, *args, **kwargs)
+        if func is kernels.max_pool_with_argmax.overload:
+            self.note_sparse(*args)
         return result
+
+    def note_sparse(self, x, kernel_size, stride, *_):
+        """Windows of one pixel are what a skip connection reads of the activation that a convolution hands on."""
+        if kernel_size == 1 and self.handed_on is not None and self.handed_on._cdata == x.untyped_storage()._cdata:
+            name, place = self.found.popitem()
+            self.found[name] = place._replace(skip_stride=stride)
 
     def note_gram(self, a, x, stride, norm=None):
         storage = (x if norm is None else a).untyped_storage()
         self.multiplied[storage._cdata] = storage, "activation" if norm is None else "raw", x.requires_grad
 
     def note(
-        self, y, x, weight, stride, padding, groups=1, norm=None, residual=None, residual_norm=None,
+        self, results, x, weight, stride, padding, groups=1, norm=None, residual=None, residual_norm=None,
         center=None, scale=None, shift=None, add=None, relu=False, out=None,
     ):  # fmt: skip
+        y, joined, _ = results
         reads = "raw" if norm is not None else "activation"
         if residual is not None:
             reads = "join" if residual_norm is None else "join of two"
@@ -150,7 +162,8 @@ class Places(TorchDispatchMode):
         folded = "" if self.training else "folded" if add is None else "folded, adding"
         geometry = tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), groups
         of = next((original for original, padded in self.padded if padded is weight), weight)
-        self.found[id(of)] = Place(*geometry, x.dtype, reads, gradient, folded, bias, gram)
+        self.found[id(of)] = place = Place(*geometry, x.dtype, reads, gradient, folded, bias, gram)
+        self.handed_on = (x if residual is None else joined).untyped_storage() if place.hands_on else None
 
 
 def places(

@@ -33,7 +33,8 @@ and refuse to be taken for one. A Rectified's norm changes no value; D_BETA is t
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -57,7 +58,15 @@ Gradients = tuple[Tensor, Tensor]
 
 
 class Pending:
-    """A value that is not computed yet. PyTorch's operators refuse it, and say what to do."""
+    """A value that is not computed yet. PyTorch's operators refuse it, and say what to do.
+
+    `value`: the activation as an ordinary tensor, once it is in memory. `sparse`: every skip_stride-th pixel of it,
+    both ways, once these are in memory for a skip connection that reads no other.
+    """
+
+    value: Tensor | None = None
+    sparse: Tensor | None = None
+    skip_stride: int = 1
 
     @classmethod
     def __torch_function__(cls, operator: Any, *_: Any) -> NoReturn:
@@ -75,7 +84,6 @@ class Unnormalized(Pending):
     y: Tensor
     bn: BatchNorm2d
     norm: Tensor | None = None
-    value: Tensor | None = field(default=None, init=False)  # relu(normalised y), once it is in memory
 
 
 @dataclass
@@ -89,7 +97,6 @@ class PendingConv(Pending):
     x: Tensor | Unnormalized
     conv: Conv2d
     bn: BatchNorm2d
-    value: Tensor | None = field(default=None, init=False)  # relu(normalised y), once somebody asked
 
 
 @dataclass
@@ -98,7 +105,6 @@ class PendingAdd(Pending):
 
     a: Unnormalized | PendingConv
     b: Tensor | Unnormalized | PendingConv
-    value: Tensor | None = field(default=None, init=False)
 
 
 @dataclass
@@ -110,7 +116,6 @@ class Rectified(Pending):
 
     z: Tensor
     norm: Tensor
-    value: Tensor | None = field(default=None, init=False)  # z, with the gradient of an ordinary tensor
 
 
 class Slice(NamedTuple):
@@ -147,13 +152,19 @@ class Slice(NamedTuple):
 Operand = Tensor | Unnormalized | PendingConv | PendingAdd | Rectified
 
 
-def activation(x: Operand) -> Tensor:
-    """Returns x as an ordinary tensor, (N, C, H, W), channels-last, after its ReLU."""
+def activation(x: Operand, skip_stride: int = 1) -> Tensor:
+    """Returns x as an ordinary tensor, (N, C, H, W), channels-last, after its ReLU.
+
+    skip_stride: as in `conv_bn`.
+    """
     if isinstance(x, Tensor):
         return x
     if x.value is None:
         if isinstance(x, Rectified):
             x.value = Normalized.apply(x.z, x.norm, True)
+        elif isinstance(x, PendingAdd) and isinstance(x.a, Unnormalized) and x.a.norm is not None:
+            x.value, x.sparse = Materialize.apply(x.a.y, x.a.norm, *addend(x.b), True, skip_stride)
+            x.skip_stride = skip_stride
         else:
             x.value = materialize(x.a, x.b, True) if isinstance(x, PendingAdd) else materialize(x, None, True)
     return x.value
@@ -162,7 +173,7 @@ def activation(x: Operand) -> Tensor:
 def materialize(a: Unnormalized | PendingConv, b: Tensor | Unnormalized | PendingConv | None, relu: bool) -> Tensor:
     """Returns relu(normalised a + b) as an ordinary tensor; b may be None, and ReLU is optional."""
     if isinstance(a, Unnormalized) and a.norm is not None:
-        return Materialize.apply(a.y, a.norm, *addend(b), relu)
+        return Materialize.apply(a.y, a.norm, *addend(b), relu)[0]
     if isinstance(a, PendingConv) and a.bn.training:
         return Normalized.apply(*normalized_conv(a, b, relu), relu)
     added = b if b is None or isinstance(b, Tensor) else materialize(b, None, False)
@@ -214,9 +225,11 @@ def addend(b: Tensor | Unnormalized | PendingConv | None) -> tuple[Tensor | None
     return (b.y, b.norm) if isinstance(b, Unnormalized) and b.norm is not None else (materialize(b, None, False), None)
 
 
-def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | PendingConv:
+def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d, skip_stride: int = 1) -> Unnormalized | PendingConv:
     """Returns the convolution of x's activation, not normalised yet; where BatchNorm is known before, a PendingConv.
 
+    skip_stride: of the 1 x 1 that also reads x, in the skip connection. Of a sum that is written here it then gets the
+    pixels that it reads as a tensor of their own, and hands back their gradient alone: no zeros for the others.
     Raises ValueError for what the kernels do not have: dilation, a bias.
     """
     if conv.algorithm != "torch":
@@ -225,6 +238,9 @@ def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | Pending
         return PendingConv(activation(x), conv, bn)
     if conv.algorithm == "torch":
         return Unnormalized(conv(activation(x)), bn)
+    few = what_it_reads(conv, x)
+    if few is not None:
+        x, conv = few, without_stride(conv)
     if conv.algorithm in GRAM and bn.training and widens(conv):
         if not (isinstance(x, Unnormalized) and x.norm is not None and x.value is None and conv.stride == (1, 1)):
             x = activation(x)
@@ -235,14 +251,14 @@ def conv_bn(x: Operand, conv: Conv2d, bn: BatchNorm2d) -> Unnormalized | Pending
     if z is not None:
         tensors = z.z, z.norm, None, None
     elif isinstance(x, Tensor) or x.value is not None or not isinstance(a, Unnormalized) or a.norm is None:
-        tensors = activation(x), None, None, None
+        tensors = activation(x, skip_stride), None, None, None
     else:
         tensors = a.y, a.norm, *addend(x.b if isinstance(x, PendingAdd) else None)
     of_bn = conv.weight_for(tensors[0]), bn.weight, bn.bias, conv, bn
-    y, norm, materialized = UnnormalizedConv.apply(*tensors, *of_bn, z is not None)
+    y, norm, materialized, sparse = UnnormalizedConv.apply(*tensors, *of_bn, z is not None, skip_stride)
     if materialized is not None:
         assert not isinstance(x, Tensor)
-        x.value = materialized  # for who else reads x
+        x.value, x.sparse, x.skip_stride = materialized, sparse, skip_stride  # for who else reads x
     return Unnormalized(y, bn, norm)
 
 
@@ -332,13 +348,47 @@ def slice_of(branch: Operand) -> Slice:
 
 def can_add(conv: Conv2d) -> bool:
     """Returns whether the kernel can add as it loads: each value of its input is loaded in one place."""
-    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    return is_pointwise(conv) and conv.stride == (1, 1)
 
 
 def widens(conv: Conv2d) -> bool:
     """Returns whether it is a 1 x 1 with more channels out than in, so that the Gram matrix of its input is narrow."""
-    pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    return pointwise and conv.in_channels < conv.out_channels
+    return is_pointwise(conv) and conv.in_channels < conv.out_channels
+
+
+def is_pointwise(conv: Conv2d) -> bool:
+    """Returns whether it is a 1 x 1, with any stride."""
+    return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def what_it_reads(conv: Conv2d, x: Operand) -> Tensor | None:
+    """Returns the pixels of x that a 1 x 1 with a stride reads, if they are in memory as a tensor of their own."""
+    if isinstance(x, Tensor) or not is_pointwise(conv) or conv.stride != (x.skip_stride,) * 2:
+        return None
+    return x.sparse
+
+
+def without_stride(conv: Conv2d) -> Conv2d:
+    """Returns the same 1 x 1, with the same weight, for the pixels that it reads."""
+    conv = copy(conv)
+    conv.stride = (1, 1)
+    return conv
+
+
+def every(z: Tensor, stride: int) -> Tensor | None:
+    """Returns every stride-th pixel of z, both ways, as a tensor of their own; None if that is all of them."""
+    return None if stride == 1 else kernels.max_pool_with_argmax(z, 1, stride, 0, False)[0]
+
+
+def added_gradient(dense: Tensor | None, sparse: Tensor | None, stride: int) -> tuple[Tensor | None, int]:
+    """Returns the gradient of z by its readers, of all of it and of every stride-th pixel, and the stride it is for."""
+    if sparse is None:
+        return dense if dense is None else channels_last(dense), 1
+    if dense is None:
+        return channels_last(sparse), stride
+    dense = dense.clone(memory_format=torch.channels_last)
+    dense[:, :, ::stride, ::stride] += sparse
+    return dense, 1
 
 
 def apply_batch_norm(y: Tensor, norm: Tensor, b: Tensor | None, b_norm: Tensor | None, relu: bool) -> Tensor:
@@ -384,25 +434,26 @@ class Normalized(Function):
 
 
 class Materialize(Function):
-    """relu(normalised a + b) as an ordinary tensor; b may be None, and ReLU is optional."""
+    """relu(normalised a + b) as an ordinary tensor; b may be None, and ReLU is optional. And `every` of it."""
 
     @staticmethod
-    def forward(ctx, a, a_norm, b, b_norm, relu):
+    def forward(ctx, a, a_norm, b, b_norm, relu, skip_stride=1):
         z = apply_batch_norm(a, a_norm, b, b_norm, relu)
-        ctx.relu, ctx.adds = relu, b is not None
+        ctx.relu, ctx.adds, ctx.skip_stride = relu, b is not None, skip_stride
         raw_b = b if b_norm is not None else None
         ctx.save_for_backward(a, a_norm, raw_b, b_norm, z if relu and ctx.adds else None)
-        return z
+        return z, every(z, skip_stride)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_z):
+    def backward(ctx, d_z, skip):
         a, a_norm, b, b_norm, z = ctx.saved_tensors
-        d_z = channels_last(d_z)
-        g, sums, b_sums = kernels.batch_norm_gradient_sums(d_z, a, z, a_norm, ctx.relu, None, b, b_norm)
+        d_z, skip = channels_last(d_z), skip if skip is None else channels_last(skip)
+        more = skip, b, b_norm, ctx.skip_stride
+        g, sums, b_sums = kernels.batch_norm_gradient_sums(d_z, a, z, a_norm, ctx.relu, *more)
         g = g if ctx.relu else d_z
         d_norm = gradient_of_norm(sums, a, a_norm), gradient_of_norm(b_sums, b, b_norm)
-        return g, d_norm[0], g if ctx.adds else None, d_norm[1], None
+        return g, d_norm[0], g if ctx.adds else None, d_norm[1], None, None
 
 
 class Written(Function):
@@ -464,13 +515,13 @@ class UnnormalizedConv(Function):
     """y = conv(a), its BatchNorm's norm, and a where it is written here: a is x, or relu(normalised x (+ b)).
 
     In evaluation the norm is that of the running statistics, and dy = SCALE g. Of an x that is `rectified` x_norm
-    changes no value, and a is x.
+    changes no value, and a is x. With a comes `every` of it.
     """
 
     @staticmethod
-    def forward(ctx, x, x_norm, b, b_norm, weight, gamma, beta, conv, bn, rectified):
+    def forward(ctx, x, x_norm, b, b_norm, weight, gamma, beta, conv, bn, rectified, skip_stride):
         ctx.set_materialize_grads(False)
-        ctx.conv, ctx.batch, ctx.adds = conv, bn.training, b is not None
+        ctx.conv, ctx.batch, ctx.adds, ctx.skip_stride = conv, bn.training, b is not None, skip_stride
         center = bn.running_mean if bn.training else None
         read, prologue, a = x, (x_norm, b, b_norm), None
         if rectified:
@@ -494,11 +545,11 @@ class UnnormalizedConv(Function):
             norm = kernels.norm_from_sums(sums, center, y.numel() // y.shape[1], gamma, beta, *statistics)
         raw_b = None if b_norm is None else b
         ctx.save_for_backward(x, x_norm, raw_b, b_norm, a, weight, y, norm)
-        return y, norm, a
+        return y, norm, a, None if a is None else every(a, skip_stride)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, d_norm, d_a):
+    def backward(ctx, g, d_norm, d_a, d_sparse):
         x, x_norm, b, b_norm, a, weight, y, norm = ctx.saved_tensors
         conv = ctx.conv
         needs_x, needs_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[4]
@@ -510,12 +561,13 @@ class UnnormalizedConv(Function):
         read, read_norm = (x, x_norm) if a is None else (a, None)
         # The mask of a sum is that of a; any other is taken again from x, which the sums read anyway.
         raw_x = None if x_norm is None else x
-        epilogue = None if d_a is None else channels_last(d_a), a if ctx.adds else None, raw_x, x_norm, b, b_norm
+        skip, skip_stride = added_gradient(d_a, d_sparse, ctx.skip_stride)
+        epilogue = skip, a if ctx.adds else None, raw_x, x_norm, b, b_norm
         needs = needs_x, needs_weight
-        dx, sums, b_sums, dw = conv_gradients(conv, dy, through, read, read_norm, weight, epilogue, needs)
+        dx, sums, b_sums, dw = conv_gradients(conv, dy, through, read, read_norm, weight, epilogue, needs, skip_stride)
         d_norms = gradient_of_norm(sums, raw_x, x_norm), gradient_of_norm(b_sums, b, b_norm)
         d_b = dx if ctx.adds else None
-        return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], None, None, None
+        return dx, d_norms[0], d_b, d_norms[1], dw, d_norm[D_GAMMA], d_norm[D_BETA], *[None] * 4
 
 
 class GramConv(Function):
@@ -595,24 +647,25 @@ def conv_gradients(
     weight: Tensor,
     epilogue: tuple[Tensor | None, ...],
     needs: tuple[bool, bool],
+    skip_stride: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Returns dx, its sums and those of the branch behind the epilogue, and dw; None for what is not needed.
 
-    through, x_norm, epilogue: as the kernels of the two gradients take them. needs: dx, dw.
+    through, x_norm, epilogue, skip_stride: as the kernels of the two gradients take them. needs: dx, dw.
     """
     geometry: Any = conv.stride, conv.padding, conv.groups
     dx = sums = branch_sums = dw = None
     if conv.algorithm in LIBRARY:
         dx, dw = library_gradients(dy, x, weight, geometry, needs)
         if needs[0]:
-            dx, sums, branch_sums = masked_with_sums(channels_last(dx), *epilogue)
+            dx, sums, branch_sums = masked_with_sums(channels_last(dx), *epilogue, skip_stride=skip_stride)
         return dx, sums, branch_sums, dw
     if needs[1]:
         dw = empty_gradient(weight)
         kernels.convolution_weight_gradient(dy, x, dw, *geometry, *through, x_norm)
     if needs[0]:
-        size = x.shape[2:]
-        dx, sums, branch_sums = kernels.convolution_data_gradient(dy, weight, size, *geometry, *through, *epilogue)
+        how = x.shape[2:], *geometry, *through, *epilogue
+        dx, sums, branch_sums = kernels.convolution_data_gradient(dy, weight, *how, skip_stride=skip_stride)
     return dx, sums, branch_sums, dw
 
 
@@ -646,8 +699,12 @@ def masked_with_sums(
     x_norm: Tensor | None,
     b: Tensor | None,
     b_norm: Tensor | None,
+    *,
+    skip_stride: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns what the epilogue of `kernels.convolution_data_gradient` would; overwrites dx."""
     if x is None or x_norm is None:
-        return dx if skip is None else dx.add_(skip), None, None
-    return kernels.batch_norm_gradient_sums(dx, x, z, x_norm, True, skip, b, b_norm)
+        if skip is not None:
+            dx[:, :, ::skip_stride, ::skip_stride] += skip
+        return dx, None, None
+    return kernels.batch_norm_gradient_sums(dx, x, z, x_norm, True, skip, b, b_norm, skip_stride)

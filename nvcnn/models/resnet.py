@@ -41,9 +41,10 @@ class BasicBlock(nn.Module):
         self.conv2 = conv(width, width, 3)
         self.bn2 = BatchNorm2d(width)
         self.downsample = downsample(c_in, width, stride)
+        self.stride = stride
 
     def forward(self, x: Tensor | PendingAdd) -> PendingAdd:
-        y = conv_bn(x, self.conv1, self.bn1)
+        y = conv_bn(x, self.conv1, self.bn1, self.stride)
         y = conv_bn(y, self.conv2, self.bn2)
         return PendingAdd(y, skip(x, self.downsample))
 
@@ -66,9 +67,10 @@ class Bottleneck(nn.Module):
         self.conv3 = conv(inner, c_out, 1)
         self.bn3 = BatchNorm2d(c_out)
         self.downsample = downsample(c_in, c_out, stride)
+        self.stride = stride
 
     def forward(self, x: Tensor | PendingAdd) -> PendingAdd:
-        y = conv_bn(x, self.conv1, self.bn1)
+        y = conv_bn(x, self.conv1, self.bn1, self.stride)
         y = conv_bn(y, self.conv2, self.bn2)
         y = conv_bn(y, self.conv3, self.bn3)
         return PendingAdd(y, skip(x, self.downsample))

@@ -124,11 +124,12 @@ def convolution_call(joins: bool) -> tuple:
 
 
 def data_gradient_call(joined: bool) -> tuple:
-    """Returns a call through BatchNorm with sums, whose input is raw, or a join of two with a skip gradient."""
+    """Returns a call through BatchNorm with sums, whose input is raw, or a join of two with a sparse skip gradient."""
     prologue = images(24, 14), norm(), torch.rand(2, 24)
     epilogue = None, None, images(24, 14), norm(), None, None
     if joined:
-        epilogue = images(24, 14), images(24, 14), images(24, 14), norm(), images(24, 14), norm()
+        none = (None, None, None)
+        epilogue = images(24, 7), images(24, 14), images(24, 14), norm(), images(24, 14), norm(), *none, 2
     return images(24, 14), weight(1), [14, 14], *ONE, *prologue, *epilogue
 
 
@@ -154,6 +155,10 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     "gradient_sums, skip and branch": (
         "batch_norm_gradient_sums",
         lambda: (*(images(24, 26) for _ in range(3)), norm(), True, *(images(24, 26) for _ in range(2)), norm()),
+    ),
+    "gradient_sums, sparse skip": (
+        "batch_norm_gradient_sums",
+        lambda: (*(images(24, 26) for _ in range(3)), norm(), True, images(24, 13), None, None, 2),
     ),
     "gradient_sums, no relu": (
         "batch_norm_gradient_sums",
@@ -183,6 +188,7 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     ),
     "gram_matrix": ("gram_matrix", lambda: (images(24, 26), [1, 1])),
     "gram_matrix, norm": ("gram_matrix", lambda: (images(24, 26), [1, 1], norm())),
+    "max_pool, sparse": ("max_pool", lambda: (images(24, 24), 1, 2, 0, False)),
     "max_pool": ("max_pool", lambda: (images(24, 24), 3, 2, 1, True)),
     "max_pool_backward": (
         "max_pool_backward",

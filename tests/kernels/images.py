@@ -19,7 +19,7 @@ def unit(dtype, implementation) -> float:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    return x.to(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def on(x: Tensor, device) -> Tensor:

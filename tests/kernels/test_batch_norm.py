@@ -197,21 +197,23 @@ def test_is_exact_on_integers(implementation, device, dtype, joins, relu):
     assert not joins or torch.equal(residual.grad.double(), g)
 
 
-@pytest.mark.parametrize("of", ["dy", "x", "y", "y and more"])
+@pytest.mark.parametrize("of", ["dy", "x", "y", "y and more", "y and sparse"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dtype, of):
     """The mask of relu is that of x, or that of y where a residual was added; without relu there is none.
 
-    More is a gradient that is added, and a branch with sums of its own.
+    More is a gradient that is added, at every pixel or at every second both ways, and a branch with sums of its own.
     """
     x, dy, y, skip, branch = (integers((2, 35, 3, 6), dtype, device, -3, 3) for _ in range(5))
     rows = [torch.randint(-2, 3, (35,), device=device).float() for _ in range(5)]
     norm, (mean, scale, shift) = torch.stack(rows), (v.view(1, -1, 1, 1).double() for v in rows[:3])
-    more = (skip, branch, norm.flip(0)) if of == "y and more" else (None, None, None)
+    stride = 2 if of == "y and sparse" else 1
+    skip = channels_last(skip[:, :, ::stride, ::stride])
+    more = (skip, branch, norm.flip(0), stride) if "and" in of else ()
     g, sums, branch_sums = batch_norm_gradient_sums(dy, x, y if of[0] == "y" else None, norm, of != "dy", *more)
     expected = dy.double()
-    if of == "y and more":
-        expected += skip.double()
+    if more:
+        expected[:, :, ::stride, ::stride] += skip.double()
         products = expected * (y > 0) * (branch.double() - rows[4].view(1, -1, 1, 1).double())
         assert torch.equal(branch_sums[0], sums[0])
         assert torch.equal(branch_sums[1].sum(0).double(), products.sum((0, 2, 3)))

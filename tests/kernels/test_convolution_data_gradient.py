@@ -63,14 +63,16 @@ def test_the_error_is_no_more_than_twice_pytorch_s(implementation, device, dtype
     conv.check_error(gradient(given, conv.COMMON)[0], pytorch, conv.of_input(given["g"], given["weight"], conv.COMMON))
 
 
-@pytest.mark.parametrize("branch", [False, True])
-@pytest.mark.parametrize("shape", [POINTWISE, STRIDED], ids=str)
-def test_the_join_is_exact_on_integers(implementation, device, shape, branch):
-    """The skip's gradient is added before the mask, which is that of z; sums go to both that were joined."""
+@pytest.mark.parametrize("skip_stride", [1, 2, 3])
+@pytest.mark.parametrize(("shape", "branch"), [(POINTWISE, True), (STRIDED, False)], ids=str)
+def test_the_join_is_exact_on_integers(implementation, device, shape, branch, skip_stride):
+    """The skip's gradient, of all pixels or some, comes before the mask, which is z's; both joined get their sums."""
     given = conv.tensors(shape, torch.float16, device, conv.small_integers)
+    given |= {"skip": channels_last(given["skip"][:, :, ::skip_stride, ::skip_stride]), "skip_stride": skip_stride}
     joined = ("branch", "branch_norm") if branch else ()
-    dx, sums, others = gradient(given, shape, "norm", "skip", "z", *MASK, *joined)
-    exact = conv.of_input(conv.spread(given["norm"][SCALE.value]) * given["g"], given["weight"], shape) + given["skip"]
+    dx, sums, others = gradient(given, shape, "norm", "skip", "skip_stride", "z", *MASK, *joined)
+    exact = conv.of_input(conv.spread(given["norm"][SCALE.value]) * given["g"], given["weight"], shape)
+    exact[:, :, ::skip_stride, ::skip_stride] += given["skip"]
     assert torch.equal(dx, (exact * (given["z"] > 0)).half())
     assert torch.equal(sums.double().sum(1), sums_of(dx, given["x"], given["x_norm"]))
     if branch:
@@ -216,6 +218,10 @@ def test_opcheck(implementation, device):
         ({"x": lambda _: channels_last(torch.zeros(2, 4, 4, 5))}, "x, x_norm come together"),
         ({"branch_norm": lambda _: torch.zeros(5, 4)}, "branch, branch_norm come together"),
         ({"skip": lambda _: channels_last(torch.zeros(2, 4, 4, 4))}, r"skip must be \(2, 4, 4, 5\)"),
+        (
+            {"skip": lambda _: channels_last(torch.zeros(2, 4, 4, 5)), "skip_stride": lambda _: 2},
+            r"skip must be \(2, 4, 2, 3\)",
+        ),
         ({"z": lambda _: torch.zeros(2, 4, 4, 5)}, "z must be channels-last"),
         ({"y": lambda t: t[:, :, :, :1].expand(2, 6, 2, 3)}, "y must be channels-last"),
     ],

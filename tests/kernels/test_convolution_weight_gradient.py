@@ -103,9 +103,29 @@ def test_tiles_by_tma_give_the_same_bits(device):
 @pytest.mark.parametrize(("shape", "box"), conv.BOXES, ids=[str(shape) for shape, _ in conv.BOXES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
     given = conv.tensors(shape, torch.float16, device, conv.small_integers)
-    with conv.configured(**box):
+    with conv.configured(**box, TAPS=shape.s):
         got = gradient(given, shape, torch.float32, *MAPS)
     assert torch.equal(got.double(), exact_of(given, shape))
+
+
+@pytest.mark.parametrize("taps", [2, 6])
+@pytest.mark.parametrize("c", [19, 3], ids=["taps", "runs"])
+def test_several_taps_in_a_tile_give_the_same_bits(device, c, taps):
+    """Runs are the taps of a row, side by side in memory where there are few channels."""
+    shape = conv.Shape(2, c, 9, 7, 18, 6, 3, (2, 1), (2, 1))
+    given = conv.tensors(shape, torch.float16, device)
+    for names in (), MAPS:
+        several = []
+        for number in (1, taps):
+            with conv.configured(TMA=0, TAPS=number):
+                several.append(gradient(given, shape, torch.float32, *names))
+        assert torch.equal(*several)
+
+
+def test_taps_that_do_not_fill_tiles_are_refused():
+    shape = conv.Shape(1, 9, 4, 4, 4, 3, 3)
+    with conv.configured(TAPS=2), pytest.raises(ValueError, match="TAPS divides the taps"):
+        gradient(conv.tensors(shape, torch.float16, "cpu"), shape, torch.float32)
 
 
 def test_two_runs_give_the_same_bits(implementation, device):

@@ -92,6 +92,9 @@ def test_the_places_of_a_resnet50():
     assert joined.reads == "join of two"  # behind the block whose skip connection is a convolution
     assert found["layer3.2.conv1"].reads == "join"
     assert found["layer3.0.downsample.0"].reads == "activation"
+    first = {name: place.skip_stride for name, place in found.items() if ".0.conv1" in name}
+    assert first == {f"layer{stage}.0.conv1": 1 if stage == 1 else 2 for stage in (1, 2, 3, 4)}
+    assert all(place.stride == (1, 1) for name, place in found.items() if "downsample" in name)
     assert {m.algorithm for m in model.modules() if isinstance(m, torch.nn.Conv2d)} == {"torch"}  # as it was
     padded = places(model, 256, 224, torch.float16, channels=4)
     assert list(padded) == list(found)
@@ -115,7 +118,7 @@ def test_the_places_of_a_resnet50_with_gram_matrices():
     assert skips == {(GRAM_ALONE, "activation")}
     assert all(place.gradient for place in changed.values())
     assert str(found["layer2.0.downsample.0"]) == (
-        "x 256x256x56x56 weight 512x256x1x1 stride 2x2 padding 0x0 groups 1 float16 activation gram"
+        "x 256x256x28x28 weight 512x256x1x1 stride 1x1 padding 0x0 groups 1 float16 activation gram"
     )
 
 
