@@ -168,11 +168,12 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     if gpu >= 9 and element_size == 2:
         block_out = max(block_out, 64)
     taps = shape.r if shape.narrow else shape.s
-    if element_size == 2 and shape.groups == 1 and block_out * min(block_in, 64) * taps <= MOST_VALUES:
-        block_in = min(block_in, 64) if taps > 1 else block_in
+    fits = gpu >= 9 and block_out * min(block_in, 64) * taps <= MOST_VALUES  # before, ptxas spills
+    if taps > 1 and fits and element_size == 2 and shape.groups == 1:
+        block_in = min(block_in, 64)
     else:
         taps = 1
-    few = block_out * block_in * taps <= 128 * 64 or (taps > 1 and block_out <= 64)
+    few = block_out <= 64 or block_out * block_in <= 128 * 64 // taps
     rows = 64 if few and not shape.narrow and shape.groups == 1 else 32
     programs = SMS if block_out > 64 else 2 * SMS
     config = {
