@@ -3,11 +3,12 @@
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
 `short` is what the tests compile: the steps of two small models, the optimizer's options, the convolutions and poolings
-that have the most fused into them, some Gram matrices with what follows, and what the tables of kernels/configs/ change
-in ResNet-50's step. `all` adds ResNet-50's steps with every --conv, its evaluation, and the convolutions of ResNeXt-50
-that have groups, in fp16 and bf16, launched without a table and with each table of kernels/configs/ (on its own GPU);
-and the convolutions and poolings of the models of OTHERS in fp16, on sm_90. Equal launches are compiled once; `calls`
-says how often they occur in ResNet-50's steps.
+that have the most fused into them, some Gram matrices with what follows, slices of channels, and what the tables of
+kernels/configs/ change in ResNet-50's step. `all` adds ResNet-50's steps with every --conv, its evaluation, and the
+convolutions of ResNeXt-50 that have groups, in fp16 and bf16, launched without a table and with each table of
+kernels/configs/ (on its own GPU); and in fp16, on sm_90, the convolutions and poolings of the models of OTHERS and what
+concatenates Inception v3's branches. Equal launches are compiled once; `calls` says how often they occur in ResNet-50's
+steps.
 
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. These are breaches, which
 make the exit code 1:
@@ -60,6 +61,7 @@ from benchmarks.trace import (
     step_calls,
 )
 from kernels import conv_shape
+from kernels.checks import pitch_of
 from kernels.configurations import TABLES, TEST, Configuration, configuration
 from kernels.convolution_gradients import USES
 from kernels.implementation import INTERPRETED
@@ -108,6 +110,7 @@ def short_calls() -> Iterator[Call]:
         if dtype == half:
             yield next(call for call in step if (call["skip_stride"] or 1) > 1)
     yield from most_fused(of_groups(half))
+    yield from {call.name: call for call in of_slices(half)}.values()
     few = (64, 512)  # channels: one block, and several
     yield from (call for call in of_gram_matrices(half) if (call["weight"] or call["x"]).shape[1] in few)
 
@@ -133,6 +136,16 @@ def of_both_gradients(dtype: torch.dtype) -> list[Call]:
             skip = images(c) if adds else None
             kernels.convolution_gradients(images(k), images(c), weight, weight, *through, rectified, skip)
     return [call for call in calls if call.name == "nvcnn::convolution_gradients"]
+
+
+def of_slices(dtype: torch.dtype) -> list[Call]:
+    """Returns the calls of Inception v3, in training and evaluation, that write or read a slice of channels."""
+
+    def is_slice(value: Any) -> bool:
+        return isinstance(value, Layout) and len(value.shape) == 4 and (pitch_of(value.meta()) or 0) > value.shape[1]
+
+    calls = step_calls("inception3", 128, dtype, "triton") + evaluation_calls("inception3", 128, dtype)
+    return [call for call in calls if any(is_slice(value) for _, value in call.arguments)]
 
 
 def of_groups(dtype: torch.dtype) -> list[Call]:
@@ -211,6 +224,7 @@ def all_launches(which: str) -> Counter[Launch]:
             found.update(dict.fromkeys(counted(of_both_gradients(dtype), 90), 0))
         for model in OTHERS:
             found.update(dict.fromkeys(counted(convolutions_and_poolings(model), 90), 0))
+        found.update(dict.fromkeys(counted(of_slices(torch.float16), 90), 0))
     step = [call for conv in CANDIDATES for call in step_calls(conv=conv)]
     for chip, table in tables:
         found.update(dict.fromkeys(counted(step, chip, table).keys() - counted(step, chip).keys(), 0))

@@ -56,6 +56,8 @@ MOVES: dict[str, dict[str, int]] = {
     # Read for the sums and for dx. Where g, the gradient behind the mask, is asked for, the first pass writes it, and
     # the second reads it.
     "nvcnn::batch_norm_backward": {"dy": 2, "x": 2},
+    "nvcnn::batch_norm_into": {"y": 1},
+    "nvcnn::convolution": {"out": 1},
     "nvcnn::convolution_gradients": {"out": 1},  # written only; sums over parts stay in the L2 cache
     "nvcnn::convolution_weight_gradient": {"out": 1},  # likewise
     "nvcnn::gradient_statistics": {"square_sums": 1},
@@ -64,7 +66,7 @@ MOVES: dict[str, dict[str, int]] = {
 }
 
 
-# These arguments have the shape of the convolution's output ("" is the result itself) and that of its weight.
+# These arguments have the shape of the convolution's output ("" is the result itself, or out) and that of its weight.
 CONVOLUTIONS = {
     "nvcnn::convolution": ("", "weight"),
     "nvcnn::convolution_data_gradient": ("g", "weight"),
@@ -95,7 +97,7 @@ def flops_of(call: Call) -> int:
     """Returns the FLOPs of a convolution or matrix product, and 0 for anything else."""
     if call.name in CONVOLUTIONS:
         y, weight = CONVOLUTIONS[call.name]
-        shape = (call[y] if y else call.outputs[0]).shape
+        shape = (call[y or "out"] or call.outputs[0]).shape
         flops = 2 * prod(shape) * prod(call[weight].shape[1:])
         second = call["a"]  # factor of a product, in the data gradient
         return flops if second is None else flops + 2 * prod(shape) // shape[1] * second.shape[1] ** 2

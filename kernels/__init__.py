@@ -3,7 +3,14 @@
 Imports torch and triton only, and asks for no GPU. NVCNN_KERNELS=auto|reference|triton decides what runs.
 """
 
-from kernels.batch_norm import batch_norm, batch_norm_data_gradient, batch_norm_gradient_sums, norm_gradient
+from kernels.batch_norm import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_data_gradient,
+    batch_norm_gradient_sums,
+    batch_norm_into,
+    norm_gradient,
+)
 from kernels.batch_norm_statistics import batch_norm_statistics, norm_from_sums, norm_of
 from kernels.blocks import BLOCK
 from kernels.convolution import convolution
@@ -24,8 +31,10 @@ from kernels.trust_ratio import trust_ratio
 __all__ = [
     "BLOCK",
     "batch_norm",
+    "batch_norm_backward",
     "batch_norm_data_gradient",
     "batch_norm_gradient_sums",
+    "batch_norm_into",
     "batch_norm_statistics",
     "convolution",
     "convolution_data_gradient",

@@ -8,6 +8,9 @@ Sums are centred, because sum(g x) cancels where the mean is large. With the run
 dx = scale g alone. The mask is never stored: it is taken again from x, or, with a residual, from y, which the next
 convolution keeps anyway.
 
+What is concatenated is written by `batch_norm_into`, into its slice of the channels, and the slice of the gradient is
+read where it lies: pixels are then a `pitch` of values apart, which is more than C.
+
 Bytes per fp16 value, forward: 4, reads x, writes y; and 2 for a residual. Backward: 10, reads dy and x twice, writes
 dx; 14 with residual and relu, where the first pass also reads y and writes g, which the second reads for dy. What the
 first pass takes along, a second gradient to add or a second raw tensor for sums, is 2 each.
@@ -37,7 +40,7 @@ from kernels.norm_rows import (
 )
 from kernels.operators import named, operator
 from kernels.partial_sums import NORM_CONFIG, few_parts, parts_of_rows, sum_parts
-from kernels.tiles import configured_for_rows, load_sparse
+from kernels.tiles import configured_for_rows, load_sparse, pitch_in_units
 
 
 def reference(x, norm, residual, relu):
@@ -82,8 +85,14 @@ def masked(dy, x, y, at, inside, mean, scale, shift):
 
 
 @triton.jit(repr=named("batch_norm"))
-def kernel(x, norm, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program computes BLOCK_ROWS pixels x BLOCK_C channels of (N H W, C)."""
+def kernel(
+    x, norm, residual, y, rows, C, pitch,
+    UNIT: tl.constexpr, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_ROWS pixels x BLOCK_C channels of (N H W, C).
+
+    pitch: of y, in UNITs; None where it is C.
+    """
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at = row[:, None] * C + c[None, :]
@@ -100,6 +109,8 @@ def kernel(x, norm, residual, y, rows, C, RELU: tl.constexpr, BLOCK_ROWS: tl.con
         value += skip
     if RELU:
         value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if pitch is not None:
+        at = row[:, None] * (pitch * UNIT) + c[None, :]
     tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -110,12 +121,13 @@ def sums_kernel(
     # outputs
     g, sums, branch_sums,
     # sizes, and what is compiled in
-    rows, C, rows_a_part, H, W,
-    SKIP_STRIDE: tl.constexpr, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    rows, C, rows_a_part, pitch, H, W,
+    UNIT: tl.constexpr, SKIP_STRIDE: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program sums g and g (x - mean) over one part of the rows, and stores g where it is asked for.
 
-    Where there is a branch, it sums g and g (branch - mean) as well.
+    Where there is a branch, it sums g and g (branch - mean) as well. pitch: of dy, in UNITs; None where it is C.
     """
     part, parts = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -133,7 +145,8 @@ def sums_kernel(
         row = (first + offset + tl.arange(0, BLOCK_ROWS))[:, None]
         at = row * C + c[None, :]
         inside = (row < rows) & channel[None, :]
-        gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        of_dy = at if pitch is None else row * (pitch * UNIT) + c[None, :]
+        gradient = tl.load(dy + of_dy, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if skip is not None:
             if SKIP_STRIDE == 1:
@@ -196,15 +209,17 @@ def gradient_kernel(
     # output
     dx,
     # sizes, and what is compiled in
-    rows, C, RELU: tl.constexpr, BATCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    rows, C, pitch,
+    UNIT: tl.constexpr, RELU: tl.constexpr, BATCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dx of BLOCK_ROWS pixels x BLOCK_C channels."""
+    """One program computes dx of BLOCK_ROWS pixels x BLOCK_C channels. pitch: as in `sums_kernel`."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at = row[:, None] * C + c[None, :]
     channel = c < C
     inside = (row < rows)[:, None] & channel[None, :]
-    gradient = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    of_dy = at if pitch is None else row[:, None] * (pitch * UNIT) + c[None, :]
+    gradient = tl.load(dy + of_dy, mask=inside, other=0.0).to(tl.float32)
     scale = load_row(norm, SCALE, c, channel, C)[None, :]
     if RELU or BATCH:
         mean = load_row(norm, MEAN, c, channel, C)[None, :]
@@ -231,17 +246,39 @@ def batch_norm(
     Returns a new tensor like x. Raises ValueError for other layouts, shapes, dtypes or devices.
     """
     op = "batch_norm"
-    n, c, h, w = check_images(op, "x", x)
+    c = check_images(op, "x", x)[1]
     check_tensors(op, x.device, single_or_double(x), gamma=(gamma, (c,)), beta=(beta, (c,)), norm=(norm, (5, c)))
     if residual is not None:
         check_images(op, "residual", residual, like=x)
     if not runs_triton(x.device):
         return reference(x, norm, residual, relu)
     y = torch.empty_like(x)
-    tile = {name: value for name, value in configured_for_rows(op, x).items() if name != "PROGRAMS"}
-    grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
-    launch(kernel, grid, x, norm, residual, y, n * h * w, c, RELU=relu, **tile)
+    write(x, norm, residual, relu, y)
     return y
+
+
+@operator("batch_norm_into", mutates_args=("y",))
+def batch_norm_into(x: Tensor, norm: Tensor, relu: bool, y: Tensor) -> None:
+    """Writes what `batch_norm` returns of x and norm to y, like x, or a slice of the channels of such a tensor.
+
+    Not differentiable: whoever concatenates has `batch_norm_gradient_sums`.
+    """
+    op = "batch_norm_into"
+    c = check_images(op, "x", x)[1]
+    check_images(op, "y", y, like=x, slices=True)
+    check_tensors(op, x.device, single_or_double(x), norm=(norm, (5, c)))
+    if runs_triton(x.device):
+        write(x, norm, None, relu, y)
+    else:
+        y.copy_(reference(x, norm, None, relu))
+
+
+def write(x: Tensor, norm: Tensor, residual: Tensor | None, relu: bool, y: Tensor) -> None:
+    n, c, h, w = x.shape
+    tile = {name: value for name, value in configured_for_rows("batch_norm", x).items() if name != "PROGRAMS"}
+    grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
+    pitch, unit = pitch_in_units(y)
+    launch(kernel, grid, x, norm, residual, y, n * h * w, c, pitch, UNIT=unit, RELU=relu, **tile)
 
 
 @operator("batch_norm_backward")
@@ -250,12 +287,12 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, d_gamma, d_beta, and with `with_g` the gradient g behind the mask (else an empty tensor).
 
-    dy: like x. y: what `batch_norm` returned; None where relu's mask shall be taken from x, without a residual only.
-    The rest as in `batch_norm`.
+    dy: like x, or a slice of channels. y: what `batch_norm` returned; None where relu's mask shall be taken from x,
+    without a residual only. The rest as in `batch_norm`.
     """
     op = "batch_norm_backward"
     n, _, h, w = check_images(op, "x", x)
-    check_images(op, "dy", dy, like=x)
+    check_images(op, "dy", dy, like=x, slices=True)
     if not runs_triton(x.device):
         dx, d_gamma, d_beta, g = backward_reference(dy, x, y, norm, relu, batch)
         return dx, d_gamma, d_beta, g if with_g else x.new_empty(0)
@@ -293,9 +330,9 @@ def launch_sums(
         for raw in (x, branch)
     )
     inputs, outputs = (dy, skip, x, y, norm, branch, branch_norm), (g, sums, branch_sums)
-    grid = (parts, cdiv(c, config["BLOCK_C"]))
-    sizes = n * h * w, c, rows_a_part, h, w
-    launch(sums_kernel, grid, *inputs, *outputs, *sizes, SKIP_STRIDE=skip_stride, RELU=relu, **tile)
+    grid, (pitch, unit) = (parts, cdiv(c, config["BLOCK_C"])), pitch_in_units(dy)
+    sizes, options = (n * h * w, c, rows_a_part, pitch, h, w), {"UNIT": unit, "SKIP_STRIDE": skip_stride, "RELU": relu}
+    launch(sums_kernel, grid, *inputs, *outputs, *sizes, **options, **tile)
     return sums, branch_sums
 
 
@@ -305,8 +342,9 @@ def launch_gradient(g: Tensor, x: Tensor, y: Tensor | None, norm: Tensor, factor
     dx = torch.empty_like(x)
     tile = {name: value for name, value in configured_for_rows("batch_norm_backward", x).items() if name != "PROGRAMS"}
     grid = (cdiv(n * h * w, tile["BLOCK_ROWS"]), cdiv(c, tile["BLOCK_C"]))
-    batch = factors is not None
-    launch(gradient_kernel, grid, g, x, y, norm, factors, dx, n * h * w, c, RELU=relu, BATCH=batch, **tile)
+    pitch, unit = pitch_in_units(g)
+    options = {"UNIT": unit, "RELU": relu, "BATCH": factors is not None}
+    launch(gradient_kernel, grid, g, x, y, norm, factors, dx, n * h * w, c, pitch, **options, **tile)
     return dx
 
 
@@ -349,14 +387,14 @@ def batch_norm_gradient_sums(
     """Returns g, the gradient behind relu's mask (empty without `relu`: it is dy), and the sums for `norm_gradient`.
 
     The last are the sums with branch, empty without one.
-    dy: like x, the gradient of relu((x - mean) scale + shift + residual). y: that value, or None where the mask shall
-    be taken from x, without a residual only. x, norm: as in `batch_norm`. skip: like x, or like every skip_stride-th of
-    its pixels, added to those of dy; with relu only.
+    dy: like x, or a slice of channels; the gradient of relu((x - mean) scale + shift + residual). y: that value, or
+    None where the mask shall be taken from x, without a residual only. x, norm: as in `batch_norm`. skip: like x, or
+    like every skip_stride-th of its pixels, added to those of dy; with relu only.
     branch, branch_norm: likewise x and norm of a residual that was normalised, too.
     """
     op = "batch_norm_gradient_sums"
     c = check_images(op, "x", x)[1]
-    check_images(op, "dy", dy, like=x)
+    check_images(op, "dy", dy, like=x, slices=True)
     check_like(op, x, y=y, branch=branch)
     check_like(op, x[:, :, ::skip_stride, ::skip_stride], skip=skip)
     check_tensors(op, x.device, single_or_double(x), norm=(norm, (5, c)), branch_norm=(branch_norm, (5, c)))

@@ -9,10 +9,25 @@ from kernels.launch import state
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -> tuple[int, int, int, int]:
+def pitch_of(x: Tensor) -> int | None:
+    """Returns how many values lie from a pixel to the next: C of a channels-last tensor, more of a slice of one.
+
+    None in any other layout.
+    """
+    n, c, h, w = x.shape
+    of_n, of_c, of_h, of_w = x.stride()
+    pitch = of_w if w > 1 else of_h if h > 1 else of_n if n > 1 else c
+    expected = (n, h * w * pitch, of_n), (c, 1, of_c), (h, w * pitch, of_h)
+    return pitch if pitch >= c and all(stride == right for size, right, stride in expected if size > 1) else None
+
+
+def check_images(
+    op: str, name: str, x: Tensor, *, like: Tensor | None = None, slices: bool = False
+) -> tuple[int, int, int, int]:
     """Returns N, C, H, W. Raises ValueError unless `x` is channels-last, with four dimensions, none of them 0.
 
     fp16, bf16 or fp32; fp64 too where the reference runs. `like`: it must have the shape, dtype and device of that one.
+    `slices`: it may be a slice of the channels of a channels-last tensor.
     """
     if x.dtype not in HALF_AND_SINGLE and (x.dtype != torch.float64 or runs_triton(x.device)):
         dtypes = HALF_AND_SINGLE if runs_triton(x.device) else (*HALF_AND_SINGLE, torch.float64)
@@ -20,9 +35,11 @@ def check_images(op: str, name: str, x: Tensor, *, like: Tensor | None = None) -
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"{op}: {name} must be (N, C, H, W), none of them 0, got {tuple(x.shape)}")
     # Without memory PyTorch's own convolutions lose the layout.
-    if not (state.silent or x.is_contiguous(memory_format=torch.channels_last)):
+    whole = state.silent or x.is_contiguous(memory_format=torch.channels_last)
+    if not (whole or (slices and pitch_of(x))):
         raise ValueError(
-            f"{op}: {name} must be channels-last, got strides {x.stride()} for {tuple(x.shape)}: "
+            f"{op}: {name} must be channels-last{' or a slice of such channels' * slices}, "
+            f"got strides {x.stride()} for {tuple(x.shape)}: "
             "make it so once, with .contiguous(memory_format=torch.channels_last)"
         )
     if like is not None and (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):

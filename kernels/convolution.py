@@ -35,6 +35,7 @@ from kernels.checks import (
     check_tensors,
     check_weight,
     empty_images,
+    pitch_of,
     single_or_double,
 )
 from kernels.configurations import Configuration, cdiv
@@ -87,7 +88,7 @@ def kernel(
     # outputs
     y, sums,
     # sizes
-    rows, parts, C: tl.constexpr, H, W, K: tl.constexpr, OH, OW,
+    rows, parts, C: tl.constexpr, H, W, K: tl.constexpr, PITCH: tl.constexpr, OH, OW,
     # descriptors of tiles
     x_tiles, weight_tiles,
     # geometry
@@ -99,7 +100,10 @@ def kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     PERSISTENT: tl.constexpr = 0,
 ):  # fmt: skip
-    """One program computes tiles of BLOCK_ROWS rows x BLOCK_OUT channels of y; neighbours have the same rows."""
+    """One program computes tiles of BLOCK_ROWS rows x BLOCK_OUT channels of y; neighbours have the same rows.
+
+    PITCH: from a pixel of y to the next; K, unless y is a slice of channels.
+    """
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
     FORMED: tl.constexpr = norm is not None or BOX_W > 0
     TAPS_W: tl.constexpr = 1 if NARROW else S
@@ -122,7 +126,7 @@ def kernel(
         if GROUP_IN:
             weight_row -= k // GROUP_OUT * GROUP_IN
         first = part.to(tl.int64) * BLOCK_ROWS
-        y_tile, y_row = first * K, tl.arange(0, BLOCK_ROWS) * K
+        y_tile, y_row = first * PITCH, tl.arange(0, BLOCK_ROWS) * PITCH
         if SAME:
             exists = tl.arange(0, BLOCK_ROWS) < rows - first
             x_tile, x_row = first * channels, tl.arange(0, BLOCK_ROWS) * channels
@@ -131,7 +135,9 @@ def kernel(
             h, w = i * STRIDE_H - PADDING_H, j * STRIDE_W - PADDING_W
             x_tile, x_row = image * H * W * channels, ((n * H + h) * W + w) * channels
             if BOX_W:
-                y_tile, y_row = image * OH * OW * K, ((n * OH + i) * OW + j) * K
+                if PITCH > K:
+                    n = n.to(tl.int64)  # what 32 bits do not reach across is refused for x and K alone
+                y_tile, y_row = image * OH * OW * PITCH, ((n * OH + i) * OW + j) * PITCH
         box, top, left = corner(part, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
 
         # Products over taps and channels; the prologue forms the activation as x is loaded.
@@ -216,7 +222,7 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     return config | (two_programs(element_size, gpu) if "norm" in fusion else {})
 
 
-@operator("convolution")
+@operator("convolution", mutates_args=("out",))
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -231,6 +237,7 @@ def convolution(
     shift: Tensor | None = None,
     add: Tensor | None = None,
     relu: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, z, sums: z is x + residual behind its relu, sums those about `center`; without these they are empty.
 
@@ -241,17 +248,26 @@ def convolution(
     residual is raw, too.
     Epilogue, in this order: y scale + shift + add, relu, and the sums of y - center and of its square. scale, shift,
     center: (K,), fp32. add: like y. sums: (2, P, K), over P parts of the rows.
+    out: like y, or a slice of the channels of such a tensor: written in place of y, which is then empty. Without add.
     Not differentiable: `convolution_data_gradient` and `convolution_weight_gradient` are the gradients.
     Raises ValueError for other layouts, shapes, dtypes or devices.
     """
     shape = checked(x, weight, stride, padding, groups, norm, residual, residual_norm)
     sums_dtype, k = single_or_double(x), (shape.k,)
     check_tensors("convolution", x.device, sums_dtype, center=(center, k), scale=(scale, k), shift=(shift, k))
-    y = empty_images(x, shape.output)
-    check_like("convolution", y, add=add)
+    if out is None:
+        y = written = empty_images(x, shape.output)
+        check_like("convolution", y, add=add)
+    else:
+        y, written = x.new_empty(0), out
+        check_out(x, shape, out, add)
     if not runs_triton(x.device):
         prologue = norm, residual, residual_norm
-        return reference(x, weight, stride, padding, groups, *prologue, center, scale, shift, add, relu)
+        result, z, sums = reference(x, weight, stride, padding, groups, *prologue, center, scale, shift, add, relu)
+        if out is None:
+            return result, z, sums
+        out.copy_(result)
+        return y, z, sums
     config = configured_for(
         "convolution",
         x,
@@ -269,14 +285,24 @@ def convolution(
         kernel,
         (min(tiles, config.get("PERSISTENT") or tiles),),
         *(x, weight, norm, residual, residual_norm, None if residual is None else z),
-        *(center, scale, shift, add, y, sums, shape.rows, parts),
-        *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
+        *(center, scale, shift, add, written, sums, shape.rows, parts),
+        *(shape.c, shape.h, shape.w, shape.k, pitch_of(written), shape.oh, shape.ow),
         **shape.constants,
         NARROW=shape.narrow,
         RELU=relu,
         **options,
     )
     return y, z, sums
+
+
+def check_out(x: Tensor, shape: ConvShape, out: Tensor, add: Tensor | None) -> None:
+    op = "convolution"
+    check_images(op, "out", out, slices=True)
+    if (out.shape, out.dtype, out.device) != (shape.output, x.dtype, x.device) or add is not None:
+        raise ValueError(
+            f"{op}: out must be {shape.output}, {x.dtype}, on {x.device}, and there must be no add; "
+            f"got {tuple(out.shape)}, {out.dtype}, on {out.device}, {'no add' if add is None else 'an add'}"
+        )
 
 
 def checked(x, weight, stride, padding, groups, norm, residual, residual_norm) -> ConvShape:

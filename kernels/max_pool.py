@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import check_images, check_like, check_tensors, check_together, empty_images, single_or_double
+from kernels.checks import (
+    check_images,
+    check_like,
+    check_tensors,
+    check_together,
+    empty_images,
+    pitch_of,
+    single_or_double,
+)
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.implementation import runs_triton
 from kernels.launch import launch
@@ -105,12 +113,13 @@ def backward_kernel(
     dx, sums,
     # sizes, and what is compiled in
     CELLS, ROWS, COLUMNS, H, W, OH, OW,
-    C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    C: tl.constexpr, PITCH: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_C channels of BLOCK_PIXELS of the N x ROWS x COLUMNS = CELLS cells of dx.
 
     A cell is STRIDE x STRIDE pixels: the windows over it are read once, and where in them its pixels are is constant.
+    PITCH: from a pixel of dy to the next; C, unless dy is a slice of channels.
     With norm a program goes on to other cells, and adds up what it stores: one part of the sums.
     """
     part, parts = tl.program_id(0), tl.num_programs(0)
@@ -133,8 +142,10 @@ def backward_kernel(
             for j in tl.static_range(1 - WINDOWS, 1):
                 oh, ow = row + i, column + j
                 valid = inside & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
-                at = ((n * OH + oh) * OW + ow)[:, None] * C + c
-                gradients += (tl.load(dy + at, mask=valid).to(tl.float32),)  # type: ignore[assignment]
+                place = ((n * OH + oh) * OW + ow)[:, None]
+                at = place * C + c
+                of_dy = at if PITCH == C else place * PITCH + c
+                gradients += (tl.load(dy + of_dy, mask=valid).to(tl.float32),)  # type: ignore[assignment]
                 positions += (tl.load(argmax + at, mask=valid, other=255),)  # type: ignore[assignment]
         if norm is not None:  # all loads come before the stores, which they could not pass
             for pixel in tl.static_range(STRIDE * STRIDE):
@@ -263,6 +274,7 @@ def max_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns dx, (N, C, height, width), channels-last, for dy and argmax, (N, C, OH, OW); and an empty tensor.
 
+    dy may be a slice of channels.
     With x, like dx, and norm, as the forward had them, dx is g, the gradient behind relu's mask, and the second result
     the sums for `norm_gradient`.
     """
@@ -270,7 +282,8 @@ def max_pool_backward(
     if argmax.shape != dy.shape:
         raise ValueError(f"max_pool: the backward needs argmax, {tuple(dy.shape)}, got {tuple(argmax.shape)}")
     check_together(op, x=x, norm=norm)
-    dy = dy.contiguous(memory_format=torch.channels_last)  # what was flattened for a linear layer is not
+    if pitch_of(dy) is None:
+        dy = dy.contiguous(memory_format=torch.channels_last)  # what was flattened for a linear layer is not
     n, c, *size = dy.shape
     dx = empty_images(dy, (n, c, height, width))
     check_like(op, dx, x=x)
@@ -287,7 +300,7 @@ def max_pool_backward(
         backward_kernel,
         (programs, across),
         *(dy, argmax, x, norm, dx, None if norm is None else sums),
-        *(cells, rows, columns, height, width, *size, c, kernel_size, stride, padding),
+        *(cells, rows, columns, height, width, *size, c, pitch_of(dy), kernel_size, stride, padding),
         **{name: value for name, value in config.items() if name != "PROGRAMS"},
     )
     return dx, sums

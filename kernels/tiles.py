@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
+from kernels.checks import pitch_of
 from kernels.configurations import Configuration, cdiv, configuration, dtype_name, next_power_of_2
 from kernels.implementation import INTERPRETED
 
@@ -103,6 +104,17 @@ def multiply_add(a, b, total, FORMED: tl.constexpr):
         # Whoever uses the sum in the loop waits for it. This is no instruction in the end.
         tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,f", [total], dtype=tl.int32, is_pure=False, pack=1)
     return total
+
+
+def pitch_in_units(x: Tensor) -> tuple[int | None, int]:
+    """Returns the pitch of a slice of channels in units, and the unit: 8 values, where possible; else None and 1.
+
+    Triton only sees whether an argument is a multiple of 16, and 8 halves are what is moved at a time.
+    """
+    pitch = pitch_of(x)
+    if pitch is None or pitch == x.shape[1]:
+        return None, 1
+    return (pitch // 8, 8) if pitch % 8 == 0 else (pitch, 1)
 
 
 def configured_for_rows(op: str, x: Tensor) -> Configuration:

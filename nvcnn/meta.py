@@ -142,7 +142,7 @@ class Places(TorchDispatchMode):
 
     def note(
         self, results, x, weight, stride, padding, groups=1, norm=None, residual=None, residual_norm=None,
-        center=None, scale=None, shift=None, add=None, relu=False,
+        center=None, scale=None, shift=None, add=None, relu=False, out=None,
     ):  # fmt: skip
         y, joined, _ = results
         reads = "raw" if norm is not None else "activation"

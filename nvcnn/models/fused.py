@@ -37,7 +37,7 @@ and refuse to be taken for one. A Rectified's norm changes no value; D_BETA is t
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import kernels
+from kernels.checks import empty_images
+from kernels.conv_shape import conv_shape
 from kernels.convolution_gradients import fits
 from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, SCALE
 from nvcnn.models import JOINT
@@ -120,6 +122,37 @@ class Rectified(Pending):
     norm: Tensor
 
 
+class Slice(NamedTuple):
+    """What `concatenate` writes of a branch: x, or relu(normalised x) where there is a norm.
+
+    gamma, beta, batch: of a norm that autograd does not know, as `kernels.batch_norm` takes them.
+    """
+
+    x: Tensor | PendingConv
+    norm: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    batch: bool | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if isinstance(self.x, Tensor):
+            return tuple(self.x.shape)
+        x, conv = activation(self.x.x), self.x.conv
+        how: Any = x.shape, conv.weight_for(x), conv.stride, conv.padding, conv.groups
+        return conv_shape("concatenate", *how).output
+
+    def write(self, out: Tensor) -> Tensor:
+        """Writes it to `out`, and returns what gets the gradient of that."""
+        if isinstance(self.x, PendingConv):
+            return compute(self.x, None, True, out)
+        if self.norm is not None:
+            return Written.apply(*self, out)
+        with torch.no_grad():
+            out.copy_(self.x)
+        return self.x
+
+
 Operand = Tensor | Unnormalized | PendingConv | PendingAdd | Rectified
 
 
@@ -151,14 +184,17 @@ def materialize(a: Unnormalized | PendingConv, b: Tensor | Unnormalized | Pendin
     return a.bn(a.y, residual=added, relu=relu) if isinstance(a, Unnormalized) else compute(a, added, relu)
 
 
-def compute(a: PendingConv, added: Tensor | None, relu: bool) -> Tensor:
-    """Returns relu(normalised convolution + added), in evaluation; `added` may be None, and ReLU is optional."""
+def compute(a: PendingConv, added: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+    """Returns relu(normalised convolution + added), in evaluation; `added` may be None, and ReLU is optional.
+
+    out: where the project's kernels write it.
+    """
     x, conv, bn = activation(a.x), a.conv, a.bn
     if conv.algorithm in LIBRARY:
         return bn(channels_last(conv(x)), residual=added, relu=relu)
     scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
     shift = torch.addcmul(bn.bias, bn.running_mean, scale, value=-1)
-    epilogue = {"scale": scale, "shift": shift, "add": added, "relu": relu}
+    epilogue = {"scale": scale, "shift": shift, "add": added, "relu": relu, "out": out}
     return kernels.convolution(x, conv.weight_for(x), conv.stride, conv.padding, conv.groups, **epilogue)[0]
 
 
@@ -280,9 +316,38 @@ def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0, ceil_m
 def concatenate(branches: Iterable[Operand]) -> Tensor:
     """Returns the activations of all, one behind the other in channels, (N, sum of C, H, W), channels-last.
 
-    Each is written once, read and written again: a kernel that stores into its slice of the channels would go here.
+    What is not normalised yet is written where it belongs at once, and its gradient is read from there; ordinary
+    tensors are copied.
     """
-    return torch.cat([activation(branch) for branch in branches], 1)
+    slices = [slice_of(branch) for branch in branches]
+    ordinary = [slice.x for slice in slices if isinstance(slice.x, Tensor) and slice.norm is None]
+    if len(ordinary) == len(slices):
+        return torch.cat(ordinary, 1)
+    shapes = [slice.shape for slice in slices]
+    if len({(n, h, w) for n, _, h, w in shapes}) > 1:
+        raise ValueError(f"concatenate: N, H and W must be the same, got {shapes}")
+    (n, _, h, w), channels, x = shapes[0], [shape[1] for shape in shapes], slices[0].x
+    z = empty_images(x if isinstance(x, Tensor) else activation(x.x), (n, sum(channels), h, w))
+    parts = [slice.write(out) for slice, out in zip(slices, z.split(channels, 1), strict=True)]
+    return Concatenate.apply(z, channels, *parts)
+
+
+def slice_of(branch: Operand) -> Slice:
+    """Returns what `concatenate` writes of a branch."""
+    if isinstance(branch, Tensor) or branch.value is not None:
+        return Slice(activation(branch))
+    if isinstance(branch, Unnormalized):
+        y, bn = branch.y, branch.bn
+        if branch.norm is not None:
+            return Slice(y, branch.norm)
+        return Slice(y, bn.norm_of(y), bn.weight, bn.bias, bn.training)
+    if isinstance(branch, PendingConv) and not branch.bn.training:
+        if branch.conv.algorithm not in LIBRARY:
+            return Slice(branch)
+        if branch.conv.algorithm != "torch":
+            y = channels_last(branch.conv(activation(branch.x)))
+            return Slice(y, branch.bn.norm_of(y))
+    return Slice(activation(branch))
 
 
 def can_add(conv: Conv2d) -> bool:
@@ -393,6 +458,42 @@ class Materialize(Function):
         g = g if ctx.relu else d_z
         d_norm = gradient_of_norm(sums, a, a_norm), gradient_of_norm(b_sums, b, b_norm)
         return g, d_norm[0], g if ctx.adds else None, d_norm[1], None, None
+
+
+class Written(Function):
+    """relu(normalised x) of a Slice, in `out`; what is returned has no values, and is there for its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, norm, gamma, beta, batch, out):
+        kernels.batch_norm_into(x, norm, True, out)
+        ctx.batch = batch
+        ctx.save_for_backward(x, norm)
+        return x.new_empty(()).expand(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, norm = ctx.saved_tensors
+        if ctx.batch is None:
+            g, sums, _ = kernels.batch_norm_gradient_sums(d_out, x, None, norm, True)
+            return g, gradient_of_norm(sums, x, norm), *[None] * 4
+        dx, d_gamma, d_beta, _ = kernels.batch_norm_backward(d_out, x, None, norm, True, ctx.batch, False)
+        return dx, None, d_gamma, d_beta, None, None
+
+
+class Concatenate(Function):
+    """z, whose slices of channels are written; `parts` get those of its gradient, as they lie there."""
+
+    @staticmethod
+    def forward(ctx, z, channels, *parts):
+        ctx.channels = channels
+        ctx.mark_dirty(z)  # else it would be a view, which others may not change
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_z):
+        return None, None, *channels_last(d_z).split(ctx.channels, 1)
 
 
 class MaxPool(Function):

@@ -115,13 +115,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         return super().train(mode and not self.frozen)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        return kernels.batch_norm(x, self.weight, self.bias, self.norm_of(x), residual, relu, self.training)
+
+    @torch.no_grad()
+    def norm_of(self, x: Tensor) -> Tensor:
+        """Returns the `norm` of x, outside of autograd: the gradient through the statistics is `batch_norm`'s."""
         gamma, beta = self.weight, self.bias
-        with torch.no_grad():  # the gradient through the statistics is `batch_norm`'s
-            if self.training:
-                norm = kernels.batch_norm_statistics(x, gamma, beta, self.batch_mean, self.batch_var, self.eps)
-            else:
-                norm = kernels.norm_of(self.running_mean, self.running_var, gamma, beta, self.eps)
-        return kernels.batch_norm(x, gamma, beta, norm, residual, relu, self.training)
+        if self.training:
+            return kernels.batch_norm_statistics(x, gamma, beta, self.batch_mean, self.batch_var, self.eps)
+        return kernels.norm_of(self.running_mean, self.running_var, gamma, beta, self.eps)
 
 
 def freeze_backbone(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 import kernels
 from benchmarks import roofline
-from benchmarks.trace import Layout, call_of, plain_calls, step_calls
+from benchmarks.trace import Call, Layout, call_of, evaluation_calls, plain_calls, step_calls
 from kernels.blocks import BLOCK
 from kernels.configurations import TEST, read_table
 from kernels.implementation import INTERPRETED
@@ -53,7 +53,8 @@ def counted() -> Iterator[list[Access]]:
 
 
 def bytes_in(tensors: list[Tensor], passes: list[Access]) -> int:
-    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    ranges = [(start, start + size) for start, size in storages.items()]
     return sum(size * int(((at >= low) & (at < high)).sum()) for at, size in passes for low, high in ranges)
 
 
@@ -135,6 +136,7 @@ def data_gradient_call(joined: bool) -> tuple:
 CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     "statistics": ("batch_norm_statistics", statistics_call),
     "batch_norm": ("batch_norm", lambda: (images(24, 26), *torch.ones(2, 24), norm(), None, True, True)),
+    "batch_norm_into": ("batch_norm_into", lambda: (images(24, 26), norm(), True, images(40, 26)[:, 8:32])),
     "batch_norm, join": (
         "batch_norm",
         lambda: (images(24, 26), *torch.ones(2, 24), norm(), images(24, 26), True, True),
@@ -142,6 +144,10 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     "batch_norm_backward": ("batch_norm_backward", backward_call),
     "batch_norm_backward, join": ("batch_norm_backward", lambda: backward_call(residual=True)),
     "gradient_sums": ("batch_norm_gradient_sums", lambda: (images(24, 26), images(24, 26), None, norm(), True)),
+    "gradient_sums, slice": (
+        "batch_norm_gradient_sums",
+        lambda: (images(40, 26)[:, 8:32], images(24, 26), None, norm(), True),
+    ),
     "gradient_sums, join": (
         "batch_norm_gradient_sums",
         lambda: (images(24, 26), images(24, 26), images(24, 26), norm(), True),
@@ -281,6 +287,21 @@ def test_a_step_of_resnet50_moves_less_than_the_plain_model():
     assert fused["step"]["MB/image"] < 0.6 * plain["step"]["MB/image"]
     assert fused["nvcnn::convolution"]["calls"] == 53
     assert ours["nvcnn::batch_norm"]["calls"] == plain["aten::native_batch_norm"]["calls"] == 53
+
+
+def test_what_is_concatenated_moves_once():
+    """Of GoogLeNet's nine times four branches neither a value nor a gradient is copied."""
+    training, evaluation = (calls("googlenet", 2, conv="triton") for calls in (step_calls, evaluation_calls))
+    copies = {"aten::cat", "aten::clone", "aten::copy_", "nvcnn::batch_norm"}
+    assert not copies & {call.name for call in training + evaluation}
+    assert sum(call.name == "nvcnn::batch_norm_into" for call in training) == 9 * 4
+    assert sum(call["out"] is not None for call in evaluation) == 9 * 4
+    flops = [sum(map(roofline.flops_of, filter(is_forward, calls))) for calls in (training, evaluation)]
+    assert flops[0] == flops[1] > 0
+
+
+def is_forward(call: Call) -> bool:
+    return call.name == "nvcnn::convolution"
 
 
 def test_the_floor_is_the_longer_of_bytes_and_flops():

@@ -36,6 +36,18 @@ def integers(shape, dtype, device, low=-8, high=8) -> Tensor:
     return channels_last(torch.randint(low, high + 1, shape, device=device).to(dtype))
 
 
+def slice_of(whole: Tensor, x: Tensor, first: int) -> Tensor:
+    """Returns the slice of the channels of `whole` from `first` on, with the values of x."""
+    return whole[:, first : first + x.shape[1]].copy_(x)
+
+
+def poisoned(x: Tensor, channels: int) -> Tensor:
+    """Returns a channels-last tensor like x with so many channels: all NaN."""
+    n, _, h, w = x.shape
+    return channels_last(x.new_full((n, channels, h, w), torch.nan))
+
+
+SLICES = [(128, 64, 32), (72, 24, 8), (45, 20, 7)]  # pitches, channels and the first; the last is nowhere aligned
 VALUES = 2**12  # so many that every dimension has several blocks; more take the interpreter long
 MIDDLING = st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 7), st.integers(1, 7))
 WIDE = st.tuples(st.just(2), st.integers(41, 400), st.integers(1, 3), st.integers(1, 3))

@@ -1,5 +1,7 @@
 """BatchNorm's two ops, statistics and normalisation with its gradients, against PyTorch in float64."""
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,19 +10,32 @@ from torch.nn import functional as F
 
 from kernels import (
     batch_norm,
+    batch_norm_backward,
     batch_norm_data_gradient,
     batch_norm_gradient_sums,
+    batch_norm_into,
     batch_norm_statistics,
     norm_from_sums,
     norm_gradient,
     norm_of,
 )
 from kernels.batch_norm import backward_reference
-from kernels.checks import single_or_double
+from kernels.checks import pitch_of, single_or_double
 from kernels.norm_rows import D_BETA, D_GAMMA, FACTORS, MEAN, MEAN_LOW, RSTD, SCALE, SHIFT
 from kernels.partial_sums import NORM_CONFIG, parts_of_rows
 from kernels.tiles import configured_for_rows
-from tests.kernels.images import DTYPES, SHAPES, SMALLEST, channels_last, integers, randn, unit
+from tests.kernels.images import (
+    DTYPES,
+    SHAPES,
+    SLICES,
+    SMALLEST,
+    channels_last,
+    integers,
+    poisoned,
+    randn,
+    slice_of,
+    unit,
+)
 
 EPS = 1e-4
 U = 2.0**-24  # half a unit in the last place of fp32
@@ -215,6 +230,50 @@ def test_the_sums_and_dx_apart_are_exact_on_integers(implementation, device, dty
     assert torch.equal(dx.double(), dy.double() * scale + slope * (x.double() - mean) + offset)
 
 
+@pytest.mark.parametrize(("pitch", "channels", "first"), SLICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_slice_is_written_and_no_more(implementation, device, dtype, pitch, channels, first):
+    """Two of one tensor, the second by a launch that is repeated; then one that is a whole tensor."""
+    x, norm = (
+        integers((2, channels, 3, 6), dtype, device, -3, 3),
+        torch.randint(-2, 3, (5, channels)).to(device).float(),
+    )
+    y = batch_norm(x, norm[0], norm[0], norm, None, True, True)
+    whole, others = poisoned(x, pitch), torch.ones(pitch, dtype=torch.bool, device=device)
+    for at in (first, first % 8):
+        batch_norm_into(x, norm, True, whole[:, at : at + channels])
+        others[at : at + channels] = False
+        assert torch.equal(whole[:, at : at + channels], y)
+    assert whole[:, others].isnan().all()
+    batch_norm_into(x, norm, True, x)
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("pitch", "channels", "first"), SLICES)
+def test_the_gradient_may_be_a_slice(implementation, device, pitch, channels, first):
+    torch.manual_seed(0)
+    case = Case((2, channels, 3, 6), torch.float16, device, relu=True)
+    norm, results = case.ours()["norm"], []
+    for dy in (case.dy, slice_of(poisoned(case.dy, pitch), case.dy, first)):
+        whole = (batch_norm_backward(dy, case.x, None, norm, True, True, with_g) for with_g in (False, True))
+        results.append([*batch_norm_gradient_sums(dy, case.x, None, norm, True), *chain(*whole)])
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+        assert got.is_contiguous() or got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 3, 4), (2, 9, 1, 4), (2, 9, 3, 1), (2, 9, 1, 1)])
+def test_the_pitch_of_a_tensor(shape):
+    """Whatever the stride is of an axis of one value."""
+    x = channels_last(torch.empty(shape))
+    assert [pitch_of(t) for t in (x, x[:, 2:7], x[:, 8:], x[:1, 2:7, :1, :1])] == [9, 9, 9, 5]
+    assert pitch_of(x[:, :1].expand(-1, 2, -1, -1)) is None  # the channels are one
+    assert pitch_of(x[:, :1, :1, :1].expand(-1, -1, 3, 4)) is None  # the pixels are
+    large = channels_last(torch.empty(2, 9, 6, 8))
+    assert pitch_of(large[..., :4]) is pitch_of(large[:, :, :3]) is None  # rows have a pitch of their own, or images
+    assert pitch_of(torch.empty(2, 9, 3, 4)) is None
+
+
 def test_sums_are_of_the_added_gradient_as_it_is_stored(implementation, device):
     x = channels_last(torch.ones(1, 8, 1, 1, dtype=torch.float16, device=device))
     norm = torch.zeros(5, 8, device=device)
@@ -380,6 +439,7 @@ def test_opcheck(implementation, device):
         (norm_from_sums.overload, (sums, mean, 30, case.gamma, case.beta, mean.clone(), var, EPS)),
         (batch_norm.overload, (*leaves[:3], norm, leaves[3], True, True)),
         (batch_norm.overload, (*leaves[:3], norm, None, False, False)),
+        (batch_norm_into.overload, (case.x, norm, True, poisoned(case.x, 8)[:, 2:7])),
         (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, case.dy, norm, True, True, True)),
         (torch.ops.nvcnn.batch_norm_backward, (case.dy, case.x, None, norm, True, True, False)),
         (batch_norm_gradient_sums.overload, (case.dy, case.x, None, norm, True)),
@@ -416,6 +476,10 @@ def test_refuses_gradients_that_do_not_belong_together(device):
     x, norm = channels_last(torch.randn(2, 4, 3, 3, device=device)), torch.rand(5, 4, device=device)
     with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: dy must be \(2, 4, 3, 3\).*got \(1, 4, 3, 3\)"):
         batch_norm_gradient_sums(x[:1], x, None, norm, True)
+    with pytest.raises(ValueError, match="dy must be channels-last or a slice of such channels, got strides"):
+        batch_norm_gradient_sums(x.contiguous(), x, None, norm, True)
+    with pytest.raises(ValueError, match=r"batch_norm_into: y must be \(2, 4, 3, 3\).*got \(2, 3, 3, 3\)"):
+        batch_norm_into(x, norm, True, x[:, 1:])
     with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: y must be .*float16"):
         batch_norm_gradient_sums(x, x, x.half(), norm, True)
     with pytest.raises(ValueError, match=r"batch_norm_gradient_sums: branch, branch_norm come together"):

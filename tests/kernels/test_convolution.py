@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kernels import batch_norm_statistics, convolution, norm_from_sums
 from tests.kernels import convolutions as conv
-from tests.kernels.images import channels_last, randn
+from tests.kernels.images import channels_last, poisoned, randn
 
 POINTWISE = conv.Shape(2, 21, 5, 4, 19, 1, 1)
 
@@ -121,6 +121,29 @@ def test_scale_shift_add_relu_are_exact_on_integers(implementation, device, scal
     assert torch.equal(y, (exact.relu() if relu else exact).half())
 
 
+def check_slice(given, shape, pitch, first):
+    scale, shift = given["factors"]
+    exact = conv.convolved(given["x"], given["weight"], shape) * conv.spread(scale) + conv.spread(shift)
+    whole, others = poisoned(given["g"], pitch), [*range(first), *range(first + shape.k, pitch)]
+    out = whole[:, first : first + shape.k]
+    y, *_ = forward(given, shape, scale=scale, shift=shift, relu=True, out=out)
+    assert y.numel() == 0
+    assert torch.equal(out, exact.relu().half())
+    assert whole[:, others].isnan().all()
+
+
+@pytest.mark.parametrize(("pitch", "first"), [(64, 16), (72, 8), (45, 3)])
+@pytest.mark.parametrize("shape", [conv.TILES, conv.MODELS[5]], ids=str)
+def test_a_slice_is_written_and_no_more(implementation, device, shape, pitch, first):
+    check_slice(conv.tensors(shape, torch.float16, device, conv.small_integers), shape, pitch, first)
+
+
+@pytest.mark.parametrize(("shape", "box"), [conv.BOXES[0], conv.BOXES[3], (conv.TILES, {"TMA": 1})], ids=str)
+def test_a_slice_is_written_by_tiles_of_tma(device, shape, box):
+    with conv.configured(**box):
+        check_slice(conv.tensors(shape, torch.float16, device, conv.small_integers), shape, 48, 8)
+
+
 def test_the_sums_make_the_norm_of_the_statistics(implementation, device):
     torch.manual_seed(0)
     given = conv.tensors(POINTWISE, torch.float16, device)
@@ -222,6 +245,7 @@ def test_opcheck(implementation, device):
         {},
         {"norm": norm, "residual": given["residual"], "residual_norm": norm, "center": of_y},
         {"scale": of_y, "shift": of_y, "add": given["g"], "relu": True},
+        {"scale": of_y, "shift": of_y, "out": poisoned(given["g"], 32)[:, 8:27]},
     ):
         torch.library.opcheck(convolution.overload, (x, weight, *how), arguments)
 
@@ -248,6 +272,12 @@ def test_opcheck(implementation, device):
             "a residual needs norm",
         ),
         ({"residual_norm": lambda _: torch.zeros(5, 4)}, "residual_norm need a residual"),
+        ({"out": lambda _: torch.zeros(2, 6, 2, 3)}, "out must be channels-last or a slice of such channels"),
+        ({"out": lambda _: channels_last(torch.zeros(2, 6, 3, 3))}, r"out must be \(2, 6, 2, 3\).*got \(2, 6, 3, 3\)"),
+        (
+            {name: lambda _: channels_last(torch.zeros(2, 6, 2, 3)) for name in ("add", "out")},
+            "there must be no add; got .* an add",
+        ),
     ],
 )
 def test_refuses(change, message):

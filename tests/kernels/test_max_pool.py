@@ -6,7 +6,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import batch_norm, batch_norm_gradient_sums, max_pool, max_pool_backward, max_pool_with_argmax
-from tests.kernels.images import DTYPES, SMALLEST, channels_last, integers, on, randn, unit
+from tests.kernels.images import (
+    DTYPES,
+    SLICES,
+    SMALLEST,
+    channels_last,
+    integers,
+    on,
+    poisoned,
+    randn,
+    slice_of,
+    unit,
+)
 
 STEM, INCEPTION, LENET, GOOGLENET = (3, 2, 1), (3, 2, 0), (2, 2, 0), (3, 1, 1)
 FLOORED = (STEM, INCEPTION, LENET, GOOGLENET, (1, 2, 0), (5, 2, 2), (5, 3, 0), (2, 3, 1), (4, 5, 2))
@@ -159,6 +170,17 @@ def test_a_gradient_may_have_another_layout(implementation, device):
     x, weight = randn((2, 5, 6, 6), torch.float32, device).requires_grad_(), torch.randn(45, 2, device=device)
     gradients = [torch.autograd.grad((pool(x).flatten(1) @ weight).sum(), x)[0] for pool in (ours(STEM), peer(STEM))]
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(("pitch", "channels", "first"), SLICES)
+def test_a_gradient_may_be_a_slice(implementation, device, pitch, channels, first):
+    x, dy = (randn((2, channels, *size), torch.float16, device) for size in ((7, 6), (4, 3)))
+    sliced, norm = slice_of(poisoned(dy, pitch), dy, first), torch.rand(5, channels, device=device)
+    for raw in (None, norm):
+        _, argmax = max_pool_with_argmax(x, *STEM, True, raw)
+        others = (argmax, 7, 6, *STEM, None if raw is None else x, raw)
+        for got, expected in zip(max_pool_backward(sliced, *others), max_pool_backward(dy, *others), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_the_largest_window(implementation, device):

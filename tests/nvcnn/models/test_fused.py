@@ -18,10 +18,12 @@ from nvcnn.models import ALGORITHMS, build_model
 from nvcnn.models.fused import (
     LIBRARY,
     MATERIALIZED,
+    Operand,
     PendingAdd,
     PendingConv,
     Unnormalized,
     activation,
+    concatenate,
     conv_bn,
     conv_relu,
     max_pool,
@@ -389,6 +391,78 @@ def test_bias_and_relu_are_the_kernels(algorithm):
     assert called.counts["convolution_data_gradient"] == called.counts["convolution"]
     assert called.counts["batch_norm_gradient_sums"] == (2 if algorithm == "triton" else 5)  # activation's, asked for
     assert "batch_norm_data_gradient" not in called.counts
+
+
+class Wide(nn.Module):
+    """Has what branches may end in: raw tensors, one that autograd has no norm of, and activations."""
+
+    def __init__(self):
+        super().__init__()
+        widths = 6, 8, 9  # the last one widens
+        self.convs = nn.ModuleList([Conv2d(8, c, 1, bias=False) for c in widths])
+        self.bns = nn.ModuleList([BatchNorm2d(c) for c in widths])
+        self.biased = Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> list[Operand]:
+        first, second, third = (conv_bn(x, *pair) for pair in zip(self.convs, self.bns, strict=True))
+        plain = Unnormalized(F.avg_pool2d(self.convs[0](x), 3, 1, 1), self.bns[0])
+        pooled, _ = max_pool(second, 3, 1, 1), activation(second)
+        return [first, pooled, plain, second, conv_relu(x, self.biased), third]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("algorithm", "kernels", "frozen"),
+    [
+        *((algorithm, "reference", ()) for algorithm in ALGORITHMS),
+        ("triton", "reference", ("convs.0", "bns.0")),
+        *((algorithm, "triton", ()) for algorithm in ("torch", "triton", "cudnn")),
+    ],
+)
+def test_branches_are_concatenated(monkeypatch, device, algorithm, kernels, frozen, training):
+    """It gives the bits of torch.cat of the activations, forward and backward."""
+    monkeypatch.setenv("NVCNN_KERNELS", kernels)
+    net, dtype = made(algorithm, Wide()).to(device).train(training), torch.float64
+    if kernels == "triton":
+        net, dtype = cast_matrices(net.float(), torch.float16), torch.float16
+    for name, p in net.named_parameters():
+        p.requires_grad_(not name.startswith(frozen or "none"))
+    x, results = input_of(2, dtype, side=4).detach().to(device), []
+    for concatenated in (concatenate, lambda branches: torch.cat([activation(branch) for branch in branches], 1)):
+        with torch.no_grad():
+            evaluated = concatenated(net(x))
+        leaf, trained = x.clone().requires_grad_(), [p for p in net.parameters() if p.requires_grad]
+        y = concatenated(net(leaf))
+        torch.manual_seed(1)
+        results.append([evaluated, y, *torch.autograd.grad(y, [leaf, *trained], torch.randn_like(y))])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in results[0][:2])
+
+
+@algorithms
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_what_is_concatenated_is_written_there(algorithm, training):
+    net, x = made(algorithm, Wide()).train(training), input_of()
+    with torch.set_grad_enabled(training), Called() as called:
+        first, second, *_ = (conv_bn(x, *pair) for pair in zip(net.convs, net.bns, strict=True))
+        before = Counter(called.counts)
+        y = concatenate([first, second])
+        forward = called.counts - before
+        if training:
+            y.backward(torch.randn_like(y))
+    folded = "batch_norm" if algorithm == "torch" else "batch_norm_into" if algorithm in LIBRARY else "convolution"
+    into = "batch_norm_into" if training else folded
+    assert forward[into] == 2
+    assert forward.keys() <= {into, "batch_norm_statistics"}
+    assert called.counts["batch_norm_backward" if algorithm == "torch" else "batch_norm_gradient_sums"] == 2 * training
+
+
+def test_branches_of_other_sizes_are_refused():
+    raw, *_ = made("triton", Wide())(input_of())
+    other = torch.zeros(3, 8, 1, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"concatenate: N, H and W must be the same, got .*6, 7, 7.*8, 1, 1"):
+        concatenate([raw, other])
 
 
 @algorithms
