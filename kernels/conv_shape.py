@@ -68,16 +68,6 @@ class ConvShape:
         return self.r * self.s * self.stride[0] * self.stride[1] == 1 and not any(self.padding)
 
     @cached_property
-    def unit(self) -> int:
-        """Returns in which number of channels C and K are told to a kernel.
-
-        Triton only sees whether an argument is a multiple of 16, and 8 halves are what is loaded at a time: 24 channels
-        are 3 units.
-        """
-        sixteens = self.c % 16 == self.k % 16 == 0
-        return 8 if self.c % 8 == self.k % 8 == 0 and not sixteens else 1
-
-    @cached_property
     def constants(self) -> dict[str, int]:
         """Returns what kernels are compiled for."""
         of_axes = dict(zip(("STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W"), self.stride + self.padding, strict=True))

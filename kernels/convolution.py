@@ -88,7 +88,9 @@ def kernel(
     # outputs
     y, sums,
     # sizes
-    rows, parts, C: tl.constexpr, H, W, K: tl.constexpr, PITCH: tl.constexpr, OH, OW,
+    rows, parts,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    K: tl.constexpr, PITCH: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     # descriptors of tiles
     x_tiles, weight_tiles,
     # geometry

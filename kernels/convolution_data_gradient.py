@@ -127,14 +127,14 @@ def kernel(
     # outputs
     dx, sums, branch_sums,
     # sizes
-    tiles, N, C, H, W, K, OH, OW,
+    tiles, N,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     # descriptors of tiles
     g_tiles, y_tiles, weight_tiles, a_tiles, of_a_tiles,
     # geometry
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     GROUP_OUT: tl.constexpr, GROUP_IN: tl.constexpr,
-    UNIT: tl.constexpr,  # of C and K, in channels
     SKIP_STRIDE: tl.constexpr,
     # tiles
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
@@ -143,8 +143,6 @@ def kernel(
     """One program computes tiles of BLOCK_ROWS pixels of a class x BLOCK_OUT channels of dx; neighbours share rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of dx is one of g
     FORMED: tl.constexpr = norm is not None or BOX_W > 0
-    if UNIT > 1:
-        C, K = C * UNIT, K * UNIT
     blocks = tl.cdiv(C, BLOCK_OUT)
     # The class has pixels (first_h + STRIDE_H i, first_w + STRIDE_W j), and taps r = first_r + STRIDE_H q, s likewise.
     first_h, first_w = tl.program_id(1) // STRIDE_W, tl.program_id(1) % STRIDE_W
@@ -380,9 +378,8 @@ def convolution_data_gradient(
         kernel,
         (min(programs, config.get("PERSISTENT") or programs), classes),
         *(g, weight, *prologue, *epilogue, dx, sums, branch_sums, tiles),
-        *(shape.n, shape.c // shape.unit, shape.h, shape.w, shape.k // shape.unit, shape.oh, shape.ow),
+        *(shape.n, shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
-        UNIT=shape.unit,
         SKIP_STRIDE=skip_stride,
         **options,
     )

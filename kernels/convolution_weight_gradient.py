@@ -58,14 +58,14 @@ def kernel(
     # output
     dw,
     # sizes
-    rows, tiles_a_part, tiles_of_run, C, H, W, K, OH, OW,
+    rows, tiles_a_part, tiles_of_run,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     # descriptors of tiles
     g_tiles, y_tiles, x_tiles,
     # geometry
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     GROUP_OUT: tl.constexpr, GROUP_IN: tl.constexpr, NARROW: tl.constexpr,
-    UNIT: tl.constexpr,  # of C and K, in channels
     # tiles
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     TAPS: tl.constexpr = 1,
@@ -75,8 +75,6 @@ def kernel(
     FORMED: tl.constexpr = (norm is not None or BOX_W > 0) and x_norm is None  # else both are: such products wait
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
-    if UNIT > 1:
-        C, K = C * UNIT, K * UNIT
     channels = NARROW if NARROW else C
     # Which values of dw.
     SETS: tl.constexpr = R * TAPS_W // TAPS
@@ -274,10 +272,9 @@ def convolution_weight_gradient(
         kernel,
         (tiles * parts,),
         *(g, x, y, norm, factors, x_norm, partial, shape.rows, tiles_a_part, tiles_of_run),
-        *(shape.c // shape.unit, shape.h, shape.w, shape.k // shape.unit, shape.oh, shape.ow),
+        *(shape.c, shape.h, shape.w, shape.k, shape.oh, shape.ow),
         **shape.constants,
         NARROW=shape.narrow,
-        UNIT=shape.unit,
         **options,
     )
     if parts > 1:
