@@ -251,32 +251,41 @@ def kernel(
 
 @cache
 def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
-    """Returns tiles of 128 x 128 x 32 for 8 warps: prologue and epilogue fit the registers of an SM.
+    """Returns tiles of 128 x 128 x 32 for 8 warps: prologue and epilogue fit the registers of an SM. Else x 64.
 
-    Two programs fit where tiles have 64 columns, and of groups, where tiles are 128 x 32 x 32. Where TMA can load,
-    programs of 4 warps are so small that several fit: then one waits for its epilogue's operands as another multiplies.
+    Two programs fit where tiles have 64 columns, where no raw x is read, and of groups, where tiles are 128 x 32 x 32.
+    Where TMA can load, programs of 4 warps are so small that several fit: then one waits for its epilogue's operands as
+    another multiplies.
     """
     if by_tma(shape, element_size, gpu):
         return computed_for_tma(shape, fusion.split("+"))
+    fused = {*fusion.split("+")}
+    deep = 64 if not {"norm", "a"} & fused and element_size == 2 and shape.groups == 1 else 32
     config = {
         "BLOCK_ROWS": 128,
         "BLOCK_OUT": tile_of(shape.c, 128 if shape.groups == 1 else 32),
-        "BLOCK_IN": tile_of(shape.k, 32),
+        "BLOCK_IN": tile_of(shape.k, deep),
         "TMA": 0,
         "num_warps": 8,
         "num_stages": 3,
     }
     config |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, *size_of_class(shape))
-    return config | (two_programs(element_size, gpu) if shape.groups > 1 else {})
+    fits = shape.groups > 1 or (deep == 64 and "x" not in fused)
+    return config | (two_programs(element_size, gpu) if fits else {})
 
 
 def computed_for_tma(shape: ConvShape, fused: list[str]) -> Configuration:
     """Returns tiles of 64 x 64 x 64, wider where the map of g is worth sharing; loaded by pointers where k is small.
 
-    With map and mask, programs of 2 warps are best, though wgmma takes 4 (1.35 times, H100, k of 128 and 256).
+    With map and mask, programs of 2 warps are best, though wgmma takes 4 (1.35 times, H100, k of 128 and 256). Where
+    nothing was measured, of deep layers that read little else, wider tiles read less from the L2 cache.
     """
     config = {"BLOCK_ROWS": 64, "BLOCK_OUT": tile_of(shape.c, 64), "BLOCK_IN": tile_of(shape.k, 64), "TMA": 1}
     config |= {"num_warps": 4, "num_stages": 3, "PERSISTENT": 0}
+    if "a" in fused and shape.k >= 1024:
+        return config | {"BLOCK_ROWS": 128, "BLOCK_OUT": tile_of(shape.c, 128), "num_warps": 8}
+    if not {"norm", "a", "x"} & {*fused} and shape.k >= 256:
+        return config | {"BLOCK_OUT": tile_of(shape.c, 128)}
     if "norm" not in fused:
         return config | {"num_stages": 2 if {"z", "x"} <= {*fused} or shape.k < 256 else 3}
     if "z" in fused and "branch" not in fused and shape.k >= 128:
