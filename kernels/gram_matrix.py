@@ -46,7 +46,7 @@ def kernel(
     # outputs
     a, partial,
     # sizes
-    rows, tiles_a_part, C, H, W, OH, OW,
+    rows, tiles_a_part, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     # geometry
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     # tiles
