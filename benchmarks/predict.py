@@ -20,7 +20,7 @@ the lower rate of products by fewer than 4 warps, are left out.
 PyTorch's convolutions take what cuDNN's alone took there ("cuDNN"), if such a one was measured; other operators of
 PyTorch take the floor ("floor"). Measured are calls of the name and bytes that the results have. --conv=all has the
 calls of all algorithms, as the results do, and no step. --fit fits the constants to the H100's calls, and prints how
-those fitted without an op's calls predict them.
+those fitted without an op's calls predict them: sensible as long as the kernels are those that were measured.
 """
 
 import argparse
