@@ -13,9 +13,15 @@ import json
 from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks import host
 from benchmarks.trace import launches, layouts, meta_step, step_calls
 from kernels import operators
+
+def layout_of(argument):
+    if isinstance(argument, TensorDescriptor):
+        return layouts((argument.base, argument.shape, argument.strides, argument.block_shape))
+    return layouts(argument)
 
 def layouts_of(step):
     # What each launch of three steps is started with.
@@ -23,7 +29,7 @@ def layouts_of(step):
 
     def run(self, *arguments):
         grid, started = arguments[:3], arguments[9:]
-        steps[-1].append((grid, layouts(started)))
+        steps[-1].append((grid, [layout_of(argument) for argument in started]))
 
     with host.idle_gpu(), mock.patch.object(host.NoKernel, "run", run):
         for _ in range(3):
