@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import kernels
 from benchmarks.layers import Layer, comparison, images, modules
-from nvcnn.models.fused import product_in_single
+from nvcnn.models.functions import product_in_single
 
 
 class Ours(nn.Module):

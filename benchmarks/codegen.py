@@ -67,7 +67,7 @@ from kernels.convolution_gradients import USES
 from kernels.implementation import INTERPRETED
 from kernels.tiles import EARLY
 from nvcnn.kernel_choices import CANDIDATES
-from nvcnn.models.fused import GRAM
+from nvcnn.models.functions import GRAM
 
 CHIPS = (80, 90, 100)
 HOPPER = (90, 100)  # the chips with TMA are Hopper and later

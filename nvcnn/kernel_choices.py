@@ -52,11 +52,9 @@ from nvcnn.cuda_graph import quick_captures
 from nvcnn.distributed import Transport
 from nvcnn.machine import chosen_kernels
 from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, Place, places
-from nvcnn.models import ALGORITHMS, JOINT, fused
+from nvcnn.models import ALGORITHMS, JOINT, functions
+from nvcnn.models.functions import GRAM, Geometry, Gradients, conv_gradients, library_gradients
 from nvcnn.models.fused import (
-    GRAM,
-    Geometry,
-    Gradients,
     PendingAdd,
     PendingConv,
     Rectified,
@@ -64,7 +62,6 @@ from nvcnn.models.fused import (
     activation,
     conv_bn,
     conv_relu,
-    library_gradients,
     materialize,
     normalized_conv,
 )
@@ -301,7 +298,7 @@ def exact() -> Iterator[None]:
     with (
         mock.patch.dict(os.environ, NVCNN_KERNELS="reference"),
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-        mock.patch.object(fused, "library_gradients", gradients_in_parts),
+        mock.patch.object(functions, "library_gradients", gradients_in_parts),
     ):
         yield
 
@@ -396,11 +393,11 @@ def machine() -> str:
 def sources() -> list[Path]:
     """Returns the files that measurements depend on.
 
-    They are the blocks and layers, the modules of the ops that these use, what those import of `kernels`, and the GPU's
-    table of launch configurations.
+    They are the blocks, their autograd functions and layers, the modules of the ops that these use, what those import
+    of `kernels`, and the GPU's table of launch configurations.
     """
     folder, found = Path(kernels.__file__).parent, set()
-    waiting = [Path(getfile(conv_bn)), Path(getfile(Conv2d))]
+    waiting = [Path(getfile(of)) for of in (conv_bn, conv_gradients, Conv2d)]
     while waiting:
         file = waiting.pop()
         if file in found:

@@ -11,7 +11,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from nvcnn.models.fused import GRAM, widens
+from nvcnn.models.functions import GRAM
+from nvcnn.models.fused import widens
 from nvcnn.models.layers import Conv2d, outputs
 
 

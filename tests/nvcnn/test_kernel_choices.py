@@ -31,8 +31,8 @@ from nvcnn.kernel_choices import (
     use,
 )
 from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, GRAM_RELU, Place, places
-from nvcnn.models import JOINT, build_model, fused
-from nvcnn.models.fused import library_gradients
+from nvcnn.models import JOINT, build_model, functions
+from nvcnn.models.functions import library_gradients
 from nvcnn.models.layers import Conv2d
 from nvcnn.program import InputError, Launch
 
@@ -275,7 +275,7 @@ def test_the_reference_adds_a_weight_s_gradient_up_in_double(monkeypatch):
     weight, geometry = conv.weight, ((1, 1), (0, 0), 1)
     dy = torch.ones(20, 3, 64, 64).to(memory_format=torch.channels_last)
     with exact():
-        dx, dw = fused.library_gradients(dy, x, weight, geometry, (True, True))
+        dx, dw = functions.library_gradients(dy, x, weight, geometry, (True, True))
     assert torch.equal(dw, (x.double().sum((0, 2, 3)).view(1, 2, 1, 1).expand(3, 2, 1, 1)).float())
     assert torch.equal(dx, library_gradients(dy, x, weight, geometry, (True, False))[0])
 
@@ -394,7 +394,7 @@ def test_measurements_are_of_these_kernels_and_versions(monkeypatch, tmp_path):
     ops = "batch_norm batch_norm_statistics convolution convolution_data_gradient convolution_weight_gradient max_pool"
     ops += " convolution_gradients gram_gradient gram_matrix gram_norm"
     parts = "checks configurations conv_shape implementation launch norm_rows operators partial_sums tiles"
-    assert found.keys() == {f"{name}.py" for name in f"fused layers {ops} {parts}".split()}
+    assert found.keys() == {f"{name}.py" for name in f"fused functions layers {ops} {parts}".split()}
 
     read, folder = Path.read_bytes, Path(kernels.__file__).parent
     for changed in ("conv_shape", "configurations", "max_pool", "cross_entropy"):

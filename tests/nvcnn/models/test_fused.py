@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.implementation import INTERPRETED
 from nvcnn.meta import activation_bytes
 from nvcnn.models import ALGORITHMS, build_model
+from nvcnn.models.functions import LIBRARY, MATERIALIZED
 from nvcnn.models.fused import (
-    LIBRARY,
-    MATERIALIZED,
     Operand,
     PendingAdd,
     PendingConv,
