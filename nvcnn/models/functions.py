@@ -366,7 +366,7 @@ def strided(a: Tensor, conv: Conv2d) -> Tensor:
 def product_in_single(g: Tensor, a: Tensor) -> Tensor:
     """Returns g^T a, (K, C), over all pixels; of halves in fp32, as BatchNorm's share is a difference of such sums."""
     g, a = (channels_last(t).permute(0, 2, 3, 1).flatten(0, 2) for t in (g, a))
-    if g.is_cuda and g.dtype != torch.float32:
+    if g.device.type != "cpu" and g.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(g.T, a, out_dtype=torch.float32)
     wide = torch.promote_types(g.dtype, torch.float32)
     return g.T.to(wide) @ a.to(wide)
