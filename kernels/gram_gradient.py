@@ -61,18 +61,18 @@ def kernel(
     known = k < K
     mean, scale = load_row(norm, MEAN, k, known, K), load_row(norm, SCALE, k, known, K)
     rstd, beta = load_row(norm, RSTD, k, known, K), tl.load(d_beta + k, mask=known, other=0.0)
-    inner = tl.zeros((BLOCK_OUT,), tl.float32)
-    widest = tl.zeros((BLOCK_OUT,), tl.float32)
+    inner = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)  # reduced once, behind the loop
+    widest = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for c0 in range(0, C, BLOCK_IN):
         c = c0 + tl.arange(0, BLOCK_IN)
         at, inside = k[:, None] * C + c[None, :], known[:, None] & (c < C)[None, :]
         w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        inner += tl.sum(w * tl.load(products + at, mask=inside, other=0.0), 1)
-        widest = tl.maximum(widest, tl.max(tl.abs(w), 1))
-    gamma = rstd * (inner - mean * beta)
+        inner += w * tl.load(products + at, mask=inside, other=0.0)
+        widest = tl.maximum(widest, tl.abs(w))
+    gamma = rstd * (tl.sum(inner, 1) - mean * beta)
     slope, offset = -scale * rstd * gamma / count, -scale * beta / count
     tl.store(d_gamma + k, gamma, mask=known)
-    tl.store(terms + BOUND * K + k, tl.abs(slope) * widest, mask=known)
+    tl.store(terms + BOUND * K + k, tl.abs(slope) * tl.max(widest, 1), mask=known)
     tl.store(terms + SLOPE * K + k, slope, mask=known)
     tl.store(terms + INTERCEPT * K + k, offset - slope * mean, mask=known)
     for c0 in range(0, C, BLOCK_IN):
@@ -98,9 +98,9 @@ def weights_kernel(
     d = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     # Products over the channels of y, the columns' largest values, and the constant.
     product = tl.zeros((BLOCK_IN, BLOCK_IN), tl.float32)
-    largest = tl.zeros((BLOCK_IN,), tl.float32)
-    bound = tl.zeros((BLOCK_IN,), tl.float32)
-    constant = tl.zeros((BLOCK_IN,), tl.float32)
+    largest = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    bounds = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    constants = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for k0 in range(0, K, BLOCK_OUT):
         k = k0 + tl.arange(0, BLOCK_OUT)
         known = k < K
@@ -109,12 +109,13 @@ def weights_kernel(
         w = w.to(tl.float32)
         slope = load_row(terms, SLOPE, k, known, K)
         product = tl.dot(tl.trans(v.to(tl.float32)), slope[:, None] * w, product, input_precision=PRECISION)
-        largest = tl.maximum(largest, tl.max(tl.abs(load_row(norm, SCALE, k, known, K)[:, None] * w), 0))
-        bound += tl.sum(load_row(terms, BOUND, k, known, K)[:, None] * tl.abs(w), 0)
-        constant += tl.sum(load_row(terms, INTERCEPT, k, known, K)[:, None] * w, 0)
+        largest = tl.maximum(largest, tl.abs(load_row(norm, SCALE, k, known, K)[:, None] * w))
+        bounds += load_row(terms, BOUND, k, known, K)[:, None] * tl.abs(w)
+        constants += load_row(terms, INTERCEPT, k, known, K)[:, None] * w
 
     # The power of two, by the exponent's bits.
-    exponent = (tl.maximum(largest, bound).to(tl.int32, bitcast=True) >> 23) - 126  # of a number from 1/2 up to 1
+    most = tl.maximum(tl.max(largest, 0), tl.sum(bounds, 0))
+    exponent = (most.to(tl.int32, bitcast=True) >> 23) - 126  # of a number from 1/2 up to 1
     exponent = tl.maximum(exponent, LARGEST - 126)  # so that the power and its inverse are normal
     bits = exponent - LARGEST + 127
     inverse = (bits << 23).to(tl.float32, bitcast=True)
@@ -131,7 +132,7 @@ def weights_kernel(
         tl.store(of_g + at, value.to(of_g.dtype.element_ty), mask=inside)
     own = (d < C) & (tl.program_id(0) == 0)
     tl.store(affine + d, inverse, mask=own)
-    tl.store(affine + C + d, constant, mask=own)
+    tl.store(affine + C + d, tl.sum(constants, 0), mask=own)
 
 
 @operator("gram_gradient", mutates_args=("d_weight",))

@@ -69,14 +69,15 @@ def kernel(
     """One program computes BLOCK_OUT channels of y."""
     k = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     known = k < K
-    mean = tl.zeros((BLOCK_OUT,), tl.float32)
-    var = tl.zeros((BLOCK_OUT,), tl.float32)
+    means = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)  # added up once, behind the loop
+    variances = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for c0 in range(0, C, BLOCK_IN):
         c = c0 + tl.arange(0, BLOCK_IN)
         at, inside = k[:, None] * C + c[None, :], known[:, None] & (c < C)[None, :]
         w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        mean += tl.sum(w * (tl.load(gram + C * C + c, mask=c < C, other=0.0) / count)[None, :], 1)
-        var += tl.sum(w * tl.load(spread + at, mask=inside, other=0.0), 1)
+        means += w * (tl.load(gram + C * C + c, mask=c < C, other=0.0) / count)[None, :]
+        variances += w * tl.load(spread + at, mask=inside, other=0.0)
+    mean, var = tl.sum(means, 1), tl.sum(variances, 1)
     var = tl.where(var < 0, 0.0, var)  # NaN stays
     rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     scale = tl.load(gamma + k, mask=known) * rstd
