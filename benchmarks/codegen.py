@@ -81,6 +81,7 @@ OTHERS = ("alexnet", "googlenet", "inception3", "vgg16")
 # These are bytes per SM, from the table of compute capabilities in the CUDA C++ Programming Guide. Every SM has 64
 # warps and 64 Ki registers.
 SHARED_MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+COUNTED = re.compile(r"90 convolution\w*\.kernel ")  # whose instructions the short list has
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 FEWEST_WARPS = {80: 1, 90: 4, 100: 4}  # which issue it; a table may have fewer, where products do not count
 # trust_ratio reads the sums of one tensor's blocks from the L2 cache, and these begin at any address. So do runs of an
@@ -245,8 +246,11 @@ def chip_of(table: str) -> int:
     raise ValueError(f"kernels/configs/{table}.json: its name must contain one of {', '.join(GPUS)}")
 
 
-def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
-    """Returns one row of the table. Its `breach` is empty if there is none."""
+def compile_launch(launch: Launch, calls: int = 0, counts: bool = True) -> dict[str, Any]:
+    """Returns one row of the table. Its `breach` is empty if there is none.
+
+    counts: of instructions, whose SASS takes longer than the compiler takes for a small kernel.
+    """
     kernel = compiled(launch)
     ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
@@ -265,7 +269,7 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
         breaches.append(f"wgmma serialised ({', '.join(warnings)})")
     if EARLY.value and written_early(ttgir):
         breaches.append("registers are written while wgmma reads them")
-    code = code_of(sass_of(kernel.asm["cubin"]), warps)
+    code = code_of(sass_of(kernel.asm["cubin"]), warps) if counts else None
     loads_by_tma = "cp.async.bulk.tensor" in ptx
     if "_tiles:tma" in launch.name and not loads_by_tma:
         breaches.append("loads tiles without TMA")
@@ -286,8 +290,8 @@ def compile_launch(launch: Launch, calls: int = 0) -> dict[str, Any]:
         "matrix": matrix,
         "tma": "yes" if loads_by_tma else "-",
         "programs": programs,
-        "step": code.inner or "-",
-        "outside": code.outside + code.around + code.jumped,
+        "step": code.inner or "-" if code else "-",
+        "outside": code.outside + code.around + code.jumped if code else "-",
         "serialised": " ".join(warnings) or "-",
         "breach": "; ".join(breaches),
     }
@@ -395,7 +399,11 @@ def main() -> int:
     if not jobs:
         parser.error(f"no launch's name contains {' or '.join(names)}")
     with ProcessPoolExecutor(arguments.workers) as pool:
-        rows = sorted(pool.map(compile_launch, *zip(*jobs, strict=True)), key=lambda row: (row["name"], row["chip"]))
+        counts = [
+            arguments.list == "all" or COUNTED.match(f"{launch.chip} {launch.name}") is not None for launch, _ in jobs
+        ]
+        made = pool.map(compile_launch, *zip(*jobs, strict=True), counts)
+        rows = sorted(made, key=lambda row: (row["name"], row["chip"]))
     if arguments.json:
         report.write(arguments.json, "codegen", rows)
     print(report.table([{key: value for key, value in row.items() if key != "function"} for row in rows]))

@@ -18,8 +18,8 @@ ordinary tensor of any of them. A convolution's `algorithm` says how it is compu
                           matrix of a, before it is computed: y is in memory neither forward nor backward
     cudnn-gram            as cudnn, but as triton-gram where that is so, with the library's product for the weight
     triton-joint          as triton, but both gradients of a 1 x 1 are computed in one kernel, where there is one
-Neighbours may differ: which is faster depends on the shape. All but `triton` and `triton-joint` keep a
-beside x for backward.
+Neighbours may differ: which is faster depends on the shape. All but `triton` and `triton-joint` keep a beside x for
+backward.
 
 Where BatchNorm is known before the convolution, which it is in evaluation without gradients and with a Gram matrix, the
 convolution waits as a PendingConv until it is known whether ReLU or an addition follows, and the kernel then does all
