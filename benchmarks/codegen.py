@@ -36,7 +36,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from math import prod
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -46,7 +45,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 import kernels
 from benchmarks import report
-from benchmarks.instructions import code_of, sass_of
+from benchmarks.instructions import code_of, cuobjdump, sass_of
 from benchmarks.roofline import CONVOLUTIONS
 from benchmarks.trace import (
     META,
@@ -346,12 +345,8 @@ def accesses_of(ptx: str) -> list[tuple[str, int, str]]:
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Returns the registers and the spilled bytes per thread."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage.stdout)
+    usage = cuobjdump(cubin, "--dump-resource-usage")
+    ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
     return int(registers), int(stack) + int(local)
 
 

@@ -46,17 +46,21 @@ class Work:
 
     bytes: float = 0.0  # of tiles loaded and stored
     flops: float = 0.0
-    step_flops: float = 0.0  # of one turn of the inner loops
     steps: float = 0.0  # turns of the inner loops
     tiles: float = 1.0  # turns of the loop around them
 
 
-def sass_of(cubin: bytes) -> str:
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """Returns what the tool, which is Triton's, prints of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def sass_of(cubin: bytes) -> str:
+    return cuobjdump(cubin, "--dump-sass")
 
 
 def code_of(sass: str, warps: int) -> Code:
@@ -172,7 +176,6 @@ def work_of(ttir: str, sizes: Mapping[str, int], program: Sequence[int], grid: S
                 values[result] = INTEGERS[name](*known)
     inner = [loop for loop in loops if loop.flops] or loops
     work.steps = sum(loop.turns for loop in inner)
-    work.step_flops = sum(loop.flops * loop.turns for loop in inner) / work.steps if work.steps else 0.0
     work.tiles = max((loops[loop.parent].turns for loop in inner if loop.parent is not None), default=1.0)
     return work
 

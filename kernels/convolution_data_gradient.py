@@ -251,8 +251,9 @@ def kernel(
 
 @cache
 def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Configuration:
-    """Returns tiles of 128 x 128 x 32 for 8 warps: prologue and epilogue fit the registers of an SM. Else x 64.
+    """Returns tiles of 128 x 128 x 64 for 8 warps, or x 32 with a prologue, or with a second product.
 
+    With these and the epilogue a program has the registers of an SM.
     Two programs fit where tiles have 64 columns, where no raw x is read, and of groups, where tiles are 128 x 32 x 32.
     Where TMA can load, programs of 4 warps are so small that several fit: then one waits for its epilogue's operands as
     another multiplies.

@@ -37,12 +37,10 @@ def test_a_loop_its_tail_and_what_only_waits():
     flops = 2 * (2 * 64 * 128 * 16) * 2  # two products of each four of eight warps
     code = Code(inner=7, jumped=2, around=0, outside=2, inner_flops=flops, outside_flops=0, loops=1)
     assert code_of(text, warps=8) == code
-    walks = Work(flops=12 * flops, steps=12, step_flops=flops, tiles=3)
+    walks = Work(flops=12 * flops, steps=12, tiles=3)
     assert executed(code, walks) == 2 + 12 * 7 + 3 * 2
-    assert executed(code, Work(flops=12 * flops, steps=12, step_flops=flops)) == 2 + 12 * (7 + 2)
-    assert executed(code, Work(flops=24 * flops, steps=12, step_flops=2 * flops)) == 2 + 24 * (
-        7 + 2
-    )  # half a step each
+    assert executed(code, Work(flops=12 * flops, steps=12)) == 2 + 12 * (7 + 2)
+    assert executed(code, Work(flops=24 * flops, steps=12)) == 2 + 24 * (7 + 2)  # half a step each
 
 
 def test_loops_in_loops_and_loops_that_multiply_nothing():
@@ -51,7 +49,7 @@ def test_loops_in_loops_and_loops_that_multiply_nothing():
                   "@P1 BRA 0x0", *body, "@P2 BRA 0x90", WAIT, "@!P0 BRA 0xe0", "EXIT")  # fmt: skip
     multiplies = code_of(nested, warps=2)
     assert multiplies == Code(6, 0, 3, 8, inner_flops=2 * 16 * 8 * 16 * 2, outside_flops=0, loops=1)
-    assert executed(multiplies, Work(flops=10 * 8192, steps=10, step_flops=8192, tiles=5)) == 8 + 5 * 3 + 10 * 6
+    assert executed(multiplies, Work(flops=10 * 8192, steps=10, tiles=5)) == 8 + 5 * 3 + 10 * 6
     plain = code_of(nested.replace("HMMA.16816.F32", "FFMA"), warps=2)
     assert plain == Code(inner=11, jumped=0, around=3, outside=3, inner_flops=0, outside_flops=0, loops=2)
 
@@ -95,7 +93,6 @@ def test_turns_follow_from_sizes_and_the_programs_number(row, tiles):
     assert work_of(TTIR, {"C": 100}, (7, row), (8, 2)) == Work(
         bytes=tiles * (steps * (64 * 32 + 32 * 128) * 2 + 128 * 4),
         flops=tiles * steps * 2 * 64 * 32 * 128,
-        step_flops=2 * 64 * 32 * 128,
         steps=tiles * steps,
         tiles=tiles,
     )
