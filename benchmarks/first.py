@@ -18,7 +18,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,9 +36,11 @@ from torch.utils._pytree import tree_map
 
 from benchmarks import ops, pack, peers, report, step, timing
 from benchmarks.replay import Arguments, arguments, describe, difference, outcome, whole
+from benchmarks.roofline import CONVOLUTIONS
 from benchmarks.trace import Call, Launch, launches, step_calls
-from kernels import configurations, conv_shape
+from kernels import conv_shape
 from kernels.configurations import Configuration
+from kernels.conv_shape import ConvShape
 from kernels.operators import looked_up_again
 
 MODEL, BATCH, FEW, DTYPE = "resnet50", 256, 8, torch.float16
@@ -90,10 +93,15 @@ def calls_of(family: str, n: int = FEW) -> list[Call]:
 def configured_for(n: int, batch: int) -> Iterator[None]:
     """Has convolutions of n images launched as those of `batch` images are, within its context."""
 
-    def configuration(op: str, key: str, *rest: Any) -> Configuration:
-        return configurations.configuration(op, key.replace(f" N={n} ", f" N={batch} "), *rest)
+    def of_batch(op: str, x: Tensor, shape: ConvShape, *rest: Any) -> Configuration:
+        return configured(op, x, replace(shape, n=batch) if shape.n == n else shape, *rest)
 
-    with mock.patch.object(conv_shape, "configuration", configuration), looked_up_again():
+    configured = conv_shape.configured_for
+    with ExitStack() as stack:
+        for op in CONVOLUTIONS:
+            module = import_module(op.replace("nvcnn::", "kernels."))
+            stack.enter_context(mock.patch.object(module, "configured_for", of_batch))
+        stack.enter_context(looked_up_again())
         yield
 
 

@@ -16,6 +16,7 @@ from kernels.configurations import Configuration, capability, cdiv, configuratio
 from kernels.launch import state
 
 TILE = ("R", "S", "STRIDE_H", "BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN")  # of a kernel's constants, what a profile shows
+IMAGES = 128  # of a tile of rows, or half of it, where it is one pixel of as many images
 MOST_ROWS = 256  # of a tile: within it offsets have 32 bits, from its first image on
 
 
@@ -149,6 +150,16 @@ def by_tma(shape: ConvShape, element_size: int, gpu: int) -> bool:
     return gpu == 9 and element_size == 2 and shape.pointwise and shape.groups == 1 and aligned and shape.rows < 2**31
 
 
+def images_by_tma(shape: ConvShape, element_size: int, gpu: int) -> bool:
+    """Returns whether TMA can load tiles of IMAGES images, one pixel of each, at every tap: what is outside comes as 0.
+
+    So no row is wasted, whatever H and W are, and a product reads the tile where TMA has put it.
+    """
+    enough = shape.n % IMAGES == 0 and IMAGES * max(shape.c * shape.h * shape.w, shape.k * shape.oh * shape.ow) < 2**31
+    aligned = shape.c % 8 == shape.k % 8 == 0 and not shape.narrow
+    return gpu == 9 and element_size == 2 and shape.groups == 1 and aligned and enough and not shape.pointwise
+
+
 def two_programs(element_size: int, gpu: int) -> dict[str, int]:
     """Returns the choice of 128 registers, so that two programs of 8 warps fit an SM of Hopper; others would spill."""
     return {"maxnreg": 128} if element_size == 2 and gpu == 9 else {}
@@ -186,7 +197,7 @@ def launch_options(
 
     These are None, or for {"TMA": 1} descriptors, by which Hopper's and later GPUs load whole tiles of a channels-last
     tensor, config[rows] x config[columns] of (N, H, W, C): BLOCK_ROWS are pixels as in `locate`, other rows are N. What
-    is outside of the tensor is read as 0, as padding is. None for a tensor that does not begin at a multiple of 16
+    is outside of the tensor is read as 0, as padding is. Of boxes of one pixel H and W come before N. None for a tensor that does not begin at a multiple of 16
     bytes. ValueError where the geometry does not allow it.
     """
     options: dict[str, int | TensorDescriptor | None] = {name: n for name, n in config.items() if name != "TMA"}
@@ -201,7 +212,8 @@ def launch_options(
             box = [config[rows] // (box_h * box_w), box_h, box_w]
             if shape.pointwise:
                 n, h, w = 1, 1, n * h * w  # all pixels are one row
-        step_h, step_w = shape.stride if name == "x" else (1, 1)
+        images = box[1:] == [1, 1] and rows == "BLOCK_ROWS"  # of one pixel, which is found by its own i and j
+        step_h, step_w = shape.stride if name == "x" and not images else (1, 1)
         strided = step_h * step_w > 1 and (shape.r * shape.s > 1 or any(shape.padding))
         narrow = name == "x" and shape.narrow
         if tensor.data_ptr() % 16:
@@ -209,12 +221,16 @@ def launch_options(
         unaligned = c * tensor.element_size() % 16
         if shape.groups > 1 or narrow or strided or unaligned or w >= 2**31:
             raise ValueError(
-                f"{op}: TMA is for channels of a multiple of 16 bytes, without groups, and under "
-                "2^31 pixels; of x with several taps side by side for more than 8 channels, and with a stride for a "
-                f"1 x 1 weight without padding; got {dict(config)} for {shape.key}, {name} {tuple(tensor.shape)}"
+                f"{op}: TMA is for channels of a multiple of 16 bytes, without groups, and under 2^31 pixels; of x with "
+                "several taps side by side for more than 8 channels, and with a stride for boxes of 1 x 1, or a 1 x 1 "
+                "weight without padding; "
+                f"got {dict(config)} for {shape.key}, {name} {tuple(tensor.shape)}"
             )
         size = [n, cdiv(h, step_h), cdiv(w, step_w), c]
         strides = [h * w * c, step_h * w * c, step_w * c, 1]
+        if images:
+            # A product reads the tile from where it is loaded to only if there is no axis between its rows and columns.
+            size, strides, box = ([axes[1], axes[2], axes[0], *axes[3:]] for axes in (size, strides, box))
         options[f"{name}_tiles"] = TensorDescriptor(tensor, size, strides, [*box, config[columns]])
     return options
 

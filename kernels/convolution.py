@@ -40,6 +40,7 @@ from kernels.checks import (
 )
 from kernels.configurations import Configuration, cdiv
 from kernels.conv_shape import (
+    IMAGES,
     TILE,
     ConvShape,
     box_sizes,
@@ -47,6 +48,7 @@ from kernels.conv_shape import (
     configured_for,
     conv_shape,
     fusion_of,
+    images_by_tma,
     launch_options,
     tile_of,
     two_programs,
@@ -107,7 +109,10 @@ def kernel(
     PITCH: from a pixel of y to the next; K, unless y is a slice of channels.
     """
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
-    FORMED: tl.constexpr = norm is not None or BOX_W > 0
+    FORMED: tl.constexpr = norm is not None or BOX_H * BOX_W > 1
+    OF_IMAGES: tl.constexpr = BOX_H * BOX_W == 1
+    STEP_H: tl.constexpr = STRIDE_H if OF_IMAGES else 1  # else the descriptor has the stride
+    STEP_W: tl.constexpr = STRIDE_W if OF_IMAGES else 1
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
     channels = NARROW if NARROW else C
@@ -159,7 +164,8 @@ def kernel(
             elif not SAME:
                 inside &= ((h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W))[:, None]
             at = (x_row + (r * W + s) * channels)[:, None] + run[None, :]
-            a = load(x, x_tiles, x_tile + at, inside, box, top + r - PADDING_H, left + s - PADDING_W, start)
+            h_tap, w_tap = top * STEP_H + r - PADDING_H, left * STEP_W + s - PADDING_W
+            a = load(x, x_tiles, x_tile + at, inside, box, h_tap, w_tap, start, OF_IMAGES)
             if norm is not None:
                 value = normalised(a, norm, c, channel, C)
                 if residual is not None:
@@ -204,13 +210,18 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     """Returns tiles of 128 x 128 x 64, or x 32 with a prologue, whose rows of norm take registers.
 
     So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program. Where TMA
-    loads, tiles are 64 x 128 x 64 for 4 warps, so that two to four programs hide each other's waits.
+    loads pixels as they follow each other, tiles are 64 x 128 x 64 for 4 warps, so that two to four programs hide each
+    other's waits; where it loads images, for several taps, 128 x 128 x 64, or 128 x 256 x 64, which reads less.
     """
     if by_tma(shape, element_size, gpu):
         joins_once = "residual" in fusion and min(shape.c, shape.k) >= 256  # not for each 128 columns
         rows, columns, warps = (128, 256, 8) if joins_once else (64, 128, 4)
         tile = {"BLOCK_ROWS": rows, "BLOCK_OUT": tile_of(shape.k, columns), "BLOCK_IN": tile_of(shape.c, 64)}
         return tile | {"TMA": 1, "num_warps": warps, "num_stages": 3, "PERSISTENT": 0}
+    if images_by_tma(shape, element_size, gpu) and "norm" not in fusion:
+        columns, warps = (256, 8) if shape.k % 256 == 0 else (128, 4)
+        tile = {"BLOCK_ROWS": IMAGES, "BLOCK_OUT": tile_of(shape.k, columns), "BLOCK_IN": tile_of(shape.c, 64)}
+        return tile | {"TMA": 1, "BOX_H": 1, "BOX_W": 1, "num_warps": warps, "num_stages": 3, "PERSISTENT": 0}
     deep = 32 if "norm" in fusion or element_size > 2 else 64
     config = {
         "BLOCK_ROWS": 128,

@@ -39,6 +39,7 @@ from kernels.checks import (
 )
 from kernels.configurations import Configuration, cdiv
 from kernels.conv_shape import (
+    IMAGES,
     TILE,
     ConvShape,
     box_sizes,
@@ -46,6 +47,7 @@ from kernels.conv_shape import (
     configured_for,
     conv_shape,
     fusion_of,
+    images_by_tma,
     launch_options,
     tile_of,
     two_programs,
@@ -142,7 +144,8 @@ def kernel(
 ):  # fmt: skip
     """One program computes tiles of BLOCK_ROWS pixels of a class x BLOCK_OUT channels of dx; neighbours share rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of dx is one of g
-    FORMED: tl.constexpr = norm is not None or BOX_W > 0
+    FORMED: tl.constexpr = norm is not None or BOX_H * BOX_W > 1
+    OF_IMAGES: tl.constexpr = BOX_H * BOX_W == 1
     blocks = tl.cdiv(C, BLOCK_OUT)
     # The class has pixels (first_h + STRIDE_H i, first_w + STRIDE_W j), and taps r = first_r + STRIDE_H q, s likewise.
     first_h, first_w = tl.program_id(1) // STRIDE_W, tl.program_id(1) % STRIDE_W
@@ -199,9 +202,11 @@ def kernel(
                 inside &= ((i - q >= 0) & (i - q < OH) & (j - p >= 0) & (j - p < OW))[:, None]
             at = (g_row - (q * OW + p) * K)[:, None] + k[None, :]
             top_q, left_p = top + first_i - q, left + first_j - p
-            dy = load(g, g_tiles, g_tile + at, inside, box, top_q, left_p, start)
+            dy = load(g, g_tiles, g_tile + at, inside, box, top_q, left_p, start, OF_IMAGES)
             if norm is not None:
-                value = load(y, y_tiles, g_tile + at, inside, box, top_q, left_p, start) if y is not None else None
+                value = None
+                if y is not None:
+                    value = load(y, y_tiles, g_tile + at, inside, box, top_q, left_p, start, OF_IMAGES)
                 dy = through_batch_norm(dy, value, norm, factors, inside, k, channel, K).to(g.dtype.element_ty)
             r, s = first_r + q * STRIDE_H, first_s + p * STRIDE_W
             weighted = channel[:, None] & known[None, :]
@@ -261,6 +266,9 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     if by_tma(shape, element_size, gpu):
         return computed_for_tma(shape, fusion.split("+"))
     fused = {*fusion.split("+")}
+    if images_by_tma(shape, element_size, gpu) and shape.c > 64 and not {"norm", "a"} & fused:
+        tile = {"BLOCK_ROWS": IMAGES, "BLOCK_OUT": tile_of(shape.c, 128), "BLOCK_IN": tile_of(shape.k, 64)}
+        return tile | {"TMA": 1, "BOX_H": 1, "BOX_W": 1, "num_warps": 8, "num_stages": 3, "PERSISTENT": 0}
     deep = 64 if not {"norm", "a"} & fused and element_size == 2 and shape.groups == 1 else 32
     config = {
         "BLOCK_ROWS": 128,

@@ -27,9 +27,11 @@ from kernels.conv_shape import (
     TILE,
     ConvShape,
     box_sizes,
+    by_tma,
     configured_for,
     conv_shape,
     fusion_of,
+    images_by_tma,
     launch_options,
     most_channels_of_groups,
     tile_of,
@@ -72,7 +74,10 @@ def kernel(
 ):  # fmt: skip
     """One program sums BLOCK_OUT x BLOCK_IN values of dw, of TAPS taps, over one part of the rows."""
     SAME: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0  # a row of y is one of x
-    FORMED: tl.constexpr = (norm is not None or BOX_W > 0) and x_norm is None  # else both are: such products wait
+    FORMED: tl.constexpr = (norm is not None or BOX_H * BOX_W > 1) and x_norm is None  # else both are: products wait
+    OF_IMAGES: tl.constexpr = BOX_H * BOX_W == 1
+    STEP_H: tl.constexpr = STRIDE_H if OF_IMAGES else 1  # else the descriptor has the stride
+    STEP_W: tl.constexpr = STRIDE_W if OF_IMAGES else 1
     TAPS_W: tl.constexpr = 1 if NARROW else S
     RUN: tl.constexpr = S if NARROW else 1  # the taps side by side that count as one
     channels = NARROW if NARROW else C
@@ -113,9 +118,9 @@ def kernel(
         box, top, left = corner(of_rows, OH, OW, BLOCK_ROWS, BOX_H, BOX_W)
         at = g_tile + (g_row[:, None] + k[None, :])
         inside = exists[:, None] & known[None, :]
-        dy = load(g, g_tiles, at, inside, box, top, left, k0)
+        dy = load(g, g_tiles, at, inside, box, top, left, k0, OF_IMAGES)
         if norm is not None:
-            value = load(y, y_tiles, at, inside, box, top, left, k0) if y is not None else None
+            value = load(y, y_tiles, at, inside, box, top, left, k0, OF_IMAGES) if y is not None else None
             dy = through_batch_norm(dy, value, norm, factors, inside, k, known, K).to(g.dtype.element_ty)
         before, results = results, ()
         for t in tl.static_range(TAPS):
@@ -132,7 +137,8 @@ def kernel(
                 else:
                     inside &= ((w >= 0) & (w < W))[:, None]
             c0 = tile % tiles_of_run * BLOCK_IN
-            a = load(x, x_tiles, at, inside, box, top + r - PADDING_H, left + s - PADDING_W, c0)
+            h_tap, w_tap = top * STEP_H + r - PADDING_H, left * STEP_W + s - PADDING_W
+            a = load(x, x_tiles, at, inside, box, h_tap, w_tap, c0, OF_IMAGES)
             if x_norm is not None:
                 value = tl.maximum(normalised(a, x_norm, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
                 a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
@@ -171,19 +177,23 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
         block_in = min(block_in, 64)
     else:
         taps = 1
+    by_images = images_by_tma(shape, element_size, gpu)
+    stored = fusion == "alone" and (by_images or by_tma(shape, element_size, gpu))
     few = block_out <= 64 or block_out * block_in <= 128 * 64 // taps
-    rows = 64 if few and not shape.narrow and shape.groups == 1 else 32
-    programs = SMS if block_out > 64 else 2 * SMS
+    rows = 64 if stored or (few and not shape.narrow and shape.groups == 1) else 32
+    programs = SMS if block_out > 64 and not stored else 2 * SMS
     config = {
         "BLOCK_ROWS": rows,
         "BLOCK_OUT": block_out,
         "BLOCK_IN": block_in,
         "TAPS": taps,
         "PARTS": parts_of(tiles_of(shape, block_out, block_in, taps)[1], cdiv(shape.rows, rows), rows, programs),
-        "TMA": 0,
-        "num_warps": 8,
-        "num_stages": 3,
+        "TMA": int(stored),
+        "num_warps": 4 if stored and taps > 1 else 8,
+        "num_stages": 2 if stored and taps > 1 and block_out > 64 else 3,
     }
+    if stored:
+        return config | ({"BOX_H": 1, "BOX_W": 1} if by_images else {})
     config |= {"maxnreg": 255} if gpu >= 10 else {}  # unasked, ptxas may stop at 64 or 128 and spill a few bytes
     return config | box_sizes(shape, rows, shape.oh, shape.ow)
 

@@ -56,8 +56,13 @@ def locate(tile, rows, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, 
 
 
 @triton.jit
-def load(tensor, tiles, at, inside, n, i, j, c):
-    """Returns a tile, (rows, columns): by its descriptor, from (n, i, j, c) on, or tensor[at] where it is inside."""
+def load(tensor, tiles, at, inside, n, i, j, c, IMAGES: tl.constexpr = False):
+    """Returns a tile, (rows, columns): by its descriptor, from (n, i, j, c) on, or tensor[at] where it is inside.
+
+    IMAGES: the rows are images, which come behind i and j then.
+    """
+    if tiles is not None and IMAGES:
+        return tiles.load([i, j, n, c]).reshape(at.shape[0], at.shape[1])
     if tiles is not None:
         return tiles.load([n, i, j, c]).reshape(at.shape[0], at.shape[1])
     return tl.load(tensor + at, mask=inside, other=0.0)

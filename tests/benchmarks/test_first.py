@@ -1,6 +1,7 @@
 """The first items on a GPU run here, too: checks of kernels in the interpreter, and steps of the test's own."""
 
 import time
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from benchmarks import first, ops, step
 from benchmarks.replay import library
 from benchmarks.trace import Call, call_of
-from kernels import configurations
 from kernels.implementation import INTERPRETED
 from kernels.launch import Repetition
 
@@ -142,12 +142,15 @@ def test_sums_over_many_images_are_those_of_few(monkeypatch):
 
 def test_few_images_are_launched_as_many(monkeypatch):
     asked = []
-    monkeypatch.setattr(configurations, "configuration", lambda op, key, *rest: asked.append(key) or {"BLOCK_ROWS": 16})
+    table = first.conv_shape, "configuration"
+    monkeypatch.setattr(*table, lambda op, key, *rest: asked.append(key) or {"BLOCK_ROWS": 16})
     x = torch.empty(8, 16, 4, 4)
     shape = first.conv_shape.conv_shape("convolution", (8, 16, 4, 4), torch.empty(16, 16, 1, 1), [1, 1], [0, 0], 1)
     with first.configured_for(8, 256):
-        first.conv_shape.configured_for("convolution", x, shape, "alone", lambda *_: {})
-    assert asked == ["fp32 N=256 C=16 H=4 W=4 K=16 R=1 S=1 stride=1,1 padding=0,0 G=1 alone"]
+        import_module("kernels.convolution").configured_for(
+            "convolution", x, shape, "alone", lambda shape, *_: asked.append(shape.n)
+        )
+    assert asked == [256, "fp32 N=256 C=16 H=4 W=4 K=16 R=1 S=1 stride=1,1 padding=0,0 G=1 alone"]
 
 
 def test_each_call_of_a_step_is_of_one_family(monkeypatch):

@@ -109,6 +109,7 @@ FEW = [MODELS[1], MODELS[5], MODELS[10]]  # classes of pixels without a tap; few
 
 TILES = Shape(2, 24, 5, 4, 40, 1, 1)  # whose rows are multiples of 16 bytes
 OF_ONE_IMAGE, OF_FOUR = {"TMA": 1, "BOX_H": 4, "BOX_W": 4}, {"TMA": 1, "BOX_H": 2, "BOX_W": 2}  # boxes of 16 rows
+OF_IMAGES = {"TMA": 1, "BOX_H": 1, "BOX_W": 1}  # 16
 # Boxes that reach over an edge in H, in W and in N, or lie in a corner; each geometry by one kind of box.
 BOXES = [
     (Shape(1, 24, 5, 6, 8, 3, 3, (1, 1), (1, 1)), OF_ONE_IMAGE),
@@ -118,6 +119,10 @@ BOXES = [
     (Shape(2, 16, 1, 1, 8, 3, 3, (1, 1), (1, 1)), OF_ONE_IMAGE),
     (Shape(5, 8, 1, 2, 8, 1, 1, (1, 1), (1, 0)), OF_FOUR),
     (Shape(1, 24, 9, 7, 8, 1, 1, (2, 3)), OF_FOUR),
+    (Shape(18, 24, 3, 2, 8, 3, 3, (1, 1), (1, 1)), OF_IMAGES),
+    (Shape(3, 16, 2, 5, 24, 1, 7, (1, 1), (0, 3)), OF_IMAGES),
+    (Shape(17, 16, 3, 5, 8, 1, 1, (2, 3)), OF_IMAGES),
+    (Shape(18, 16, 3, 5, 8, 3, 3, (2, 2), (1, 1)), OF_IMAGES),
 ]
 
 
