@@ -197,8 +197,8 @@ def launch_options(
 
     These are None, or for {"TMA": 1} descriptors, by which Hopper's and later GPUs load whole tiles of a channels-last
     tensor, config[rows] x config[columns] of (N, H, W, C): BLOCK_ROWS are pixels as in `locate`, other rows are N. What
-    is outside of the tensor is read as 0, as padding is. Of boxes of one pixel H and W come before N. None for a tensor that does not begin at a multiple of 16
-    bytes. ValueError where the geometry does not allow it.
+    is outside of the tensor is read as 0, as padding is. Of boxes of one pixel H and W come before N. None for a tensor
+    that does not begin at a multiple of 16 bytes. ValueError where the geometry does not allow it.
     """
     options: dict[str, int | TensorDescriptor | None] = {name: n for name, n in config.items() if name != "TMA"}
     for name, (tensor, rows, columns) in tensors.items():
@@ -221,9 +221,9 @@ def launch_options(
         unaligned = c * tensor.element_size() % 16
         if shape.groups > 1 or narrow or strided or unaligned or w >= 2**31:
             raise ValueError(
-                f"{op}: TMA is for channels of a multiple of 16 bytes, without groups, and under 2^31 pixels; of x with "
-                "several taps side by side for more than 8 channels, and with a stride for boxes of 1 x 1, or a 1 x 1 "
-                "weight without padding; "
+                f"{op}: TMA is for channels of a multiple of 16 bytes, without groups, and under 2^31 pixels; of x "
+                "with several taps side by side for more than 8 channels, and with a stride for boxes of 1 x 1, or a "
+                "1 x 1 weight without padding; "
                 f"got {dict(config)} for {shape.key}, {name} {tuple(tensor.shape)}"
             )
         size = [n, cdiv(h, step_h), cdiv(w, step_w), c]
