@@ -57,8 +57,8 @@ from kernels.implementation import runs_triton
 from kernels.launch import launch
 from kernels.norm_rows import activation, normalised
 from kernels.operators import named, operator
-from kernels.partial_sums import empty_sums
-from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
+from kernels.partial_sums import empty_sums, store_sums
+from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, relaid, tiles_of_rows
 
 
 def reference(x, weight, stride, padding, groups, norm, residual, residual_norm, center, scale, shift, add, relu):
@@ -184,8 +184,9 @@ def kernel(
             b = load(weight, weight_tiles, at, weighted, block * BLOCK_OUT, r, s, start)
             result = multiply_add(a, tl.trans(b), result, FORMED)
 
-        # The epilogue. In registers of its own, it does not make ptxas serialise wgmma; -0 becomes 0.
-        result += 0.0
+        # The epilogue. Without boxes the pixels of y follow each other, whatever the taps.
+        if BOX_W == 0:
+            exists = tl.arange(0, BLOCK_ROWS) < tl.minimum(rows - first, BLOCK_ROWS).to(tl.int32)
         at = y_row[:, None] + k[None, :]
         inside = exists[:, None] & known[None, :]
         if scale is not None:
@@ -196,13 +197,16 @@ def kernel(
             result += tl.load(add + y_tile + at, mask=inside, other=0.0).to(tl.float32)
         if RELU:
             result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if center is not None:
+            result += 0.0  # in registers of its own, it does not make ptxas serialise wgmma; -0 becomes 0
+            if shift is not None or BOX_W > 0:
+                result = tl.where(exists[:, None], result, 0.0)  # as rows that are not there are without these
         stored = result.to(y.dtype.element_ty)
         tl.store(y + y_tile + at, stored, mask=inside)
         if center is not None:
-            origin = tl.load(center + k, mask=known, other=0.0)[None, :]
-            d = tl.where(inside, stored.to(tl.float32) - origin, 0.0)
-            tl.store(sums + part.to(tl.int64) * K + k, tl.sum(d, 0), mask=known)
-            tl.store(sums + (parts + part.to(tl.int64)) * K + k, tl.sum(d * d, 0), mask=known)
+            origin = tl.load(center + k, mask=known, other=0.0)[None, :] * exists.to(tl.float32)[:, None]
+            d = relaid(stored).to(tl.float32) - origin
+            store_sums(d, d * d, sums, part.to(tl.int64), parts, k, known, K)
 
 
 @cache

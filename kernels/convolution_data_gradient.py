@@ -64,8 +64,8 @@ from kernels.norm_rows import (
     through_batch_norm,
 )
 from kernels.operators import named, operator
-from kernels.partial_sums import empty_sums
-from kernels.tiles import channels_of_groups, corner, load, load_sparse, locate, multiply_add, tiles_of_rows
+from kernels.partial_sums import empty_sums, store_sums
+from kernels.tiles import channels_of_groups, corner, load, load_sparse, locate, multiply_add, relaid, tiles_of_rows
 
 
 def reference(
@@ -102,16 +102,9 @@ def reference(
 
 
 @triton.jit
-def store_sums(g, x, norm, sums, at, inside, c, known, C, part, parts):
-    """Stores the sums of g and of g (x - mean) over a tile; without x 0 in place of the latter."""
-    first = sums + part * C + c
-    tl.store(first, tl.sum(g, 0), mask=known)
-    products = tl.zeros_like(c).to(tl.float32)
-    if x is not None:
-        mean = load_row(norm, MEAN, c, known, C)[None, :]
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        products = tl.sum(tl.where(inside, g * (value - mean), 0.0), 0)
-    tl.store(first + parts * C, products, mask=known)
+def times_centered(g, x, norm, c, known, C):
+    """Returns g (x - mean), of which BatchNorm's gradient needs the sum."""
+    return g * (x.to(tl.float32) - load_row(norm, MEAN, c, known, C)[None, :])
 
 
 @triton.jit(
@@ -229,29 +222,41 @@ def kernel(
             result *= load_row(affine, 0, c, known, C)[None, :]
             result += tl.where(taps > 0, load_row(affine, 1, c, known, C), 0.0)[None, :]
 
-        # The epilogue.
-        at = dx_tile + dx_row[:, None] + c[None, :]
+        # The epilogue. Without strides and boxes the pixels of dx follow each other, whatever the taps.
+        if STRIDE_H * STRIDE_W == 1 and BOX_W == 0:
+            first = tile.to(tl.int64) * BLOCK_ROWS
+            exists = tl.arange(0, BLOCK_ROWS) < tl.minimum(rows - first, BLOCK_ROWS).to(tl.int32)
+            dx_tile, dx_row = first * C, tl.arange(0, BLOCK_ROWS) * C
+        at = dx_row[:, None] + c[None, :]
         inside = exists[:, None] & known[None, :]
         if skip is not None and SKIP_STRIDE == 1:
-            result += tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+            result += tl.load(skip + dx_tile + at, mask=inside, other=0.0).to(tl.float32)
         elif skip is not None:
             image, n, i, j, _ = locate(tile, rows, height, width, BLOCK_ROWS, BOX_H, BOX_W)
             h, w = first_h + i * STRIDE_H, first_w + j * STRIDE_W
             result += load_sparse(skip, SKIP_STRIDE, image, n, h, w, c, inside, H, W, C)
-        if z is not None:
-            result = tl.where(tl.load(z + at, mask=inside, other=0.0) <= 0, 0.0, result)  # a NaN lets the gradient pass
-        elif x is not None:
-            value = normalised(tl.load(x + at, mask=inside, other=0.0), x_norm, c, known, C)
-            result = tl.where(value <= 0, 0.0, result)
-        stored = result.to(dx.dtype.element_ty)
-        tl.store(dx + at, stored, mask=inside)
-        of_sums = tl.where(inside, stored.to(tl.float32), 0.0)
-        part = (tl.program_id(1) * tiles + tile).to(tl.int64)
-        parts = (tl.num_programs(1) * tiles).to(tl.int64)
-        if x is not None or z is not None:
-            store_sums(of_sums, x, x_norm, sums, at, inside, c, known, C, part, parts)
-        if branch is not None:
-            store_sums(of_sums, branch, branch_norm, branch_sums, at, inside, c, known, C, part, parts)
+        if z is None and x is None and branch is None:
+            tl.store(dx + dx_tile + at, result.to(dx.dtype.element_ty), mask=inside)
+        else:
+            raw = tl.load(x + dx_tile + at, mask=inside, other=0.0) if x is not None else None
+            joined = tl.load(z + dx_tile + at, mask=inside, other=0.0) if z is not None else None
+            if z is None and (a is not None or BOX_W > 0):
+                result = tl.where(exists[:, None], result, 0.0)  # as rows that are not there are without these
+            gradient = relaid(result.to(dx.dtype.element_ty)).to(tl.float32)
+            if z is not None:
+                gradient = tl.where(joined <= 0, 0.0, gradient)  # a NaN lets the gradient pass
+            elif x is not None:
+                gradient = tl.where(normalised(raw, x_norm, c, known, C) <= 0, 0.0, gradient)
+            products = times_centered(gradient, raw, x_norm, c, known, C) if x is not None else None
+            tl.store(dx + dx_tile + at, gradient.to(dx.dtype.element_ty), mask=inside)
+            part = (tl.program_id(1) * tiles + tile).to(tl.int64)
+            parts = (tl.num_programs(1) * tiles).to(tl.int64)
+            if x is not None or z is not None:
+                store_sums(gradient, products, sums, part, parts, c, known, C)
+            if branch is not None:
+                other = tl.load(branch + dx_tile + at, mask=inside, other=0.0)
+                products = times_centered(gradient, other, branch_norm, c, known, C)
+                store_sums(gradient, products, branch_sums, part, parts, c, known, C)
 
 
 @cache
@@ -259,7 +264,7 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     """Returns tiles of 128 x 128 x 64 for 8 warps, or x 32 with a prologue, or with a second product.
 
     With these and the epilogue a program has the registers of an SM.
-    Two programs fit where tiles have 64 columns, where no raw x is read, and of groups, where tiles are 128 x 32 x 32.
+    Two programs fit where tiles have 64 columns, without these, and of groups, where tiles are 128 x 32 x 32.
     Where TMA can load, programs of 4 warps are so small that several fit: then one waits for its epilogue's operands as
     another multiplies.
     """
@@ -279,7 +284,7 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
         "num_stages": 3,
     }
     config |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, *size_of_class(shape))
-    fits = shape.groups > 1 or (deep == 64 and "x" not in fused)
+    fits = shape.groups > 1 or deep == 64
     return config | (two_programs(element_size, gpu) if fits else {})
 
 
@@ -292,7 +297,7 @@ def computed_for_tma(shape: ConvShape, fused: list[str]) -> Configuration:
     config = {"BLOCK_ROWS": 64, "BLOCK_OUT": tile_of(shape.c, 64), "BLOCK_IN": tile_of(shape.k, 64), "TMA": 1}
     config |= {"num_warps": 4, "num_stages": 3, "PERSISTENT": 0}
     if "a" in fused and shape.k >= 1024:
-        return config | {"BLOCK_ROWS": 128, "BLOCK_OUT": tile_of(shape.c, 128), "num_warps": 8}
+        return config | {"BLOCK_ROWS": 128, "BLOCK_OUT": tile_of(shape.c, 128), "num_warps": 8, "maxnreg": 128}
     if not {"norm", "a", "x"} & {*fused} and shape.k >= 256:
         return config | {"BLOCK_OUT": tile_of(shape.c, 128)}
     if "norm" not in fused:

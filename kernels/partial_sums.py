@@ -34,6 +34,23 @@ def empty_sums(x: Tensor, read: Tensor | None, parts: int, channels: int) -> Ten
 
 
 @triton.jit
+def add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def store_sums(values, others, sums, part, parts, c, known, C):
+    """Stores the sums of both, tiles of (rows, channels c), as a part of `sums`, (2, parts, C); without others 0."""
+    if others is None:
+        total = tl.sum(values, 0)
+        of_others = tl.zeros_like(total)
+    else:
+        total, of_others = tl.reduce((values, others), 0, add_both)  # they wait for other warps together
+    at = (part + tl.arange(0, 2)[None, :] * parts) * C + c[:, None]
+    tl.store(sums + at, tl.join(total, of_others), mask=known[:, None])
+
+
+@triton.jit
 def sum_parts(sums, parts, c, C, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Returns sums, (parts, C), added over the parts for the channels c, always in the same order."""
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)

@@ -56,6 +56,19 @@ def locate(tile, rows, height, width, BLOCK: tl.constexpr, BOX_H: tl.constexpr, 
 
 
 @triton.jit
+def relaid(tile):
+    """Returns the tile, (rows, columns), as it is, but laid out as it is loaded and stored.
+
+    Triton keeps the layout of a matrix product for all that follows. That has neighbouring rows in other threads, so a
+    sum over rows takes shuffles for every column, and what is loaded is laid out anew; `split` of rows cannot keep it.
+    """
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    top, bottom = tl.split(tl.permute(tl.reshape(tile, (2, rows // 2, columns)), (1, 2, 0)))
+    return tl.reshape(tl.permute(tl.join(top, bottom), (2, 0, 1)), (rows, columns))
+
+
+@triton.jit
 def load(tensor, tiles, at, inside, n, i, j, c, IMAGES: tl.constexpr = False):
     """Returns a tile, (rows, columns): by its descriptor, from (n, i, j, c) on, or tensor[at] where it is inside.
 

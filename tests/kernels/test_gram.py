@@ -305,12 +305,13 @@ def test_two_products_are_exact_on_integers(implementation, device, shape):
     a, of_a = conv.small_integers(shape.x, torch.float16, device), torch.randint(-2, 3, (shape.c, shape.c))
     of_a, affine = of_a.to(device).half(), conv.integer_norm(shape.c, device)[:2].clone()
     options = {"a": a, "of_a": of_a, "affine": affine, "x": given["x"], "x_norm": given["x_norm"]}
-    dx, _, _ = convolution_data_gradient(given["g"], given["weight"], (shape.h, shape.w), *shape.how, **options)
+    dx, sums, _ = convolution_data_gradient(given["g"], given["weight"], (shape.h, shape.w), *shape.how, **options)
     exact = conv.of_input(given["g"], given["weight"], shape)
     at = slice(None), slice(None), slice(None, None, shape.stride[0]), slice(None, None, shape.stride[1])
     second = images_of(rows_of(a, shape) @ of_a.double(), shape)
     exact[at] = (exact[at] + second) * conv.spread(affine[0]) + conv.spread(affine[1])
     assert torch.equal(dx, (exact * (conv.normalised(given["x"], given["x_norm"]) > 0)).half())
+    assert torch.equal(sums[0].double().sum(0), dx.double().sum((0, 2, 3)))
 
 
 @pytest.mark.parametrize("choices", [{"TMA": 1}, {"PERSISTENT": 4}], ids=str)
