@@ -239,7 +239,8 @@ def kernel(
             tl.store(dx + dx_tile + at, result.to(dx.dtype.element_ty), mask=inside)
         else:
             raw = tl.load(x + dx_tile + at, mask=inside, other=0.0) if x is not None else None
-            joined = tl.load(z + dx_tile + at, mask=inside, other=0.0) if z is not None else None
+            if z is not None:
+                joined = tl.load(z + dx_tile + at, mask=inside, other=0.0)
             if z is None and (a is not None or BOX_W > 0):
                 result = tl.where(exists[:, None], result, 0.0)  # as rows that are not there are without these
             gradient = relaid(result.to(dx.dtype.element_ty)).to(tl.float32)

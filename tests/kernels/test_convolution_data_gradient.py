@@ -194,7 +194,7 @@ def test_tiles_by_tma_and_programs_of_several_tiles_give_the_same_bits(device, c
 
 @pytest.mark.parametrize(("shape", "box"), OF_CLASSES, ids=[str(shape) for shape, _ in OF_CLASSES])
 def test_boxes_by_tma_are_exact_on_integers(device, shape, box):
-    """Boxes are of the pixels of one class, whatever the stride; over an edge they have products, unless g is mapped."""
+    """Boxes are of the pixels of one class, whatever the stride; over an edge they have products of a plain g."""
     given = conv.tensors(shape, torch.float16, device, conv.small_integers)
     for names in MAP, ():
         with conv.configured(**box, PERSISTENT=3):
