@@ -190,6 +190,10 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     "gram_matrix, norm": ("gram_matrix", lambda: (images(24, 26), [1, 1], norm())),
     "max_pool, sparse": ("max_pool", lambda: (images(24, 24), 1, 2, 0, False)),
     "max_pool": ("max_pool", lambda: (images(24, 24), 3, 2, 1, True)),
+    "max_pool_into": (
+        "max_pool_into",
+        lambda: (images(24, 24), 3, 2, 1, True, None, False, images(40, 12)[:, 8:32]),
+    ),
     "max_pool_backward": (
         "max_pool_backward",
         lambda: (images(24, 12), torch.zeros(2, 24, 12, 12, dtype=torch.uint8), 24, 24, 3, 2, 1),
