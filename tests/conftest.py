@@ -5,6 +5,7 @@ import os
 import signal
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of kernels, which are decorated for good
 
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
@@ -47,6 +49,15 @@ def call(function: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
     return function.rewrite()(*args, **kwargs) if replaced(function) else whole_call(function, *args, **kwargs)
 
 
+def numpys(kind: tl.dtype) -> numpy.dtype:
+    """Returns numpy's dtype of one of Triton's. Triton would make the table anew each time, a tenth of what it does."""
+    if kind.name not in known:
+        known[kind.name] = looked_up(kind)
+    return known[kind.name]
+
+
+known: dict[str, numpy.dtype] = {}
+looked_up, interpreter._get_np_dtype = interpreter._get_np_dtype, numpys
 whole_call, InterpretedFunction.__call__ = InterpretedFunction.__call__, call
 
 
