@@ -60,6 +60,7 @@ MOVES: dict[str, dict[str, int]] = {
     "nvcnn::convolution": {"out": 1},
     "nvcnn::convolution_gradients": {"out": 1},  # written only; sums over parts stay in the L2 cache
     "nvcnn::convolution_weight_gradient": {"out": 1},  # likewise
+    "nvcnn::max_pool_into": {"y": 1},
     "nvcnn::gradient_statistics": {"square_sums": 1},
     "nvcnn::larc_update": {"model_weight": 1, "weight_square_sums": 1},
     "nvcnn::refresh": {"model_weight": 1, "weight_square_sums": 1},

@@ -24,7 +24,7 @@ from kernels.gram_gradient import gram_gradient
 from kernels.gram_matrix import gram_matrix
 from kernels.gram_norm import gram_norm
 from kernels.larc_update import larc_update, refresh
-from kernels.max_pool import max_pool, max_pool_backward, max_pool_with_argmax
+from kernels.max_pool import max_pool, max_pool_backward, max_pool_into, max_pool_with_argmax
 from kernels.prepare_input import prepare_input, prepare_input_into
 from kernels.trust_ratio import trust_ratio
 
@@ -49,6 +49,7 @@ __all__ = [
     "larc_update",
     "max_pool",
     "max_pool_backward",
+    "max_pool_into",
     "max_pool_with_argmax",
     "norm_from_sums",
     "norm_gradient",

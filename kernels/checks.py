@@ -99,6 +99,6 @@ def single_or_double(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns a new tensor of that shape, channels-last, of the dtype and on the device of x."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def empty_images(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Returns a new tensor of that shape, channels-last, of this dtype, or that of x, and on the device of x."""
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -66,12 +66,12 @@ def backward_reference(dy, argmax, dx, kernel_size, stride, padding, x, norm):
 @triton.jit(repr=named("max_pool", "norm"))
 def kernel(
     x, norm, y, argmax, PIXELS, H, W, OH, OW,
-    C: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    C: tl.constexpr, PITCH: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_C channels of BLOCK_PIXELS of the PIXELS = N x OH x OW pixels.
 
-    norm and argmax may be None.
+    norm and argmax may be None. PITCH: from a pixel of y to the next; C, unless y is a slice of channels.
     """
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -99,10 +99,10 @@ def kernel(
             larger = (value > largest) ^ (value != value)  # never both
             largest = tl.maximum(largest, value, propagate_nan=tl.PropagateNan.ALL)
             position = tl.where(larger, r * KERNEL_SIZE + s, position)
-    at = pixel.to(tl.int64)[:, None] * C + c
-    tl.store(y + at, largest.to(y.dtype.element_ty), mask=inside)
+    place = pixel.to(tl.int64)[:, None]
+    tl.store(y + (place * PITCH + c), largest.to(y.dtype.element_ty), mask=inside)
     if argmax is not None:
-        tl.store(argmax + at, position.to(tl.uint8), mask=inside)
+        tl.store(argmax + (place * C + c), position.to(tl.uint8), mask=inside)
 
 
 @triton.jit(repr=named("max_pool_backward", "norm"))
@@ -219,11 +219,52 @@ def max_pool_with_argmax(
     norm: Tensor | None = None,
     ceil_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y and, with `with_argmax`, what `argmax_like` says, for the backward alone; else an empty tensor.
+    """Returns y and, with `with_argmax`, the places of its maxima, for the backward alone; else an empty tensor.
 
+    A place is a uint8 in the window, or of the reference an int64 in H x W.
     norm: (5, C), fp32, of `batch_norm_statistics` or `norm_of`: relu of the normalised x is pooled. Autograd does not
     go through it: whoever has the rest of BatchNorm's backward calls `max_pool_backward`.
     """
+    shape = checked(x, kernel_size, stride, padding, norm, ceil_mode)
+    if runs_triton(x.device):
+        y = empty_images(x, shape)
+        return y, write(x, kernel_size, stride, padding, with_argmax, norm, y)
+    y, argmax = reference(x, kernel_size, stride, padding, norm, ceil_mode)
+    return y, argmax if with_argmax else argmax.new_empty(0)
+
+
+@operator("max_pool_into", mutates_args=("y",))
+def max_pool_into(
+    x: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    with_argmax: bool,
+    norm: Tensor | None,
+    ceil_mode: bool,
+    y: Tensor,
+) -> Tensor:
+    """Writes y of `max_pool_with_argmax` to y, like that, or a slice of the channels of such a tensor.
+
+    Returns the places. Not differentiable: whoever concatenates has `max_pool_backward`.
+    """
+    op, shape = "max_pool_into", checked(x, kernel_size, stride, padding, norm, ceil_mode)
+    check_images(op, "y", y, slices=True)
+    if (y.shape, y.dtype, y.device) != (shape, x.dtype, x.device):
+        raise ValueError(
+            f"{op}: y must be {shape}, {x.dtype}, on {x.device}; got {tuple(y.shape)}, {y.dtype}, on {y.device}"
+        )
+    if runs_triton(x.device):
+        return write(x, kernel_size, stride, padding, with_argmax, norm, y)
+    maxima, argmax = reference(x, kernel_size, stride, padding, norm, ceil_mode)
+    y.copy_(maxima)
+    return argmax if with_argmax else argmax.new_empty(0)
+
+
+def checked(
+    x: Tensor, kernel_size: int, stride: int, padding: int, norm: Tensor | None, ceil_mode: bool
+) -> tuple[int, ...]:
+    """Returns the shape of y. Raises ValueError for what `max_pool` refuses."""
     n, c, h, w = check_images("max_pool", "x", x)
     check_tensors("max_pool", x.device, single_or_double(x), norm=(norm, (5, c)))
     if not (1 <= kernel_size <= LARGEST and 1 <= stride <= LARGEST and 0 <= padding <= kernel_size // 2):
@@ -236,28 +277,26 @@ def max_pool_with_argmax(
         raise ValueError(
             f"max_pool: a window of {kernel_size} does not fit into {h} x {w} pixels with padding {padding}"
         )
-    if not runs_triton(x.device):
-        y, argmax = reference(x, kernel_size, stride, padding, norm, ceil_mode)
-        return y, argmax if with_argmax else argmax_like(y, False)
-    if n * h * w >= 2**31:
+    if runs_triton(x.device) and n * h * w >= 2**31:
         raise ValueError(f"max_pool: x must have less than 2**31 pixels, got {tuple(x.shape)}")
-    y = empty_images(x, (n, c, *size))
-    argmax = argmax_like(y, with_argmax)
+    return n, c, *size
+
+
+def write(
+    x: Tensor, kernel_size: int, stride: int, padding: int, with_argmax: bool, norm: Tensor | None, y: Tensor
+) -> Tensor:
+    """Writes the maxima to y, and returns their places, or an empty tensor."""
+    n, c, *size = y.shape
+    argmax = empty_images(x, y.shape, torch.uint8) if with_argmax else x.new_empty(0, dtype=torch.uint8)
     config, pixels = configured("max_pool", y, kernel_size, stride, norm), n * size[0] * size[1]
     launch(
         kernel,
         grid(pixels, c, config),
         *(x, norm, y, argmax if with_argmax else None),
-        *(pixels, h, w, *size, c, kernel_size, stride, padding),
+        *(pixels, *x.shape[2:], *size, c, pitch_of(y), kernel_size, stride, padding),
         **config,
     )
-    return y, argmax
-
-
-def argmax_like(y: Tensor, with_argmax: bool) -> Tensor:
-    """Returns room for the places of y's maxima, uint8 in the window, or the reference's int64 indices; or for none."""
-    dtype = torch.uint8 if runs_triton(y.device) else torch.int64
-    return torch.empty_like(y, dtype=dtype) if with_argmax else y.new_empty(0, dtype=dtype)
+    return argmax
 
 
 @operator("max_pool_backward")

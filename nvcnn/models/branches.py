@@ -17,11 +17,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvcnn.models.fused import Operand, PendingConv, Unnormalized, activation, concatenate, conv_bn, max_pool
+from nvcnn.models.fused import Operand, PendingConv, Unnormalized, activation, concatenate, conv_bn, max_pool, pooling
 from nvcnn.models.layers import BatchNorm2d, Conv2d
 
 MAX = partial(max_pool, kernel_size=3, stride=1, padding=1)
-HALVE = partial(max_pool, kernel_size=3, stride=2)
+HALVE = partial(pooling, kernel_size=3, stride=2)  # into its slice, where it is a branch
 AVERAGE = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
 AVERAGE_INSIDE = partial(AVERAGE, count_include_pad=False)  # the mean of the pixels that are there
 

@@ -157,22 +157,29 @@ class Concatenate(Function):
 
 
 class MaxPool(Function):
-    """The maxima of relu(normalised x), which is never in memory; or where x is `rectified`, of x itself."""
+    """The maxima of relu(normalised x), which is never in memory; or of x itself, which may be `rectified`.
+
+    With `out` they are there, and what is returned has no values, and is there for its gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x, norm, rectified, ceil_mode, *window):
+    def forward(ctx, x, norm, rectified, ceil_mode, window, out):
         through = None if rectified else norm
-        y, argmax = kernels.max_pool_with_argmax(x, *window, ctx.needs_input_grad[0], through, ceil_mode)
-        ctx.window = window
-        ctx.save_for_backward(x, norm, argmax)
+        how = *window, ctx.needs_input_grad[0], through, ceil_mode
+        if out is None:
+            y, argmax = kernels.max_pool_with_argmax(x, *how)
+        else:
+            y, argmax = x.new_empty(()).expand(out.shape), kernels.max_pool_into(x, *how, out)
+        ctx.size, ctx.window = x.shape[2:], window
+        ctx.save_for_backward(None if norm is None else x, norm, argmax)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, norm, argmax = ctx.saved_tensors
-        g, sums = kernels.max_pool_backward(dy, argmax, *x.shape[2:], *ctx.window, x, norm)
-        return g, gradient_of_norm(sums, x, norm), *[None] * 5
+        g, sums = kernels.max_pool_backward(dy, argmax, *ctx.size, *ctx.window, x, norm)
+        return g, gradient_of_norm(sums, x, norm), *[None] * 4
 
 
 class UnnormalizedConv(Function):

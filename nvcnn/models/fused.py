@@ -42,6 +42,7 @@ from torch.nn import functional as F
 import kernels
 from kernels.checks import empty_images
 from kernels.conv_shape import conv_shape
+from kernels.max_pool import output_size
 from nvcnn.models.functions import (
     GRAM,
     LIBRARY,
@@ -121,13 +122,38 @@ class Rectified(Pending):
     norm: Tensor
 
 
+@dataclass
+class PendingPool(Pending):
+    """The maxima of windows of x, (N, C, H, W), still to come; of relu(normalised x) where there is a norm.
+
+    norm: (5, C), or None. rectified: x is, so that the norm changes no value. window: kernel size, stride, padding.
+    """
+
+    x: Tensor
+    norm: Tensor | None
+    rectified: bool
+    window: tuple[int, int, int]
+    ceil_mode: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n, c, *size = self.x.shape
+        return n, c, *(output_size(extent, *self.window, self.ceil_mode) for extent in size)
+
+    def write(self, out: Tensor | None) -> Tensor:
+        """Returns it as an ordinary tensor; with `out` writes it there, and returns what gets the gradient of that."""
+        if self.norm is None and out is None:
+            return kernels.max_pool(self.x, *self.window, self.ceil_mode)
+        return MaxPool.apply(self.x, self.norm, self.rectified, self.ceil_mode, self.window, out)
+
+
 class Slice(NamedTuple):
     """What `concatenate` writes of a branch: x, or relu(normalised x) where there is a norm.
 
     gamma, beta, batch: of a norm that autograd does not know, as `kernels.batch_norm` takes them.
     """
 
-    x: Tensor | PendingConv
+    x: Tensor | PendingConv | PendingPool
     norm: Tensor | None = None
     gamma: Tensor | None = None
     beta: Tensor | None = None
@@ -135,7 +161,7 @@ class Slice(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if isinstance(self.x, Tensor):
+        if not isinstance(self.x, PendingConv):
             return tuple(self.x.shape)
         x, conv = activation(self.x.x), self.x.conv
         how: Any = x.shape, conv.weight_for(x), conv.stride, conv.padding, conv.groups
@@ -145,6 +171,8 @@ class Slice(NamedTuple):
         """Writes it to `out`, and returns what gets the gradient of that."""
         if isinstance(self.x, PendingConv):
             return compute(self.x, None, True, out)
+        if isinstance(self.x, PendingPool):
+            return self.x.write(out)
         if self.norm is not None:
             return Written.apply(*self, out)
         with torch.no_grad():
@@ -152,7 +180,7 @@ class Slice(NamedTuple):
         return self.x
 
 
-Operand = Tensor | Unnormalized | PendingConv | PendingAdd | Rectified
+Operand = Tensor | Unnormalized | PendingConv | PendingAdd | PendingPool | Rectified
 
 
 def activation(x: Operand, skip_stride: int = 1) -> Tensor:
@@ -165,6 +193,8 @@ def activation(x: Operand, skip_stride: int = 1) -> Tensor:
     if x.value is None:
         if isinstance(x, Rectified):
             x.value = Normalized.apply(x.z, x.norm, True)
+        elif isinstance(x, PendingPool):
+            x.value = x.write(None)
         elif isinstance(x, PendingAdd) and isinstance(x.a, Unnormalized) and x.a.norm is not None:
             x.value, x.sparse = Materialize.apply(x.a.y, x.a.norm, *addend(x.b), True, skip_stride)
             x.skip_stride = skip_stride
@@ -303,25 +333,29 @@ def check_supported(conv: Conv2d, bias: bool) -> None:
 
 def max_pool(x: Operand, kernel_size: int, stride: int, padding: int = 0, ceil_mode: bool = False) -> Tensor:
     """Returns the maxima of x's activation, as `kernels.max_pool` has them; an Unnormalized is not materialized."""
-    window = kernel_size, stride, padding
+    return activation(pooling(x, kernel_size, stride, padding, ceil_mode))
+
+
+def pooling(x: Operand, kernel_size: int, stride: int, padding: int = 0, ceil_mode: bool = False) -> PendingPool:
+    """Returns what `max_pool` would, not computed yet."""
+    how = (kernel_size, stride, padding), ceil_mode
     z = rectified(x)
     if z is not None:
-        return MaxPool.apply(z.z, z.norm, True, ceil_mode, *window)
+        return PendingPool(z.z, z.norm, True, *how)
     if isinstance(x, Unnormalized) and x.norm is not None and x.value is None:
-        return MaxPool.apply(x.y, x.norm, False, ceil_mode, *window)
-    return kernels.max_pool(activation(x), *window, ceil_mode)
+        return PendingPool(x.y, x.norm, False, *how)
+    return PendingPool(activation(x), None, False, *how)
 
 
 def concatenate(branches: Iterable[Operand]) -> Tensor:
     """Returns the activations of all, one behind the other in channels, (N, sum of C, H, W), channels-last.
 
-    What is not normalised yet is written where it belongs at once, and its gradient is read from there; ordinary
-    tensors are copied.
+    What is not normalised or pooled yet is written where it belongs at once, and its gradient is read from there;
+    ordinary tensors are copied.
     """
     slices = [slice_of(branch) for branch in branches]
-    ordinary = [slice.x for slice in slices if isinstance(slice.x, Tensor) and slice.norm is None]
-    if len(ordinary) == len(slices):
-        return torch.cat(ordinary, 1)
+    if all(slice.norm is None and not isinstance(slice.x, PendingConv) for slice in slices):
+        return torch.cat([activation(slice.x) for slice in slices], 1)
     shapes = [slice.shape for slice in slices]
     if len({(n, h, w) for n, _, h, w in shapes}) > 1:
         raise ValueError(f"concatenate: N, H and W must be the same, got {shapes}")
@@ -335,6 +369,8 @@ def slice_of(branch: Operand) -> Slice:
     """Returns what `concatenate` writes of a branch."""
     if isinstance(branch, Tensor) or branch.value is not None:
         return Slice(activation(branch))
+    if isinstance(branch, PendingPool):
+        return Slice(branch)
     if isinstance(branch, Unnormalized):
         y, bn = branch.y, branch.bn
         if branch.norm is not None:

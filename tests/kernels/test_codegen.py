@@ -14,12 +14,22 @@ import kernels
 from benchmarks.codegen import CHIPS, MATRIX, PROLOGUES, UNALIGNED, accesses_of, chip_of, main, programs_an_sm, streams
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Compiles the short list for all chips, and returns its rows."""
-    file = tmp_path_factory.mktemp("codegen") / "rows.json"
+def test_the_short_list_for_all_chips(tmp_path):
+    """It is one test, as compiling takes half a minute of all cores: of several workers one does."""
+    file = tmp_path / "rows.json"
     compiling("benchmarks.codegen", "--list=short", f"--json={file}")
-    return json.loads(file.read_text())["rows"]
+    rows = json.loads(file.read_text())["rows"]
+    for check in (
+        nothing_spills_and_streams_move_16_bytes_at_a_time,
+        convolutions_multiply_with_the_chips_own_instruction,
+        instructions_of_a_step_and_outside_of_it_are_counted,
+        poolings_normalise,
+        tiles_of_convolutions_are_loaded_by_tma,
+        every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams,
+        both_gradients_in_one_kernel_fit_an_sm_of_hopper,
+        a_profile_tells_kernels_apart,
+    ):
+        check(rows)
 
 
 def compiling(*command: str) -> str:
@@ -30,7 +40,7 @@ def compiling(*command: str) -> str:
     return run.stdout
 
 
-def test_nothing_spills_and_streams_move_16_bytes_at_a_time(rows):
+def nothing_spills_and_streams_move_16_bytes_at_a_time(rows):
     for row in rows:
         assert (row["spills"], row["breach"]) == (0, ""), row
         streams_values = "norm_kernel" not in row["name"] and not UNALIGNED.search(row["name"])
@@ -45,7 +55,7 @@ def test_wgmma_that_wait_for_each_other_are_found_and_those_that_do_not_wait():
     assert mended == [str(PROLOGUES)]
 
 
-def test_convolutions_multiply_with_the_chips_own_instruction(rows):
+def convolutions_multiply_with_the_chips_own_instruction(rows):
     convolutions = [row for row in rows if re.match(r"convolution\w*\.kernel ", row["name"])]
     wide = [row for row in convolutions if not re.search(r"warps=[12]\b", row["name"])]  # wgmma takes 4
     assert {(row["chip"], row["matrix"]) for row in wide} == {
@@ -62,7 +72,7 @@ def test_convolutions_multiply_with_the_chips_own_instruction(rows):
         assert any(all(f" {tensor}:fp16" in name for tensor in tensors) for name in names), op
 
 
-def test_instructions_of_a_step_and_outside_of_it_are_counted(rows):
+def instructions_of_a_step_and_outside_of_it_are_counted(rows):
     assert all(row["serialised"] == "-" for row in rows)
     rows = [row for row in rows if row["outside"] != "-"]
     assert {row["name"].split()[0] for row in rows} >= {f"convolution{of}.kernel" for of in ("", "_data_gradient")}
@@ -72,14 +82,14 @@ def test_instructions_of_a_step_and_outside_of_it_are_counted(rows):
     assert all(50 < row["step"] < 1500 for row in taps)  # nine taps are a loop
 
 
-def test_poolings_normalise(rows):
+def poolings_normalise(rows):
     raw = {(row["function"], row["chip"], *re.findall(r" x:(\w+)", row["name"])) for row in rows}
     functions = ("max_pool_norm", "max_pool_backward_norm")
     expected = {(name, f"sm_{chip}", dtype) for name in functions for chip in CHIPS for dtype in ("fp16", "bf16")}
     assert {row for row in raw if row[0] in functions} == expected
 
 
-def test_tiles_of_convolutions_are_loaded_by_tma(rows):
+def tiles_of_convolutions_are_loaded_by_tma(rows):
     names = [(row["name"], row["chip"]) for row in rows if row["tma"] == "yes" and " R=" in row["name"]]
     found = {(name.split()[0], re.findall(r"R=(\d)", name)[0], chip) for name, chip in names}
     ops = ("convolution", "convolution_data_gradient", "convolution_weight_gradient")
@@ -87,7 +97,7 @@ def test_tiles_of_convolutions_are_loaded_by_tma(rows):
     assert sum("PERSISTENT=264" in name for name, _ in names) == 2 * PROLOGUES
 
 
-def test_every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(rows):
+def every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(rows):
     modules = [import_module(f"kernels.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)]
     kernel_names = {
         f"{module.__name__.split('.')[-1]}.{name}"
@@ -108,14 +118,14 @@ def test_every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams(r
         }
 
 
-def test_both_gradients_in_one_kernel_fit_an_sm_of_hopper(rows):
+def both_gradients_in_one_kernel_fit_an_sm_of_hopper(rows):
     own = [row for row in rows if row["name"].startswith("convolution_gradients.")]
     assert {row["function"] for row in own} == {"convolution_gradients_256_64", "convolution_gradients_64_256_skip"}
     for row in own:
         assert (row["tma"], row["matrix"], row["load"], row["store"], row["programs"]) == ("yes", "wgmma", 16, 16, 1)
 
 
-def test_a_profile_tells_kernels_apart(rows):
+def a_profile_tells_kernels_apart(rows):
     functions = {}
     for row in rows:
         python_name = row["name"].split()[0]

@@ -125,6 +125,7 @@ CALLS = {
     "batch_norm_into": lambda: [meta(*X), norm(5, C), True, SLICE],
     "max_pool": lambda: [meta(*X), 3, 1, 1, True],
     "max_pool norm": lambda: [meta(*X), 3, 1, 1, True, norm(5, C)],
+    "max_pool_into": lambda: [meta(*X), 3, 1, 1, True, norm(5, C), False, SLICE],
     "max_pool_backward": lambda: [meta(*X), meta(*X, dtype=torch.uint8), 56, 56, 3, 1, 1],
     "max_pool_backward norm": lambda: [
         *(meta(*X), meta(*X, dtype=torch.uint8), 56, 56, 3, 1, 1),

@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import batch_norm, batch_norm_gradient_sums, max_pool, max_pool_backward, max_pool_with_argmax
+from kernels import (
+    batch_norm,
+    batch_norm_gradient_sums,
+    max_pool,
+    max_pool_backward,
+    max_pool_into,
+    max_pool_with_argmax,
+)
 from tests.kernels.images import (
     DTYPES,
     SLICES,
@@ -183,6 +190,26 @@ def test_a_gradient_may_be_a_slice(implementation, device, pitch, channels, firs
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("window", [INCEPTION, (*INCEPTION, True), STEM], ids=str)
+@pytest.mark.parametrize(("pitch", "channels", "first"), SLICES)
+def test_what_is_pooled_may_be_written_to_a_slice(implementation, device, pitch, channels, first, window):
+    """It is what is returned without, values that are not finite, too; its neighbours are left alone."""
+    x = integers((2, channels, 8, 7), torch.float16, device, -3, 3)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, -torch.inf], device=device, dtype=x.dtype)
+    drawn = torch.rand(x.shape, device=device) < 0.5
+    x = channels_last(torch.where(drawn, special[torch.randint(4, x.shape, device=device)], x))
+    x[0, :, :3, :3] = -torch.inf
+    others = [*range(first), *range(first + channels, pitch)]
+    for with_argmax, norm in ((True, None), (False, None), (True, torch.rand(5, channels, device=device))):
+        how = *window[:3], with_argmax, norm, len(window) == 4
+        y, argmax = max_pool_with_argmax(x, *how)
+        whole = poisoned(y, pitch).fill_(1e4)  # y has NaN, and no 1e4
+        written = whole[:, first : first + channels]
+        assert torch.equal(max_pool_into(x, *how, written), argmax)
+        torch.testing.assert_close(written, y, rtol=0, atol=0, equal_nan=True)
+        assert (whole[:, others] == 1e4).all()
+
+
 def test_the_largest_window(implementation, device):
     window, x = (15, 15, 7), integers((1, 2, 31, 16), torch.float32, device)
     for got, expected in zip(pooled(ours(window), x), pooled(peer(window), x), strict=True):
@@ -238,6 +265,7 @@ def test_opcheck(implementation, device):
         (torch.ops.nvcnn.max_pool, (x.detach(), *STEM, False)),
         (torch.ops.nvcnn.max_pool, (x.detach(), *STEM, True, norm)),
         (torch.ops.nvcnn.max_pool, (x.detach().requires_grad_(), *INCEPTION, True, None, True)),
+        (torch.ops.nvcnn.max_pool_into, (x.detach(), *STEM, True, norm, False, poisoned(y, 16)[:, 8:13])),
         (torch.ops.nvcnn.max_pool_backward, (y, argmax, 6, 5, *STEM)),
         (torch.ops.nvcnn.max_pool_backward, (y, argmax, 6, 5, *STEM, x.detach(), norm)),
     ):
@@ -284,3 +312,14 @@ def test_what_comes_with_a_raw_tensor_is_refused(implementation, device):
     for differentiable in (max_pool_with_argmax, torch.ops.nvcnn.max_pool):
         with pytest.raises(ValueError, match="max_pool: with norm there is no autograd"):
             differentiable(x.requires_grad_(), *STEM, True, norm)
+
+
+def test_where_it_cannot_be_written_is_refused(implementation, device):
+    x, y = (randn((2, 4, *size), torch.float32, device) for size in ((6, 6), (3, 3)))
+    for bad, message in (
+        (y[:, :3], r"y must be \(2, 4, 3, 3\), torch.float32, on .*; got \(2, 3, 3, 3\)"),
+        (y.half(), r"y must be \(2, 4, 3, 3\), torch.float32, on .*; got .*, torch.float16"),
+        (y.contiguous(), "y must be channels-last or a slice of such channels"),
+    ):
+        with pytest.raises(ValueError, match=f"max_pool_into: {message}"):
+            max_pool_into(x, *STEM, True, None, False, bad)

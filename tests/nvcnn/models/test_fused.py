@@ -26,6 +26,7 @@ from nvcnn.models.fused import (
     conv_bn,
     conv_relu,
     max_pool,
+    pooling,
 )
 from nvcnn.models.layers import BatchNorm2d, Conv2d, cast_matrices
 from nvcnn.models.resnet import Bottleneck
@@ -405,8 +406,9 @@ class Wide(nn.Module):
     def forward(self, x: Tensor) -> list[Operand]:
         first, second, third = (conv_bn(x, *pair) for pair in zip(self.convs, self.bns, strict=True))
         plain = Unnormalized(F.avg_pool2d(self.convs[0](x), 3, 1, 1), self.bns[0])
-        pooled, _ = max_pool(second, 3, 1, 1), activation(second)
-        return [first, pooled, plain, second, conv_relu(x, self.biased), third]
+        pooled, raw = max_pool(second, 3, 1, 1), pooling(second, 3, 1, 1)
+        relu, activated = conv_relu(x, self.biased), pooling(activation(second), 3, 1, 1)
+        return [first, pooled, plain, raw, second, relu, activated, third, pooling(relu, 3, 1, 1)]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -446,14 +448,16 @@ def test_what_is_concatenated_is_written_there(algorithm, training):
     with torch.set_grad_enabled(training), Called() as called:
         first, second, *_ = (conv_bn(x, *pair) for pair in zip(net.convs, net.bns, strict=True))
         before = Counter(called.counts)
-        y = concatenate([first, second])
+        y = concatenate([first, pooling(x, 3, 1, 1), second])
         forward = called.counts - before
         if training:
             y.backward(torch.randn_like(y))
     folded = "batch_norm" if algorithm == "torch" else "batch_norm_into" if algorithm in LIBRARY else "convolution"
     into = "batch_norm_into" if training else folded
     assert forward[into] == 2
-    assert forward.keys() <= {into, "batch_norm_statistics"}
+    pooled = "max_pool" if into == "batch_norm" else "max_pool_into"
+    assert (forward[pooled], called.counts["max_pool_backward"]) == (1, training)
+    assert forward.keys() <= {into, "batch_norm_statistics", pooled}
     assert called.counts["batch_norm_backward" if algorithm == "torch" else "batch_norm_gradient_sums"] == 2 * training
 
 
