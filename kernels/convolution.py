@@ -58,7 +58,7 @@ from kernels.launch import launch
 from kernels.norm_rows import activation, normalised
 from kernels.operators import named, operator
 from kernels.partial_sums import empty_sums, store_sums
-from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, relaid, tiles_of_rows
+from kernels.tiles import channels_of_groups, corner, keep, load, locate, multiply_add, relaid, tiles_of_rows
 
 
 def reference(x, weight, stride, padding, groups, norm, residual, residual_norm, center, scale, shift, add, relu):
@@ -155,14 +155,14 @@ def kernel(
             run = lowest + start + tl.arange(0, BLOCK_IN)
             channel = run < RUN * channels
             r, s = tap // TAPS_W if R > 1 else 0, tap % TAPS_W  # a constant 0 takes fewer registers
-            inside = exists[:, None] & channel[None, :]
-            c = run
+            pixel, c = exists[:, None], run
             if NARROW:
                 c = run % NARROW
                 s_of_run = w[:, None] + (run // NARROW)[None, :]
-                inside &= (h + r >= 0)[:, None] & (h + r < H)[:, None] & (s_of_run >= 0) & (s_of_run < W)
+                pixel &= (h + r >= 0)[:, None] & (h + r < H)[:, None] & (s_of_run >= 0) & (s_of_run < W)
             elif not SAME:
-                inside &= ((h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W))[:, None]
+                pixel &= ((h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W))[:, None]
+            inside = pixel & channel[None, :]
             at = (x_row + (r * W + s) * channels)[:, None] + run[None, :]
             h_tap, w_tap = top * STEP_H + r - PADDING_H, left * STEP_W + s - PADDING_W
             a = load(x, x_tiles, x_tile + at, inside, box, h_tap, w_tap, start, OF_IMAGES)
@@ -173,8 +173,8 @@ def kernel(
                     if residual_norm is not None:
                         skip = normalised(skip, residual_norm, c, channel, C)
                     value += skip.to(tl.float32)
-                value = tl.where(inside, tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
-                a = value.to(x.dtype.element_ty)
+                value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                a = keep(value.to(x.dtype.element_ty), pixel)
                 if joined is not None:
                     tl.store(joined + x_tile + at, a, mask=inside & (block == 0))
             weighted = known[:, None] & channel[None, :]

@@ -41,7 +41,7 @@ from kernels.launch import launch
 from kernels.norm_rows import activation, normalised, output_gradient, through_batch_norm
 from kernels.operators import named, operator
 from kernels.partial_sums import store_sum
-from kernels.tiles import channels_of_groups, corner, load, locate, multiply_add, tiles_of_rows
+from kernels.tiles import channels_of_groups, corner, keep, load, locate, multiply_add, tiles_of_rows
 
 
 def reference(g, x, out, stride, padding, groups, y, norm, factors, x_norm):
@@ -125,23 +125,24 @@ def kernel(
         before, results = results, ()
         for t in tl.static_range(TAPS):
             r, s = (first_tap + t) // TAPS_W, (first_tap + t) % TAPS_W
-            inside = exists[:, None] & channel[None, :]
+            pixel = exists[:, None]
             at = x_tile + (x_row[:, None] + run[None, :])
             if not SAME:
                 h, w = top_h + r, left_w + s
                 at += (r * W + s) * channels
-                inside &= ((h >= 0) & (h < H))[:, None]
+                pixel &= ((h >= 0) & (h < H))[:, None]
                 if NARROW:
                     s_of_run = w[:, None] + (run // NARROW)[None, :]
-                    inside &= (s_of_run >= 0) & (s_of_run < W)
+                    pixel &= (s_of_run >= 0) & (s_of_run < W)
                 else:
-                    inside &= ((w >= 0) & (w < W))[:, None]
+                    pixel &= ((w >= 0) & (w < W))[:, None]
+            inside = pixel & channel[None, :]
             c0 = tile % tiles_of_run * BLOCK_IN
             h_tap, w_tap = top * STEP_H + r - PADDING_H, left * STEP_W + s - PADDING_W
             a = load(x, x_tiles, at, inside, box, h_tap, w_tap, c0, OF_IMAGES)
             if x_norm is not None:
                 value = tl.maximum(normalised(a, x_norm, c, channel, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
-                a = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
+                a = keep(value.to(x.dtype.element_ty), pixel)
             results += (multiply_add(tl.trans(dy), a, before[t], FORMED),)  # type: ignore[assignment]
 
     # Store.

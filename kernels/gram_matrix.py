@@ -28,7 +28,7 @@ from kernels.launch import launch
 from kernels.norm_rows import activation, normalised
 from kernels.operators import named, operator
 from kernels.partial_sums import store_sum
-from kernels.tiles import locate, multiply_add
+from kernels.tiles import keep, locate, multiply_add
 
 
 def reference(x, stride, norm):
@@ -78,7 +78,7 @@ def kernel(
         of_right = tl.load(x + tile + (row[:, None] + d[None, :]), mask=inside, other=0.0)
         if norm is not None:
             value = tl.maximum(normalised(of_right, norm, d, d < C, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
-            of_right = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
+            of_right = keep(value.to(x.dtype.element_ty), exists[:, None])
             tl.store(a + tile + (row[:, None] + d[None, :]), of_right, mask=inside & (left == right))
         of_left = of_right
         if PAIRS > 1:
@@ -86,7 +86,7 @@ def kernel(
             of_left = tl.load(x + tile + (row[:, None] + c[None, :]), mask=inside, other=0.0)
             if norm is not None:
                 value = tl.maximum(normalised(of_left, norm, c, c < C, C), 0.0, propagate_nan=tl.PropagateNan.ALL)
-                of_left = tl.where(inside, value, 0.0).to(x.dtype.element_ty)
+                of_left = keep(value.to(x.dtype.element_ty), exists[:, None])
         result = multiply_add(tl.trans(of_left), of_right, result, False)
         total += tl.sum(of_right.to(tl.float32), 0)
 

@@ -11,6 +11,7 @@ from kernels.implementation import INTERPRETED
 
 # Triton's interpreter multiplies bf16 matrices wrongly (triton-lang/triton issue 11584): there they are widened first.
 WIDE = tl.constexpr(INTERPRETED)
+INTERPRET = tl.constexpr(INTERPRETED)  # it knows no inline assembly
 # A product on Hopper reads an operand that was formed from its registers, and goes on while the next step's is formed.
 # Triton before 3.7 forms it in the same registers without waiting (triton-lang/triton issue 9433).
 EARLY = tl.constexpr(not INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
@@ -79,6 +80,19 @@ def load(tensor, tiles, at, inside, n, i, j, c, IMAGES: tl.constexpr = False):
     if tiles is not None:
         return tiles.load([n, i, j, c]).reshape(at.shape[0], at.shape[1])
     return tl.load(tensor + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def keep(value, rows):
+    """Returns value, (rows, columns), with 0 in place of what is not in `rows`, a mask of (rows, 1) or of all values.
+
+    Halves are selected by pairs, in one instruction. What is 0 anyway, as channels that are not there, is not masked.
+    """
+    if INTERPRET or value.dtype == tl.float32:
+        return tl.where(rows, value, 0.0).to(value.dtype)
+    asm: tl.constexpr = "and.b32 $0, $1, $2;"
+    bits = tl.where(rows, -1, 0).to(tl.int16)
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [value, bits], dtype=value.dtype, is_pure=True, pack=2)
 
 
 @triton.jit
