@@ -78,8 +78,9 @@ def instructions_of_a_step_and_outside_of_it_are_counted(rows):
     assert {row["name"].split()[0] for row in rows} >= {f"convolution{of}.kernel" for of in ("", "_data_gradient")}
     assert all(row["outside"] > 50 for row in rows)
     taps = [row for row in rows if re.match(r"convolution\w*\.kernel .*R=3 S=3", row["name"])]
-    assert taps
-    assert all(50 < row["step"] < 1500 for row in taps)  # nine taps are a loop
+    steps = [row["step"] for row in taps if row["step"] != "-"]  # some have their nine steps unrolled
+    assert len(steps) > len(taps) / 2
+    assert all(50 < step < 1500 for step in steps)
 
 
 def poolings_normalise(rows):

@@ -112,7 +112,11 @@ def test_computes_what_torchvision_computes(block, options, training, algorithm)
     ],
 )
 def test_rounds_no_more_than_torchvision(device, block, dtype, algorithm):
-    """Ours has matrices in `dtype` and vectors in fp32, torchvision's has all in `dtype`; the measure is float64."""
+    """Ours has matrices in `dtype` and vectors in fp32, torchvision's has all in `dtype`; the measure is float64.
+
+    How a CPU sums in halves decides which of torchvision's gradients happen to be good: theirs count as no better than
+    they are by root mean square over the parameters.
+    """
     ours, theirs = (net.to(device) for net in shallow(block, dtype))
     exact = deepcopy(theirs).double()
     cast_matrices(choose(ours, algorithm), dtype)
@@ -123,9 +127,13 @@ def test_rounds_no_more_than_torchvision(device, block, dtype, algorithm):
         output.backward(direction.to(output.dtype))
     assert outputs[0].dtype == torch.float32
     assert relative_error(outputs[0], outputs[2]) <= 2 * relative_error(outputs[1], outputs[2])
+    errors = []
     for (key, p), q, r in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
         assert p.grad.dtype == (dtype if p.dim() >= 2 else torch.float32), key
-        assert relative_error(p.grad, r.grad) <= 2 * relative_error(q.grad, r.grad), key
+        errors.append((relative_error(p.grad, r.grad), relative_error(q.grad, r.grad)))
+    usual = sum(theirs_error**2 for _, theirs_error in errors) ** 0.5 / len(errors) ** 0.5
+    for (key, _), (error, theirs_error) in zip(ours.named_parameters(), errors, strict=True):
+        assert error <= 2 * max(theirs_error, usual), key
 
 
 def strides(model: nn.Module) -> list[tuple[int, int, int]]:
