@@ -1,5 +1,7 @@
 """The forward convolution, with its prologues and epilogues, against PyTorch in float64."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kernels import batch_norm_statistics, convolution, norm_from_sums
+from kernels.conv_shape import conv_shape_of
 from tests.kernels import convolutions as conv
 from tests.kernels.images import channels_last, poisoned, randn
 
@@ -326,3 +329,12 @@ def test_the_models_geometries():
                 layer.register_forward_hook(lambda layer, inputs, _: found.add(reduced(inputs[0], layer)))
         network.eval()(torch.empty(1, 3, size, size, device="meta"))
     assert found == {*conv.MODELS, *conv.TWINS}
+
+
+def test_several_taps_are_loaded_by_images_where_these_fill_tiles():
+    """Of what is in memory, for a GPU with TMA; other numbers of images would be rows for nothing."""
+    computed = import_module("kernels.convolution").computed
+    sizes = [(256, 64, 56, 56), (100, 64, 56, 56), (128, 60, 56, 56)]  # the last has channels that are not 16 bytes
+    shapes = [conv_shape_of("convolution", size, (64, size[1], 3, 3), (2, 2), (1, 1), 1) for size in sizes]
+    assert [computed(shape, "sums", 2, 9)["TMA"] for shape in shapes] == [1, 0, 0]
+    assert [computed(shapes[0], *how)["TMA"] for how in (("norm", 2, 9), ("sums", 4, 9), ("sums", 2, 8))] == [0, 0, 0]
