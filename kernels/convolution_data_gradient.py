@@ -265,7 +265,8 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     """Returns tiles of 128 x 128 x 64 for 8 warps, or x 32 with a prologue, or with a second product.
 
     With these and the epilogue a program has the registers of an SM.
-    Two programs fit where tiles have 64 columns, without these, and of groups, where tiles are 128 x 32 x 32.
+    Two programs fit where tiles have 64 columns, without these, and of groups, where tiles are 128 x 32 x 32; and where
+    TMA loads images, for several taps, unless few channels are too little work for that.
     Where TMA can load, programs of 4 warps are so small that several fit: then one waits for its epilogue's operands as
     another multiplies.
     """

@@ -167,6 +167,7 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
 
     Runs of taps, and groups, take registers for their addresses: 32 rows, too. From Hopper on a product has at least 64
     rows, which are dw's channels out. The taps of a row, or the runs of all rows, are one tile if they fit registers.
+    What TMA brings from memory as it is multiplied leaves registers and memory for two programs of 64 rows.
     """
     most = 128 if shape.groups == 1 else 64
     block_out, block_in = tile_of(shape.k, most), tile_of(shape.run, most)
