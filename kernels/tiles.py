@@ -10,8 +10,8 @@ from kernels.configurations import Configuration, cdiv, configuration, dtype_nam
 from kernels.implementation import INTERPRETED
 
 # Triton's interpreter multiplies bf16 matrices wrongly (triton-lang/triton issue 11584): there they are widened first.
-WIDE = tl.constexpr(INTERPRETED)
-INTERPRET = tl.constexpr(INTERPRETED)  # it knows no inline assembly
+# And it knows no inline assembly.
+INTERPRET = tl.constexpr(INTERPRETED)
 # A product on Hopper reads an operand that was formed from its registers, and goes on while the next step's is formed.
 # Triton before 3.7 forms it in the same registers without waiting (triton-lang/triton issue 9433).
 EARLY = tl.constexpr(not INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
@@ -129,7 +129,7 @@ def multiply_add(a, b, total, FORMED: tl.constexpr):
 
     FORMED: whether a is not as it was loaded, or is a box.
     """
-    if WIDE:
+    if INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
     total = tl.dot(a, b, total, input_precision="ieee")
     if EARLY and FORMED and a.dtype != tl.float32 and cuda_capability_geq(9) and not cuda_capability_geq(10):
