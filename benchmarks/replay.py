@@ -120,7 +120,7 @@ def library(call: Call) -> Callable[..., object] | None:
         return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry(made), [True, False, False])
 
     def weight_gradient(**made: Any) -> object:
-        g, x, weight = made["g"], made["x"], made["out"]
+        g, x, weight = made["g"], made["x"], torch.empty_like(made["out"], dtype=made["g"].dtype)  # its shape counts
         return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry(made), [False, True, False])
 
     ops = {"convolution": forward, "convolution_data_gradient": data_gradient}
