@@ -45,7 +45,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 import kernels
 from benchmarks import report
-from benchmarks.instructions import code_of, cuobjdump, sass_of
+from benchmarks.instructions import code_of, resource_usage, sass_of
 from benchmarks.roofline import CONVOLUTIONS
 from benchmarks.trace import (
     META,
@@ -341,13 +341,6 @@ def accesses_of(ptx: str) -> list[tuple[str, int, str]]:
         elif access := re.search(r"\b(cp\.async)\.c[ag]\.shared\.global\S* .*?\], \[.*?\], (\w+)", line):
             found.append((access[1], int(access[2], 0), place))
     return found
-
-
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Returns the registers and the spilled bytes per thread."""
-    usage = cuobjdump(cubin, "--dump-resource-usage")
-    ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
-    return int(registers), int(stack) + int(local)
 
 
 def serialised(ptx: str) -> list[str]:

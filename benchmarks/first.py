@@ -44,7 +44,7 @@ from kernels.conv_shape import ConvShape
 from kernels.operators import looked_up_again
 
 MODEL, BATCH, FEW, DTYPE = "resnet50", 256, 8, torch.float16
-STEPS = "triton", "cudnn", "auto"  # a fourth graph of ResNet-50 at this batch may not fit a H100
+STEPS = "triton-gram", "cudnn", "auto"  # a fourth graph of ResNet-50 at this batch may not fit a H100
 TOLERANCE = 2e-3  # of the norm: rounding a result to fp16 makes a tenth of it, rounding its operands a fifth
 OPTIMIZER = "optimizer"
 FAMILIES = {  # the ops of each family, by name

@@ -89,7 +89,7 @@ def checks(seconds: float) -> Item:
 # tests the compiler's output, which is the same everywhere, and takes a minute.
 LEFT_OUT = ("tests/nvcnn/data", "tests/nvcnn/prepare", "tests/kernels/test_codegen.py")
 TESTS = ("tests/kernels", "tests/nvcnn", *(f"--ignore={path}" for path in LEFT_OUT))
-TUNE = ("benchmarks.tune", "--keys=14", "--minutes={minutes}", "convolution")
+TUNE = ("benchmarks.tune", "--conv=triton-gram", "--keys=30", "--minutes={minutes}")
 # Of two v one makes up for the q in pyproject.toml, so that each test has its line.
 PYTEST = ("pytest", "-vv", "-p", "no:cacheprovider", *(("-n", "14") if find_spec("xdist") else ()))
 PARTS = {

@@ -59,6 +59,13 @@ def cuobjdump(cubin: bytes, what: str) -> str:
         return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Returns the registers and the spilled bytes per thread."""
+    usage = cuobjdump(cubin, "--dump-resource-usage")
+    ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+    return int(registers), int(stack) + int(local)
+
+
 def sass_of(cubin: bytes) -> str:
     return cuobjdump(cubin, "--dump-sass")
 

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,6 +40,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 
+from benchmarks.instructions import resource_usage
 from benchmarks.trace import Launch, compiled
 from kernels.implementation import INTERPRETED
 
@@ -95,10 +97,11 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def compile_one(launch: Launch) -> tuple[bool, str]:
+def compile_one(launch: Launch, spilling: bool = True) -> tuple[bool, str]:
     """Returns whether the kernel was in the cache, and what the compiler said if it refused it.
 
-    Where there is a GPU its launcher is built as well, which takes the C compiler 0.3 s.
+    spilling: False refuses a kernel that spills registers, too. Where there is a GPU the kernel's launcher is built as
+    well, which takes the C compiler 0.3 s.
     """
     hits: list[bool] = []
     with knobs.compilation.scope():
@@ -111,7 +114,8 @@ def compile_one(launch: Launch) -> tuple[bool, str]:
                     driver.active.launcher_cls(kernel.src, kernel.metadata)
         except Exception as error:  # the compiler raises many classes
             return False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return hits == [True], ""
+    spilled = 0 if spilling else resource_usage(kernel.asm["cubin"])[1]
+    return hits == [True], f"{spilled} bytes of spills" if spilled else ""
 
 
 def workers(count: int) -> ProcessPoolExecutor:
@@ -124,10 +128,11 @@ def workers(count: int) -> ProcessPoolExecutor:
     return pool
 
 
-def compile_all(launches: Iterable[Launch], pool: ProcessPoolExecutor) -> Outcome:
+def compile_all(launches: Iterable[Launch], pool: ProcessPoolExecutor, spilling: bool = True) -> Outcome:
+    """Compiles the launches in the pool's processes. `spilling` is that of `compile_one`."""
     start, every = time.monotonic(), list(dict.fromkeys(launches))
     outcome = Outcome()
-    for launch, (hit, error) in zip(every, pool.map(compile_one, every), strict=True):
+    for launch, (hit, error) in zip(every, pool.map(partial(compile_one, spilling=spilling), every), strict=True):
         outcome.hits += hit
         outcome.compiled += not hit and not error
         if error:

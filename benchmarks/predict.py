@@ -38,8 +38,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import report
-from benchmarks.codegen import programs_an_sm, resource_usage
-from benchmarks.instructions import Code, code_of, executed, sass_of, work_of
+from benchmarks.codegen import programs_an_sm
+from benchmarks.instructions import Code, code_of, executed, resource_usage, sass_of, work_of
 from benchmarks.ops import LIBRARY, layer_calls
 from benchmarks.replay import describe
 from benchmarks.roofline import CONVOLUTIONS, GPU, bytes_of, flops_of

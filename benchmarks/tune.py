@@ -1,14 +1,14 @@
 """Measures launch configurations on this GPU and writes them to its table, kernels/configs/GPU.json.
 
-python3 -m benchmarks.tune [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--minutes 25] [--keys N] [NAME ...]
-                           [--dry_run]                                                                 (`make tune`)
+python3 -m benchmarks.tune [--model resnet50] [--batch 256] [--dtype fp16|bf16] [--conv CONV] [--minutes 25] [--keys N]
+                           [--dry_run] [NAME ...]                                                      (`make tune`)
 
-For every call of the model's step, with --conv=triton and with --conv=cudnn, it climbs from the configuration in use to
-the best neighbour until none is faster by MARGIN. A neighbour has one number doubled or halved, TMA on or off, or as
-many programs as run at once in place of one for each tile; what does not compile, or changes the result, is none.
-Neighbours are compiled ahead, in parallel processes, except those in Triton's cache (`benchmarks.pack`). The table
-keeps what it has of other ops and keys, and is written after each call, so that what is measured stays when time runs
-out; heavy calls come first. With NAME, only ops whose name contains one are tuned.
+For every call of the model's step, with every --conv that a run may mix, it climbs from the configuration in use to the
+best neighbour until none is faster by MARGIN. A neighbour has one number doubled or halved, TMA on or off, or as many
+programs as run at once in place of one for each tile; what does not compile, spills registers or changes the result is
+none. Neighbours are compiled ahead, in parallel processes, except those in Triton's cache (`benchmarks.pack`). The
+table keeps what it has of other ops and keys, and is written after each call, so that what is measured stays when time
+runs out; heavy calls come first. With NAME, only ops whose name contains one are tuned, with --conv only its calls.
 
 Before that, the kernel of both gradients is proved on a Hopper, in a process of its own, as it could hang
 (`benchmarks.prove`). Only if it is right, the table has a configuration of it, and --conv=auto a candidate more.
@@ -78,6 +78,8 @@ def neighbours(config: Configuration) -> Iterator[Configuration]:
         others = [value * 2, value // 2]
         if name == "TMA":
             yield {**config, name: 1 - value}
+            if not value and "BOX_H" in config:  # tiles of one pixel are far from a box
+                yield {**config, name: 1, "BOX_H": 1, "BOX_W": 1}
             continue
         if name in ("BOX_H", "BOX_W") and not config["TMA"]:
             continue  # without TMA there are no boxes
@@ -149,9 +151,9 @@ def compiled_ahead(
     chip: int,
     totals: pack.Outcome,
 ) -> list[Configuration]:
-    """Returns those of the configurations that compile. The pool's processes compile them all at once."""
+    """Returns those of the configurations that compile, without spills. The pool's processes compile them at once."""
     found = [candidate(call, op, key, config, chip) for config in configs]
-    became = pack.compile_all(chain.from_iterable(found), pool)
+    became = pack.compile_all(chain.from_iterable(found), pool, spilling=False)
     for count in ("hits", "compiled", "seconds"):
         setattr(totals, count, getattr(totals, count) + getattr(became, count))
     totals.failed |= became.failed
@@ -295,7 +297,7 @@ def tune(
 
 
 def chosen(asked: argparse.Namespace) -> Counter[Call]:
-    every = layer_calls(asked.model, asked.batch, prove.DTYPES[asked.dtype], *CONVS)
+    every = layer_calls(asked.model, asked.batch, prove.DTYPES[asked.dtype], *(asked.conv or CONVS))
     return Counter({call: n for call, n in every.items() if any(name in call.name for name in asked.names or [""])})
 
 
@@ -305,6 +307,7 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
+    parser.add_argument("--conv", nargs=1, choices=CONVS, help="what a step with it launches (all)")
     parser.add_argument("--minutes", type=float, default=25.0, help="stop after so many (25)")
     parser.add_argument("--keys", type=int, default=1000, help="so many configurations, the heaviest (all)")
     parser.add_argument("--dry_run", action="store_true", help="list them, here")

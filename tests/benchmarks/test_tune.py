@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,7 +170,9 @@ def test_the_neighbours_of_a_configuration():
         {"BLOCK": 1, "TMA": 0, "num_warps": 8},
     ]
     around = list(tune.neighbours({"PERSISTENT": 0, "TMA": 0, "BOX_H": 8, "BOX_W": 16}))
-    assert [(config["PERSISTENT"], config["TMA"], config["BOX_W"]) for config in around] == [(264, 0, 16), (0, 1, 16)]
+    assert [(config["PERSISTENT"], config["TMA"], config["BOX_W"]) for config in around] == [
+        *((264, 0, 16), (0, 1, 16), (0, 1, 1)),
+    ]
     around = list(tune.neighbours({"PERSISTENT": 264, "TMA": 1, "BOX_H": 8, "BOX_W": 16, "maxnreg": 128}))
     assert [config["PERSISTENT"] for config in around] == [0, 528, 132, *(264,) * 6]
     boxes = [(config["BOX_H"], config["BOX_W"]) for config in around]
@@ -225,23 +228,28 @@ def test_what_is_compiled_ahead_are_the_rings_around_a_configuration():
     assert len(two) == len({tuple(config.items()) for config in two}) == 1 + 3 + 5
 
 
-def test_what_the_compiler_or_the_launcher_refuses_is_not_tried(monkeypatch):
+def test_what_spills_or_the_compiler_or_the_launcher_refuses_is_not_tried(monkeypatch):
     def launch(config):
         return tune.Launch("module", "kernel", 90, str(config), ())
 
     def candidate(call, op, key, config, chip):
         return [] if config["BLOCK"] == 1 else [launch(config)]
 
-    def compile_all(launches, pool):
-        return pack.Outcome(1, 2, {launch: "why" for launch in launches if "4" in launch.specialization}, 3.0)
+    def compiled(launch):
+        if "4" in launch.specialization:
+            raise RuntimeError("the compiler's reason")
+        return SimpleNamespace(asm={"cubin": launch.specialization})
 
     monkeypatch.setattr(tune, "candidate", candidate)
-    monkeypatch.setattr(pack, "compile_all", compile_all)
+    monkeypatch.setattr(pack, "compiled", compiled)
+    monkeypatch.setattr(pack, "resource_usage", lambda cubin: (255, 16 if "8" in cubin else 0))
     totals = pack.Outcome(hits=1)
-    configs = [{"BLOCK": n} for n in (1, 2, 4)]
-    left = tune.compiled_ahead(None, "op", "key", configs, pool=None, chip=90, totals=totals)
+    configs = [{"BLOCK": n} for n in (1, 2, 4, 8)]
+    pool = SimpleNamespace(map=map)
+    left = tune.compiled_ahead(None, "op", "key", configs, pool=pool, chip=90, totals=totals)
     assert left == [{"BLOCK": 2}]
-    assert str(totals) == "2 hits, 2 misses compiled, 1 refused, 3 s"
+    assert list(totals.failed.values()) == ["RuntimeError: the compiler's reason", "16 bytes of spills"]
+    assert pack.compile_one(launch(configs[3]))[1] == "", "other parts compile what a step launches, whatever it is"
 
 
 def test_a_dry_run_lists_the_heaviest_keys():
