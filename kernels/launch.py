@@ -130,8 +130,9 @@ class Recording(TorchDispatchMode):
             how = {"dtype": result.dtype, "device": result.device}
             self.make(result, None, partial(torch.empty_strided, result.shape, result.stride(), **how))
         elif func.is_view:
-            place = {"size": result.shape, "stride": result.stride(), "storage_offset": result.storage_offset()}
-            self.make(result, self.number(args[0]), partial(torch.as_strided, **place))
+            place = {"size": result.shape, "stride": result.stride()}
+            offset = result.storage_offset() - args[0].storage_offset()
+            self.make(result, self.number(args[0]), partial(view_of, **place, offset=offset))
         else:
             self.complete = False
         return result
@@ -171,6 +172,11 @@ class Recording(TorchDispatchMode):
         else:
             found.output = itemgetter(place(output))
         return found
+
+
+def view_of(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    """Returns a view that begins `offset` values behind the tensor, wherever that lies in its storage."""
+    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
 def descriptor_of(tensor: Tensor | None, like: TensorDescriptor) -> TensorDescriptor:

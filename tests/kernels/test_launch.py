@@ -40,6 +40,16 @@ def rows(x: Tensor, factor: float, bias: Tensor | None = None) -> tuple[Tensor, 
     return result, twice
 
 
+@operator("test_tails")
+def tails(x: Tensor, factor: float) -> Tensor:
+    """Returns factor x of the second half of x."""
+    calls.append("tails")
+    half = len(x) // 2
+    y = torch.empty(half, dtype=x.dtype, device=x.device)
+    launch(scale_kernel, (triton.cdiv(half, 16),), x[half:], None, y, half, 1, factor, BLOCK=16)
+    return y
+
+
 @operator("test_computes")
 def computes(x: Tensor, in_place: bool) -> Tensor:
     """Returns 3 x + 1, of which PyTorch does the addition."""
@@ -85,6 +95,14 @@ def test_a_tensor_given_twice_need_not_be_the_next_time(device):
     for bias in (one, other):
         torch.testing.assert_close(rows(one, 3.0, bias)[0][1], 3 * one + bias)
     assert calls == ["rows"]
+
+
+def test_views_are_of_the_tensors_that_are_given(device):
+    """Tensors of one form may lie anywhere in their storage, as weights and their gradients do."""
+    whole = torch.randn(4, 40, device=device)
+    for x in (whole[2], whole[0], torch.randn(40, device=device), whole[3]):
+        torch.testing.assert_close(tails(x, 3.0), 3 * x[20:])
+    assert calls == ["tails"]
 
 
 def test_results_are_new_each_time(device):
