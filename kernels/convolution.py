@@ -38,7 +38,7 @@ from kernels.checks import (
     pitch_of,
     single_or_double,
 )
-from kernels.configurations import Configuration, cdiv
+from kernels.configurations import SMS, Configuration, cdiv
 from kernels.conv_shape import (
     IMAGES,
     TILE,
@@ -214,14 +214,21 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     """Returns tiles of 128 x 128 x 64, or x 32 with a prologue, whose rows of norm take registers.
 
     So two programs fit an SM. Of groups 128 x 32 x 32: fewer zeros, and a channel is read by one program. Where TMA
-    loads pixels as they follow each other, tiles are 64 x 128 x 64 for 4 warps, so that two to four programs hide each
-    other's waits; where it loads images, for several taps, 128 x 128 x 64, or 128 x 256 x 64, which reads less.
+    loads pixels as they follow each other, tiles are 64 x 128 x 64 for 4 warps, or 2 where most is read, so that two to
+    four programs hide each other's waits, and of deep layers 128 x 128 x 64, one after the other in a program; where it
+    loads images, for several taps, 128 x 128 x 64, or 128 x 256 x 64, which reads less.
     """
     if by_tma(shape, element_size, gpu):
-        joins_once = "residual" in fusion and min(shape.c, shape.k) >= 256  # not for each 128 columns
-        rows, columns, warps = (128, 256, 8) if joins_once else (64, 128, 4)
+        deep, reads = min(shape.c, shape.k) >= 256, shape.k < shape.c
+        rows, columns, warps, programs = 64, 128, 4, 0
+        if "residual" in fusion and deep:  # joined once, not for each 128 columns
+            rows, columns, warps = 128, 256, 8
+        elif fusion in ("alone", "sums") and (deep or not reads):
+            rows, programs = 128 if deep else 64, 2 * SMS
+        elif fusion == "sums":
+            warps = 2
         tile = {"BLOCK_ROWS": rows, "BLOCK_OUT": tile_of(shape.k, columns), "BLOCK_IN": tile_of(shape.c, 64)}
-        return tile | {"TMA": 1, "num_warps": warps, "num_stages": 3, "PERSISTENT": 0}
+        return tile | {"TMA": 1, "num_warps": warps, "num_stages": 3, "PERSISTENT": programs}
     if images_by_tma(shape, element_size, gpu) and "norm" not in fusion:
         columns, warps = (256, 8) if shape.k % 256 == 0 else (128, 4)
         tile = {"BLOCK_ROWS": IMAGES, "BLOCK_OUT": tile_of(shape.k, columns), "BLOCK_IN": tile_of(shape.c, 64)}
@@ -235,6 +242,8 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
         "num_warps": 8,
         "num_stages": 3,
     }
+    if shape.narrow and gpu == 9 and element_size == 2:
+        config |= {"num_warps": 4, "num_stages": 1}  # so many programs fit that each may wait for its loads
     config |= {"PERSISTENT": 0} if shape.pointwise else box_sizes(shape, 128, shape.oh, shape.ow)
     return config | (two_programs(element_size, gpu) if "norm" in fusion else {})
 

@@ -37,7 +37,7 @@ from kernels.checks import (
     empty_images,
     single_or_double,
 )
-from kernels.configurations import Configuration, cdiv
+from kernels.configurations import SMS, Configuration, cdiv
 from kernels.conv_shape import (
     IMAGES,
     TILE,
@@ -242,6 +242,7 @@ def kernel(
             if z is not None:
                 joined = tl.load(z + dx_tile + at, mask=inside, other=0.0)
             if z is None and (a is not None or BOX_W > 0):
+                result += 0.0  # as in `convolution`: ptxas would serialise wgmma
                 result = tl.where(exists[:, None], result, 0.0)  # as rows that are not there are without these
             gradient = relaid(result.to(dx.dtype.element_ty)).to(tl.float32)
             if z is not None:
@@ -266,16 +267,17 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
 
     With these and the epilogue a program has the registers of an SM.
     Two programs fit where tiles have 64 columns, without these, and of groups, where tiles are 128 x 32 x 32; and where
-    TMA loads images, for several taps, unless few channels are too little work for that.
+    TMA loads images, for several taps.
     Where TMA can load, programs of 4 warps are so small that several fit: then one waits for its epilogue's operands as
     another multiplies.
     """
     if by_tma(shape, element_size, gpu):
         return computed_for_tma(shape, fusion.split("+"))
     fused = {*fusion.split("+")}
-    if images_by_tma(shape, element_size, gpu) and shape.c > 64 and not {"norm", "a"} & fused:
+    if images_by_tma(shape, element_size, gpu) and not {"norm", "a"} & fused:
         tile = {"BLOCK_ROWS": IMAGES, "BLOCK_OUT": tile_of(shape.c, 128), "BLOCK_IN": tile_of(shape.k, 64)}
-        return tile | {"TMA": 1, "BOX_H": 1, "BOX_W": 1, "num_warps": 8, "num_stages": 3, "PERSISTENT": 0}
+        warps = 8 if tile["BLOCK_OUT"] > 64 else 4
+        return tile | {"TMA": 1, "BOX_H": 1, "BOX_W": 1, "num_warps": warps, "num_stages": 3, "PERSISTENT": 0}
     deep = 64 if not {"norm", "a"} & fused and element_size == 2 and shape.groups == 1 else 32
     config = {
         "BLOCK_ROWS": 128,
@@ -301,6 +303,10 @@ def computed_for_tma(shape: ConvShape, fused: list[str]) -> Configuration:
     config |= {"num_warps": 4, "num_stages": 3, "PERSISTENT": 0}
     if "a" in fused and shape.k >= 1024:
         return config | {"BLOCK_ROWS": 128, "BLOCK_OUT": tile_of(shape.c, 128), "num_warps": 8, "maxnreg": 128}
+    if fused == ["a"] and shape.c >= 256:
+        return config | {"BLOCK_ROWS": 128, "BLOCK_OUT": tile_of(shape.c, 128), "PERSISTENT": 2 * SMS}
+    if "a" in fused:
+        return config | {"BLOCK_ROWS": 128}
     if not {"norm", "a", "x"} & {*fused} and shape.k >= 256:
         return config | {"BLOCK_OUT": tile_of(shape.c, 128)}
     if "norm" not in fused:
