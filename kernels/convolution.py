@@ -219,12 +219,12 @@ def computed(shape: ConvShape, fusion: str, element_size: int, gpu: int) -> Conf
     loads images, for several taps, 128 x 128 x 64, or 128 x 256 x 64, which reads less.
     """
     if by_tma(shape, element_size, gpu):
-        deep, reads = min(shape.c, shape.k) >= 256, shape.k < shape.c
+        many, reads = min(shape.c, shape.k) >= 256, shape.k < shape.c
         rows, columns, warps, programs = 64, 128, 4, 0
-        if "residual" in fusion and deep:  # joined once, not for each 128 columns
+        if "residual" in fusion and many:  # joined once, not for each 128 columns
             rows, columns, warps = 128, 256, 8
-        elif fusion in ("alone", "sums") and (deep or not reads):
-            rows, programs = 128 if deep else 64, 2 * SMS
+        elif fusion in ("alone", "sums") and (many or not reads):
+            rows, programs = 128 if many else 64, 2 * SMS
         elif fusion == "sums":
             warps = 2
         tile = {"BLOCK_ROWS": rows, "BLOCK_OUT": tile_of(shape.k, columns), "BLOCK_IN": tile_of(shape.c, 64)}
