@@ -52,11 +52,23 @@ class Archive(tarfile.TarFile):
         self.end = end
         super().__init__(*args, **options)
 
+    def move(self, at: int) -> None:
+        """Goes on with the header at byte `at`."""
+        self.fileobj.seek(at)
+        self.firstmember, self.offset, self.zeros = None, at, 0
+
     def next(self) -> tarfile.TarInfo | None:
         member = super().next()
         if member and self.offset > self.end:
             raise tarfile.ReadError(f"{member.name} is cut short")
         return member
+
+
+def is_file(member: tarfile.TarInfo) -> bool:
+    """Raises ReadError for a link: tar stores a file with two names once, and a link to it."""
+    if member.islnk() or member.issym():
+        raise tarfile.ReadError(f"{member.name} is a link and no file")
+    return member.isfile()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.archives import opened
+from nvcnn.data.archives import Archive, is_file, opened
 from nvcnn.data.class_folders import SUFFIXES
 from nvcnn.data.shard_source import ShardSource, does_not_fit, index_path
 from nvcnn.program import InputError
@@ -35,16 +35,17 @@ class Tars(ShardSource):
     @staticmethod
     def scan(shard: Path) -> Iterator[str]:
         """Raises InputError also for a sample that does not have exactly one image and one label."""
-        for key, found in groupby(members(shard), lambda member: member[0]):
-            sample = [(extension, member) for _, extension, member in found]
-            images, labels = ([m for m in sample if m[0] in kinds] for kinds in (IMAGES, LABELS))
-            if len(images) != 1 or len(labels) != 1:
-                raise InputError(
-                    f"{shard}: sample {key.lstrip('/')} has {len(images)} images (.{', .'.join(IMAGES)}) and "
-                    f"{len(labels)} labels (.cls) side by side, not one of each: make the tar again"
-                )
-            words = ((kind, m.offset_data, m.size, word(m.name)) for kind, m in images + labels)
-            yield " ".join(f"{kind} {offset} {size} {name}" for kind, offset, size, name in words)
+        with opened(shard, str(shard), AGAIN) as tar:
+            for key, found in groupby(members(tar), lambda member: member[0]):
+                sample = [(extension, member) for _, extension, member in found]
+                images, labels = ([m for m in sample if m[0] in kinds] for kinds in (IMAGES, LABELS))
+                if len(images) != 1 or len(labels) != 1:
+                    raise InputError(
+                        f"{shard}: sample {key.lstrip('/')} has {len(images)} images (.{', .'.join(IMAGES)}) and "
+                        f"{len(labels)} labels (.cls) side by side, not one of each: make the tar again"
+                    )
+                words = ((kind, m.offset_data, m.size, word(m.name)) for kind, m in images + labels)
+                yield " ".join(f"{kind} {offset} {size} {name}" for kind, offset, size, name in words)
 
     @staticmethod
     def check_index(shard: Path, numbers: Sequence[int], lenient: bool) -> None:
@@ -56,13 +57,14 @@ class Tars(ShardSource):
                 return  # what is not there is found when it is read
             raise does_not_fit(shard, end)
         at = 0
-        for offset, size in pieces[:-2]:
-            if not BLOCK <= offset - at < BLOCK + SMALLEST and places(shard, at, offset) != [(offset, size)]:
-                break
-            at = offset + math.ceil(size / BLOCK) * BLOCK
-        else:
-            if places(shard, at) == pieces[-2:]:
-                return
+        with opened(shard, str(shard), AGAIN) as tar:
+            for offset, size in pieces[:-2]:
+                if not BLOCK <= offset - at < BLOCK + SMALLEST and places(tar, at, offset) != [(offset, size)]:
+                    break
+                at = offset + math.ceil(size / BLOCK) * BLOCK
+            else:
+                if places(tar, at) == pieces[-2:]:
+                    return
         raise InputError(f"{index_path(shard)}: is not that of {shard} from byte {at} on: delete it, it is built anew")
 
     def name(self, i: int) -> str:
@@ -109,23 +111,19 @@ def parts(member: tarfile.TarInfo) -> tuple[str, str]:
     return f"{directory}/{stem}" if stem else "", extension.lower()
 
 
-def members(shard: Path, at: int = 0) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yields key, extension and place of each image and label from byte `at` on. Raises InputError for damage."""
-    with opened(shard, str(shard), AGAIN, at=at) as tar:
-        for member in tar:
-            key, extension = parts(member)
-            if not key or extension not in IMAGES + LABELS:
-                continue
-            if member.islnk() or member.issym():
-                raise InputError(f"{shard}: {member.name} is a link: make the tar again, with --dereference")
-            if member.isfile():
-                yield key, extension, member
+def members(tar: Archive) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yields key, extension and place of each image and label that follows."""
+    while member := tar.next():
+        key, extension = parts(member)
+        if key and extension in IMAGES + LABELS and is_file(member):
+            yield key, extension, member
 
 
-def places(shard: Path, at: int, last: float = math.inf) -> list[tuple[int, int]]:
+def places(tar: Archive, at: int, last: float = math.inf) -> list[tuple[int, int]]:
     """Returns offset and size of the images and labels whose headers lie from byte `at` to `last`."""
     found: list[tuple[int, int]] = []
-    for _, _, member in members(shard, at):
+    tar.move(at)
+    for _, _, member in members(tar):
         found.append((member.offset_data, member.size))
         if member.offset_data >= last:
             break

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from nvcnn.data.archives import opened
+from nvcnn.data.archives import is_file, opened
 from nvcnn.data.processes import worker_pool
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding
@@ -103,7 +103,7 @@ def members(path: Path | str, what: str, at: int = 0, end: float = math.inf) -> 
     """Yields the files of the tar at the bytes `at` to `end` of a file, without those that macOS adds."""
     with opened(path, what, AGAIN, at=at, end=end) as tar:
         for member in tar:
-            if member.isfile() and not Path(member.name).name.startswith("."):
+            if not Path(member.name).name.startswith(".") and is_file(member):
                 yield member
 
 
