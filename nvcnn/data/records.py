@@ -43,7 +43,7 @@ class Records(ShardSource):
         *starts, end = accumulate(numbers[1::2], initial=0)
         size = shard.stat().st_size
         if list(numbers[::2]) != starts or end < size:
-            raise InputError(f"{index_path(shard)}: leaves out a part of {shard}: delete it, it is built anew")
+            raise InputError(f"{index_path(shard)}: is not all of {shard}, part by part: delete it, it is built anew")
         if end > size and not lenient:
             raise does_not_fit(shard, end)
 

@@ -14,7 +14,7 @@ from nvcnn.data.tars import Tars
 from nvcnn.data.tfrecord import encode_example
 from nvcnn.program import InputError
 from tests.nvcnn.data.reading import BACKENDS, epoch, find, joined, training
-from tests.samples import IMAGES, WRITERS, add, write_folders, write_shard, write_tars
+from tests.samples import IMAGES, WRITERS, add, record, write_folders, write_shard, write_tars
 
 FIRST, MIDDLE = "train-00000-of-00003", "train-00001-of-00003"  # the second is the shard that tests damage
 
@@ -91,6 +91,13 @@ def without_line(directory, line):
     index.write_text("".join(lines))
 
 
+def repeated(directory):
+    """The second record twice and the first not at all, of equal sizes: the end is right."""
+    write_shard(directory / MIDDLE, [record(b"png", 1)] * 2)
+    size = (directory / MIDDLE).stat().st_size // 2
+    index_path(directory / MIDDLE).write_text(f"{size} {size}\n" * 2)
+
+
 def compress(directory):
     (directory / MIDDLE).write_bytes(gzip.compress((directory / MIDDLE).read_bytes()))
     index_path(directory / MIDDLE).unlink()
@@ -104,7 +111,7 @@ def outside(label, **flags):
     return (lambda d: None), rf"train-00.*: the record at byte \d+: label {label} is outside", flags
 
 
-PARTLY = rf"{MIDDLE}\.idx: leaves out a part of"
+PARTLY = rf"{MIDDLE}\.idx: is not all of"
 REFUSED = {  # what is done to a directory of TFRecords, the words of the message, and the flags, if any
     "num_classes against dataset.json": (declare, r"--num_classes=.*dataset\.json says", {"num_classes": 62}),
     "label_base against dataset.json": (declare, r"--label_base=.*dataset\.json says", {"label_base": 0}),
@@ -128,6 +135,7 @@ REFUSED = {  # what is done to a directory of TFRecords, the words of the messag
     "an index that ends before its shard": (lambda d: without_line(d, -1), PARTLY),
     "an index without a line in the middle": (lambda d: without_line(d, 5), PARTLY),
     "an index without a line, samples may be left out": (lambda d: without_line(d, 5), PARTLY, {"lenient": True}),
+    "an index with a line twice": (repeated, PARTLY),
     "an index without its first line": (lambda d: without_line(d, 0), PARTLY),
     "an index without its last, samples may be left out": (lambda d: without_line(d, -1), PARTLY, {"lenient": True}),
     "an index without its last line's end": garbled("0 10"),
