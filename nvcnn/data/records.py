@@ -73,8 +73,8 @@ class Records(ShardSource):
         return record[IMAGE], record[LABEL]
 
     def labels(self, output: Any) -> list[int | str]:
-        if output.is_dense_tensor() and output.as_array().shape[1:] == (1,):
-            return output.as_array()[:, 0].tolist()
+        if output.is_dense_tensor() and (numbers := output.as_array()).shape[1:] == (1,):
+            return numbers[:, 0].tolist()
         found = (output.at(i) for i in range(len(output)))
         return [number(label.tolist() if label.ndim else []) for label in found]  # of no dimensions: none is stored
 
