@@ -18,7 +18,7 @@ from nvcnn.data.source import for_dali
 from nvcnn.program import InputError
 
 OPEN_FILES = 128  # per process; the usual limit of 1024 is also for sockets, libraries and the rest
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\3\4": "zip"}
+PACKED = {b"\x1f\x8b\x08": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\3\4": "zip"}
 SHUFFLE_BUFFER = 4096  # images; shards are shuffled when they are made, this mixes them anew in each epoch
 
 

@@ -234,7 +234,12 @@ def read_devkit(path: Path) -> Devkit:
     again = "give ILSVRC2012_devkit_t12.tar.gz, or the directory it unpacks to"
     if path.is_dir():
         try:
-            found = {name: file.read_bytes() for name in (META, GROUND_TRUTH) for file in sorted(path.rglob(name))[:1]}
+            for name in (META, GROUND_TRUTH):
+                files = sorted(path.rglob(name))
+                if len(files) > 1:
+                    raise InputError(f"{what}: holds {files[0]} and {files[1]}: give the directory of one kit")
+                if files:
+                    found[name] = files[0].read_bytes()
         except OSError as error:
             raise InputError(f"{what}: cannot be read ({error.strerror}): {again}") from None
     else:

@@ -208,6 +208,14 @@ DAMAGE = {
 }
 
 
+def test_two_kits_in_one_directory(raw, tmp_path):
+    for name in ("devkit of 2011", "devkit of 2012"):
+        with tarfile.open(raw.devkit) as tar:
+            tar.extractall(tmp_path / name, filter="data")
+    with pytest.raises(InputError, match=r"--devkit=.*: holds .*2011/.*meta\.mat and .*2012/.*: give the"):
+        blueprint(raw, devkit=tmp_path)
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_archives(raw, tmp_path, damage):
     archives = [shutil.copy(path, tmp_path) for path in (raw.train, raw.val, raw.devkit)]
