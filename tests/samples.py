@@ -87,6 +87,7 @@ def write_tars(
     suffix: str = "png",
     name: str = "folder.x/{:06d}",
     others: Iterable[str] = ("json",),
+    other: bytes = b"{}",
 ) -> list[Path]:
     """Writes WebDataset tars. Returns them. name: of image i. others: suffixes of members that nobody wants."""
     directory.mkdir(exist_ok=True)
@@ -94,7 +95,7 @@ def write_tars(
     for s, path in enumerate(paths):
         with tarfile.open(path, "w") as tar:
             for i in range(images * s // shards, images * (s + 1) // shards):
-                members = {suffix: encoded(i)} | dict.fromkeys(others, b"{}") | {"cls": str(label(i)).encode()}
+                members = {suffix: encoded(i)} | dict.fromkeys(others, other) | {"cls": str(label(i)).encode()}
                 for kind, data in members.items():
                     add(tar, f"{name.format(i)}.{kind}", data)
     return paths

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from nvcnn.data.epochs import check_position, derived_seed, share
 from nvcnn.data.options import EvaluationOptions, ReaderOptions, TrainingOptions
 from nvcnn.data.pillow import MAX_PIXELS, REPLACE, undecodable
 from nvcnn.data.resize import BatchResizer
-from nvcnn.data.scan import first_undecodable
+from nvcnn.data.scan import first_fault
 from nvcnn.data.source import Source
 from nvcnn.program import InputError
 
@@ -112,19 +111,22 @@ class Pipeline:
                 raise
             what = " ".join(found[2].split())
             if found[1] == "readers":
-                message = unreadable(what, self.source, self.dataset.directory)
+                message = unreadable(what, self.source) or (
+                    first_fault(self.dataset, self.split, images=False)  # a record without image or label
+                    or f"--data_dir={self.dataset.directory}: a file cannot be read ({what}): copy or make it again"
+                )
             elif sample := re.search(r"Failed to decode sample #\d+ : (.+)", what):
                 message = undecodable(self.source.place(sample[1]), "its data are damaged") + REPLACE
             else:  # DALI names no sample when not even a header can be read; the run is over, so there is time to look
-                message = first_undecodable(self.source) or (
+                message = first_fault(self.dataset, self.split, images=True) or (
                     f"--data_dir={self.dataset.directory}: an image of {self.split} cannot be decoded ({what}), "
                     "but Pillow decodes all of them: --data_backend=torch"
                 )
             raise InputError(message) from error
 
 
-def unreadable(what: str, source: Source, directory: Path) -> str:
-    """Returns what DALI's reader says, with the file and the record that it means in front."""
+def unreadable(what: str, source: Source) -> str | None:
+    """Returns what DALI's reader says, with the file and the record that it means in front; None if it names none."""
     reason, again = re.sub(r"^Assert on .*? failed: ", "", what), "copy or make the data set again"
     if record := re.search(r"[^:]*: (.* at index \d+)", reason):
         return f"{source.place(record[1])} cannot be read ({reason}): {again}"
@@ -132,7 +134,7 @@ def unreadable(what: str, source: Source, directory: Path) -> str:
         return f"{found[1]}: cannot be read (deleted, or not readable any more): {again}"
     if found and os.path.getsize(found[1]) == 0:
         return undecodable(found[1], "it has no bytes") + REPLACE
-    return f"--data_dir={directory}: a file cannot be read ({reason}): {again}"
+    return None
 
 
 def without_bombs(dali: Any, encoded: Any) -> Any:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from nvcnn.data.class_folders import find_classes, open_class_folders, split_folder
+from nvcnn.data.class_folders import FOLDERS, find_classes, open_class_folders, split_folder
 from nvcnn.data.records import Records
 from nvcnn.data.source import Source
 from nvcnn.data.tars import Tars
 from nvcnn.program import InputError
 
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 UNFINISHED = ".unfinished"  # a directory that is there while prepare.py has not finished
 
 
@@ -47,7 +48,8 @@ class Dataset:
     def zero_based(self, label: int | str, name: str) -> int:
         """Returns the class of a label. Raises InputError, which starts with the sample's `name`, if it has none."""
         if isinstance(label, str):
-            raise InputError(f"{name}: its label {label[:20]!r} is not a number: make the file again")
+            wrong = f"its label {label[:20]!r} is not a number" if label else "it has no number as its label"
+            raise InputError(f"{name}: {wrong}: make the file again")
         if not 0 <= label - self.label_base < self.num_classes:
             last = self.label_base + self.num_classes - 1
             raise InputError(
@@ -131,16 +133,27 @@ def find_kind(directory: Path) -> str:
         raise InputError(f"{flag}: {error.strerror}: prepare a data set there, or correct the path") from None
     if not names:
         raise InputError(f"{flag}: is empty: prepare a data set there, or correct the path")
+    shards = [n for n in names if n.startswith(("train-", "validation-", "val-")) and not n.endswith(".idx")]
     found: dict[str, str] = {}  # kind -> an example
-    for name in names:
-        if name.startswith(("train-", "validation-", "val-")) and not name.endswith(".idx"):
-            if name.endswith(".tar"):
-                found.setdefault("tars", name)
-            elif not name.startswith("val-"):
-                found.setdefault("TFRecords", name)
+    for name in shards:
+        if name.endswith(".tar"):
+            found.setdefault("tars", name)
+        elif not name.startswith("val-"):
+            found.setdefault("TFRecords", name)
     for split in ("train", "validation"):
         if folder := split_folder(directory, split):
             found.setdefault("class folders", f"{folder.name}/")
+    sets = {name.partition("-")[0]: name for name in reversed(shards)}
+    paths = [directory / name for name in FOLDERS["validation"] if (directory / name).is_dir()]
+    for both in (
+        [sets[name] for name in FOLDERS["validation"] if name in sets],
+        [f"{path.name}/" for path in {path.resolve(): path for path in paths}.values()],  # one may link to the other
+    ):
+        if len(both) > 1:
+            raise InputError(f"{flag}: holds {' and '.join(both)}, two sets to validate on: remove or rename one")
+    packed = [name for name in shards if name.endswith(PACKED)]
+    if packed and "class folders" not in found:
+        raise InputError(f"{flag}: {packed[0]} is compressed: unpack it, as samples are read where they lie")
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
         raise InputError(f"{flag}: holds {one} ({first}) and {other} ({second}): keep one kind in a directory")

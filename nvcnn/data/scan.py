@@ -12,39 +12,40 @@ from nvcnn.program import InputError
 SEARCH_TIME = 120.0  # seconds; the other ranks wait
 
 
-def bad_samples(dataset: Dataset, split: str, samples: Iterable[int], images: bool) -> list[tuple[int, str]]:
-    """Returns (number, what is wrong) of the samples that are unreadable, damaged or labelled outside the classes.
+def fault(dataset: Dataset, source: Source, i: int, images: bool, advice: str = "") -> str | None:
+    """Returns what is wrong with a sample that is unreadable, damaged or labelled outside the classes.
 
-    images: decodes them as well.
+    images: decodes it as well. advice: what to do about an image that cannot be decoded.
     """
-    source, found = dataset.source(split), []
-    for i in samples:
-        try:
-            data, label = source.read(i)
-            dataset.zero_based(label, source.name(i))
-            if images:
-                pillow.decode(data)
-        except InputError as error:
-            found.append((i, str(error)))
-        except ValueError as error:
-            found.append((i, undecodable(source.name(i), str(error))))
-    return found
+    try:
+        data, label = source.read(i)
+        dataset.zero_based(label, source.name(i))
+        if images:
+            pillow.decode(data)
+    except InputError as error:
+        return str(error)
+    except ValueError as error:
+        return undecodable(source.name(i), str(error)) + advice
+    return None
 
 
-def first_undecodable(source: Source) -> str | None:
-    """Returns the message about the first image that Pillow cannot decode or read; None if there is none."""
+def bad_samples(dataset: Dataset, split: str, samples: Iterable[int], images: bool) -> list[tuple[int, str]]:
+    """Returns (number, what is wrong) of the bad ones among some samples."""
+    source = dataset.source(split)
+    return [(i, wrong) for i in samples if (wrong := fault(dataset, source, i, images))]
+
+
+def first_fault(dataset: Dataset, split: str, images: bool) -> str | None:
+    """Returns the message about the first bad sample; None if there is none."""
     pillow.require_pillow()
     end = time.monotonic() + SEARCH_TIME
+    source = dataset.source(split)
     for i in range(len(source)):
-        try:
-            pillow.decode(source.read(i)[0])
-        except InputError as error:
-            return str(error)
-        except ValueError as error:
-            return undecodable(source.name(i), str(error)) + REPLACE
+        if wrong := fault(dataset, source, i, images, REPLACE):
+            return wrong
         if time.monotonic() > end:
             return (
-                f"{source.name(0)} and what follows it: an image cannot be decoded; "
+                f"{source.name(0)} and what follows it: a sample cannot be used; "
                 f"the first {i + 1} can: --check_data=images finds it"
             )
     return None

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import uuid
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
@@ -18,6 +18,7 @@ from nvcnn.data.source import for_dali
 from nvcnn.program import InputError
 
 OPEN_FILES = 128  # per process; the usual limit of 1024 is also for sockets, libraries and the rest
+PACKED = {b"\x1f\x8b\x08": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\3\4": "zip"}
 SHUFFLE_BUFFER = 4096  # images; shards are shuffled when they are made, this mixes them anew in each epoch
 
 
@@ -63,9 +64,8 @@ class ShardSource:
             if not index_path(shard).exists():
                 cls.build_index(shard)
         source = cls(shards)
-        for shard, places in zip(shards, source.places, strict=True):
-            if not lenient:
-                cls.check_end(shard, places[-cls.line.groups :])
+        for shard, numbers in zip(shards, source.places, strict=True):
+            cls.check_index(shard, numbers, lenient)
         return source
 
     @staticmethod
@@ -74,14 +74,29 @@ class ShardSource:
         raise NotImplementedError
 
     @staticmethod
-    def check_end(shard: Path, last: Sequence[int]) -> None:
-        """Raises InputError when an index that ends with the numbers `last` cannot be that of `shard`."""
+    def check_index(shard: Path, numbers: Sequence[int], lenient: bool) -> None:
+        """Raises InputError unless an index of these numbers accounts for every byte of `shard`.
+
+        lenient: it may have more samples than the shard.
+        """
         raise NotImplementedError
 
     @classmethod
     def build_index(cls, shard: Path) -> None:
         print(f"{shard}: no index, building it", file=sys.stderr, flush=True)
-        text = cls.index_text(list(cls.scan(shard)))
+        size = shard.stat().st_size
+        try:
+            text = cls.index_text(list(cls.scan(shard)))
+        except InputError:
+            with open(shard, "rb") as file:
+                packed = next((name for magic, name in PACKED.items() if file.peek().startswith(magic)), None)
+            if packed:
+                raise InputError(
+                    f"{shard}: is compressed by {packed}: unpack it, as samples are read where they lie"
+                ) from None
+            raise
+        if shard.stat().st_size != size:
+            raise InputError(f"{shard}: has changed while its index was made: give the command again when it is whole")
         try:
             with atomic_writer(index_path(shard)) as file:
                 file.write(text.encode())
@@ -157,10 +172,18 @@ class ShardSource:
         return indexes
 
     def dali_files(self, order: dict[str, Any]) -> tuple[list[str], list[str], dict[str, Any]]:
-        """Returns shards, indexes and order. A shuffled order gets a buffer, since DALI permutes only the shards."""
+        """Returns shards, indexes and order. A shuffled order gets a buffer, since DALI permutes only the shards.
+
+        DALI refuses a shard without samples, so there are none.
+        """
         if order.get("shuffle_after_epoch"):
             order = order | {"random_shuffle": True, "initial_fill": SHUFFLE_BUFFER}
-        return for_dali(list(map(str, self.shards))), list(map(str, self.indexes)), order
+        kept = [bisect_left(self.kept, start) for start in self.starts]
+        shards, indexes = (
+            [str(path) for path, first, end in zip(paths, kept, kept[1:], strict=False) if first < end]
+            for paths in (self.shards, self.indexes)
+        )
+        return for_dali(shards), indexes, order
 
 
 def index_path(shard: Path) -> Path:

@@ -1,23 +1,30 @@
 """WebDataset's tars, `train-*.tar` and `validation-*.tar` or `val-*.tar`, as a source.
 
-A sample is KEY.jpg (or jpeg, png) and KEY.cls, a decimal number, side by side. Each tar has an index in the format of
-DALI's wds2idx, with only these two members in it:
+A sample is KEY.jpg (or .png, .webp, ... as in class folders) and KEY.cls, a decimal number, side by side; other files
+are passed over. Each tar has an index in the format of DALI's wds2idx, with only these two members in it:
 
     v1.2 SAMPLES
     jpg OFFSET SIZE NAME cls OFFSET SIZE NAME
 """
 
+import math
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from nvcnn.data.archives import Archive, is_file, opened
+from nvcnn.data.class_folders import SUFFIXES
 from nvcnn.data.shard_source import ShardSource, does_not_fit, index_path
 from nvcnn.program import InputError
 
 PATTERNS = {"train": ("train-*.tar",), "validation": ("validation-*.tar", "val-*.tar")}
-IMAGES = ("jpg", "jpeg", "png")
+IMAGES, LABELS = tuple(suffix[1:] for suffix in SUFFIXES), ("cls",)
+BLOCK = tarfile.BLOCKSIZE
+SMALLEST = 4 * BLOCK  # bytes of a sample: two headers, two files
+AGAIN = "copy or make the file again"
 
 
 class Tars(ShardSource):
@@ -28,30 +35,37 @@ class Tars(ShardSource):
     @staticmethod
     def scan(shard: Path) -> Iterator[str]:
         """Raises InputError also for a sample that does not have exactly one image and one label."""
-        try:
-            for key, members in samples(shard):
-                images, labels = ([m for m in members if m[0] in kinds] for kinds in (IMAGES, ("cls",)))
+        with opened(shard, str(shard), AGAIN) as tar:
+            for key, found in groupby(members(tar), lambda member: member[0]):
+                sample = [(extension, member) for _, extension, member in found]
+                images, labels = ([m for m in sample if m[0] in kinds] for kinds in (IMAGES, LABELS))
                 if len(images) != 1 or len(labels) != 1:
                     raise InputError(
-                        f"{shard}: sample {key} has {len(images)} images (.{', .'.join(IMAGES)}) and {len(labels)} "
-                        "labels (.cls) side by side, not one of each: make the tar again"
+                        f"{shard}: sample {key.lstrip('/')} has {len(images)} images (.{', .'.join(IMAGES)}) and "
+                        f"{len(labels)} labels (.cls) side by side, not one of each: make the tar again"
                     )
                 words = ((kind, m.offset_data, m.size, word(m.name)) for kind, m in images + labels)
                 yield " ".join(f"{kind} {offset} {size} {name}" for kind, offset, size, name in words)
-        except tarfile.TarError as error:
-            raise InputError(f"{shard}: is not a tar, or is damaged ({error}): copy or make the file again") from None
 
     @staticmethod
-    def check_end(shard: Path, last: Sequence[int]) -> None:
-        ends = [offset + size for offset, size in zip(last[::2], last[1::2], strict=True)]
-        if max(ends, default=0) > shard.stat().st_size:
-            raise does_not_fit(shard, max(ends))
-        with open(shard, "rb") as file:
-            for offset, size in zip(last[::2], last[1::2], strict=True):
-                # A member's header is the 512 bytes before its data; its size is octal, from byte 124 on.
-                file.seek(offset - 512 + 124)
-                if not re.fullmatch(rb"\s*0*%o[\s\0]*" % size, file.read(12)) and size < 8**11:
-                    raise InputError(f"{index_path(shard)}: is not that of {shard}: delete it, it is built anew")
+    def check_index(shard: Path, numbers: Sequence[int], lenient: bool) -> None:
+        """Looks at the tar's headers behind the last sample but one, and wherever there is room for another sample."""
+        pieces = sorted(zip(numbers[::2], numbers[1::2], strict=True))
+        end = max(map(sum, pieces), default=0)
+        if end > shard.stat().st_size:
+            if lenient:
+                return  # what is not there is found when it is read
+            raise does_not_fit(shard, end)
+        at = 0
+        with opened(shard, str(shard), AGAIN) as tar:
+            for offset, size in pieces[:-2]:
+                if not BLOCK <= offset - at < BLOCK + SMALLEST and places(tar, at, offset) != [(offset, size)]:
+                    break
+                at = offset + math.ceil(size / BLOCK) * BLOCK
+            else:
+                if places(tar, at) == pieces[-2:]:
+                    return
+        raise InputError(f"{index_path(shard)}: is not that of {shard} from byte {at} on: delete it, it is built anew")
 
     def name(self, i: int) -> str:
         shard, line, numbers = self.locate(i)
@@ -90,23 +104,27 @@ def number(label: bytes) -> int | str:
     return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else text
 
 
-def samples(shard: Path) -> Iterator[tuple[str, list[tuple[str, tarfile.TarInfo]]]]:
-    """Yields the key of each sample, and its files with their extensions. Raises InputError where the tar is cut."""
-    key = ""
-    members: list[tuple[str, tarfile.TarInfo]] = []
-    end = shard.stat().st_size
-    with tarfile.open(shard, "r:") as tar:
-        for member in tar:
-            directory, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if not member.isfile() or not stem:
-                continue
-            if member.offset_data + member.size > end:
-                raise InputError(f"{shard}: {member.name} is cut short: copy or make the file again")
-            if f"{directory}/{stem}" != key and members:
-                yield key.lstrip("/"), members
-                members = []
-            key = f"{directory}/{stem}"
-            members.append((extension.lower(), member))
-    if members:
-        yield key.lstrip("/"), members
+def parts(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Returns a member's key, as WebDataset has it, and its extension."""
+    directory, _, base = member.name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{directory}/{stem}" if stem else "", extension.lower()
+
+
+def members(tar: Archive) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yields key, extension and place of each image and label that follows."""
+    while member := tar.next():
+        key, extension = parts(member)
+        if key and extension in IMAGES + LABELS and is_file(member):
+            yield key, extension, member
+
+
+def places(tar: Archive, at: int, last: float = math.inf) -> list[tuple[int, int]]:
+    """Returns offset and size of the images and labels whose headers lie from byte `at` to `last`."""
+    found: list[tuple[int, int]] = []
+    tar.move(at)
+    for _, _, member in members(tar):
+        found.append((member.offset_data, member.size))
+        if member.offset_data >= last:
+            break
+    return found

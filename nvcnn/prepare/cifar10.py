@@ -7,10 +7,10 @@ records of 1 byte label and 3072 bytes of pixels. Pixels are planar: 1024 red, 1
 
 import io
 import pickle
-import tarfile
 from pathlib import Path
 from typing import Any
 
+from nvcnn.data.archives import opened
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import png
 from nvcnn.program import InputError
@@ -37,30 +37,29 @@ def read_batches(source: Path) -> dict[str, bytes]:
     """Returns the content of each batch by file name. Raises InputError if `source` is unreadable or lacks one."""
     wanted = {f"{name}{suffix}" for names in BATCHES.values() for name in names for suffix in ("", ".bin")}
     found: dict[str, bytes] = {}
-    try:
-        if source.is_dir():
+    what = f"--source={source}"
+    again = "give CIFAR-10's archive, cifar-10-python.tar.gz or cifar-10-binary.tar.gz, or the directory it unpacks to"
+    if source.is_dir():
+        try:
             for directory in DIRECTORIES:
                 found |= {
                     name: (source / directory / name).read_bytes()
                     for name in wanted
                     if (source / directory / name).is_file()
                 }
-        else:
-            with tarfile.open(source) as archive:
-                for member in archive:
-                    name = Path(member.name).name
-                    if name in wanted and (file := archive.extractfile(member)) is not None:
-                        found[name] = file.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise InputError(
-            f"--source={source}: cannot be read ({getattr(error, 'strerror', None) or error}): give CIFAR-10's "
-            "archive, cifar-10-python.tar.gz or cifar-10-binary.tar.gz, or the directory it unpacks to"
-        ) from None
+        except OSError as error:
+            raise InputError(f"{what}: cannot be read ({error.strerror}): {again}") from None
+    else:
+        with opened(source, what, again, compressed=True) as archive:
+            for member in archive:
+                name = Path(member.name).name
+                if name in wanted and (file := archive.extractfile(member)) is not None:
+                    found[name] = file.read()
     for suffix in ("", ".bin"):
         names = [f"{name}{suffix}" for batches in BATCHES.values() for name in batches]
         if all(name in found for name in names):
             return {name: found[name] for name in names}
-    raise InputError(f"--source={source}: holds no data_batch_1 to 5 and test_batch: give CIFAR-10's archive")
+    raise InputError(f"{what}: holds no data_batch_1 to 5 and test_batch: give CIFAR-10's archive")
 
 
 def parse_batch(name: str, data: bytes) -> list[tuple[bytes, int]]:

@@ -11,7 +11,6 @@ from nvcnn.data.records import Records
 from nvcnn.data.shard_source import ShardSource
 from nvcnn.data.tars import Tars
 from nvcnn.data.tfrecord import FRAMING, encode_example, read_records, write_record
-from nvcnn.program import InputError
 
 AGAIN = "copy the file again, or delete it and prepare again"
 
@@ -74,17 +73,7 @@ def read_webdataset(path: Path, sha256: Any) -> list[str]:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)
-    samples: list[list[str]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, extension = member.name.split(".", 1)
-                if extension != "cls":
-                    samples.append([])
-                samples[-1].append(f"{extension} {member.offset_data} {member.size} {key}.{extension}")
-    except (tarfile.TarError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: damaged at record {len(samples)} ({error}): {AGAIN}") from None
-    return list(map(" ".join, samples))
+    return list(Tars.scan(path))
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ has the synset of each. It is MATLAB's format, read with scipy.
 """
 
 import io
+import math
 import re
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from nvcnn.data.archives import is_file, opened
 from nvcnn.data.processes import worker_pool
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding
@@ -28,6 +29,7 @@ SYNSET = re.compile(r"n\d{8}")
 SHARDS = (1024, 128)
 CLASSES, IMAGES = 1000, {"train": 1_281_167, "validation": 50_000}
 META, GROUND_TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+AGAIN = "give the .tar as it was downloaded"
 IDS = ("490", "361", "171", "822", "297")  # how the ground truth begins, in the order of ILSVRC2012_ID
 
 
@@ -97,34 +99,18 @@ def blueprint(
     )
 
 
-@contextmanager
-def opened_tar(path: Path | str, what: str, at: int = 0) -> Iterator[tarfile.TarFile]:
-    """Yields an uncompressed tar, reading only headers. A tar inside another begins at byte `at`."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(at)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                yield tar
-    except (OSError, tarfile.TarError) as error:
-        raise InputError(
-            f"{what}: cannot be read ({getattr(error, 'strerror', None) or error}): give the .tar as it was downloaded"
-        ) from None
-
-
-def members(tar: tarfile.TarFile, what: str, end: int) -> Iterator[tarfile.TarInfo]:
-    """Yields the files of a tar, without those that macOS adds. Raises InputError where the tar passes byte `end`."""
-    for member in tar:
-        if member.offset_data + member.size > end:
-            raise InputError(f"{what}: is cut short in {member.name}: download it again")
-        if member.isfile() and not Path(member.name).name.startswith("."):
-            yield member
+def members(path: Path | str, what: str, at: int = 0, end: float = math.inf) -> Iterator[tarfile.TarInfo]:
+    """Yields the files of the tar at the bytes `at` to `end` of a file, without those that macOS adds."""
+    with opened(path, what, AGAIN, at=at, end=end) as tar:
+        for member in tar:
+            if not Path(member.name).name.startswith(".") and is_file(member):
+                yield member
 
 
 def scan_class(path: str, synset: str, at: int, size: int) -> list[tuple[str, int, int]]:
     """Returns (name, offset, bytes) of each image in a class's tar: the `size` bytes at `at` of the training tar."""
     what = f"--train={path}: {synset}.tar"
-    with opened_tar(path, what, at) as tar:
-        found = [(f"{synset}/{Path(m.name).name}", m.offset_data, m.size) for m in members(tar, what, at + size)]
+    found = [(f"{synset}/{Path(m.name).name}", m.offset_data, m.size) for m in members(path, what, at, at + size)]
     if not found:
         raise InputError(f"{what}: holds no images: download it again")
     return sorted(found)
@@ -141,20 +127,21 @@ def scan_train(train: Path, workers: int) -> dict[str, list[tuple[str, int, int]
             )
         return {synset: [(name, 0, size) for name, size in images] for synset, images in folders.items()}
     what = f"--train={train}"
-    tars = []
-    with opened_tar(train, what) as tar:
-        for member in members(tar, what, train.stat().st_size):
-            synset = Path(member.name).stem
-            if not (SYNSET.fullmatch(synset) and member.name.endswith(".tar")):
-                raise InputError(
-                    f"{what}: holds {member.name}, not class tars like n01440764.tar: give ILSVRC2012_img_train.tar"
-                )
-            tars.append((str(train), synset, member.offset_data, member.size))
+    tars: dict[str, tuple[str, str, int, int]] = {}
+    for member in members(train, what):
+        synset = Path(member.name).stem
+        if not (SYNSET.fullmatch(synset) and member.name.endswith(".tar")):
+            raise InputError(
+                f"{what}: holds {member.name}, not class tars like n01440764.tar: give ILSVRC2012_img_train.tar"
+            )
+        if synset in tars:
+            raise InputError(f"{what}: holds {member.name} twice: {AGAIN}")
+        tars[synset] = (str(train), synset, member.offset_data, member.size)
     if not tars:
         raise InputError(f"{what}: is empty: give ILSVRC2012_img_train.tar")
     print(f"{train}: reading the names in {len(tars)} class tars", flush=True)
     with worker_pool(workers) as pool:
-        return {t[1]: images for t, images in zip(tars, pool.map(scan_class, *zip(*tars, strict=True)), strict=True)}
+        return dict(zip(tars, pool.map(scan_class, *zip(*tars.values(), strict=True)), strict=True))
 
 
 def validation(
@@ -176,9 +163,7 @@ def validation(
             return sorted(to_samples(val, folders, list(label)), key=lambda sample: Path(sample.name).name)
         found = [(path.name, 0, file_size(path)) for path in paths if path.suffix.lower() in SUFFIXES]
     else:
-        with opened_tar(val, what) as tar:
-            end = val.stat().st_size
-            found = sorted((Path(m.name).name, m.offset_data, m.size) for m in members(tar, what, end))
+        found = sorted((Path(m.name).name, m.offset_data, m.size) for m in members(val, what))
     if not found:
         raise InputError(f"{what}: holds no images: give ILSVRC2012_img_val.tar, or a directory of its images")
     if val_labels is not None:
@@ -246,24 +231,25 @@ def read_devkit(path: Path) -> Devkit:
     """Reads ILSVRC2012_devkit_t12.tar.gz, or the directory that it unpacks to. Returns what validation needs of it."""
     what = f"--devkit={path}"
     found: dict[str, bytes] = {}
-    try:
-        if path.is_dir():
-            found = {name: file.read_bytes() for name in (META, GROUND_TRUTH) for file in sorted(path.rglob(name))[:1]}
-        else:
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    if (name := Path(member.name).name) in (META, GROUND_TRUTH):
-                        found[name] = file.read() if (file := tar.extractfile(member)) else b""
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise InputError(
-            f"{what}: cannot be read ({getattr(error, 'strerror', None) or error}): give ILSVRC2012_devkit_t12.tar.gz, "
-            "or the directory it unpacks to"
-        ) from None
+    again = "give ILSVRC2012_devkit_t12.tar.gz, or the directory it unpacks to"
+    if path.is_dir():
+        try:
+            for name in (META, GROUND_TRUTH):
+                files = sorted(path.rglob(name))
+                if len(files) > 1:
+                    raise InputError(f"{what}: holds {files[0]} and {files[1]}: give the directory of one kit")
+                if files:
+                    found[name] = files[0].read_bytes()
+        except OSError as error:
+            raise InputError(f"{what}: cannot be read ({error.strerror}): {again}") from None
+    else:
+        with opened(path, what, again, compressed=True) as tar:
+            for member in tar:
+                if (name := Path(member.name).name) in (META, GROUND_TRUTH):
+                    found[name] = file.read() if (file := tar.extractfile(member)) else b""
     for name in (META, GROUND_TRUTH):
         if name not in found:
-            raise InputError(
-                f"{what}: has no {name}: give ILSVRC2012_devkit_t12.tar.gz, or the directory it unpacks to"
-            )
+            raise InputError(f"{what}: has no {name}: {again}")
     synset, words = read_meta(what, found[META])
     try:
         ids = [int(line) for line in found[GROUND_TRUTH].split()]

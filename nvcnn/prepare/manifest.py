@@ -12,6 +12,7 @@ from nvcnn.prepare.formats import FORMATS
 from nvcnn.program import InputError
 
 SUMMARIES = ("dataset.json", "manifest.json")
+KEYS = {"made_from", "images", "files", "shards"}  # of the manifest, beside its SHA-256
 PART = {"images", "bytes", "sha256", "encoded_anew", "bad", "source"}  # what the manifest says of a shard
 
 
@@ -48,9 +49,12 @@ def read_part(path: Path) -> dict[str, Any]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Returns "made_from", a blueprint's settings; "images" of each split; "shards"; and SHA-256 of the other "files".
 
-    Raises InputError if prepare.py did not write it. Directories made by its first version have no "files".
+    Raises InputError if prepare.py did not write it. Directories that its first versions made have no "files", and no
+    SHA-256 of all that.
     """
     text = read_json(path)
+    if text.keys() - KEYS and path.read_bytes() != summed(text):
+        raise InputError(f"{path}: is damaged (its SHA-256 differs): copy it again, or delete it and prepare again")
     if not (
         all(isinstance(text.get(name), dict) for name in ("made_from", "images", "shards"))
         and text["made_from"].get("format") in FORMATS
@@ -62,6 +66,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def as_json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def summed(text: Mapping[str, Any]) -> bytes:
+    """Returns a manifest with its own SHA-256, as it is written."""
+    content = {name: value for name, value in text.items() if name in KEYS}
+    return as_json(content | {"sha256": hashlib.sha256(as_json(content)).hexdigest()})
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

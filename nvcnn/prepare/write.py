@@ -29,6 +29,7 @@ from nvcnn.prepare.manifest import (
     read_json,
     read_manifest,
     read_part,
+    summed,
     write_json,
 )
 from nvcnn.prepare.progress import progress
@@ -219,4 +220,4 @@ def beside(blueprint: Blueprint, parts: Mapping[str, dict[str, Any]]) -> dict[st
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "shards": parts,
     }
-    return files | {"manifest.json": as_json(manifest)}
+    return files | {"manifest.json": summed(manifest)}

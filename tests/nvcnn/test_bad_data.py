@@ -19,12 +19,14 @@ from nvcnn.check_data import check_data, search
 from nvcnn.data.backend import choose_backend
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.shard_source import index_path
+from nvcnn.data.tars import Tars
+from nvcnn.data.tfrecord import encode_example, read_records
 from nvcnn.distributed import Transport
 from nvcnn.prepare.encode import png
 from nvcnn.program import InputError, Launch
 from tests.nvcnn.data import reading
 from tests.nvcnn.data.reading import CPU, epoch, training
-from tests.samples import WRITERS, file_of
+from tests.samples import WRITERS, file_of, write_shard
 
 DOCS = Path(__file__).parents[2] / "docs/bad-data.md"
 ALONE = Transport(Launch())
@@ -85,6 +87,30 @@ def changed(directory: Path, _: str, *, label: bool) -> None:
     path.write_bytes(data)
 
 
+def other_features(directory: Path, _: str, **features: list) -> None:
+    """Writes the bad record anew, with these features."""
+    path = shard(directory)
+    records = list(read_records(path))
+    features = {f"image/{name.replace('__', '/')}": values for name, values in features.items()}
+    records[BAD - IMAGES // 2] = encode_example(features)
+    write_shard(path, records)
+
+
+def longer(directory: Path, kind: str) -> None:
+    """Puts the other file's samples behind those of the second, as `cat` does."""
+    with shard(directory).open("ab") as file:
+        file.write(next(p for p in directory.glob("train-00000*") if p.suffix != ".idx").read_bytes())
+
+
+def damaged_tar(directory: Path, _: str, *, cut: bool) -> None:
+    """Cuts it before the bad sample, or changes a bit of that sample's header. The index goes."""
+    path = shard(directory)
+    data, header = bytearray(path.read_bytes()), Tars([path]).places[0][4 * (BAD - IMAGES // 2)] - 512
+    data[header + 1] ^= 1
+    path.write_bytes(data[:header] if cut else data)
+    index_path(path).unlink()
+
+
 def unreadable(directory: Path, kind: str) -> None:
     """Puts a link in a circle there, which root cannot read either."""
     path = directory / "train/class1" if kind == "folders" else shard(directory)
@@ -118,6 +144,28 @@ CASES = [
     Case("An image of 30 000 x 30 000 pixels", image=png(b"", 30_000, 30_000)),
     Case("A label outside the classes", label=3, kinds=("records", "tars")),
     Case("A label that is not a number", label="cat", kinds=("tars",)),
+    Case("A sample without a label", label="", kinds=("tars",)),
+    Case("A record without a label", damage=partial(other_features, encoded=[jpeg(BAD)]), kinds=("records",)),
+    Case("A record without an image", damage=partial(other_features, class__label=[1]), kinds=("records",)),
+    Case("A record with an empty list of images", damage=partial(other_features, encoded=[]), kinds=("records",)),
+    Case(
+        "A record with an empty list of labels",
+        damage=partial(other_features, encoded=[jpeg(BAD)], class__label=[]),
+        kinds=("records",),
+    ),
+    Case(
+        "A record with two labels",
+        damage=partial(other_features, encoded=[jpeg(BAD)], class__label=[1, 2]),
+        kinds=("records",),
+    ),
+    Case(
+        "A record with two images",
+        damage=partial(other_features, encoded=[jpeg(BAD)] * 2, class__label=[1]),
+        kinds=("records",),
+    ),
+    Case("A tar cut between two samples, without an index", damage=partial(damaged_tar, cut=True), kinds=("tars",)),
+    Case("A damaged header in a tar, without an index", damage=partial(damaged_tar, cut=False), kinds=("tars",)),
+    Case("A file that is longer than its index", damage=longer, kinds=("records", "tars")),
     Case("A file cut short, without an index", damage=partial(shorter, index=False), kinds=("records", "tars")),
     Case("A file that is shorter than its index", damage=partial(shorter, index=True), kinds=("records", "tars")),
     Case("A record with another label than was written", damage=partial(changed, label=True), kinds=("records",)),

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
+from nvcnn.data.tfrecord import encode_example
 from nvcnn.program import InputError
 from tests.nvcnn.data.reading import evaluation, find, same, training
-from tests.samples import picture, write_split
+from tests.samples import picture, record, write_shard, write_split
 
 pytest.importorskip("nvidia.dali")
 
@@ -39,6 +40,17 @@ def test_a_gpu_shows_what_a_cpu_shows(tmp_path, crop, aspect, interpolation, bac
     for a, b in zip(cpu, gpu, strict=True):
         assert torch.equal(a.labels, b.labels.cpu())
         assert (a.images.int() - b.images.cpu().int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("stored", [[], [1, 2], [1.0], None])
+def test_a_record_without_one_label_is_told(tmp_path, stored):
+    """DALI returns memory as it was for an empty list, and a number of no dimensions for none in the whole batch."""
+    features = {"image/encoded": [picture(0)]} | ({} if stored is None else {"image/class/label": stored})
+    write_shard(tmp_path / "train-0", [record(picture(0), 1), *[encode_example(features)] * 3])
+    wrong = r"its label '1, 2' is not a number" if stored == [1, 2] else "it has no number as its label"
+    for batch_size in (1, 4):
+        with pytest.raises(InputError, match=rf"train-0: the record at byte \d+: {wrong}: make the file again"):
+            list(itertools.islice(training(find(tmp_path), batch_size=batch_size), 4))
 
 
 def test_a_png_that_is_cut(tmp_path, device):

@@ -1,5 +1,6 @@
 """find_dataset accepts what can be trained on, and has one clear line for everything else."""
 
+import gzip
 import itertools
 import json
 import shutil
@@ -7,11 +8,13 @@ import tarfile
 
 import pytest
 
+from nvcnn.data.records import Records
 from nvcnn.data.shard_source import index_path
+from nvcnn.data.tars import Tars
 from nvcnn.data.tfrecord import encode_example
 from nvcnn.program import InputError
-from tests.nvcnn.data.reading import epoch, find, joined, training
-from tests.samples import IMAGES, WRITERS, add, write_folders, write_shard, write_tars
+from tests.nvcnn.data.reading import BACKENDS, epoch, find, joined, training
+from tests.samples import IMAGES, WRITERS, add, record, write_folders, write_shard, write_tars
 
 FIRST, MIDDLE = "train-00000-of-00003", "train-00001-of-00003"  # the second is the shard that tests damage
 
@@ -81,19 +84,34 @@ def garbled(text):
     return (lambda d: index_path(d / MIDDLE).write_text(text)), rf"{MIDDLE}\.idx: is not an index"
 
 
-def shorten(directory):
+def without_line(directory, line):
     index = index_path(directory / MIDDLE)
-    index.write_text("".join(index.read_text().splitlines(keepends=True)[:-1]))
+    lines = index.read_text().splitlines(keepends=True)
+    del lines[line]
+    index.write_text("".join(lines))
+
+
+def repeated(directory):
+    """The second record twice and the first not at all, of equal sizes: the end is right."""
+    write_shard(directory / MIDDLE, [record(b"png", 1)] * 2)
+    size = (directory / MIDDLE).stat().st_size // 2
+    index_path(directory / MIDDLE).write_text(f"{size} {size}\n" * 2)
+
+
+def compress(directory):
+    (directory / MIDDLE).write_bytes(gzip.compress((directory / MIDDLE).read_bytes()))
+    index_path(directory / MIDDLE).unlink()
 
 
 def first(record, what):
-    return (lambda d: write_shard(d / MIDDLE, [record])), rf"{MIDDLE}: the record at byte 0 .*{what}"
+    return (lambda d: write_shard(d / MIDDLE, [record])), rf"{MIDDLE}: the record at byte 0:? .*{what}"
 
 
 def outside(label, **flags):
     return (lambda d: None), rf"train-00.*: the record at byte \d+: label {label} is outside", flags
 
 
+PARTLY = rf"{MIDDLE}\.idx: is not all of"
 REFUSED = {  # what is done to a directory of TFRecords, the words of the message, and the flags, if any
     "num_classes against dataset.json": (declare, r"--num_classes=.*dataset\.json says", {"num_classes": 62}),
     "label_base against dataset.json": (declare, r"--label_base=.*dataset\.json says", {"label_base": 0}),
@@ -114,7 +132,12 @@ REFUSED = {  # what is done to a directory of TFRecords, the words of the messag
         lambda d: shutil.copy(index_path(d / FIRST), index_path(d / MIDDLE)),
         rf"{MIDDLE}.*: ends at byte",
     ),
-    "an index that ends before its shard": (shorten, rf"{MIDDLE}.*: ends at byte"),
+    "an index that ends before its shard": (lambda d: without_line(d, -1), PARTLY),
+    "an index without a line in the middle": (lambda d: without_line(d, 5), PARTLY),
+    "an index without a line, samples may be left out": (lambda d: without_line(d, 5), PARTLY, {"lenient": True}),
+    "an index with a line twice": (repeated, PARTLY),
+    "an index without its first line": (lambda d: without_line(d, 0), PARTLY),
+    "an index without its last, samples may be left out": (lambda d: without_line(d, -1), PARTLY, {"lenient": True}),
     "an index without its last line's end": garbled("0 10"),
     "an index of one number": garbled("0\n"),
     "an index of words": garbled("zero ten\n"),
@@ -123,7 +146,16 @@ REFUSED = {  # what is done to a directory of TFRecords, the words of the messag
     "no TFRecord": (lambda d: (d / "train-x").write_text("a file like any other"), "train-x: no TFRecord at byte 0"),
     "no tf.train.Example": first(b"not a message", "not a tf.train.Example"),
     "no image": first(encode_example({"image/class/label": [1]}), "image/encoded"),
-    "no label": first(encode_example({"image/encoded": [b"png"], "image/class/label": []}), "image/class/label"),
+    "no label": first(encode_example({"image/encoded": [b"png"]}), "it has no number as its label"),
+    "compressed": (compress, rf"{MIDDLE}: is compressed by gzip: unpack it"),
+    "compressed, by name": (
+        lambda d: (d / MIDDLE).rename(d / "train-00001.tar.gz"),
+        r"train-00001\.tar\.gz is compressed: unpack it",
+    ),
+    "two sets to validate on": (
+        lambda d: (d / "val-0").touch(),
+        r"holds val-0 and validation-00000-of-00003, two sets to validate on",
+    ),
     "a label above": outside(41, num_classes=40),
     "a label below": outside(1, label_base=2),
     "a label above, from zero on": outside(21, num_classes=20, label_base=0),
@@ -215,6 +247,10 @@ FOLDERS_REFUSED = {  # what is done to train/ and val/ of two classes, the words
         lambda d: [(d / split / "empty").mkdir() for split in ("train", "val")],
         r"train/empty: holds no images",
     ),
+    "two sets to validate on": (
+        lambda d: shutil.copytree(d / "val", d / "validation"),
+        "holds val/ and validation/, two",
+    ),
     "no validation": (lambda d: shutil.rmtree(d / "val"), "no folder val or validation", {"split": "validation"}),
 }
 
@@ -247,7 +283,7 @@ def test_tars_by_dataset_json_and_flags(tmp_path):
     assert (find(tmp_path).num_classes, find(tmp_path).label_base) == (9, 0)
 
 
-@pytest.mark.parametrize("suffix", ["JPG", "jpeg", "png"])
+@pytest.mark.parametrize("suffix", ["JPG", "jpeg", "png", "webp"])
 def test_tars_of_any_suffix(tmp_path, suffix):
     write_tars(tmp_path, "train", images=5, suffix=suffix)
     assert sorted(next(training(find(tmp_path), batch_size=5)).labels.tolist()) == [0, 1, 2, 3, 4]
@@ -260,6 +296,8 @@ def test_tars_of_any_suffix(tmp_path, suffix):
         ({"a.cls": b"1"}, "sample a has 0 images .* and 1 labels"),
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "sample a has 2 images"),
         ({"a.jpg": b"x", "b.cls": b"1", "a.cls": b"1"}, "sample a has 1 images .* and 0 labels"),
+        ({"a.gif": b"x", "a.cls": b"1"}, "sample a has 0 images .* and 1 labels"),
+        ({"a.jpg": b"x", "a.cls": b""}, r"a\.jpg at byte 512: it has no number as its label"),
         ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.jpg at byte 512: its label 'cat' is not a number"),
     ],
 )
@@ -284,14 +322,67 @@ def test_indexes_of_tars(tmp_path):
     with pytest.raises(InputError, match=r"train-00001\.tar\.idx: ends at byte .* the shard is truncated"):
         find(tmp_path)
     index_path(other).unlink()
-    with pytest.raises(InputError, match=r"train-00001\.tar: .*(cut short|damaged)"):
+    with pytest.raises(InputError, match=r"train-00001\.tar: cannot be read \(.*png is cut short"):
         find(tmp_path)
     other.write_bytes(b"this is no tar" * 100)
-    with pytest.raises(InputError, match=r"train-00001\.tar: is not a tar, or is damaged"):
+    with pytest.raises(InputError, match=r"train-00001\.tar: cannot be read \(no tar header at byte 0: "):
         find(tmp_path)
     shutil.copy(one, other)
     index_path(other).write_text(good.replace(" 1 folder", " 2 folder"))
     with pytest.raises(InputError, match=r"train-00001\.tar\.idx: is not that of .*train-00001\.tar"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("others", [(), ("json",)])
+@pytest.mark.parametrize("lenient", [False, True])
+def test_an_index_of_a_tar_accounts_for_every_sample(tmp_path, others, lenient):
+    """The others are large enough to be another sample, so their headers are looked at."""
+    (shard,) = write_tars(tmp_path, "train", images=6, shards=1, others=others, other=b"{}" * 2000)
+    assert find(tmp_path, lenient=lenient).count("train") == 6
+    index = index_path(shard)
+    lines = index.read_text().splitlines()[1:]
+    for kept in ([], lines[:3], lines[1:], lines[:2] + lines[3:], lines[:4] + lines[5:]):
+        index.write_text(Tars.index_text(kept))
+        with pytest.raises(InputError, match=r"train-00000\.tar\.idx: is not that of .* from byte \d+ on: delete it"):
+            find(tmp_path, lenient=lenient)
+    index.unlink()
+    assert find(tmp_path, lenient=lenient).count("train") == 6
+
+
+@pytest.mark.parametrize("kind", ["records", "tars"])
+def test_a_shard_that_grows_while_its_index_is_made(tmp_path, monkeypatch, kind):
+    shard, *_ = WRITERS[kind](tmp_path, "train")
+    index_path(shard).unlink(missing_ok=True)
+    source = Tars if kind == "tars" else Records
+    monkeypatch.setattr(source, "scan", lambda path: path.write_bytes(path.read_bytes() * 2) and [])
+    with pytest.raises(InputError, match=rf"{shard}: has changed while its index was made"):
+        find(tmp_path)
+    assert not index_path(shard).exists()
+
+
+@pytest.mark.parametrize("kind", ["records", "tars"])
+def test_a_shard_without_samples(tmp_path, kind):
+    """A writer of shards leaves an empty one at the end; and of another all samples may be left out."""
+    suffix = WRITERS[kind](tmp_path, "train", images=9)[0].suffix
+    WRITERS[kind](tmp_path / "empty", "train", images=0, shards=1)[0].rename(tmp_path / f"train-9{suffix}")
+    found = find(tmp_path).without("train", range(3))
+    for backend in BACKENDS:
+        data = training(found, backend, batch_size=6)
+        assert sorted(next(data).labels.tolist()) == [3, 4, 5, 6, 7, 8]
+        data.close()
+
+
+def test_what_is_no_sample_is_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name in ("README", "a/LICENSE.txt", "a/1.jpg", "a/1.txt", "a/1.cls", "a/._1.jpg", "a/2.json"):
+            add(tar, name, b"1")
+    found = find(tmp_path).source("train")
+    assert (len(found), found.read(0)) == (1, (b"1", 1))
+    with tarfile.open(tmp_path / "train-1.tar", "w") as tar:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a/1.jpg"
+        tar.addfile(link)
+    with pytest.raises(InputError, match=r"train-1\.tar: cannot be read \(b\.jpg is a link"):
         find(tmp_path)
 
 

@@ -102,5 +102,11 @@ def test_what_is_no_archive(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-5000])
     with pytest.raises(InputError, match=r"--source=.*cut\.tar\.gz: (cannot be read|holds no)"):
         cifar10.blueprint(cut)
+    flipped = archive(tmp_path / "flipped.tar.gz", binary=True)
+    data = bytearray(gzip.compress(gzip.decompress(flipped.read_bytes()), compresslevel=0))
+    data[2000] ^= 1  # a pixel
+    flipped.write_bytes(data)
+    with pytest.raises(InputError, match=r"--source=.*flipped\.tar\.gz: cannot be read \(CRC check failed"):
+        cifar10.blueprint(flipped)
     with pytest.raises(InputError, match="holds no data_batch_1"):
         cifar10.blueprint(tmp_path)

@@ -144,6 +144,13 @@ def without_end(path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:-cut])
 
 
+def end_of(path: Path) -> int:
+    """Returns how many bytes of zeros are behind the last member of a tar."""
+    with tarfile.open(path) as tar:
+        tar.getmembers()
+        return path.stat().st_size - tar.offset
+
+
 def rewrite(path: Path, change) -> None:
     """Changes the names and contents of a tar's files."""
     with tarfile.open(path) as tar:
@@ -174,7 +181,17 @@ DAMAGE = {
     "train cut in a class": (lambda raw: without_end(raw.train, 30_000), r"--train=.*(unexpected end|cut short)"),
     "train is the val tar": (lambda raw: raw.val.rename(raw.train), r"--train=.*holds ILSVRC2012_val_.*img_train\.tar"),
     "a class tar is empty": (fox_with(lambda tar: bytes(10240)), r"n02119789\.tar: holds no images"),
-    "a class tar is cut": (fox_with(lambda tar: tar[:1024]), r"n02119789\.tar: is cut short in n02119789_0"),
+    "a class tar is cut": (fox_with(lambda tar: tar[:1024]), r"n02119789\.tar: .*n02119789_0\.JPEG is cut short"),
+    "a header of a class tar": (
+        fox_with(lambda tar: tar.replace(b"n02119789_1", b"n02119788_1", 1)),
+        r"n02119789\.tar: cannot be read \(no tar header at byte \d+: bad checksum",
+    ),
+    "a header of train": (
+        lambda raw: raw.train.write_bytes(raw.train.read_bytes().replace(FOX.encode(), b"n02119788.tar", 1)),
+        r"--train=.*train\.tar: cannot be read \(no tar header at byte \d+: bad checksum",
+    ),
+    "train twice": (lambda raw: raw.train.write_bytes(raw.train.read_bytes() * 2), r"--train=.*: holds n.*\.tar twice"),
+    "val without its end": (lambda raw: without_end(raw.val, end_of(raw.val)), r"--val=.* ends at byte \d+ without a"),
     "val cut": (lambda raw: without_end(raw.val, 12_000), r"--val=.*(unexpected end|cut short)"),
     "val has one image less": (
         lambda raw: rewrite(raw.val, lambda files: dict(list(files.items())[1:])),
@@ -189,6 +206,14 @@ DAMAGE = {
     "truth unknown id": (kit_with(TRUTH, b"1\n900\n"), r"--devkit=.*no ILSVRC2012_ID 900"),
     "truth of a parent": (kit_with(TRUTH, b"6\n" * 23), r"--val=.*class of ILSVRC2012_val_00000001\.JPEG is not in"),
 }
+
+
+def test_two_kits_in_one_directory(raw, tmp_path):
+    for name in ("devkit of 2011", "devkit of 2012"):
+        with tarfile.open(raw.devkit) as tar:
+            tar.extractall(tmp_path / name, filter="data")
+    with pytest.raises(InputError, match=r"--devkit=.*: holds .*2011/.*meta\.mat and .*2012/.*: give the"):
+        blueprint(raw, devkit=tmp_path)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

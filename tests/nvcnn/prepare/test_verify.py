@@ -10,6 +10,7 @@ import pytest
 
 from nvcnn.data.shard_source import index_path
 from nvcnn.data.tfrecord import read_records, write_record
+from nvcnn.prepare.manifest import as_json, read_manifest, summed
 from nvcnn.prepare.verify import verify
 from nvcnn.program import InputError
 from tests.nvcnn.prepare.preparing import flip
@@ -26,7 +27,7 @@ OURS = r"manifest\.json: was not written by prepare\.py"
 def change(path: Path, what) -> None:
     text = json.loads(path.read_text())
     what(text)
-    path.write_text(json.dumps(text, indent=2) + "\n")
+    path.write_bytes(summed(text) if "sha256" in text else as_json(text))
 
 
 def rewritten(shard: Path) -> None:
@@ -63,6 +64,10 @@ BROKEN = {  # what is done to a data directory, and the words of the message
     "other manifest": (lambda d: (d / "manifest.json").write_text("[]"), OURS),
     "another manifest": (lambda d: change(d / "manifest.json", lambda text: text["made_from"].pop("format")), OURS),
     "a part less": (lambda d: change(d / "manifest.json", lambda text: text["shards"][SHARD].pop("bytes")), OURS),
+    "a bit of the manifest": (
+        lambda d: flip(d / "manifest.json", (d / "manifest.json").read_bytes().index(b'"source"') + 20),
+        r"manifest\.json: is damaged \(its SHA-256 differs\)",
+    ),
     "manifest cut": (lambda d: os.truncate(d / "manifest.json", 99), r"manifest\.json: cannot be read"),
 }
 
@@ -88,9 +93,17 @@ def test_verify_names_the_first_bad_shard_and_prints_all(copy, capfd):
     assert all(f"{copy / name}: record 0 at byte 0 is damaged" in printed for name in names)
 
 
+def test_every_byte_of_the_manifest_counts(prepared, tmp_path):
+    data = (prepared / "manifest.json").read_bytes()
+    for at in range(0, len(data), 11):
+        (tmp_path / "manifest.json").write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 7]) + data[at + 1 :])
+        with pytest.raises(InputError, match=r"manifest\.json: (is damaged|cannot be read|was not written)"):
+            read_manifest(tmp_path / "manifest.json")
+
+
 def test_a_manifest_without_the_sums_of_other_files(copy):
     """Directories that were made before the sums were added have such a manifest."""
-    change(copy / "manifest.json", lambda text: text.pop("files"))
+    change(copy / "manifest.json", lambda text: (text.pop("files"), text.pop("sha256")))
     verify(copy, 1)
     (copy / "dataset.json").unlink()
     with pytest.raises(InputError, match=r"dataset\.json: its images are not"):
@@ -102,7 +115,10 @@ def test_webdataset_is_verified(tars, tmp_path):
     path = shutil.copytree(tars, tmp_path / "copy") / f"{SHARD}.tar"
     with tarfile.open(path) as tar:
         third = [member for member in tar if member.name.endswith("cls")][2]
-    for at, where in ((third.offset_data, r"\("), (third.offset + 3, "at record 2 ")):
+    for at, what in (
+        (third.offset_data, r"holds other records than were written \("),
+        (third.offset + 3, rf"cannot be read \(no tar header at byte {third.offset}: bad checksum\)"),
+    ):
         flip(path, at)
-        with pytest.raises(InputError, match=rf"{SHARD}\.tar: holds other records than were written {where}"):
+        with pytest.raises(InputError, match=rf"{SHARD}\.tar: {what}"):
             verify(path.parent, 1)
