@@ -139,12 +139,14 @@ def evaluate(asked: Evaluation) -> int:
     return 0
 
 
-def check_classes(data_dir: str, here: Sequence[str] | None, path: Path, there: Sequence[str]) -> None:
-    """Raises InputError if a class has another number here than in training: its images would be counted as wrong."""
-    if here is None or not there or list(here) == list(there):
+def check_classes(data_dir: str | None, here: Sequence[str] | None, where: Path | str, there: Sequence[str]) -> None:
+    """Raises InputError if a class has another number here than `where` it was trained, as far as both have names."""
+    if not here or not there or list(here) == list(there):
         return
-    n, (mine, its) = next((n, pair) for n, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1])
-    raise InputError(f"--data_dir={data_dir}: its class {n} is {mine!r}, but in {path} that is {its!r}: give its data")
+    if len(here) != len(there):
+        raise InputError(f"--data_dir={data_dir}: {len(here)} classes, but {where} has {len(there)}: give its data")
+    n, (mine, its) = next((n, pair) for n, pair in enumerate(zip(here, there, strict=True)) if pair[0] != pair[1])
+    raise InputError(f"--data_dir={data_dir}: its class {n} is {mine!r}, but in {where} that is {its!r}: give its data")
 
 
 def append_event(log_dir: Path, event: dict[str, Any]) -> None:

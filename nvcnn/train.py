@@ -15,7 +15,7 @@ from nvcnn.data.dataset import Dataset
 from nvcnn.data.pillow_workers import WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect
-from nvcnn.evaluate import evaluate
+from nvcnn.evaluate import check_classes, evaluate
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
@@ -46,6 +46,8 @@ def train(settings: Settings) -> int:
         return 0
     transport = connect(settings.transport)
     state = checkpoint.resume(settings, transport.size) if transport.rank == 0 else None
+    if state:
+        check_classes(settings.data_dir, expected.class_names, settings.log_dir, state["class_names"])
     weights = initial_weights(settings) if transport.rank == 0 and state is None else None
     run = Run(settings, dataset, transport, state, weights)
     if run.step < run.plan.steps:

@@ -10,11 +10,12 @@ from nvcnn.distributed import Transport
 from nvcnn.metrics import Metrics
 from nvcnn.models import MODELS, Model, constant
 from nvcnn.plan import find_training_data
-from nvcnn.program import SAVED_AND_STOPPED, Launch
+from nvcnn.program import SAVED_AND_STOPPED, InputError, Launch
 from nvcnn.settings import Settings
 from nvcnn.step import Step
-from nvcnn.train import Run
+from nvcnn.train import Run, train
 from tests.nvcnn.test_step import CLASSES, SIZE, Net
+from tests.samples import write_folders
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +76,19 @@ def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch, 
     assert torch.equal(one["ranks"][0]["torch_rng"], other["ranks"][0]["torch_rng"])
     for name, weight in one["weights"].items():
         assert torch.equal(weight, other["weights"][name]), name
+
+
+def test_a_run_does_not_go_on_with_other_classes(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
+    write_folders(tmp_path / "data", "train", images=CLASSES)
+    options = {"data_dir": str(tmp_path / "data"), "batch_size": 2, "num_batches": 1, "log_dir": str(tmp_path / "run")}
+    settings = Settings(model="net", conv="torch", **options)
+    assert train(settings) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    (tmp_path / "data/train/n00000").rename(tmp_path / "data/train/n99999")
+    with pytest.raises(InputError, match=r"its class 0 is 'n00001', but in .*run that is 'n00000': give its data"):
+        train(settings)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 class Gathering(Transport):
