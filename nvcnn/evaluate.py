@@ -106,16 +106,17 @@ def evaluate(asked: Evaluation) -> int:
     backend = choose_backend(asked.data_backend, device)
     dataset, left_out = check_data(dataset, "validation", "none", asked.skip_bad_images, transport, threads)
 
+    batch_size = min(asked.batch_size, dataset.count("validation"))
     model = cast_matrices(model.to(device), dtype).eval()
     if device.type == "cuda" or asked.conv not in ("auto", "torch"):  # else PyTorch's, as they are
-        images = asked.batch_size, preprocessing.image_size
+        images = batch_size, preprocessing.image_size
         choices = choose_algorithms(model, asked.conv, images, dtype, device, transport)
         if choices.algorithms and transport.rank == 0:
             print(f"Convolution: {choices}")
     data = open_evaluation(
         dataset,
         backend,
-        batch_size=asked.batch_size,
+        batch_size=batch_size,
         image_size=preprocessing.image_size,
         crop=preprocessing.eval_crop,
         aspect=preprocessing.eval_aspect,
