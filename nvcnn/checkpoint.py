@@ -7,7 +7,7 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a d
     settings               what config.json holds
     weights                state_dict by torchvision's names, fp32
     optimizer              momentum by the same names, in its dtype, counters (step, updates, good steps), loss_scale
-    ranks                  per rank: the data reader's position, the random generators
+    ranks                  per rank: the data reader's position, the random generators, BatchNorm's running statistics
     convolutions           the algorithm of each that has a choice, by its name
     preprocessing          how images are prepared: the fields of `nvcnn.models.Preprocessing`
     options                what the model is built with, beside its number of classes

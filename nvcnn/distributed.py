@@ -92,6 +92,9 @@ class Torch(Transport):
         self.dist = dist
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if launch.launcher in ("torchrun", "the environment"):
+            given = os.environ.get("MASTER_PORT", "")
+            if not (os.environ.get("MASTER_ADDR") and given.isascii() and given.isdecimal() and int(given) < 2**16):
+                raise InputError("--transport=torch needs MASTER_ADDR and MASTER_PORT, rank 0's: start with torchrun")
             dist.init_process_group(backend)
         else:
             address, port = self.rendezvous(launch)

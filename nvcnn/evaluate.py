@@ -106,16 +106,17 @@ def evaluate(asked: Evaluation) -> int:
     backend = choose_backend(asked.data_backend, device)
     dataset, left_out = check_data(dataset, "validation", "none", asked.skip_bad_images, transport, threads)
 
+    batch_size = min(asked.batch_size, dataset.count("validation"))
     model = cast_matrices(model.to(device), dtype).eval()
     if device.type == "cuda" or asked.conv not in ("auto", "torch"):  # else PyTorch's, as they are
-        images = asked.batch_size, preprocessing.image_size
+        images = batch_size, preprocessing.image_size
         choices = choose_algorithms(model, asked.conv, images, dtype, device, transport)
         if choices.algorithms and transport.rank == 0:
             print(f"Convolution: {choices}")
     data = open_evaluation(
         dataset,
         backend,
-        batch_size=asked.batch_size,
+        batch_size=batch_size,
         image_size=preprocessing.image_size,
         crop=preprocessing.eval_crop,
         aspect=preprocessing.eval_aspect,
@@ -139,12 +140,14 @@ def evaluate(asked: Evaluation) -> int:
     return 0
 
 
-def check_classes(data_dir: str, here: Sequence[str] | None, path: Path, there: Sequence[str]) -> None:
-    """Raises InputError if a class has another number here than in training: its images would be counted as wrong."""
-    if here is None or not there or list(here) == list(there):
+def check_classes(data_dir: str | None, here: Sequence[str] | None, where: Path | str, there: Sequence[str]) -> None:
+    """Raises InputError if a class has another number here than `where` it was trained, as far as both have names."""
+    if not here or not there or list(here) == list(there):
         return
-    n, (mine, its) = next((n, pair) for n, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1])
-    raise InputError(f"--data_dir={data_dir}: its class {n} is {mine!r}, but in {path} that is {its!r}: give its data")
+    if len(here) != len(there):
+        raise InputError(f"--data_dir={data_dir}: {len(here)} classes, but {where} has {len(there)}: give its data")
+    n, (mine, its) = next((n, pair) for n, pair in enumerate(zip(here, there, strict=True)) if pair[0] != pair[1])
+    raise InputError(f"--data_dir={data_dir}: its class {n} is {mine!r}, but in {where} that is {its!r}: give its data")
 
 
 def append_event(log_dir: Path, event: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels.cross_entropy import MAX_CLASSES
 from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.kernel_choices import use
@@ -13,8 +14,9 @@ from nvcnn.machine import chosen_kernels, compute_dtype
 from nvcnn.meta import activation_bytes
 from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
+from nvcnn.optimizer.schedule import MOST_STEPS
 from nvcnn.program import InputError
-from nvcnn.settings import Settings, as_json
+from nvcnn.settings import MOST_PIXELS, Settings, as_json
 from nvcnn.weights import Weights, fit
 
 SYNTHETIC_CLASSES = 1000
@@ -53,7 +55,8 @@ def find_training_data(settings: Settings) -> Dataset | None:
 def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin | None = None) -> Plan:
     """Returns what follows from these. origin: of the weights that training begins with; None: the model's own.
 
-    Raises InputError when the data set is smaller than a total batch, and for --cuda_graph=on where it cannot be.
+    Raises InputError when the data set is smaller than a total batch, for --cuda_graph=on where it cannot be, and for
+    more classes, steps or pixels than there can be.
     """
     total_batch = settings.batch_size * ranks
     images = dataset.count("train") if dataset else settings.num_batches * total_batch
@@ -66,15 +69,27 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     model = MODELS[settings.model]
     own = origin or Origin(Preprocessing(model.image_size), {})
     options = {option: value for option, value in own.options.items() if option != "aux"}  # heads are this run's own
+    preprocessing = settings.prepared(own.preprocessing)
+    num_classes = dataset.num_classes if dataset else settings.num_classes or SYNTHETIC_CLASSES
+    steps = settings.num_batches if settings.num_epochs is None else settings.num_epochs * steps_per_epoch
+    flag = "num_batches" if settings.num_epochs is None else "num_epochs"
+    if steps > MOST_STEPS:
+        raise InputError(f"--{flag}={getattr(settings, flag)}: {steps} steps: must be at most {MOST_STEPS}")
+    if num_classes > MAX_CLASSES:
+        where = f"--data_dir={settings.data_dir}" if dataset else f"--num_classes={num_classes}"
+        raise InputError(f"{where}: {num_classes} classes: must be at most {MAX_CLASSES}")
+    if settings.batch_size * preprocessing.image_size**2 >= MOST_PIXELS:
+        side = preprocessing.image_size
+        raise InputError(f"--batch_size={settings.batch_size}: too many images of {side} x {side} pixels: lower it")
     return Plan(
         ranks=ranks,
         images=images,
         total_batch=total_batch,
         steps_per_epoch=steps_per_epoch,
-        steps=settings.num_batches if settings.num_epochs is None else settings.num_epochs * steps_per_epoch,
-        num_classes=dataset.num_classes if dataset else settings.num_classes or SYNTHETIC_CLASSES,
+        steps=steps,
+        num_classes=num_classes,
         class_names=dataset.class_names if dataset else None,
-        preprocessing=settings.prepared(own.preprocessing),
+        preprocessing=preprocessing,
         options=options | {flag: True for flag, given in settings.model_flags.items() if given},
         learning_rate=settings.learning_rate or model.learning_rate(total_batch),
         dtype=compute_dtype(settings.fp16, settings.bf16),

@@ -29,7 +29,8 @@ LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", *(f"OMPI_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK"))),
     "MVAPICH": ("MV2_COMM_WORLD_SIZE", *(f"MV2_COMM_WORLD_{what}" for what in ("SIZE", "RANK", "LOCAL_RANK"))),
     "MPICH or Intel MPI": ("PMI_SIZE", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
-    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    # SLURM_NTASKS may be the job's: an interactive step, of one task, has that of its allocation.
+    "srun": ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     "the environment": ("RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
 }
 
@@ -46,18 +47,30 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Returns what the environment variables of a known launcher say; a single rank without any."""
+    """Returns what the environment variables of a known launcher say; a single rank without any.
+
+    Raises InputError for values that no launcher sets.
+    """
     for launcher, (mark, size, rank, local_rank) in LAUNCHERS.items():
         if mark in environment and size in environment:
-            given = {name: int(environment[name]) for name in (size, rank, local_rank) if name in environment}
-            return Launch(
-                size=given[size],
-                rank=given.get(rank, 0),
-                local_rank=given.get(local_rank, 0),
-                launcher=launcher,
-                variable=f"{size}={given[size]}",
-            )
+            given = {name: environment.get(name, "") for name in (size, rank)}
+            given[local_rank] = environment.get(local_rank, "0")
+            for name, text in given.items():
+                if not (text.isascii() and text.isdecimal()):
+                    raise InputError(f"{name}={text}: must be a number, as {launcher} sets it: correct or unset it")
+            n = {name: int(text) for name, text in given.items()}
+            if n[rank] >= n[size]:
+                raise InputError(f"{rank}={n[rank]}: must be below {size}={n[size]}: correct or unset it")
+            return Launch(n[size], n[rank], n[local_rank], launcher, f"{size}={n[size]}")
     return Launch()
+
+
+def launched_if_known() -> Launch:
+    """Returns what `launched` does, and a single rank where that is an error."""
+    try:
+        return launched()
+    except InputError:
+        return Launch()
 
 
 def run(program: Callable[[], int]) -> NoReturn:
@@ -74,7 +87,8 @@ def run(program: Callable[[], int]) -> NoReturn:
         print(f"{name}: interrupted", file=sys.stderr, flush=True)
         abort(1)
     except Exception:
-        rank = f"rank {launched().rank}: " if launched().size > 1 else ""
+        launch = launched_if_known()
+        rank = f"rank {launch.rank}: " if launch.size > 1 else ""
         print(f"{rank}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
         abort(1)
     sys.exit(code)
@@ -121,5 +135,5 @@ def abort(code: int) -> NoReturn:
 
 def wait_for_rank_0(seconds: float = 3.0) -> None:
     """Lets rank 0 report an error that all ranks have: it then ends the job before this returns."""
-    if launched().rank != 0:
+    if launched_if_known().rank != 0:
         time.sleep(seconds)

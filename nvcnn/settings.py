@@ -5,7 +5,6 @@ and launch/export.py. Importing this file does not import torch.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
@@ -24,6 +23,9 @@ ASPECTS = ("stretch", "keep")
 INTERPOLATIONS = ("bilinear", "bicubic")
 ORIGIN_NAMES = ("nvcnn", *ORIGINS)
 FORMATS = ("safetensors", "torch", "onnx")
+SMALLEST, LARGEST = 1e-30, 1e30  # of the numbers that are computed with: fp32 holds them, and their reciprocals
+LARGEST_SIDE = 2**15  # of an image
+MOST_PIXELS = 2**31  # of a batch: some kernels count no further, and no GPU holds what a network makes of so many
 
 
 def flag(default: Any, help: str, *, group: str, short: str | None = None, choices=(), may_differ: bool = False) -> Any:
@@ -76,6 +78,8 @@ def check_image_size(model: str, image_size: int) -> None:
         raise InputError(f"--image_size={image_size}: --model={model} takes {size} alone, leave the flag out")
     if least is not None and image_size < least:
         raise InputError(f"--image_size={image_size}: --model={model} takes {least} and more")
+    if image_size > LARGEST_SIDE:
+        raise InputError(f"--image_size={image_size}: must be at most {LARGEST_SIDE}")
 
 
 def check(settings: Any, right: bool, name: str, must: str) -> None:
@@ -237,21 +241,16 @@ class Settings(Images):
             check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "larc_eta"):
             value = getattr(self, name)
-            check(self, value is None or (math.isfinite(value) and value > 0), name, "a positive number")
+            check(self, value is None or SMALLEST <= value <= LARGEST, name, f"a number from {SMALLEST} to {LARGEST}")
         for name in ("save_interval", "summary_interval", "seed"):
             check(self, 0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
-        for name, top in (("crop_area", 1.0), ("crop_aspect", math.inf)):
+        for name, top in (("crop_area", 1.0), ("crop_aspect", LARGEST)):
             low, high = getattr(self, name)
-            check(
-                self,
-                0 < low <= high <= top and math.isfinite(high),
-                name,
-                "LO,HI with 0 < LO <= HI" + " <= 1" * (top == 1),
-            )
+            check(self, SMALLEST <= low <= high <= top, name, f"LO,HI with {SMALLEST} <= LO <= HI <= {top}")
         check(self, 0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         scale = self.loss_scale
-        right = scale == "dynamic" if isinstance(scale, str) else math.isfinite(scale) and scale > 0
-        check(self, right, "loss_scale", "a positive number or 'dynamic'")
+        right = scale == "dynamic" if isinstance(scale, str) else SMALLEST <= scale <= LARGEST
+        check(self, right, "loss_scale", f"a number from {SMALLEST} to {LARGEST}, or 'dynamic'")
         if self.fp16 and self.bf16:
             raise InputError("--fp16 and --bf16: choose one")
         if self.larc_exclude != "none" and self.larc_eta is None:

@@ -15,7 +15,7 @@ from nvcnn.data.dataset import Dataset
 from nvcnn.data.pillow_workers import WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect
-from nvcnn.evaluate import evaluate
+from nvcnn.evaluate import check_classes, evaluate
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
@@ -46,6 +46,8 @@ def train(settings: Settings) -> int:
         return 0
     transport = connect(settings.transport)
     state = checkpoint.resume(settings, transport.size) if transport.rank == 0 else None
+    if state:
+        check_classes(settings.data_dir, expected.class_names, settings.log_dir, state["class_names"])
     weights = initial_weights(settings) if transport.rank == 0 and state is None else None
     run = Run(settings, dataset, transport, state, weights)
     if run.step < run.plan.steps:
@@ -85,7 +87,7 @@ class Run:
         origin = checkpoint.origin(state) if state else weights and weights.origin
         self.plan = plan(settings, dataset, transport.size, transport.gather(origin)[0])
         model, self.beginning = initial_model(settings, self.plan, weights)
-        # By rank, from rank 0's checkpoint: the reader's position and the random generators.
+        # By rank, from rank 0's checkpoint: the reader's position, the random generators, the running statistics.
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
@@ -112,9 +114,11 @@ class Run:
         torch.manual_seed(settings.seed + transport.rank)
         if state:
             self.train_step.load_state_dict(state)
+        self.step = self.train_step.broadcast()
         if mine:
             set_random_state(mine, self.device)
-        self.step = self.train_step.broadcast()
+            if "running" in mine:  # an older checkpoint has rank 0's alone
+                self.train_step.arena.running.copy_(mine["running"])
 
     def open_data(self, dataset: Dataset | None, threads: int, state: dict | None) -> Data:
         """Returns the source of batches. `state`: where this rank's reader was in the run to resume."""
@@ -203,11 +207,12 @@ class Run:
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
 
     def save(self, metrics: Metrics) -> None:
-        """Gathers every rank's position to rank 0, which writes the checkpoint with its own BatchNorm statistics."""
+        """Gathers what is each rank's own to rank 0, whose BatchNorm statistics are those of the weights."""
         settings, plan = self.settings, self.plan
         if not settings.log_dir:
             return
-        ranks = self.transport.gather({"reader": self.data.state_dict(), **random_state(self.device)})
+        own = {"reader": self.data.state_dict(), "running": self.train_step.arena.running.cpu()}
+        ranks = self.transport.gather(own | random_state(self.device))
         if self.transport.rank != 0:
             return
         path = checkpoint.path_of(Path(settings.log_dir), self.step)

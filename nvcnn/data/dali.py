@@ -104,6 +104,11 @@ class Pipeline:
             yield
         except RuntimeError as error:
             text = str(error)
+            if "might come from another pipeline" in text:
+                raise InputError(
+                    f"--data_dir={self.dataset.directory}: the run to resume read files of another kind, or decoded on "
+                    "another device: give its data and --data_backend, or another --log_dir"
+                ) from error
             found = re.search(
                 r"fn\.(readers|decoders|peek_image_shape).*encountered:\s*(.+?)\s*(\n|$)", text, re.DOTALL
             )

@@ -72,13 +72,17 @@ class Samples:
         return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(flips))
 
 
-def loaded(samples: Samples, keys: Iterable[list[Key]]) -> Generator[Batch]:
-    """Yields the batches of lists of keys, in that order. Raises InputError for the first that cannot be made."""
+def loaded(samples: Samples, keys: Iterable[list[Key]], generator: torch.Generator | None) -> Generator[Batch]:
+    """Yields the batches of lists of keys, in that order. Raises InputError for the first that cannot be made.
+
+    generator: draws a seed for the workers, which have no use for it; None: the default one.
+    """
     device = samples.options.device
     loader: DataLoader = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=keys,
         num_workers=samples.options.threads,
+        generator=generator,
         multiprocessing_context="fork",  # to share the table of samples; from Python 3.14 on not the default
         collate_fn=lambda batch: batch,
         persistent_workers=True,
@@ -99,8 +103,8 @@ class Loader:
     Otherwise the program would end them by a signal that they ignore, and wait for them.
     """
 
-    def __init__(self, samples: Samples, keys: Iterable[list[Key]]):
-        self.batches = loaded(samples, keys)
+    def __init__(self, samples: Samples, keys: Iterable[list[Key]], generator: torch.Generator | None = None):
+        self.batches = loaded(samples, keys, generator)
         atexit.register(self.batches.close)
 
     def __iter__(self) -> "Loader":
@@ -146,7 +150,8 @@ class WorkerTrainingData:
         self.epoch: int = state["epoch"] if state else 0
         self.batch: int = state["batch"] if state else 0
         order = Order(self.images, self.steps_per_epoch, options, (self.epoch, self.batch))
-        self.loader = Loader(samples, order)
+        # A run that begins draws from the generator of dropout, whose state is behind that draw when the run goes on.
+        self.loader = Loader(samples, order, torch.Generator() if state else None)
 
     def __iter__(self) -> "WorkerTrainingData":
         return self

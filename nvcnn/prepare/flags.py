@@ -37,7 +37,7 @@ class Output:
     verify: bool = output(False, "write nothing: compare --out with its manifest")
 
     def __post_init__(self) -> None:
-        check(self, self.workers >= 1, "workers", "at least 1")
+        check(self, 1 <= self.workers <= 4096, "workers", "from 1 to 4096")
 
     def require(self, name: str) -> None:
         if getattr(self, name) is None and not self.verify:

@@ -127,9 +127,15 @@ def test_batchnorm_and_loss_scale_resume_to_the_same_bits(launch, records, tmp_p
 def test_evaluation_counts_each_image_once(launch, records, undisturbed, tmp_path):
     log_dir = shutil.copytree(undisturbed, tmp_path / "run")
     results = []
-    for ranks in (1, 3):
+    for ranks, batch_size in ((1, 2**40), (3, 7)):
         text = launch.run(
-            *("launch/eval.py", f"--data_dir={records}", f"--log_dir={log_dir}", "--batch_size=7", "--json"),
+            *(
+                "launch/eval.py",
+                f"--data_dir={records}",
+                f"--log_dir={log_dir}",
+                f"--batch_size={batch_size}",
+                "--json",
+            ),
             ranks=ranks,
         )
         results.append(json.loads(text.splitlines()[-1]))

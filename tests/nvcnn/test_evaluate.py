@@ -87,3 +87,5 @@ def test_classes_of_other_numbers_are_refused():
         check_classes("data", here, path, there)
     with pytest.raises(InputError, match=r"--data_dir=data: its class 1 is 'dog', but in checkpoint.pt that is 'eel'"):
         check_classes("data", ["cat", "dog"], path, ["cat", "eel"])
+    with pytest.raises(InputError, match=r"--data_dir=data: 2 classes, but checkpoint.pt has 3: give its data"):
+        check_classes("data", ["cat", "dog"], path, ["cat", "dog", "eel"])

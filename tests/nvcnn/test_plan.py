@@ -34,6 +34,19 @@ def test_synthetic_data_is_one_epoch():
     assert (run.steps, run.steps_per_epoch, run.num_classes, run.dtype) == (30, 30, 1000, torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_classes": 32_769}, "--num_classes=32769: 32769 classes: must be at most 32768"),
+        ({"num_batches": 2_000_000_000}, "--num_batches=2000000000: 2000000000 steps: must be at most"),
+        ({"batch_size": 2**31 // 28**2 + 1}, "--batch_size=2739138: too many images of 28 x 28 pixels"),
+    ],
+)
+def test_more_than_there_can_be_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        plan(Settings(model="lenet", **settings), None, ranks=1)
+
+
 def test_dry_run_says_what_a_user_plans_by(capsys):
     settings = Settings(model="resnet50", batch_size=256, fp16=True, learning_rate=2.0)
     dry_run(settings, plan(settings, None, ranks=8))

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nvcnn.program import Launch, launched
+from nvcnn.program import InputError, Launch, launched
 
 REPOSITORY = Path(__file__).parents[2]
 
 PROGRAM = """
+import os
 import sys
-from nvcnn.program import InputError, run
+from nvcnn.program import InputError, launched, run
 
 sys.argv[0] = "launch/train.py"
 
@@ -53,8 +54,12 @@ except SystemExit as error:
             Launch(8, 5, 5, "torchrun", "WORLD_SIZE=8"),
         ),
         (
-            {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"},
-            Launch(16, 9, 1, "srun", "SLURM_NTASKS=16"),
+            {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"},
+            Launch(16, 9, 1, "srun", "SLURM_STEP_NUM_TASKS=16"),
+        ),
+        (  # an interactive step
+            {"SLURM_STEP_ID": "9", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+            Launch(1, 0, 0, "srun", "SLURM_STEP_NUM_TASKS=1"),
         ),
         ({"WORLD_SIZE": "2", "RANK": "1"}, Launch(2, 1, 0, "the environment", "WORLD_SIZE=2")),
         ({"SLURM_NTASKS": "16"}, Launch()),  # sbatch without srun is one process
@@ -65,16 +70,36 @@ def test_launchers(environment, expected):
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: must be a number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a number"),
+        ({"WORLD_SIZE": "0"}, "RANK=1: must be below WORLD_SIZE=0"),
+        ({"RANK": "2"}, "RANK=2: must be below WORLD_SIZE=2"),
+        ({"RANK": "-1"}, "RANK=-1: must be a number"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK=: must be a number"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK=: must be a number, as Open MPI sets it"),
+    ],
+)
+def test_what_no_launcher_sets(wrong, message):
+    with pytest.raises(InputError, match=message):
+        launched({"WORLD_SIZE": "2", "RANK": "1"} | wrong)
+
+
+@pytest.mark.parametrize(
     ("does", "code", "says"),
     [
         ("return 3", 3, ""),
         ("raise InputError('--flag=1: must be 2')", 2, "train.py: --flag=1: must be 2\n"),
         ("raise KeyboardInterrupt", 1, "train.py: interrupted\n"),
+        ("os.environ |= {'RANK': '0', 'WORLD_SIZE': ''}; launched()", 2, "train.py: WORLD_SIZE=: must be a number"),
     ],
 )
 def test_exit_codes(does, code, says):
     program = subprocess.run([sys.executable, "-c", PROGRAM.format(does)], capture_output=True, text=True)
-    assert (program.returncode, program.stderr, program.stdout) == (code, says, "")
+    assert (program.returncode, program.stdout) == (code, "")
+    assert program.stderr.startswith(says)
+    assert program.stderr.count("\n") == (1 if says else 0)
 
 
 def test_what_nobody_expects_has_a_traceback():

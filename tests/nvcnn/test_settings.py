@@ -138,6 +138,13 @@ def test_short_and_negative_forms():
         ("--loss_scale=0", "--loss_scale"),
         ("--loss_scale=sometimes", "--loss_scale"),
         ("--loss_scale=nan", "--loss_scale"),
+        ("--loss_scale=1e39", "--loss_scale=1e+39: must be a number from 1e-30 to 1e+30, or 'dynamic'"),
+        ("--loss_scale=1e-46", "--loss_scale=1e-46"),  # 0 in fp32
+        ("--learning_rate=1e-46", "--learning_rate=1e-46: must be a number from 1e-30 to 1e+30"),
+        ("--larc_eta=1e39", "--larc_eta=1e+39"),
+        ("--image_size=32769", "--image_size=32769"),
+        ("--crop_area=1e-46,1", "--crop_area"),
+        ("--crop_aspect=1,1e39", "--crop_aspect"),
         ("--crop_area=0,1", "--crop_area"),
         ("--crop_area=0.5", "--crop_area"),
         ("--crop_area=0.5,2", "--crop_area"),
@@ -166,7 +173,7 @@ def test_short_and_negative_forms():
 )
 def test_bad_flags_are_named_in_one_line(arguments, names):
     with pytest.raises(InputError) as error:
-        parse(Settings, ["--model=lenet", *arguments.split()])
+        parse(Settings, ["--model=alexnet", *arguments.split()])
     assert names in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -7,12 +7,15 @@ import torch
 
 from nvcnn import checkpoint
 from nvcnn.distributed import Transport
+from nvcnn.metrics import Metrics
 from nvcnn.models import MODELS, Model, constant
-from nvcnn.program import SAVED_AND_STOPPED, Launch
+from nvcnn.plan import find_training_data
+from nvcnn.program import SAVED_AND_STOPPED, InputError, Launch
 from nvcnn.settings import Settings
 from nvcnn.step import Step
-from nvcnn.train import Run
+from nvcnn.train import Run, train
 from tests.nvcnn.test_step import CLASSES, SIZE, Net
+from tests.samples import write_folders
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +49,8 @@ def test_weights_are_those_of_the_seed_and_images_of_the_rank_too():
     assert not torch.equal(images[0], images[2])
 
 
-def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("backend", [None, "torch"], ids=["synthetic", "torch"])
+def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch, small_dataset, backend):
     """The generators' state is in the checkpoint: bits are those of a run that nobody stopped."""
     monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
     stop_at, whole = -1, Step.__call__
@@ -58,14 +62,65 @@ def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch):
 
     def trained(name) -> int:
         options = {"conv": "torch", "batch_size": 4, "num_batches": 4, "num_classes": CLASSES}
-        settings = Settings(model="net", log_dir=str(tmp_path / name), **options)
-        return Run(settings, None, Transport(Launch()), checkpoint.resume(settings, 1)).loop()
+        data = {"data_dir": str(small_dataset), "data_backend": backend} if backend else {}
+        settings = Settings(model="net", log_dir=str(tmp_path / name), **options, **data)
+        dataset = find_training_data(settings)
+        return Run(settings, dataset, Transport(Launch()), checkpoint.resume(settings, 1)).loop()
 
     monkeypatch.setattr(Step, "__call__", stopped)
     assert trained("whole") == 0
     stop_at = 1
     assert trained("stopped") == SAVED_AND_STOPPED
     assert trained("stopped") == 0
-    one, other = (checkpoint.newest(tmp_path / name)[1]["weights"] for name in ("whole", "stopped"))
-    for name, weight in one.items():
-        assert torch.equal(weight, other[name]), name
+    one, other = (checkpoint.newest(tmp_path / name)[1] for name in ("whole", "stopped"))
+    assert torch.equal(one["ranks"][0]["torch_rng"], other["ranks"][0]["torch_rng"])
+    for name, weight in one["weights"].items():
+        assert torch.equal(weight, other["weights"][name]), name
+
+
+def test_a_run_does_not_go_on_with_other_classes(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
+    write_folders(tmp_path / "data", "train", images=CLASSES)
+    options = {"data_dir": str(tmp_path / "data"), "batch_size": 2, "num_batches": 1, "log_dir": str(tmp_path / "run")}
+    settings = Settings(model="net", conv="torch", **options)
+    assert train(settings) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    (tmp_path / "data/train/n00000").rename(tmp_path / "data/train/n99999")
+    with pytest.raises(InputError, match=r"its class 0 is 'n00001', but in .*run that is 'n00000': give its data"):
+        train(settings)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+class Gathering(Transport):
+    """Is one of two ranks of one process; rank 0 gathers what rank 1 handed over before."""
+
+    handed_over = None
+
+    def gather(self, value):
+        Gathering.handed_over, there = value if self.rank else None, Gathering.handed_over
+        return [value, there]
+
+
+def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
+    """Their sums are formed about the running mean: about another one, they are rounded otherwise."""
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
+    options = {"model": "net", "conv": "torch", "batch_size": 4, "num_classes": CLASSES, "log_dir": str(tmp_path)}
+    settings = Settings(**options)
+
+    def runs(state) -> list[Run]:
+        return [Run(settings, None, Gathering(Launch(2, rank, rank)), state) for rank in range(2)]
+
+    before = runs(None)
+    for each in reversed(before):
+        each.train_step(next(each.data))
+        each.save(Metrics("", steps=1, first_step=1, rank=each.transport.rank))
+    _, state = checkpoint.newest(tmp_path)
+    running = [each.train_step.arena.running for each in before]
+    assert not torch.equal(*running)
+    assert torch.equal(state["weights"]["bn.running_mean"], before[0].train_step.model.bn.running_mean)
+    for each, own in zip(runs(state), running, strict=True):
+        assert torch.equal(each.train_step.arena.running, own)
+    for rank in state["ranks"]:
+        del rank["running"]  # as an older one is, of which all ranks have rank 0's
+    for each in runs(state):
+        assert torch.equal(each.train_step.arena.running, running[0])

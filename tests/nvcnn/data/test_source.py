@@ -165,6 +165,10 @@ def test_resuming_on_other_data(dataset, tmp_path):
         training(dataset, "torch", state={})
     with pytest.raises(InputError, match=r"--data_backend: the run to resume .* by torch, this one by dali"):
         training(dataset, "dali_cpu", state=state)
+    state = training(dataset).state_dict()
+    WRITERS["folders"](tmp_path, "train")
+    with pytest.raises(InputError, match=f"--data_dir={tmp_path}: the run to resume read files of another kind"):
+        training(find(tmp_path), state=state)
 
 
 def test_the_backend_is_dalis_and_never_pillow_unasked(monkeypatch):
