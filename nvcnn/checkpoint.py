@@ -1,8 +1,9 @@
 """Checkpoints, written whole or not at all; which of them a run resumes from.
 
-A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a dict:
+A checkpoint is a file that `torch.load(weights_only=True)` reads, ends in its digest (`write`), and holds a dict:
 
     format, version        "nvcnn checkpoint", 1
+    digest                 "sha256": without that at its end the file is damaged
     model                  its name
     settings               what config.json holds
     weights                state_dict by torchvision's names, fp32
@@ -14,15 +15,17 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a d
     class_names, kernels, loss_average
 """
 
+import hashlib
 import json
 import os
 import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedRandom, BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -32,6 +35,9 @@ from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json, differences
 
 FORMAT, VERSION = "nvcnn checkpoint", 1
+DIGEST = "sha256"
+MARK = f"nvcnn {DIGEST} ".encode()
+COMMENT = len(MARK) + 64  # bytes: the mark, and the digest in hexadecimal digits
 
 
 def path_of(log_dir: Path, step: int) -> Path:
@@ -40,11 +46,11 @@ def path_of(log_dir: Path, step: int) -> Path:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def written_whole(path: Path) -> Iterator[BufferedRandom]:
     """Yields a file that is at `path` once all is written to it, also after a power cut, or not at all."""
     temporary = path.with_name(".part")  # one name: a killed run leaves one at most
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -59,7 +65,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 def save(path: Path, state: dict[str, Any], keep: int) -> None:
     """Writes `state` to `path` and removes all but the `keep` newest up to it."""
     with written_whole(path) as file:
-        torch.save({"format": FORMAT, "version": VERSION} | state, file)
+        write({"format": FORMAT, "version": VERSION} | state, file)
     # A newer one that is damaged, over which a resumed run went back, does not count.
     for old in [p for p in in_directory(path.parent) if p < path][keep - 1 :]:
         old.unlink()
@@ -70,19 +76,56 @@ def in_directory(log_dir: Path) -> list[Path]:
     return sorted(log_dir.glob("checkpoint-[0-9]*.pt"), reverse=True)
 
 
+def write(content: dict[str, Any], file: BytesIO | BufferedRandom) -> None:
+    """Writes what torch.save writes to an empty file, and behind it the digest of it all.
+
+    That is the comment of the zip archive, so whatever reads what torch.save writes reads this. Zip's own checksums
+    leave out where in the file a tensor is.
+    """
+    torch.save(content | {"digest": DIGEST}, file)
+    file.seek(-2, os.SEEK_END)  # the length of the comment
+    file.write(COMMENT.to_bytes(2, "little"))
+    file.seek(0)
+    digest = hashlib.file_digest(file, DIGEST)
+    file.seek(0, os.SEEK_END)
+    file.write(MARK + digest.hexdigest().encode())
+
+
+def verified(path: Path) -> bool:
+    """Returns whether a file ends in its digest. Raises InputError if it ends in another one."""
+    with path.open("rb") as file:
+        size = path.stat().st_size - COMMENT
+        file.seek(max(size, 0))
+        comment = file.read()
+        if not comment.startswith(MARK):
+            return False
+        file.seek(0)
+        digest = hashlib.new(DIGEST)
+        for start in range(0, size, 2**20):
+            digest.update(file.read(min(2**20, size - start)))
+    if comment != MARK + digest.hexdigest().encode():
+        raise InputError(f"{path}: damaged, its digest differs; remove it or give another file")
+    return True
+
+
 def read(path: Path, mmap: bool = False) -> Any:
     """Returns what torch.save wrote to a file, verified, on the CPU. mmap: tensors stay in the file while it can be.
 
-    Raises InputError for a file that is damaged, or holds more than `weights_only` allows.
+    Raises InputError for a file that is damaged, or holds more than `weights_only` allows. One without a digest, of
+    others or of older versions, is held to zip's checksums.
     """
     try:
+        whole = verified(path)
         zipped = zipfile.is_zipfile(path)  # what torch.save wrote before torch 1.6 is not
-        if zipped:
+        if zipped and not whole:
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
                 if broken := archive.testzip():
                     raise InputError(f"{path}: damaged at {broken}; remove it or give another file")
         with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+        if not whole and isinstance(content, dict) and "digest" in content:
+            raise InputError(f"{path}: damaged, its digest is lost; remove it or give another file")
+        return content
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError:
