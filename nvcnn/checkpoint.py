@@ -67,13 +67,23 @@ def save(path: Path, state: dict[str, Any], keep: int) -> None:
     with written_whole(path) as file:
         write({"format": FORMAT, "version": VERSION} | state, file)
     # A newer one that is damaged, over which a resumed run went back, does not count.
-    for old in [p for p in in_directory(path.parent) if p < path][keep - 1 :]:
+    there = in_directory(path.parent)
+    for old in there[there.index(path) + keep :]:
         old.unlink()
+
+
+def step_of(path: Path) -> int | None:
+    """Returns the step of a checkpoint by its name; None unless `path_of` has that name: the file is somebody's own."""
+    digits = path.stem.removeprefix("checkpoint-")
+    return int(digits) if digits.isdecimal() and path == path_of(path.parent, int(digits)) else None
 
 
 def in_directory(log_dir: Path) -> list[Path]:
     """Returns the checkpoints of a directory, the newest first."""
-    return sorted(log_dir.glob("checkpoint-[0-9]*.pt"), reverse=True)
+    if not log_dir.exists():
+        return []
+    found = {step: path for path in log_dir.iterdir() if (step := step_of(path)) is not None}
+    return [found[step] for step in sorted(found, reverse=True)]
 
 
 def write(content: dict[str, Any], file: BytesIO | BufferedRandom) -> None:

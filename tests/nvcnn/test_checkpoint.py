@@ -25,6 +25,24 @@ def test_round_trip_and_keep(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3  # no temporary file stays
 
 
+def test_they_are_ordered_by_number(tmp_path):
+    for step in (99_999_998, 99_999_999, 100_000_000):
+        write(tmp_path, step, keep=2)
+    assert [checkpoint.step_of(path) for path in checkpoint.in_directory(tmp_path)] == [100_000_000, 99_999_999]
+
+
+def test_files_of_the_user_are_left_alone(tmp_path):
+    """They neither count as the newest nor are they removed: their names are not those that the program writes."""
+    write(tmp_path, 10)
+    names = ["00000010-best", "12-before", "12", "000000012", "00000012 (1)", "٠٠٠٠٠٠١٢", "best", ""]
+    for name in names:
+        (tmp_path / f"checkpoint-{name}.pt").write_bytes(checkpoint.path_of(tmp_path, 10).read_bytes())
+    assert checkpoint.newest(tmp_path)[0] == checkpoint.path_of(tmp_path, 10)
+    write(tmp_path, 11, keep=1)
+    assert checkpoint.in_directory(tmp_path) == [checkpoint.path_of(tmp_path, 11)]
+    assert all((tmp_path / f"checkpoint-{name}.pt").exists() for name in names)
+
+
 def test_a_damaged_newer_one_pushes_none_out(tmp_path):
     for step in (10, 20):
         write(tmp_path, step, keep=9)
