@@ -15,14 +15,16 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, ends in its d
     class_names, kernels, loss_average
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedRandom, BytesIO
+from contextlib import contextmanager, suppress
+from io import BufferedRandom, BufferedWriter, BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,6 +41,8 @@ DIGEST = "sha256"
 MARK = f"nvcnn {DIGEST} ".encode()
 COMMENT = len(MARK) + 64  # bytes: the mark, and the digest in hexadecimal digits
 
+locks: list[BufferedWriter] = []  # a lock is let go when its file is closed
+
 
 def path_of(log_dir: Path, step: int) -> Path:
     """Returns where the checkpoint after that step is."""
@@ -46,9 +50,12 @@ def path_of(log_dir: Path, step: int) -> Path:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BufferedRandom]:
-    """Yields a file that is at `path` once all is written to it, also after a power cut, or not at all."""
-    temporary = path.with_name(".part")  # one name: a killed run leaves one at most
+def written_whole(path: Path, part: str = ".part") -> Iterator[BufferedRandom]:
+    """Yields a file that is at `path` once all is written to it, also after a power cut, or not at all.
+
+    part: its name until then. In a log directory, which is one run's, that is one: a killed run leaves one at most.
+    """
+    temporary = path.with_name(part)
     try:
         with temporary.open("w+b") as file:
             yield file
@@ -63,13 +70,35 @@ def written_whole(path: Path) -> Iterator[BufferedRandom]:
 
 
 def save(path: Path, state: dict[str, Any], keep: int) -> None:
-    """Writes `state` to `path` and removes all but the `keep` newest up to it."""
-    with written_whole(path) as file:
-        write({"format": FORMAT, "version": VERSION} | state, file)
+    """Writes `state` to `path` and removes all but the `keep` newest up to it.
+
+    Raises InputError when it cannot be written, with the checkpoint that there is then.
+    """
+    try:
+        with written_whole(path) as file:
+            write({"format": FORMAT, "version": VERSION} | state, file)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error  # torch.save has an error of its own after that of a full disk
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise InputError(f"{path}: cannot be written ({cause.strerror}); {last_good(path.parent)}") from None
     # A newer one that is damaged, over which a resumed run went back, does not count.
     there = in_directory(path.parent)
     for old in there[there.index(path) + keep :]:
-        old.unlink()
+        try:
+            old.unlink()
+        except OSError as error:
+            print(f"{old}: cannot be removed ({error.strerror})", file=sys.stderr)
+
+
+def last_good(log_dir: Path) -> str:
+    """Returns a clause that names the checkpoint from which a run would go on."""
+    with suppress(InputError, OSError):
+        if found := newest(log_dir, warn=lambda line: None):
+            return f"the last good checkpoint is {found[0]}"
+    return "there is no good checkpoint"
 
 
 def step_of(path: Path) -> int | None:
@@ -188,21 +217,15 @@ def origin(state: dict[str, Any]) -> Origin:
 def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
     """Returns the newest checkpoint of the log directory, or None if a run starts there.
 
-    Raises InputError if the directory belongs to another run.
+    Raises InputError if the directory belongs to another run, or another training is at work there.
     """
     if not settings.log_dir:
         return None
     log_dir = Path(settings.log_dir)
     if log_dir.exists() and not log_dir.is_dir():
         raise InputError(f"--log_dir={log_dir}: is a file; give a directory")
-    config = log_dir / "config.json"
-    if config.exists():
-        try:
-            stored = json.loads(config.read_text())
-            there = stored["settings"], stored["ranks"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{config}: not a config.json of nvcnn; give another --log_dir") from None
-        check_same_run(settings, ranks, config, *there)
+    if os.access(log_dir, os.W_OK):  # else there is nothing to do, or `begin` says what there is to say
+        lock(log_dir)
     found = newest(log_dir, warn=lambda line: print(line, flush=True))
     if found is None:
         return None
@@ -227,15 +250,38 @@ def check_same_run(
         raise InputError(f"{where} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
 
 
-def write_config(settings: Settings, ranks: int) -> None:
-    """Marks the log directory as that of this run by a config.json, written whole or not at all, if there is none."""
+def begin(settings: Settings, ranks: int) -> None:
+    """Makes the log directory, keeps others out, and says in config.json what runs there.
+
+    A config.json without a checkpoint is of a run that came to nothing.
+    """
     log_dir = Path(settings.log_dir)
-    if (log_dir / "config.json").exists():
-        return
     config = {"settings": as_json(settings), "ranks": ranks, "versions": versions()}
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        with written_whole(log_dir / "config.json") as file:
-            file.write((json.dumps(config, indent=2) + "\n").encode())
+        lock(log_dir)
+        if not (log_dir / "config.json").exists() or not in_directory(log_dir):
+            with written_whole(log_dir / "config.json") as file:
+                file.write((json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
-        raise InputError(f"--log_dir={log_dir}: cannot be written to ({error.strerror})") from None
+        raise InputError(f"--log_dir={log_dir}: cannot be written to ({error.strerror}); give another") from None
+
+
+def lock(log_dir: Path) -> None:
+    """Keeps other trainings out of a log directory until this process ends, in whatever way.
+
+    Raises InputError if one is at work there. A lock of POSIX: NFS has it, and forked workers, which may live on for a
+    while, do not.
+    """
+    path = log_dir / ".lock"
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written to ({error.strerror}); give another --log_dir") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--log_dir={log_dir}: another training is at work there; give another") from None
+    except OSError as error:
+        print(f"{path}: cannot be locked ({error.strerror}), so start no second training there", file=sys.stderr)
+    locks.append(file)

@@ -39,7 +39,7 @@ def export(asked: Export) -> int:
         name = (error.name or "").partition(".")[0]
         raise InputError(f"--format={asked.format}: needs the package {name}: pip install {name}") from None
     try:
-        with written_whole(out) as file:
+        with written_whole(out, f".{out.name}.part") as file:  # other exports may write beside it
             file.write(content)
     except OSError as error:
         raise InputError(f"--out={out}: cannot be written ({error.strerror})") from None

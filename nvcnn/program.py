@@ -65,9 +65,10 @@ def run(program: Callable[[], int]) -> NoReturn:
     name = Path(sys.argv[0]).name
     try:
         code = program()
-    except InputError as error:
+    except (InputError, PermissionError) as error:
         wait_for_rank_0()
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, PermissionError) else error
+        print(f"{name}: {told}", file=sys.stderr, flush=True)
         abort(BAD_INPUT)
     except KeyboardInterrupt:  # outside of the training loop, which saves
         wait_for_rank_0()

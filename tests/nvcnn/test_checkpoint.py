@@ -1,10 +1,19 @@
 """A checkpoint is written whole or not at all, and read whole or refused."""
 
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from nvcnn import checkpoint
+from nvcnn.machine import chosen_kernels
 from nvcnn.program import InputError
+from nvcnn.settings import Settings, as_json
 
 
 def write(directory, step, keep=3):
@@ -122,13 +131,105 @@ def test_an_interrupted_write_leaves_the_old_one(tmp_path, monkeypatch):
 
     def full_disk(state, file):
         file.write(b"half")
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         write(tmp_path, 1)
     assert checkpoint.path_of(tmp_path, 1).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001.pt"]
+
+
+def test_a_failed_save_names_the_last_good_one(tmp_path):
+    """Files may not become larger than this; torch.save then raises an error of its own after the system's."""
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    checkpoint.path_of(tmp_path, 2).write_text("damaged")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, 3000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(InputError) as error:
+                write(tmp_path, 3, keep=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        new, last = checkpoint.path_of(tmp_path, 3), checkpoint.path_of(tmp_path, 1)
+        assert str(error.value) == f"{new}: cannot be written (File too large); the last good checkpoint is {last}"
+    assert len(list(tmp_path.iterdir())) == 2
+    absent = checkpoint.path_of(tmp_path / "absent", 1)
+    with pytest.raises(InputError, match=f"{absent}: .*No such file or directory.*; there is no good checkpoint"):
+        write(absent.parent, 1)
+
+
+def test_one_that_cannot_be_removed_is_said(tmp_path, capsys):
+    checkpoint.path_of(tmp_path, 1).mkdir()  # what root cannot unlink either
+    write(tmp_path, 2, keep=1)
+    assert capsys.readouterr().err == f"{checkpoint.path_of(tmp_path, 1)}: cannot be removed (Is a directory)\n"
+
+
+def settings_of(log_dir, **options):
+    return Settings(model="lenet", log_dir=str(log_dir), **options)
+
+
+def test_a_directory_without_a_checkpoint_protects_nothing(tmp_path):
+    """A run that failed before its first, for lack of memory, say, is tried again with other flags."""
+    first, again = settings_of(tmp_path, batch_size=256), settings_of(tmp_path, batch_size=8)
+    checkpoint.begin(first, ranks=1)
+    assert checkpoint.resume(again, ranks=2) is None
+    checkpoint.begin(again, ranks=2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["settings"]["batch_size"], config["ranks"]) == (8, 2)
+    state = {"settings": as_json(again), "ranks": [{}, {}], "kernels": chosen_kernels()}
+    checkpoint.save(checkpoint.path_of(tmp_path, 1), state, keep=1)
+    with pytest.raises(InputError, match=r"checkpoint-00000001.pt is of another run \(--batch_size: there 8, here 256"):
+        checkpoint.resume(first, ranks=2)
+    for damaged in ('{"settings": 5, "ranks": 1}', "{"):
+        (tmp_path / "config.json").write_text(damaged)
+        assert checkpoint.resume(again, ranks=2)["ranks"] == [{}, {}]
+
+
+HOLDS = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_training_is_refused_until_the_first_process_has_ended(tmp_path):
+    settings, log_dir = settings_of(tmp_path / "run"), tmp_path / "run"
+    assert checkpoint.resume(settings, ranks=1) is None
+    assert not log_dir.exists()
+    log_dir.mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDS, log_dir / ".lock"], stdin=-1, stdout=-1) as first:
+        assert first.stdout.read(4) == b"held"
+        for enters in (checkpoint.resume, checkpoint.begin):
+            with pytest.raises(InputError, match=f"--log_dir={log_dir}: another training is at work there"):
+                enters(settings, 1)
+        assert [path.name for path in log_dir.iterdir()] == [".lock"]
+        first.kill()
+    assert checkpoint.resume(settings, ranks=1) is None
+    checkpoint.begin(settings, ranks=1)
+    worker = os.fork()  # it does not keep the lock when this process has let go of it
+    if worker == 0:
+        signal.pause()
+    try:
+        checkpoint.locks.pop().close()
+        holds = subprocess.run([sys.executable, "-c", HOLDS, log_dir / ".lock"], input="", timeout=60, stdout=-1)
+        assert holds.returncode == 0
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def lockf(file, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", lockf)
+    checkpoint.lock(tmp_path)
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):

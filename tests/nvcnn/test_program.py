@@ -69,6 +69,7 @@ def test_launchers(environment, expected):
     [
         ("return 3", 3, ""),
         ("raise InputError('--flag=1: must be 2')", 2, "train.py: --flag=1: must be 2\n"),
+        ("raise PermissionError(13, 'Permission denied', 'a/b')", 2, "train.py: a/b: Permission denied\n"),
         ("raise KeyboardInterrupt", 1, "train.py: interrupted\n"),
     ],
 )
