@@ -11,6 +11,7 @@ weight before its update. A value that is not finite is null.
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -140,7 +141,6 @@ class Metrics:
             with optional(self.tensorboard, self.said):
                 for name, value in scalars.items():
                     self.board.add_scalar(name, value, step)
-                self.board.flush()
 
     def end(self, step: int, throughput: Throughput) -> None:
         """The closing throughput line, the end event, the curve."""
@@ -160,11 +160,9 @@ class Metrics:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.file:
-            self.file.close()
-        if self.board:
-            with optional(self.tensorboard, self.said):
-                self.board.close()
+        for open_one in (self.file, self.board):
+            if open_one:
+                open_one.close()
         if self.log_dir:
             with optional(self.log_dir / "curve.png", self.said):
                 draw_curve(self.log_dir)
@@ -245,13 +243,36 @@ def progress_bar(steps: int, first_step: int):
     return tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
 
 
-def tensorboard_writer(log_dir: Path):
+class EventFile:
+    """A file of scalars for TensorBoard, whose own writer has a thread, which on a full disk prints a traceback."""
+
+    def __init__(self, log_dir: Path):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard.summary import scalar
+
+        self.event, self.scalar = Event, scalar
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self.file = (log_dir / name).open("ab", buffering=0)
+        self.records = RecordWriter(self.file)
+        self.write(file_version="brain.Event:2")
+
+    def write(self, **content: Any) -> None:
+        self.records.write(self.event(wall_time=time.time(), **content).SerializeToString())
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.write(step=step, summary=self.scalar(name, value))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def tensorboard_writer(log_dir: Path) -> EventFile | None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return EventFile(log_dir)
     except ImportError:
         print("TensorBoard is not installed, so no event files: pip install tensorboard", file=sys.stderr)
         return None
-    return SummaryWriter(str(log_dir))
 
 
 def read(log_dir: Path) -> list[dict[str, Any]]:
