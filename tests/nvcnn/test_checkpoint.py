@@ -146,11 +146,11 @@ def test_a_failed_save_names_the_last_good_one(tmp_path):
     write(tmp_path, 2)
     checkpoint.path_of(tmp_path, 2).write_text("damaged")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in (100, 3000):
+    for size in (100, 30_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             with pytest.raises(InputError) as error:
-                write(tmp_path, 3, keep=1)
+                checkpoint.save(checkpoint.path_of(tmp_path, 3), {"weights": torch.zeros(20_000)}, keep=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         new, last = checkpoint.path_of(tmp_path, 3), checkpoint.path_of(tmp_path, 1)
