@@ -276,12 +276,17 @@ def tensorboard_writer(log_dir: Path) -> EventFile | None:
 
 
 def read(log_dir: Path) -> list[dict[str, Any]]:
-    """Returns the events of a run. Passes over what is none: half a line of a killed run, zeros after a power cut."""
+    """Returns the events of the run that was last begun there.
+
+    Passes over what is none: half a line of a killed run, zeros after a power cut.
+    """
     events = []
     for line in (log_dir / "metrics.jsonl").read_bytes().splitlines():
         with suppress(ValueError):
             events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict) and "event" in event]
+    events = [event for event in events if isinstance(event, dict) and "event" in event]
+    begun = [n for n, event in enumerate(events) if event["event"] == "start" and event.get("step") == 0]
+    return events[begun[-1] :] if begun else events
 
 
 def draw_curve(log_dir: Path) -> None:

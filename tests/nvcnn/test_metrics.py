@@ -106,6 +106,16 @@ def test_appending_starts_a_line_and_reading_passes_over_bad_ones(tmp_path, caps
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_that_is_begun_anew_shows_nothing_of_the_one_before(tmp_path):
+    """That one came to no checkpoint, and may have had more steps."""
+    for step, loss in ((0, 9.0), (0, 1.0), (1, 2.0)):
+        shown = Metrics(str(tmp_path), steps=3, first_step=step, rank=0)
+        shown.write("start", step=step)
+        shown.train(step + 1, 1, **VALUES | {"loss": loss})
+        shown.close()
+    assert [event.get("loss") for event in metrics.read(tmp_path)] == [None, 1.0, None, 2.0]
+
+
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys, monkeypatch):
     class Board:
         def add_scalar(self, *_):
