@@ -162,7 +162,7 @@ def read(path: Path, mmap: bool = False) -> Any:
                     raise InputError(f"{path}: damaged at {broken}; remove it or give another file")
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
-        if not whole and isinstance(content, dict) and "digest" in content:
+        if not whole and isinstance(content, dict) and content.get("digest") == DIGEST:
             raise InputError(f"{path}: damaged, its digest is lost; remove it or give another file")
         return content
     except FileNotFoundError:

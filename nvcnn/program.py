@@ -99,7 +99,7 @@ def run(program: Callable[[], int]) -> NoReturn:
             code = 1
     except (InputError, PermissionError) as error:
         wait_for_rank_0()
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, PermissionError) else error
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, PermissionError) and error.filename else error
         print(f"{name}: {told}", file=sys.stderr, flush=True)
         abort(BAD_INPUT)
     except KeyboardInterrupt:  # outside of the training loop, which saves

@@ -223,13 +223,17 @@ def test_a_second_training_is_refused_until_the_first_process_has_ended(tmp_path
         os.waitpid(worker, 0)
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+def test_a_directory_that_cannot_be_locked(tmp_path, monkeypatch, capsys):
     def lockf(file, how):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(checkpoint.fcntl, "lockf", lockf)
     checkpoint.lock(tmp_path)
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(InputError, match=r"\.lock: cannot be written to \(Is a directory\); give another --log_dir"):
+        checkpoint.begin(settings_of(tmp_path), ranks=1)
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
