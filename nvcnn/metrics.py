@@ -160,9 +160,11 @@ class Metrics:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        for open_one in (self.file, self.board):
-            if open_one:
-                open_one.close()
+        if self.file:
+            self.file.close()
+        if self.board:
+            with optional(self.tensorboard, self.said):
+                self.board.close()
         if self.log_dir:
             with optional(self.log_dir / "curve.png", self.said):
                 draw_curve(self.log_dir)
@@ -253,12 +255,13 @@ class EventFile:
 
         self.event, self.scalar = Event, scalar
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self.file = (log_dir / name).open("ab", buffering=0)
+        self.file = (log_dir / name).open("ab")
         self.records = RecordWriter(self.file)
         self.write(file_version="brain.Event:2")
 
     def write(self, **content: Any) -> None:
         self.records.write(self.event(wall_time=time.time(), **content).SerializeToString())
+        self.file.flush()
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.write(step=step, summary=self.scalar(name, value))

@@ -122,7 +122,7 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys, monkeypatch
             raise OSError(28, "No space left on device")
 
         def close(self):
-            pass
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(metrics, "tensorboard_writer", lambda log_dir: Board())
     monkeypatch.setattr(metrics, "open_to_append", lambda _, full=metrics.open_to_append: full(Path("/dev/full")))
