@@ -24,6 +24,32 @@ class InputError(Exception):
     """Bad usage or bad input. The message is one line that names the flag, file or value and says what to do."""
 
 
+class Lasting(FileIO):
+    """A standard stream that outlives its reader (`| head`) and a full disk: what cannot be written is dropped."""
+
+    lost = ""  # why, unless the reader has gone
+
+    def __init__(self, stream: TextIO):
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self.stream = stream  # unless somebody holds it, it is closed
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+        except OSError as error:
+            self.lost = error.strerror or str(error)
+            return len(data)
+
+
+def lasting(stream: Any) -> Any:
+    """Returns a text stream like this one, that is `Lasting`; for None, a closed one, what takes anything."""
+    stream = stream or open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+    lines = stream.line_buffering or stream.write_through
+    return TextIOWrapper(BufferedWriter(Lasting(stream)), stream.encoding, stream.errors, line_buffering=lines)
+
+
 # By launcher: the variable that marks it, and those of size, rank, and rank on this machine; the most telling first.
 LAUNCHERS = {
     "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
@@ -59,32 +85,6 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
                 variable=f"{size}={given[size]}",
             )
     return Launch()
-
-
-class Lasting(FileIO):
-    """A standard stream that outlives its reader (`| head`) and a full disk: what cannot be written is dropped."""
-
-    lost = ""  # why, unless the reader has gone
-
-    def __init__(self, stream: TextIO):
-        super().__init__(stream.fileno(), "w", closefd=False)
-        self.stream = stream  # unless somebody holds it, it is closed
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            return len(data)
-        except OSError as error:
-            self.lost = error.strerror or str(error)
-            return len(data)
-
-
-def lasting(stream: Any) -> Any:
-    """Returns a text stream like this one, that is `Lasting`; for None, a closed one, what takes anything."""
-    stream = stream or open(os.devnull, "w")  # noqa: SIM115 (it stays open)
-    lines = stream.line_buffering or stream.write_through
-    return TextIOWrapper(BufferedWriter(Lasting(stream)), stream.encoding, stream.errors, line_buffering=lines)
 
 
 def run(program: Callable[[], int]) -> NoReturn:
