@@ -230,24 +230,23 @@ def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
     if found is None:
         return None
     path, state = found
-    check_same_run(settings, ranks, path, state["settings"], len(state["ranks"]), state["kernels"])
+    check_same_run(settings, ranks, path, state)
     print(f"Restored checkpoint {path}", flush=True)
     return state
 
 
-def check_same_run(
-    settings: Settings, ranks: int, where: Path, stored: dict, stored_ranks: int, kernels: str | None = None
-) -> None:
-    """Raises InputError unless `where` belongs to a run with these settings, ranks and implementation of kernels."""
+def check_same_run(settings: Settings, ranks: int, path: Path, state: dict[str, Any]) -> None:
+    """Raises InputError unless the checkpoint is of a run with these settings, ranks and implementation of kernels."""
+    stored, there = state["settings"], len(state["ranks"])
     different = differences(settings, stored)
     if (stored.get("data_dir") is None) != (settings.data_dir is None):
         different.append(f"--data_dir: there {stored.get('data_dir')}, here {settings.data_dir}")
-    if ranks != stored_ranks:
-        different.append(f"ranks: there {stored_ranks}, here {ranks}")
-    if kernels and kernels != chosen_kernels():
-        different.append(f"NVCNN_KERNELS: there {kernels}, here {chosen_kernels()}")
+    if ranks != there:
+        different.append(f"ranks: there {there}, here {ranks}")
+    if state["kernels"] != chosen_kernels():
+        different.append(f"NVCNN_KERNELS: there {state['kernels']}, here {chosen_kernels()}")
     if different:
-        raise InputError(f"{where} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
+        raise InputError(f"{path} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
 
 
 def begin(settings: Settings, ranks: int) -> None:
