@@ -195,15 +195,17 @@ def newest(log_dir: Path, warn=print) -> tuple[Path, dict[str, Any]] | None:
 
     Raises InputError when there are checkpoints but no valid one: training from scratch would overwrite a run.
     """
-    problems = []
-    for path in in_directory(log_dir):
+    bad: list[Path] = []
+    while left := [path for path in in_directory(log_dir) if path not in bad]:
         try:
-            return path, load(path)
+            return left[0], load(left[0])
         except InputError as error:
-            problems.append(str(error))
+            if not os.path.lexists(left[0]):
+                continue  # a training at work there has removed it, and written a newer one
+            bad.append(left[0])
             warn(f"{error}; trying the one before")
-    if problems:
-        raise InputError(f"{log_dir}: none of its {len(problems)} checkpoints can be read; give another --log_dir")
+    if bad:
+        raise InputError(f"{log_dir}: none of its {len(bad)} checkpoints can be read; give another --log_dir")
     return None
 
 

@@ -119,9 +119,25 @@ def test_a_bad_one_is_passed_over_with_a_word(tmp_path, damage):
     assert path.name in said[0]
 
 
+def test_one_that_a_training_removes_meanwhile_gives_way_to_its_newer_one(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    read = checkpoint.read
+
+    def slow(path):
+        if path == checkpoint.path_of(tmp_path, 1):
+            write(tmp_path, 2, keep=1)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read", slow)
+    said = []
+    assert checkpoint.newest(tmp_path, warn=said.append)[0] == checkpoint.path_of(tmp_path, 2)
+    assert said == []
+
+
 def test_only_bad_ones_is_an_error(tmp_path):
     checkpoint.path_of(tmp_path, 5).write_text("x")
-    with pytest.raises(InputError, match="none of its 1 checkpoints"):
+    checkpoint.path_of(tmp_path, 6).symlink_to("absent")
+    with pytest.raises(InputError, match="none of its 2 checkpoints"):
         checkpoint.newest(tmp_path, warn=lambda line: None)
 
 
