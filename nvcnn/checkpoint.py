@@ -1,8 +1,9 @@
 """Checkpoints, written whole or not at all; which of them a run resumes from.
 
-A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a dict:
+A checkpoint is a file that `torch.load(weights_only=True)` reads, ends in its digest (`write`), and holds a dict:
 
     format, version        "nvcnn checkpoint", 1
+    digest                 "sha256": without that at its end the file is damaged
     model                  its name
     settings               what config.json holds
     weights                state_dict by torchvision's names, fp32
@@ -14,15 +15,19 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, and holds a d
     class_names, kernels, loss_average
 """
 
+import fcntl
+import hashlib
 import json
 import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedRandom, BufferedWriter, BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -32,6 +37,11 @@ from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json, differences
 
 FORMAT, VERSION = "nvcnn checkpoint", 1
+DIGEST = "sha256"
+MARK = f"nvcnn {DIGEST} ".encode()
+COMMENT = len(MARK) + 64  # bytes: the mark, and the digest in hexadecimal digits
+
+locks: list[BufferedWriter] = []  # a lock is let go when its file is closed
 
 
 def path_of(log_dir: Path, step: int) -> Path:
@@ -40,11 +50,14 @@ def path_of(log_dir: Path, step: int) -> Path:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that is at `path` once all is written to it, also after a power cut, or not at all."""
-    temporary = path.with_name(".part")  # one name: a killed run leaves one at most
+def written_whole(path: Path, part: str = ".part") -> Iterator[BufferedRandom]:
+    """Yields a file that is at `path` once all is written to it, also after a power cut, or not at all.
+
+    part: its name until then. In a log directory, which is one run's, that is one: a killed run leaves one at most.
+    """
+    temporary = path.with_name(part)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -57,32 +70,101 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def save(path: Path, state: dict[str, Any], keep: int) -> None:
-    """Writes `state` to `path` and removes all but the `keep` newest up to it."""
-    with written_whole(path) as file:
-        torch.save({"format": FORMAT, "version": VERSION} | state, file)
+    """Writes `state` to `path` and removes all but the `keep` newest up to it.
+
+    Raises InputError when it cannot be written, with the checkpoint that there is then.
+    """
+    try:
+        with written_whole(path) as file:
+            write({"format": FORMAT, "version": VERSION} | state, file)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error  # torch.save has an error of its own after that of a full disk
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise InputError(f"{path}: cannot be written ({cause.strerror}); {last_good(path.parent)}") from None
     # A newer one that is damaged, over which a resumed run went back, does not count.
-    for old in [p for p in in_directory(path.parent) if p < path][keep - 1 :]:
-        old.unlink()
+    there = in_directory(path.parent)
+    for old in there[there.index(path) + keep :]:
+        try:
+            old.unlink()
+        except OSError as error:
+            print(f"{old}: cannot be removed ({error.strerror})", file=sys.stderr)
+
+
+def last_good(log_dir: Path) -> str:
+    """Returns a clause that names the checkpoint from which a run would go on."""
+    with suppress(InputError, OSError):
+        if found := newest(log_dir, warn=lambda line: None):
+            return f"the last good checkpoint is {found[0]}"
+    return "there is no good checkpoint"
+
+
+def step_of(path: Path) -> int | None:
+    """Returns the step of a checkpoint by its name; None unless `path_of` has that name: the file is somebody's own."""
+    digits = path.stem.removeprefix("checkpoint-")
+    return int(digits) if digits.isdecimal() and path == path_of(path.parent, int(digits)) else None
 
 
 def in_directory(log_dir: Path) -> list[Path]:
     """Returns the checkpoints of a directory, the newest first."""
-    return sorted(log_dir.glob("checkpoint-[0-9]*.pt"), reverse=True)
+    if not log_dir.exists():
+        return []
+    found = {step: path for path in log_dir.iterdir() if (step := step_of(path)) is not None}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def write(content: dict[str, Any], file: BytesIO | BufferedRandom) -> None:
+    """Writes what torch.save writes to an empty file, and behind it the digest of it all.
+
+    That is the comment of the zip archive, so whatever reads what torch.save writes reads this. Zip's own checksums
+    leave out where in the file a tensor is.
+    """
+    torch.save(content | {"digest": DIGEST}, file)
+    file.seek(-2, os.SEEK_END)  # the length of the comment
+    file.write(COMMENT.to_bytes(2, "little"))
+    file.seek(0)
+    digest = hashlib.file_digest(file, DIGEST)
+    file.seek(0, os.SEEK_END)
+    file.write(MARK + digest.hexdigest().encode())
+
+
+def verified(path: Path) -> bool:
+    """Returns whether a file ends in its digest. Raises InputError if it ends in another one."""
+    with path.open("rb") as file:
+        size = path.stat().st_size - COMMENT
+        file.seek(max(size, 0))
+        comment = file.read()
+        if not comment.startswith(MARK):
+            return False
+        file.seek(0)
+        digest = hashlib.new(DIGEST)
+        for start in range(0, size, 2**20):
+            digest.update(file.read(min(2**20, size - start)))
+    if comment != MARK + digest.hexdigest().encode():
+        raise InputError(f"{path}: damaged, its digest differs; remove it or give another file")
+    return True
 
 
 def read(path: Path, mmap: bool = False) -> Any:
     """Returns what torch.save wrote to a file, verified, on the CPU. mmap: tensors stay in the file while it can be.
 
-    Raises InputError for a file that is damaged, or holds more than `weights_only` allows.
+    Raises InputError for a file that is damaged, or holds more than `weights_only` allows. One without a digest, of
+    others or of older versions, is held to zip's checksums.
     """
     try:
+        whole = verified(path)
         zipped = zipfile.is_zipfile(path)  # what torch.save wrote before torch 1.6 is not
-        if zipped:
+        if zipped and not whole:
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
                 if broken := archive.testzip():
                     raise InputError(f"{path}: damaged at {broken}; remove it or give another file")
         with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+        if not whole and isinstance(content, dict) and content.get("digest") == DIGEST:
+            raise InputError(f"{path}: damaged, its digest is lost; remove it or give another file")
+        return content
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError:
@@ -113,15 +195,17 @@ def newest(log_dir: Path, warn=print) -> tuple[Path, dict[str, Any]] | None:
 
     Raises InputError when there are checkpoints but no valid one: training from scratch would overwrite a run.
     """
-    problems = []
-    for path in in_directory(log_dir):
+    bad: list[Path] = []
+    while left := [path for path in in_directory(log_dir) if path not in bad]:
         try:
-            return path, load(path)
+            return left[0], load(left[0])
         except InputError as error:
-            problems.append(str(error))
+            if not os.path.lexists(left[0]):
+                continue  # a training at work there has removed it, and written a newer one
+            bad.append(left[0])
             warn(f"{error}; trying the one before")
-    if problems:
-        raise InputError(f"{log_dir}: none of its {len(problems)} checkpoints can be read; give another --log_dir")
+    if bad:
+        raise InputError(f"{log_dir}: none of its {len(bad)} checkpoints can be read; give another --log_dir")
     return None
 
 
@@ -135,54 +219,70 @@ def origin(state: dict[str, Any]) -> Origin:
 def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
     """Returns the newest checkpoint of the log directory, or None if a run starts there.
 
-    Raises InputError if the directory belongs to another run.
+    Raises InputError if the directory belongs to another run, or another training is at work there.
     """
     if not settings.log_dir:
         return None
     log_dir = Path(settings.log_dir)
     if log_dir.exists() and not log_dir.is_dir():
         raise InputError(f"--log_dir={log_dir}: is a file; give a directory")
-    config = log_dir / "config.json"
-    if config.exists():
-        try:
-            stored = json.loads(config.read_text())
-            there = stored["settings"], stored["ranks"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{config}: not a config.json of nvcnn; give another --log_dir") from None
-        check_same_run(settings, ranks, config, *there)
+    if os.access(log_dir, os.W_OK):  # else there is nothing to do, or `begin` says what there is to say
+        lock(log_dir)
     found = newest(log_dir, warn=lambda line: print(line, flush=True))
     if found is None:
         return None
     path, state = found
-    check_same_run(settings, ranks, path, state["settings"], len(state["ranks"]), state["kernels"])
+    check_same_run(settings, ranks, path, state)
     print(f"Restored checkpoint {path}", flush=True)
     return state
 
 
-def check_same_run(
-    settings: Settings, ranks: int, where: Path, stored: dict, stored_ranks: int, kernels: str | None = None
-) -> None:
-    """Raises InputError unless `where` belongs to a run with these settings, ranks and implementation of kernels."""
+def check_same_run(settings: Settings, ranks: int, path: Path, state: dict[str, Any]) -> None:
+    """Raises InputError unless the checkpoint is of a run with these settings, ranks and implementation of kernels."""
+    stored, there = state["settings"], len(state["ranks"])
     different = differences(settings, stored)
     if (stored.get("data_dir") is None) != (settings.data_dir is None):
         different.append(f"--data_dir: there {stored.get('data_dir')}, here {settings.data_dir}")
-    if ranks != stored_ranks:
-        different.append(f"ranks: there {stored_ranks}, here {ranks}")
-    if kernels and kernels != chosen_kernels():
-        different.append(f"NVCNN_KERNELS: there {kernels}, here {chosen_kernels()}")
+    if ranks != there:
+        different.append(f"ranks: there {there}, here {ranks}")
+    if state["kernels"] != chosen_kernels():
+        different.append(f"NVCNN_KERNELS: there {state['kernels']}, here {chosen_kernels()}")
     if different:
-        raise InputError(f"{where} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
+        raise InputError(f"{path} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
 
 
-def write_config(settings: Settings, ranks: int) -> None:
-    """Marks the log directory as that of this run by a config.json, written whole or not at all, if there is none."""
+def begin(settings: Settings, ranks: int) -> None:
+    """Makes the log directory, keeps others out, and says in config.json what runs there.
+
+    A config.json without a checkpoint is of a run that came to nothing.
+    """
     log_dir = Path(settings.log_dir)
-    if (log_dir / "config.json").exists():
-        return
     config = {"settings": as_json(settings), "ranks": ranks, "versions": versions()}
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        with written_whole(log_dir / "config.json") as file:
-            file.write((json.dumps(config, indent=2) + "\n").encode())
+        lock(log_dir)
+        if not (log_dir / "config.json").exists() or not in_directory(log_dir):
+            with written_whole(log_dir / "config.json") as file:
+                file.write((json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
-        raise InputError(f"--log_dir={log_dir}: cannot be written to ({error.strerror})") from None
+        raise InputError(f"--log_dir={log_dir}: cannot be written to ({error.strerror}); give another") from None
+
+
+def lock(log_dir: Path) -> None:
+    """Keeps other trainings out of a log directory until this process ends, in whatever way.
+
+    Raises InputError if one is at work there. A lock of POSIX: NFS has it, and forked workers, which may live on for a
+    while, do not.
+    """
+    path = log_dir / ".lock"
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written to ({error.strerror}); give another --log_dir") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--log_dir={log_dir}: another training is at work there; give another") from None
+    except OSError as error:
+        print(f"{path}: cannot be locked ({error.strerror}), so start no second training there", file=sys.stderr)
+    locks.append(file)

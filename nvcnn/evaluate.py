@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from nvcnn.data.dataset import find_dataset
 from nvcnn.distributed import Transport, connect
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import use_device
-from nvcnn.metrics import draw_curve
+from nvcnn.metrics import add_evaluation
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
 from nvcnn.program import InputError
@@ -134,7 +132,7 @@ def evaluate(asked: Evaluation) -> int:
     if transport.rank == 0:
         print(*lines(result), sep="\n")
         if asked.log_dir:
-            append_event(path.parent, {"event": "eval", "time": time.time()} | result)
+            add_evaluation(path.parent, result)
         if asked.json:
             print(json.dumps(result))
     return 0
@@ -148,16 +146,6 @@ def check_classes(data_dir: str | None, here: Sequence[str] | None, where: Path 
         raise InputError(f"--data_dir={data_dir}: {len(here)} classes, but {where} has {len(there)}: give its data")
     n, (mine, its) = next((n, pair) for n, pair in enumerate(zip(here, there, strict=True)) if pair[0] != pair[1])
     raise InputError(f"--data_dir={data_dir}: its class {n} is {mine!r}, but in {where} that is {its!r}: give its data")
-
-
-def append_event(log_dir: Path, event: dict[str, Any]) -> None:
-    """Appends a line to metrics.jsonl, and redraws the curve."""
-    try:
-        with (log_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(event) + "\n")
-        draw_curve(log_dir)
-    except OSError as error:
-        print(f"{log_dir}: the result is not written there ({error.strerror})", file=sys.stderr)
 
 
 def summed(counts: Tensor, transport: Transport) -> dict[str, Any]:

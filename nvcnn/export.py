@@ -9,11 +9,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import nvcnn
-from nvcnn.checkpoint import written_whole
+from nvcnn.checkpoint import write, written_whole
 from nvcnn.evaluate import find_weights
 from nvcnn.models import EPSILON, Preprocessing
 from nvcnn.plan import describe_images
@@ -40,7 +39,7 @@ def export(asked: Export) -> int:
         name = (error.name or "").partition(".")[0]
         raise InputError(f"--format={asked.format}: needs the package {name}: pip install {name}") from None
     try:
-        with written_whole(out) as file:
+        with written_whole(out, f".{out.name}.part") as file:  # other exports may write beside it
             file.write(content)
     except OSError as error:
         raise InputError(f"--out={out}: cannot be written ({error.strerror})") from None
@@ -67,7 +66,7 @@ def serialized(model: nn.Module, told: dict[str, Any], format: str, fold: bool) 
     as_text = {name: json.dumps(value) for name, value in told.items()}
     if format == "torch":
         file = BytesIO()
-        torch.save({"format": FORMAT, "version": VERSION, **told, "state_dict": dict(model.state_dict())}, file)
+        write({"format": FORMAT, "version": VERSION, **told, "state_dict": dict(model.state_dict())}, file)
         return file.getvalue()
     if format == "safetensors":
         from safetensors.torch import save

@@ -1,5 +1,7 @@
 """What a run shows and writes: the original's table, a progress bar, metrics.jsonl, TensorBoard, a curve. Rank 0 only.
 
+A log never decides how a run ends: one that cannot be written is said, and half a line is passed over.
+
 metrics.jsonl: one JSON object a line, `event` is "start", "train", "tensors", "checkpoint", "eval" or "end". A resumed
 run appends; where steps come twice, the later line holds. "tensors" (with --log_tensors) has by a parameter's name what
 the optimizer found in that step: trust_ratio, and the norms of the gradient (averaged, unscaled, decayed) and of the
@@ -8,10 +10,13 @@ weight before its update. A value that is not finite is null.
 
 import json
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -74,6 +79,18 @@ class Timer:
         return True
 
 
+@contextmanager
+def optional(log: Path, said: set[Path]) -> Iterator[None]:
+    """Says of a log that it cannot be written, unless that was `said`, and goes on."""
+    try:
+        yield
+    except Exception as error:  # TensorBoard and matplotlib can fail in any way
+        if log not in said:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            print(f"{log} cannot be written ({reason}); going on without", file=sys.stderr)
+        said.add(log)
+
+
 class Metrics:
     """Opens `log_dir` ("" for none) for a run of `steps` steps. Does nothing on ranks other than 0."""
 
@@ -82,8 +99,12 @@ class Metrics:
         self.quiet = rank != 0
         self.file = self.board = self.bar = None
         if self.log_dir:
-            self.file = open_to_append(self.log_dir / "metrics.jsonl")
-            self.board = tensorboard_writer(self.log_dir)
+            self.events, self.tensorboard = self.log_dir / "metrics.jsonl", self.log_dir / "events.out.tfevents"
+            self.said: set[Path] = set()  # logs that could not be written
+            with optional(self.events, self.said):
+                self.file = open_to_append(self.events)
+            with optional(self.tensorboard, self.said):
+                self.board = tensorboard_writer(self.log_dir)
         if rank == 0 and sys.stderr.isatty():
             self.bar = progress_bar(steps, first_step)
 
@@ -97,7 +118,8 @@ class Metrics:
 
     def write(self, event: str, **values: Any) -> None:
         if self.file:
-            self.file.write(json.dumps({"event": event, "time": time.time()} | null_unless_finite(values)) + "\n")
+            with optional(self.events, self.said):
+                append(self.file, event, **values)
 
     def table_head(self) -> None:
         self.say("  Step Epoch Img/sec   Loss   LR")
@@ -116,9 +138,9 @@ class Metrics:
 
     def summarize(self, step: int, **scalars: float) -> None:
         if self.board:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
+            with optional(self.tensorboard, self.said):
+                for name, value in scalars.items():
+                    self.board.add_scalar(name, value, step)
 
     def end(self, step: int, throughput: Throughput) -> None:
         """The closing throughput line, the end event, the curve."""
@@ -138,11 +160,23 @@ class Metrics:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        for open_one in (self.file, self.board):
-            if open_one:
-                open_one.close()
+        if self.file:
+            self.file.close()
+        if self.board:
+            with optional(self.tensorboard, self.said):
+                self.board.close()
         if self.log_dir:
-            draw_curve(self.log_dir)
+            with optional(self.log_dir / "curve.png", self.said):
+                draw_curve(self.log_dir)
+
+
+def add_evaluation(log_dir: Path, result: dict[str, Any]) -> None:
+    """Appends a result to metrics.jsonl, and redraws the curve."""
+    path = log_dir / "metrics.jsonl"
+    with optional(path, set()), open_to_append(path) as file:
+        append(file, "eval", **result)
+    with optional(log_dir / "curve.png", set()):
+        draw_curve(log_dir)
 
 
 class TensorLog:
@@ -188,13 +222,18 @@ def null_unless_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def open_to_append(path: Path):
-    """Returns the file, opened, without a last line that a killed run left unfinished."""
-    file = path.open("a+", buffering=1)
-    file.seek(0)
-    text = file.read()
-    file.truncate(len(text[: text.rfind("\n") + 1].encode()))
-    return file
+def open_to_append(path: Path) -> FileIO:
+    return path.open("a+b", buffering=0)
+
+
+def append(file: FileIO, event: str, **values: Any) -> None:
+    """Writes an event in one piece, since evaluation appends while a run does, behind a whole line or half a one."""
+    line = json.dumps({"event": event, "time": time.time()} | null_unless_finite(values)).encode() + b"\n"
+    if end := file.seek(0, os.SEEK_END):
+        file.seek(end - 1)
+        line = b"\n" * (file.read(1) != b"\n") + line
+    while line:  # the rest of what a full disk takes in part is an error that says so
+        line = line[file.write(line) :]
 
 
 def progress_bar(steps: int, first_step: int):
@@ -206,18 +245,51 @@ def progress_bar(steps: int, first_step: int):
     return tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
 
 
-def tensorboard_writer(log_dir: Path):
+class EventFile:
+    """A file of scalars for TensorBoard, whose own writer has a thread, which on a full disk prints a traceback."""
+
+    def __init__(self, log_dir: Path):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard.summary import scalar
+
+        self.event, self.scalar = Event, scalar
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self.file = (log_dir / name).open("ab")
+        self.records = RecordWriter(self.file)
+        self.write(file_version="brain.Event:2")
+
+    def write(self, **content: Any) -> None:
+        self.records.write(self.event(wall_time=time.time(), **content).SerializeToString())
+        self.file.flush()
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.write(step=step, summary=self.scalar(name, value))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def tensorboard_writer(log_dir: Path) -> EventFile | None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return EventFile(log_dir)
     except ImportError:
         print("TensorBoard is not installed, so no event files: pip install tensorboard", file=sys.stderr)
         return None
-    return SummaryWriter(str(log_dir))
 
 
 def read(log_dir: Path) -> list[dict[str, Any]]:
-    """Returns the events of a run."""
-    return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    """Returns the events of the run that was last begun there.
+
+    Passes over what is none: half a line of a killed run, zeros after a power cut.
+    """
+    events = []
+    for line in (log_dir / "metrics.jsonl").read_bytes().splitlines():
+        with suppress(ValueError):
+            events.append(json.loads(line))
+    events = [event for event in events if isinstance(event, dict) and "event" in event]
+    begun = [n for n, event in enumerate(events) if event["event"] == "start" and event.get("step") == 0]
+    return events[begun[-1] :] if begun else events
 
 
 def draw_curve(log_dir: Path) -> None:

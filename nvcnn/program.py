@@ -12,8 +12,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter, FileIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 BAD_INPUT = 2
 SAVED_AND_STOPPED = 3
@@ -21,6 +22,32 @@ SAVED_AND_STOPPED = 3
 
 class InputError(Exception):
     """Bad usage or bad input. The message is one line that names the flag, file or value and says what to do."""
+
+
+class Lasting(FileIO):
+    """A standard stream that outlives its reader (`| head`) and a full disk: what cannot be written is dropped."""
+
+    lost = ""  # why, unless the reader has gone
+
+    def __init__(self, stream: TextIO):
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self.stream = stream  # unless somebody holds it, it is closed
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+        except OSError as error:
+            self.lost = error.strerror or str(error)
+            return len(data)
+
+
+def lasting(stream: Any) -> Any:
+    """Returns a text stream like this one, that is `Lasting`; for None, a closed one, what takes anything."""
+    stream = stream or open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+    lines = stream.line_buffering or stream.write_through
+    return TextIOWrapper(BufferedWriter(Lasting(stream)), stream.encoding, stream.errors, line_buffering=lines)
 
 
 # By launcher: the variable that marks it, and those of size, rank, and rank on this machine; the most telling first.
@@ -76,11 +103,17 @@ def launched_if_known() -> Launch:
 def run(program: Callable[[], int]) -> NoReturn:
     """Calls `program` and exits with what it returns, or with the code of what it raises."""
     name = Path(sys.argv[0]).name
+    sys.stdout, sys.stderr = out, _ = lasting(sys.stdout), lasting(sys.stderr)
     try:
         code = program()
-    except InputError as error:
+        out.flush()
+        if code == 0 and out.buffer.raw.lost:
+            print(f"{name}: done, but not all of its output could be written ({out.buffer.raw.lost})", file=sys.stderr)
+            code = 1
+    except (InputError, PermissionError) as error:
         wait_for_rank_0()
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, PermissionError) and error.filename else error
+        print(f"{name}: {told}", file=sys.stderr, flush=True)
         abort(BAD_INPUT)
     except KeyboardInterrupt:  # outside of the training loop, which saves
         wait_for_rank_0()

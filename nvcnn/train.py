@@ -144,7 +144,7 @@ class Run:
         """Trains to the last step, or until a signal stops it. Returns the exit code."""
         settings, rank = self.settings, self.transport.rank
         if rank == 0 and settings.log_dir:
-            checkpoint.write_config(settings, self.transport.size)
+            checkpoint.begin(settings, self.transport.size)
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=rank)
         self.announce(metrics)
         if not self.plan.no_graph:

@@ -1,10 +1,19 @@
 """A checkpoint is written whole or not at all, and read whole or refused."""
 
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from nvcnn import checkpoint
+from nvcnn.machine import chosen_kernels
 from nvcnn.program import InputError
+from nvcnn.settings import Settings, as_json
 
 
 def write(directory, step, keep=3):
@@ -25,6 +34,24 @@ def test_round_trip_and_keep(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3  # no temporary file stays
 
 
+def test_they_are_ordered_by_number(tmp_path):
+    for step in (99_999_998, 99_999_999, 100_000_000):
+        write(tmp_path, step, keep=2)
+    assert [checkpoint.step_of(path) for path in checkpoint.in_directory(tmp_path)] == [100_000_000, 99_999_999]
+
+
+def test_files_of_the_user_are_left_alone(tmp_path):
+    """They neither count as the newest nor are they removed: their names are not those that the program writes."""
+    write(tmp_path, 10)
+    names = ["00000010-best", "12-before", "12", "000000012", "00000012 (1)", "٠٠٠٠٠٠١٢", "best", ""]
+    for name in names:
+        (tmp_path / f"checkpoint-{name}.pt").write_bytes(checkpoint.path_of(tmp_path, 10).read_bytes())
+    assert checkpoint.newest(tmp_path)[0] == checkpoint.path_of(tmp_path, 10)
+    write(tmp_path, 11, keep=1)
+    assert checkpoint.in_directory(tmp_path) == [checkpoint.path_of(tmp_path, 11)]
+    assert all((tmp_path / f"checkpoint-{name}.pt").exists() for name in names)
+
+
 def test_a_damaged_newer_one_pushes_none_out(tmp_path):
     for step in (10, 20):
         write(tmp_path, step, keep=9)
@@ -36,6 +63,32 @@ def test_a_damaged_newer_one_pushes_none_out(tmp_path):
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     assert checkpoint.newest(tmp_path / "absent") is None
+
+
+def test_every_bit_counts(tmp_path):
+    """Zip's checksums leave out where a tensor is: with other bits there one is loaded for another."""
+    write(tmp_path, 1)
+    path = checkpoint.path_of(tmp_path, 1)
+    whole = path.read_bytes()
+    assert torch.load(path, weights_only=True)["weights"]["w"].sum() == 1000
+    for damaged in (*range(0, len(whole), 41), *range(len(whole) - 450, len(whole), 3)):
+        data = bytearray(whole)
+        data[damaged] ^= 1 << damaged % 8
+        for content in (data, whole[:damaged]):
+            path.write_bytes(content)
+            with pytest.raises(InputError, match=path.name):
+                checkpoint.load(path)
+
+
+def test_one_without_a_digest_is_read_and_held_to_its_checksums(tmp_path):
+    path = checkpoint.path_of(tmp_path, 1)
+    torch.save({"format": checkpoint.FORMAT, "version": 1, "weights": torch.full((9,), 3.0)}, path)
+    assert checkpoint.load(path)["weights"].sum() == 27
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.full((9,), 3.0).numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="damaged at "):
+        checkpoint.load(path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "text"])
@@ -66,9 +119,25 @@ def test_a_bad_one_is_passed_over_with_a_word(tmp_path, damage):
     assert path.name in said[0]
 
 
+def test_one_that_a_training_removes_meanwhile_gives_way_to_its_newer_one(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    read = checkpoint.read
+
+    def slow(path):
+        if path == checkpoint.path_of(tmp_path, 1):
+            write(tmp_path, 2, keep=1)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read", slow)
+    said = []
+    assert checkpoint.newest(tmp_path, warn=said.append)[0] == checkpoint.path_of(tmp_path, 2)
+    assert said == []
+
+
 def test_only_bad_ones_is_an_error(tmp_path):
     checkpoint.path_of(tmp_path, 5).write_text("x")
-    with pytest.raises(InputError, match="none of its 1 checkpoints"):
+    checkpoint.path_of(tmp_path, 6).symlink_to("absent")
+    with pytest.raises(InputError, match="none of its 2 checkpoints"):
         checkpoint.newest(tmp_path, warn=lambda line: None)
 
 
@@ -78,13 +147,109 @@ def test_an_interrupted_write_leaves_the_old_one(tmp_path, monkeypatch):
 
     def full_disk(state, file):
         file.write(b"half")
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         write(tmp_path, 1)
     assert checkpoint.path_of(tmp_path, 1).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001.pt"]
+
+
+def test_a_failed_save_names_the_last_good_one(tmp_path):
+    """Files may not become larger than this; torch.save then raises an error of its own after the system's."""
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    checkpoint.path_of(tmp_path, 2).write_text("damaged")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, 30_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(InputError) as error:
+                checkpoint.save(checkpoint.path_of(tmp_path, 3), {"weights": torch.zeros(20_000)}, keep=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        new, last = checkpoint.path_of(tmp_path, 3), checkpoint.path_of(tmp_path, 1)
+        assert str(error.value) == f"{new}: cannot be written (File too large); the last good checkpoint is {last}"
+    assert len(list(tmp_path.iterdir())) == 2
+    absent = checkpoint.path_of(tmp_path / "absent", 1)
+    with pytest.raises(InputError, match=f"{absent}: .*No such file or directory.*; there is no good checkpoint"):
+        write(absent.parent, 1)
+
+
+def test_one_that_cannot_be_removed_is_said(tmp_path, capsys):
+    checkpoint.path_of(tmp_path, 1).mkdir()  # what root cannot unlink either
+    write(tmp_path, 2, keep=1)
+    assert capsys.readouterr().err == f"{checkpoint.path_of(tmp_path, 1)}: cannot be removed (Is a directory)\n"
+
+
+def settings_of(log_dir, **options):
+    return Settings(model="lenet", log_dir=str(log_dir), **options)
+
+
+def test_a_directory_without_a_checkpoint_protects_nothing(tmp_path):
+    """A run that failed before its first, for lack of memory, say, is tried again with other flags."""
+    first, again = settings_of(tmp_path, batch_size=256), settings_of(tmp_path, batch_size=8)
+    checkpoint.begin(first, ranks=1)
+    assert checkpoint.resume(again, ranks=2) is None
+    checkpoint.begin(again, ranks=2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["settings"]["batch_size"], config["ranks"]) == (8, 2)
+    state = {"settings": as_json(again), "ranks": [{}, {}], "kernels": chosen_kernels()}
+    checkpoint.save(checkpoint.path_of(tmp_path, 1), state, keep=1)
+    with pytest.raises(InputError, match=r"checkpoint-00000001.pt is of another run \(--batch_size: there 8, here 256"):
+        checkpoint.resume(first, ranks=2)
+    for damaged in ('{"settings": 5, "ranks": 1}', "{"):
+        (tmp_path / "config.json").write_text(damaged)
+        assert checkpoint.resume(again, ranks=2)["ranks"] == [{}, {}]
+
+
+HOLDS = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_training_is_refused_until_the_first_process_has_ended(tmp_path):
+    settings, log_dir = settings_of(tmp_path / "run"), tmp_path / "run"
+    assert checkpoint.resume(settings, ranks=1) is None
+    assert not log_dir.exists()
+    log_dir.mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDS, log_dir / ".lock"], stdin=-1, stdout=-1) as first:
+        assert first.stdout.read(4) == b"held"
+        for enters in (checkpoint.resume, checkpoint.begin):
+            with pytest.raises(InputError, match=f"--log_dir={log_dir}: another training is at work there"):
+                enters(settings, 1)
+        assert [path.name for path in log_dir.iterdir()] == [".lock"]
+        first.kill()
+    assert checkpoint.resume(settings, ranks=1) is None
+    checkpoint.begin(settings, ranks=1)
+    worker = os.fork()  # it does not keep the lock when this process has let go of it
+    if worker == 0:
+        signal.pause()
+    try:
+        checkpoint.locks.pop().close()
+        holds = subprocess.run([sys.executable, "-c", HOLDS, log_dir / ".lock"], input="", timeout=60, stdout=-1)
+        assert holds.returncode == 0
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_a_directory_that_cannot_be_locked(tmp_path, monkeypatch, capsys):
+    def lockf(file, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", lockf)
+    checkpoint.lock(tmp_path)
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(InputError, match=r"\.lock: cannot be written to \(Is a directory\); give another --log_dir"):
+        checkpoint.begin(settings_of(tmp_path), ranks=1)
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):

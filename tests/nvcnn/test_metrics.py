@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -76,18 +77,65 @@ def test_table_and_files(tmp_path, capsys):
 
 
 def test_event_files(tmp_path):
-    pytest.importorskip("tensorboard")
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     fill(tmp_path)
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    version, event = loader.EventFileLoader(str(path)).Load()
+    assert version.file_version == "brain.Event:2"
+    (value,) = event.summary.value
+    assert (event.step, value.tag, value.tensor.float_val) == (3, "loss", [1.0])
 
 
-def test_a_resumed_run_appends_after_the_last_whole_line(tmp_path):
+@pytest.mark.parametrize("tail", [b'{"event": "train", "st', bytes(5000), b"\xff\n5\n{}"])
+def test_appending_starts_a_line_and_reading_passes_over_bad_ones(tmp_path, capsys, tail):
     fill(tmp_path)
     path = tmp_path / "metrics.jsonl"
-    with path.open("a") as file:
-        file.write('{"event": "train", "st')
+    path.write_bytes(path.read_bytes()[:-1])  # its last event is whole
     fill(tmp_path)
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 8
+    with path.open("ab") as file:
+        file.write(tail)
+    before = path.read_bytes()
+    metrics.add_evaluation(tmp_path, {"step": 3, "top1": 50.0, "top5": 90.0})
+    fill(tmp_path)
+    assert [e["event"] for e in metrics.read(tmp_path)] == (["train"] * 3 + ["end"]) * 2 + ["eval"] + [
+        *["train"] * 3,
+        "end",
+    ]
+    assert path.read_bytes().startswith(before + b"\n{")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_is_begun_anew_shows_nothing_of_the_one_before(tmp_path):
+    """That one came to no checkpoint, and may have had more steps."""
+    for step, loss in ((0, 9.0), (0, 1.0), (1, 2.0)):
+        shown = Metrics(str(tmp_path), steps=3, first_step=step, rank=0)
+        shown.write("start", step=step)
+        shown.train(step + 1, 1, **VALUES | {"loss": loss})
+        shown.close()
+    assert [event.get("loss") for event in metrics.read(tmp_path)] == [None, 1.0, None, 2.0]
+
+
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys, monkeypatch):
+    class Board:
+        def add_scalar(self, *_):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics, "tensorboard_writer", lambda log_dir: Board())
+    monkeypatch.setattr(metrics, "open_to_append", lambda _, full=metrics.open_to_append: full(Path("/dev/full")))
+    (tmp_path / "metrics.jsonl").mkdir()
+    fill(tmp_path)
+    without = [f"{tmp_path}/{name} cannot be written" for name in ("metrics.jsonl", "events.out.tfevents", "curve.png")]
+    reasons = ["No space left on device", "No space left on device", "Is a directory"]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{line} ({why}); going on without" for line, why in zip(without, reasons, strict=True)]
+    monkeypatch.undo()
+    fill(tmp_path)
+    metrics.add_evaluation(tmp_path, {"step": 3, "top1": 50.0, "top5": 90.0})
+    assert capsys.readouterr().err.count("Is a directory") == 4
 
 
 def test_a_terminal_without_tqdm(monkeypatch, capsys):

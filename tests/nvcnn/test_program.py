@@ -91,6 +91,7 @@ def test_what_no_launcher_sets(wrong, message):
     [
         ("return 3", 3, ""),
         ("raise InputError('--flag=1: must be 2')", 2, "train.py: --flag=1: must be 2\n"),
+        ("raise PermissionError(13, 'Permission denied', 'a/b')", 2, "train.py: a/b: Permission denied\n"),
         ("raise KeyboardInterrupt", 1, "train.py: interrupted\n"),
         ("os.environ |= {'RANK': '0', 'WORLD_SIZE': ''}; launched()", 2, "train.py: WORLD_SIZE=: must be a number"),
     ],
@@ -100,6 +101,30 @@ def test_exit_codes(does, code, says):
     assert (program.returncode, program.stdout) == (code, "")
     assert program.stderr.startswith(says)
     assert program.stderr.count("\n") == (1 if says else 0)
+
+
+def piped(does: str, **streams) -> tuple[int, bytes]:
+    """Runs a program whose output nobody reads; returns its exit code, and what it says on standard error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as unread:
+        streams = {"stdout": unread, "stderr": subprocess.PIPE} | streams
+        program = subprocess.run([sys.executable, "-c", PROGRAM.format(does)], **streams)
+    return program.returncode, program.stderr
+
+
+def test_a_reader_that_has_gone_ends_no_program():
+    many = "for i in range(9999): print(i, flush=i % 2)"
+    assert piped(f"{many}\n    return 3") == (3, b"")
+    assert piped(f"{many}\n    return 0") == (0, b"")
+    assert piped("raise InputError('--flag')") == (2, b"train.py: --flag\n")
+    assert piped("1 / 0", stderr=subprocess.STDOUT)[0] == 1
+    with open("/dev/full", "w") as full:
+        code, said = piped(f"{many}\n    return 0", stdout=full)
+    assert code == 1
+    assert said == b"train.py: done, but not all of its output could be written (No space left on device)\n"
+    code, said = piped("print(1)\n    return 0", stdout=None, preexec_fn=lambda: os.close(1))
+    assert (code, said) == (0, b"")
 
 
 def test_what_nobody_expects_has_a_traceback():
