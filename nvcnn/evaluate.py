@@ -1,5 +1,6 @@
 """Evaluation: top-1 and top-5 accuracy over each validation image exactly once, on one rank or many."""
 
+import hashlib
 import json
 import math
 import sys
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from nvcnn import checkpoint
 from nvcnn.check_data import check_data
+from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_evaluation
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.data.dataset import find_dataset
@@ -95,9 +97,13 @@ def evaluate(asked: Evaluation) -> int:
     check_classes(asked.data_dir, dataset.class_names, path, weights.class_names)
     model, notes = load_model(weights)
     transport = connect(asked.transport)
-    if len(found := set(transport.gather(str(path)))) > 1:
+    check_ranks(transport, asked, dataset, "validation")
+    with path.open("rb") as file:
+        mine = f"{path} of SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:8]}" if transport.size > 1 else ""
+    if len(found := set(transport.gather(mine))) > 1:
         raise InputError(
-            f"the ranks found different checkpoints ({', '.join(sorted(found))}): name one, --checkpoint=FILE"
+            f"the ranks found different checkpoints ({', '.join(sorted(found))}): name one that all have, "
+            "--checkpoint=FILE"
         )
     if transport.rank == 0:
         notes = [f"Weights:     {weights}", *(f"  {note}" for note in notes)]

@@ -9,6 +9,7 @@ import torch
 
 from nvcnn import checkpoint
 from nvcnn.check_data import check_data
+from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_training
 from nvcnn.data.dali import TrainingData
 from nvcnn.data.dataset import Dataset
@@ -45,6 +46,7 @@ def train(settings: Settings) -> int:
             dry_run(settings, plan(settings, dataset, expected.ranks, origin), weights)
         return 0
     transport = connect(settings.transport)
+    check_ranks(transport, settings, dataset, "train")
     state = checkpoint.resume(settings, transport.size) if transport.rank == 0 else None
     weights = initial_weights(settings) if transport.rank == 0 and state is None else None
     run = Run(settings, dataset, transport, state, weights)
