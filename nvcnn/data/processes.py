@@ -28,7 +28,11 @@ def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Ite
     Raises InputError when a worker is killed.
     """
     gc.collect()  # a worker that collected a DALI pipeline would wait for threads that it does not have
-    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=(os.getpid(), function))
+    arguments = os.getpid(), function
+    try:
+        pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=arguments)
+    except OSError as error:
+        raise cannot_start(error) from None
     try:
         yield pool
     except BrokenProcessPool:
@@ -38,6 +42,10 @@ def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Ite
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def cannot_start(error: OSError) -> InputError:
+    return InputError(f"worker processes cannot be started ({error.strerror}): free memory, and files in /dev/shm")
 
 
 def forked(*arguments: Any) -> Any:
