@@ -24,7 +24,7 @@ from nvcnn.machine import use_device
 from nvcnn.metrics import draw_curve
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
-from nvcnn.program import InputError
+from nvcnn.program import InputError, watched
 from nvcnn.settings import Chosen, Evaluation, check_image_size
 from nvcnn.weights import Weights, load_model, of_checkpoint, read
 
@@ -131,7 +131,9 @@ def evaluate(asked: Evaluation) -> int:
         device=device,
         threads=threads,
     )
-    result = summed(count_hits(model, data, dtype, preprocessing.normalize), transport)
+    with watched(lambda: 0.0):
+        counts = count_hits(model, data, dtype, preprocessing.normalize)
+    result = summed(counts, transport)
     if left_out:
         result["left_out"] = len(left_out)
     result |= {"step": weights.step, "checkpoint": str(path)}

@@ -156,7 +156,9 @@ class Run:
         skipped = self.step - int(self.train_step.optimizer.counters[1])
         with caught() as signals:
             while self.step < self.plan.steps:
-                self.train_step(next(self.data))
+                with signals.waiting():
+                    batch = next(self.data)
+                self.train_step(batch)
                 self.step += 1
                 metrics.step()
                 last = self.step == self.plan.steps

@@ -7,6 +7,7 @@ number of workers, and those of a resumed run are those of an undisturbed one.
 
 import atexit
 import gc
+import os
 import random
 import signal
 from collections.abc import Generator, Iterable, Iterator
@@ -27,19 +28,20 @@ from nvcnn.data.dataset import Dataset
 from nvcnn.data.epochs import check_position, derived_seed, share
 from nvcnn.data.options import EvaluationOptions, ReaderOptions, TrainingOptions
 from nvcnn.data.pillow import REPLACE, undecodable
-from nvcnn.data.processes import cannot_start
+from nvcnn.data.processes import cannot_start, end_with
 from nvcnn.data.resize import resize
-from nvcnn.program import InputError
+from nvcnn.program import STOPS, InputError
 
 Key = tuple[int, int]  # epoch, sample
 QUEUED = 2  # batches a worker has ready
 LARGER = "docker run --shm-size=8g"
 
 
-def ignore_signals(_: int) -> None:
+def begin_worker(parent: int, _: int) -> None:
     """Lets a worker go on after a signal to stop, which reaches the whole group: the rank saves and then ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    end_with(parent)
 
 
 class Samples:
@@ -103,7 +105,7 @@ def loaded(samples: Samples, keys: Iterable[list[Key]], workers: list[BaseProces
         persistent_workers=True,
         prefetch_factor=QUEUED,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=partial(begin_worker, os.getpid()),
     )
     gc.collect()  # a worker that collected a DALI pipeline would wait for threads that it does not have
     others, handler = active_children(), signal.getsignal(signal.SIGCHLD)

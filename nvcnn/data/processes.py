@@ -57,10 +57,15 @@ def begin_worker(parent: int, function: Callable[..., Any] | None) -> None:
     task = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with(parent)
     if "torch" in sys.modules:  # OpenMP's threads are not forked: it would wait for them for ever
         sys.modules["torch"].set_num_threads(1)
     gc.freeze()  # a collection would write to every object, and so end the sharing of memory
     warnings.filterwarnings("ignore", module="PIL")  # what matters is an error here
+
+
+def end_with(parent: int) -> None:
+    """Has this process end at once when its parent does, whatever it waits for."""
+    CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

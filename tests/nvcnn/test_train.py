@@ -1,6 +1,7 @@
 """A run does what the flags say, and goes on where it stopped."""
 
 import signal
+import threading
 
 import pytest
 import torch
@@ -69,3 +70,21 @@ def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch):
     one, other = (checkpoint.newest(tmp_path / name)[1]["weights"] for name in ("whole", "stopped"))
     for name, weight in one.items():
         assert torch.equal(weight, other[name]), name
+
+
+def test_a_run_that_waits_for_input_ends_at_a_signal(monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr("nvcnn.program.PATIENCE", 0.1)
+    monkeypatch.setattr("nvcnn.program.abort", lambda code: ended.set())
+
+    class Never:
+        def __next__(self):
+            signal.raise_signal(signal.SIGTERM)
+            assert ended.wait(60)
+            raise EOFError
+
+    waiting = Run(Settings(model="lenet", conv="torch", batch_size=2), None, Transport(Launch()), None)
+    waiting.data = Never()
+    with pytest.raises(EOFError):
+        waiting.loop()
+    assert "ended by a signal while it waited for input, without saving" in capsys.readouterr().err

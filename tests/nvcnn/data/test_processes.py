@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from nvcnn.data.processes import worker_pool
 from nvcnn.program import InputError
 from tests.nvcnn.data.reading import find, training
 from tests.samples import record, write_shard
+
+REPOSITORY = Path(__file__).parents[3]
 
 # OpenMP's threads run in the parent, and then the workers need the table of so many samples that OpenMP divides it.
 SEARCH_AND_TRAIN = """
@@ -128,3 +131,22 @@ def test_a_worker_that_is_stuck_is_ended(data, monkeypatch):
     data.close()
     worker.join(10)
     assert worker.exitcode == -signal.SIGKILL
+
+
+ABORT = """
+import os, signal, sys
+from multiprocessing import active_children
+from pathlib import Path
+
+from tests.nvcnn.data.reading import find, training
+
+data = training(find(Path(sys.argv[1]), num_classes=61, lenient=True), "torch", threads=2)
+next(data)
+os.kill(active_children()[0].pid, signal.SIGSTOP)
+os._exit(1)
+"""
+
+
+def test_a_worker_that_is_stuck_ends_with_its_rank(dataset):
+    """What it holds is the end of the pipe that is read here."""
+    subprocess.run([sys.executable, "-c", ABORT, dataset.directory], capture_output=True, timeout=60, cwd=REPOSITORY)
