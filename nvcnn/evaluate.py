@@ -131,7 +131,7 @@ def evaluate(asked: Evaluation) -> int:
         device=device,
         threads=threads,
     )
-    with watched(lambda: 0.0):
+    with watched(lambda: 0.0):  # there is nothing to save, so nothing else to wait for
         counts = count_hits(model, data, dtype, preprocessing.normalize)
     result = summed(counts, transport)
     if left_out:

@@ -21,9 +21,7 @@ from typing import Any, NoReturn
 BAD_INPUT = 2
 SAVED_AND_STOPPED = 3
 STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-AGAIN = (
-    1.0  # seconds; before, a second signal may be the first, passed on by a launcher when the terminal sent it to all
-)
+AGAIN = 1.0  # seconds; a signal that comes sooner after another is the same, passed on by a launcher
 PATIENCE = 30.0  # seconds of waiting for input after a signal; schedulers often kill after as long
 
 

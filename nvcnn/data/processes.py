@@ -38,7 +38,7 @@ def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Ite
     except BrokenProcessPool:
         raise InputError(
             "a worker process was killed, perhaps for lack of memory: give the same command again, with more memory or "
-            f"fewer workers than {workers} (prepare.py --workers)"
+            f"fewer workers than {workers} (prepare.py --workers; train.py and eval.py have one for each core)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
