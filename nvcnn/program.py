@@ -167,6 +167,7 @@ def watch(reader: int, waiting_since: Callable[[], float | None]) -> None:
         elif since is not None and now - max(since, first) > PATIENCE:
             reason = "a signal while it waited for input"
         if reason:
+            wait_for_rank_0()
             print(f"{name}: ended by {reason}, without saving", file=sys.stderr, flush=True)
             abort(1)
 
