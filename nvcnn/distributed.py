@@ -147,7 +147,20 @@ def connect(transport: str) -> Transport:
     launch = launched()
     if launch.size == 1:
         return Transport(launch)
+    same_transport(launch, transport)
     return Horovod(launch) if transport == "horovod" else Torch(launch)
+
+
+def same_transport(launch: Launch, transport: str) -> None:
+    """Raises InputError if ranks were given different transports: each kind would wait for ever for the other."""
+    if launch.launcher in ("torchrun", "the environment"):  # there Horovod finds no other rank, and says so
+        return
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        return
+    if len(found := set(MPI.COMM_WORLD.allgather(transport))) > 1:
+        raise InputError(f"the ranks have different --transport ({', '.join(sorted(found))}): give all the same flags")
 
 
 def agree(launch: Launch, size: int, library: str) -> None:

@@ -1,5 +1,6 @@
 """Evaluation: top-1 and top-5 accuracy over each validation image exactly once, on one rank or many."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from nvcnn import checkpoint
 from nvcnn.check_data import check_data
+from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_evaluation
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.data.dataset import find_dataset
@@ -20,7 +22,7 @@ from nvcnn.machine import use_device
 from nvcnn.metrics import add_evaluation
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
-from nvcnn.program import InputError
+from nvcnn.program import InputError, watched
 from nvcnn.settings import Chosen, Evaluation, check_image_size
 from nvcnn.weights import Weights, load_model, of_checkpoint, read
 
@@ -93,9 +95,13 @@ def evaluate(asked: Evaluation) -> int:
     check_classes(asked.data_dir, dataset.class_names, path, weights.class_names)
     model, notes = load_model(weights)
     transport = connect(asked.transport)
-    if len(found := set(transport.gather(str(path)))) > 1:
+    check_ranks(transport, asked, dataset, "validation")
+    with path.open("rb") as file:
+        mine = f"{path} of SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:8]}" if transport.size > 1 else ""
+    if len(found := set(transport.gather(mine))) > 1:
         raise InputError(
-            f"the ranks found different checkpoints ({', '.join(sorted(found))}): name one, --checkpoint=FILE"
+            f"the ranks found different checkpoints ({', '.join(sorted(found))}): name one that all have, "
+            "--checkpoint=FILE"
         )
     if transport.rank == 0:
         notes = [f"Weights:     {weights}", *(f"  {note}" for note in notes)]
@@ -124,7 +130,9 @@ def evaluate(asked: Evaluation) -> int:
         device=device,
         threads=threads,
     )
-    result = summed(count_hits(model, data, dtype, preprocessing.normalize), transport)
+    with watched(lambda: 0.0):  # there is nothing to save, so nothing else to wait for
+        counts = count_hits(model, data, dtype, preprocessing.normalize)
+    result = summed(counts, transport)
     if left_out:
         result["left_out"] = len(left_out)
     result |= {"step": weights.step, "checkpoint": str(path)}

@@ -4,9 +4,12 @@ Exit codes: 0 done; 2 bad usage or input, one line on stderr; 3 stopped by a sig
 else. Nothing here imports torch, so that bad usage is reported at once.
 """
 
+import math
 import os
+import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +21,9 @@ from typing import Any, NoReturn, TextIO
 
 BAD_INPUT = 2
 SAVED_AND_STOPPED = 3
+STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+AGAIN = 1.0  # seconds; a signal that comes sooner after another is the same, passed on by a launcher
+PATIENCE = 30.0  # seconds of waiting for input after a signal; schedulers often kill after as long
 
 
 class InputError(Exception):
@@ -127,32 +133,90 @@ def run(program: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+class Signals(list[int]):
+    """Those that asked to stop, as they come."""
+
+    waiting_since: float | None = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside waits for input. When a signal comes and the input does not, the process ends unsaved."""
+        self.waiting_since = time.monotonic()
+        yield
+        self.waiting_since = None
+
+
 @contextmanager
-def caught() -> Iterator[list[int]]:
-    """Returns a list to which SIGTERM, SIGINT and SIGUSR1 are appended as they come, instead of ending the process.
+def caught() -> Iterator[Signals]:
+    """Yields a list to which SIGTERM, SIGINT and SIGUSR1 are appended as they come, instead of ending the process.
 
     Another one a second later does end it. SIGUSR1 is among them because mpiexec hands it on as it is, while Open MPI 5
     kills its ranks half a second after SIGTERM.
     """
-    signals: list[int] = []
-    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {s: signal.getsignal(s) for s in asked}
+    signals = Signals()
+    before = {s: signal.getsignal(s) for s in STOPS}
     first: list[float] = []
 
     def note(number: int, _: Any) -> None:
-        if first and time.monotonic() - first[0] > 1:  # a launcher may pass on at once what the terminal sent to all
+        if first and time.monotonic() - first[0] > AGAIN:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         first.append(time.monotonic())
         signals.append(number)
 
-    for s in asked:
+    for s in STOPS:
         signal.signal(s, note)
     try:
-        yield signals
+        with watched(lambda: signals.waiting_since):
+            yield signals
     finally:
-        for s in asked:
+        for s in STOPS:
             signal.signal(s, before[s])
+
+
+@contextmanager
+def watched(waiting_since: Callable[[], float | None]) -> Iterator[None]:
+    """Has a thread end the process that was signalled to stop, and then waits for input too long, or gets a second one.
+
+    While the main thread waits in a library, DALI say, Python calls no handler, however many signals come.
+    waiting_since: returns the time since when it waits for input; None: it does not.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    thread = threading.Thread(target=watch, args=(reader, waiting_since), daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)
+
+
+def watch(reader: int, waiting_since: Callable[[], float | None]) -> None:
+    """Does what `watched` says. reader: has a byte for each signal, its number, and a zero in the end."""
+    name, first = Path(sys.argv[0]).name, math.inf
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    while True:
+        came = os.read(reader, 4096) if poll.poll(None if first == math.inf else 1000 * min(1, PATIENCE)) else b""
+        now, since, reason = time.monotonic(), waiting_since(), ""
+        if 0 in came:
+            return
+        if not STOPS.isdisjoint(came):
+            if now - first > AGAIN:
+                time.sleep(1)  # the handler does it, unless the main thread is in a library
+                reason = "a second signal"
+            first = min(first, now)
+        elif since is not None and now - max(since, first) > PATIENCE:
+            reason = "a signal while it waited for input"
+        if reason:
+            wait_for_rank_0()
+            print(f"{name}: ended by {reason}, without saving", file=sys.stderr, flush=True)
+            abort(1)
 
 
 def abort(code: int) -> NoReturn:

@@ -9,6 +9,7 @@ import torch
 
 from nvcnn import checkpoint
 from nvcnn.check_data import check_data
+from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_training
 from nvcnn.data.dali import TrainingData
 from nvcnn.data.dataset import Dataset
@@ -45,6 +46,7 @@ def train(settings: Settings) -> int:
             dry_run(settings, plan(settings, dataset, expected.ranks, origin), weights)
         return 0
     transport = connect(settings.transport)
+    check_ranks(transport, settings, dataset, "train")
     state = checkpoint.resume(settings, transport.size) if transport.rank == 0 else None
     if state:
         check_classes(settings.data_dir, expected.class_names, settings.log_dir, state["class_names"])
@@ -158,7 +160,9 @@ class Run:
         skipped = self.step - int(self.train_step.optimizer.counters[1])
         with caught() as signals:
             while self.step < self.plan.steps:
-                self.train_step(next(self.data))
+                with signals.waiting():
+                    batch = next(self.data)
+                self.train_step(batch)
                 self.step += 1
                 metrics.step()
                 last = self.step == self.plan.steps

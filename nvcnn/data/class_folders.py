@@ -3,6 +3,7 @@
 A class's number is its place in order of name, so training and validation must have the same classes.
 """
 
+import hashlib
 import os
 from array import array
 from collections.abc import Collection
@@ -45,6 +46,10 @@ class ClassFolders:
 
     def firsts(self) -> list[int]:
         return []  # labels are those of the folders
+
+    def digest(self) -> str:
+        above = os.path.commonpath([self.name(0), self.name(len(self) - 1)])  # the split's folder, or the one class's
+        return hashlib.sha256(self.names.replace(os.fsencode(above), b"") + self.numbers.tobytes()).hexdigest()
 
     def without(self, left_out: Collection[int]) -> "ClassFolders":
         kept = sorted(set(range(len(self))) - set(left_out))

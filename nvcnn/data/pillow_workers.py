@@ -7,14 +7,19 @@ number of workers, and those of a resumed run are those of an undisturbed one.
 
 import atexit
 import gc
+import os
 import random
 import signal
 from collections.abc import Generator, Iterable, Iterator
+from functools import partial
+from multiprocessing import active_children, connection
+from multiprocessing.process import BaseProcess
+from threading import current_thread, main_thread
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from nvcnn.data import pillow
 from nvcnn.data.batch import Batch
@@ -23,17 +28,20 @@ from nvcnn.data.dataset import Dataset
 from nvcnn.data.epochs import check_position, derived_seed, share
 from nvcnn.data.options import EvaluationOptions, ReaderOptions, TrainingOptions
 from nvcnn.data.pillow import REPLACE, undecodable
+from nvcnn.data.processes import cannot_start, end_with
 from nvcnn.data.resize import resize
-from nvcnn.program import InputError
+from nvcnn.program import STOPS, InputError
 
 Key = tuple[int, int]  # epoch, sample
 QUEUED = 2  # batches a worker has ready
+LARGER = "docker run --shm-size=8g"
 
 
-def ignore_signals(_: int) -> None:
+def begin_worker(parent: int, _: int) -> None:
     """Lets a worker go on after a signal to stop, which reaches the whole group: the rank saves and then ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    end_with(parent)
 
 
 class Samples:
@@ -69,13 +77,26 @@ class Samples:
             images, labels, flips = zip(*(self.sample(*key) for key in keys), strict=True)
         except InputError as error:
             return str(error)
-        return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(flips))
+        try:  # in shared memory already: what fails when the batch is on its way, in a thread, is lost without a word
+            small = (torch.tensor(values).share_memory_() for values in (labels, flips))
+            return Batch(default_collate(list(images)), *small)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0].rpartition(": ")[2]
+            workers = self.options.threads
+            size = len(keys) * images[0].numel() * (QUEUED + 1) * workers / 1e6
+            return (
+                f"/dev/shm: has no room ({reason}) for the batches of {workers} workers, up to {size:.0f} MB of each "
+                f"rank: make it larger ({LARGER}), lower --batch_size, or leave out --data_backend=torch"
+            )
 
 
-def loaded(samples: Samples, keys: Iterable[list[Key]], generator: torch.Generator | None) -> Generator[Batch]:
-    """Yields the batches of lists of keys, in that order. Raises InputError for the first that cannot be made.
+def loaded(
+    samples: Samples, keys: Iterable[list[Key]], workers: list[BaseProcess], generator: torch.Generator | None
+) -> Generator[Batch]:
+    """Yields the batches of lists of keys, in that order, and appends the processes that make them to `workers`.
 
-    generator: draws a seed for the workers, which have no use for it; None: the default one.
+    generator: draws a seed for the workers, which have no use for it; None: the default one. Raises InputError for the
+    first that cannot be made.
     """
     device = samples.options.device
     loader: DataLoader = DataLoader(
@@ -88,13 +109,46 @@ def loaded(samples: Samples, keys: Iterable[list[Key]], generator: torch.Generat
         persistent_workers=True,
         prefetch_factor=QUEUED,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=partial(begin_worker, os.getpid()),
     )
     gc.collect()  # a worker that collected a DALI pipeline would wait for threads that it does not have
-    for batch in loader:
-        if isinstance(batch, str):
-            raise InputError(batch)
-        yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    others, handler = active_children(), signal.getsignal(signal.SIGCHLD)
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise cannot_start(error) from None
+    if current_thread() is main_thread():
+        # The loader's own would raise in the midst of anything; at the next batch it finds a dead worker anyway.
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    workers += [child for child in active_children() if child not in others]
+    try:
+        for batch in batches:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            yield Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    except (RuntimeError, OSError, EOFError) as error:
+        connection.wait([worker.sentinel for worker in workers], timeout=1)
+        if killed := [-(worker.exitcode or 0) for worker in workers if (worker.exitcode or 0) < 0]:
+            raise InputError(was_killed(killed[0], len(workers))) from error
+        raise
+
+
+def was_killed(number: int, workers: int) -> str:
+    """Returns the message about a worker, one of so many, that a signal ended."""
+    why, remedy = "", ""
+    if number == signal.SIGKILL:
+        why = ", most likely for lack of memory"
+        remedy = f", with more memory or fewer cores: a rank has a worker for each of its own, here {workers}"
+    elif number == signal.SIGBUS:
+        why, remedy = ", most likely since /dev/shm is full", f", with a larger one ({LARGER})"
+    return f"--data_backend=torch: {signal.Signals(number).name} ended a worker{why}: give the command again{remedy}"
+
+
+def end(batches: Generator[Batch], workers: list[BaseProcess]) -> None:
+    """Ends the workers, also those that wait for something that does not come."""
+    batches.close()
+    for worker in workers:
+        worker.kill()
 
 
 class Loader:
@@ -104,8 +158,10 @@ class Loader:
     """
 
     def __init__(self, samples: Samples, keys: Iterable[list[Key]], generator: torch.Generator | None = None):
-        self.batches = loaded(samples, keys, generator)
-        atexit.register(self.batches.close)
+        workers: list[BaseProcess] = []
+        self.batches = loaded(samples, keys, workers, generator)
+        self.end = partial(end, self.batches, workers)
+        atexit.register(self.end)
 
     def __iter__(self) -> "Loader":
         return self
@@ -114,8 +170,8 @@ class Loader:
         return next(self.batches)
 
     def close(self) -> None:
-        atexit.unregister(self.batches.close)
-        self.batches.close()
+        atexit.unregister(self.end)
+        self.end()
 
     __del__ = close
 

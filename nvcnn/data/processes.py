@@ -28,16 +28,24 @@ def worker_pool(workers: int, function: Callable[..., Any] | None = None) -> Ite
     Raises InputError when a worker is killed.
     """
     gc.collect()  # a worker that collected a DALI pipeline would wait for threads that it does not have
-    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=(os.getpid(), function))
+    arguments = os.getpid(), function
+    try:
+        pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_worker, initargs=arguments)
+    except OSError as error:
+        raise cannot_start(error) from None
     try:
         yield pool
     except BrokenProcessPool:
         raise InputError(
             "a worker process was killed, perhaps for lack of memory: give the same command again, with more memory or "
-            f"fewer workers than {workers} (prepare.py --workers)"
+            f"fewer workers than {workers} (prepare.py --workers; train.py and eval.py have one for each core)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def cannot_start(error: OSError) -> InputError:
+    return InputError(f"worker processes cannot be started ({error.strerror}): free memory, and files in /dev/shm")
 
 
 def forked(*arguments: Any) -> Any:
@@ -49,10 +57,15 @@ def begin_worker(parent: int, function: Callable[..., Any] | None) -> None:
     task = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with(parent)
     if "torch" in sys.modules:  # OpenMP's threads are not forked: it would wait for them for ever
         sys.modules["torch"].set_num_threads(1)
     gc.freeze()  # a collection would write to every object, and so end the sharing of memory
     warnings.filterwarnings("ignore", module="PIL")  # what matters is an error here
+
+
+def end_with(parent: int) -> None:
+    """Has this process end at once when its parent does, whatever it waits for."""
+    CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

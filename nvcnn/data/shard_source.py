@@ -1,5 +1,6 @@
 """Samples in shards, which are files of many samples with an index beside each: what TFRecords and tars share."""
 
+import hashlib
 import os
 import re
 import sys
@@ -153,6 +154,12 @@ class ShardSource:
     def firsts(self) -> list[int]:
         """Returns the first sample of each shard that has any, as long as none is left out."""
         return [first for first, end in zip(self.starts, self.starts[1:], strict=False) if first < end]
+
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for shard, places in zip(self.shards, self.places, strict=True):
+            found.update(os.fsencode(f"{shard.name}\0") + places.tobytes())
+        return found.hexdigest()
 
     def without(self, left_out: Collection[int]) -> Self:
         if self.left_out:

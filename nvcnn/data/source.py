@@ -26,6 +26,9 @@ class Source(Protocol):
     def firsts(self) -> list[int]:
         """Returns the samples whose labels are checked before a run."""
 
+    def digest(self) -> str:
+        """Returns a digest of which samples these are: the same for a copy in another place."""
+
     def without(self, left_out: Collection[int]) -> "Source":
         """Returns this source without some of its samples."""
 

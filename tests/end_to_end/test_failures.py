@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from tests.samples import record, write_shard
 
-from .conftest import assert_same_bits, last_checkpoint, picture, write_records
+from .conftest import ROOT, assert_same_bits, last_checkpoint, picture, write_records
 
 LENET = ("--model=lenet", "--num_classes=10")
 
@@ -179,6 +180,22 @@ def test_two_ranks_without_a_transport(launch):
         arguments = (*LENET, "--num_batches=1", f"--transport={transport}")
         line = refused(launch, *arguments, names=["PMI_SIZE=2", "Open MPI", "sees 1"], environment=foreign)
         assert "mpiexec of that library" in line
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("--transport=torch", "the ranks have different --transport (horovod, torch)"),
+        ("--num_batches=8", "rank 2 differs: --num_batches is 8, on rank 0 1"),
+    ],
+)
+def test_ranks_with_other_flags(launch, tmp_path, other, said):
+    """mpiexec starts the third with another command."""
+    arguments = (*LENET, "--num_batches=1", f"--log_dir={tmp_path}/run")
+    third = (":", "-np", 1, sys.executable, ROOT / "launch/train.py", *arguments, other)
+    refused(launch, *arguments, *third, names=[said], ranks=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_raises_ends_the_job(launch, records):

@@ -4,17 +4,26 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nvcnn.distributed import Transport, Vote, agree
+from nvcnn.distributed import Transport, Vote, agree, connect
 from nvcnn.program import InputError, Launch
 
 
 def test_an_mpiexec_of_another_library_is_refused():
     with pytest.raises(InputError, match=r"MPICH .* 2 ranks \(PMI_SIZE=2\), but Open MPI v5, sees 1"):
         agree(Launch(2, 1, 0, "MPICH or Intel MPI", "PMI_SIZE=2"), 1, "Open MPI v5")
+
+
+def test_ranks_with_different_transports_are_refused(monkeypatch):
+    world = SimpleNamespace(allgather=lambda mine: [mine, "torch"])
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=world)))
+    monkeypatch.setattr("nvcnn.distributed.launched", lambda: Launch(2, 0, 0, "Open MPI", "OMPI_COMM_WORLD_SIZE=2"))
+    with pytest.raises(InputError, match=r"different --transport \(horovod, torch\)"):
+        connect("horovod")
 
 
 class Late(Transport):

@@ -1,8 +1,10 @@
 """A program knows who launched it, ends with its exit code and one line, and imports no more than that needs."""
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,43 @@ except SystemExit as error:
 )
 def test_launchers(environment, expected):
     assert launched(environment) == expected
+
+
+# Waits where no handler of Python's is called, as in DALI.
+STUCK = """
+import ctypes, sys
+from nvcnn import program
+
+sys.argv[0], program.PATIENCE, program.AGAIN = "launch/train.py", float(sys.argv[1]), 0.1
+mutex, lock = (ctypes.c_char * 64)(), ctypes.CDLL(None).pthread_mutex_lock
+
+def stuck():
+    with program.caught() as signals, signals.waiting():
+        lock(mutex)
+        print("waits", flush=True)
+        lock(mutex)
+
+program.run(stuck)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "patience", "times", "says"),
+    [
+        *((n, "0.1", 1, "a signal while it waited for input") for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)),
+        (signal.SIGTERM, "1000", 60, "a second signal"),
+    ],
+)
+def test_a_program_that_waits_in_a_library_obeys_signals(number, patience, times, says):
+    command = [sys.executable, "-c", STUCK, patience]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout.readline() == "waits\n"
+        for _ in range(times):
+            program.send_signal(number)  # no more, once it has ended
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(30 / times)
+        program.kill()
+        assert (program.wait(), program.stderr.read()) == (1, f"train.py: ended by {says}, without saving\n")
 
 
 @pytest.mark.parametrize(

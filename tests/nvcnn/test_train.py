@@ -1,6 +1,7 @@
 """A run does what the flags say, and goes on where it stopped."""
 
 import signal
+import threading
 
 import pytest
 import torch
@@ -124,3 +125,21 @@ def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
         del rank["running"]  # as an older one is, of which all ranks have rank 0's
     for each in runs(state):
         assert torch.equal(each.train_step.arena.running, running[0])
+
+
+def test_a_run_that_waits_for_input_ends_at_a_signal(monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr("nvcnn.program.PATIENCE", 0.1)
+    monkeypatch.setattr("nvcnn.program.abort", lambda code: ended.set())
+
+    class Never:
+        def __next__(self):
+            signal.raise_signal(signal.SIGTERM)
+            assert ended.wait(60)
+            raise EOFError
+
+    waiting = Run(Settings(model="lenet", conv="torch", batch_size=2), None, Transport(Launch()), None)
+    waiting.data = Never()
+    with pytest.raises(EOFError):
+        waiting.loop()
+    assert "ended by a signal while it waited for input, without saving" in capsys.readouterr().err
