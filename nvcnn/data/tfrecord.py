@@ -9,6 +9,7 @@ little-endian (tensorflow/core/lib/io/record_writer.h). The data is a protocol b
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,25 +39,25 @@ def _varint(n: int) -> bytes:
     return bytes(out)
 
 
-def _field(number: int, data: bytes) -> bytes:
-    """Returns a field of wire type 2: tag, length, bytes."""
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
+def _field(number: int, *parts: bytes) -> list[bytes]:
+    """Returns the parts of a field of wire type 2: tag and length, and its own. So an image's bytes are copied once."""
+    return [_varint(number << 3 | 2) + _varint(sum(map(len, parts))), *parts]
 
 
-def _feature(values: Values) -> bytes:
+def _feature(values: Values) -> list[bytes]:
     if not values:
-        return b""
+        return []
     if isinstance(values[0], bytes):
-        return _field(1, b"".join(_field(1, v) for v in values))  # type: ignore[arg-type]
+        return _field(1, *chain.from_iterable(_field(1, v) for v in values))  # type: ignore[arg-type]
     if isinstance(values[0], float):
-        return _field(2, _field(1, struct.pack(f"<{len(values)}f", *values)))
-    return _field(3, _field(1, b"".join(_varint(v) for v in values)))  # type: ignore[arg-type]
+        return _field(2, *_field(1, struct.pack(f"<{len(values)}f", *values)))
+    return _field(3, *_field(1, *(_varint(v) for v in values)))  # type: ignore[arg-type]
 
 
 def encode_example(features: Mapping[str, Values]) -> bytes:
     """Returns a tf.train.Example of lists of bytes, floats or ints. An empty list is a Feature without a value."""
-    entries = (_field(1, _field(1, name.encode()) + _field(2, _feature(v))) for name, v in features.items())
-    return _field(1, b"".join(entries))
+    entries = (_field(1, *_field(1, name.encode()), *_field(2, *_feature(v))) for name, v in features.items())
+    return b"".join(_field(1, *chain.from_iterable(entries)))
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
@@ -123,7 +124,8 @@ def decode_example(data: bytes) -> dict[str, list]:
 def write_record(file: BinaryIO, data: bytes) -> int:
     """Appends one record. Returns its size in the file."""
     length = struct.pack("<Q", len(data))
-    file.write(length + struct.pack("<I", masked_crc(length)) + data + struct.pack("<I", masked_crc(data)))
+    for part in (length + struct.pack("<I", masked_crc(length)), data, struct.pack("<I", masked_crc(data))):
+        file.write(part)
     return len(data) + FRAMING
 
 
