@@ -36,6 +36,9 @@ class ClassFolders:
     def place(self, info: str) -> str:
         return info
 
+    def number(self, place: str) -> int:
+        return self.names.split(b"\0").index(os.fsencode(place))
+
     def read(self, i: int) -> tuple[bytes, int | str]:
         path = Path(self.name(i))
         try:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import uuid
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
@@ -121,6 +121,12 @@ class ShardSource:
 
     def name(self, i: int) -> str:
         raise NotImplementedError
+
+    def number(self, place: str) -> int:
+        path, offset = re.fullmatch(r"(.*?): .* at byte (\d+)", place).groups()  # type: ignore[union-attr]
+        shard = self.shards.index(Path(path))
+        line = self.places[shard][:: self.line.groups].index(int(offset))
+        return bisect_left(self.kept, self.starts[shard] + line)
 
     def read_pieces(self, i: int) -> list[bytes]:
         """Returns the pieces of sample i. Raises InputError when the file cannot be read or has no such bytes."""

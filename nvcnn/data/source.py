@@ -23,6 +23,9 @@ class Source(Protocol):
     def place(self, info: str) -> str:
         """Returns the same, made from what DALI's reader says of a sample."""
 
+    def number(self, place: str) -> int:
+        """Returns the sample of which `place` is such a text."""
+
     def firsts(self) -> list[int]:
         """Returns the samples whose labels are checked before a run."""
 
