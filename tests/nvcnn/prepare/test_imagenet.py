@@ -112,6 +112,8 @@ def test_other_forms_of_the_same_data_give_the_same_shards(raw, folders, written
     elif how == "flat directory":
         with tarfile.open(raw.val) as tar:
             tar.extractall(tmp_path / "val", filter="data")
+        (tmp_path / "val/._ILSVRC2012_val_00000001.JPEG").write_bytes(b"of macOS")
+        (tmp_path / "val/.ipynb_checkpoints").mkdir()
         changes = {"val": tmp_path / "val"}
     elif how == "folders":
         changes |= {"train": folders[0], "val": folders[1], "devkit": None}
@@ -179,6 +181,20 @@ DAMAGE = {
     "val has one image less": (
         lambda raw: rewrite(raw.val, lambda files: dict(list(files.items())[1:])),
         r"--devkit: labels 23 images, but --val=.* holds 22",
+    ),
+    "val has a copy, and one image less": (
+        lambda raw: rewrite(
+            raw.val, lambda files: {n.replace("20.JPEG", "03 (1).JPEG"): data for n, data in files.items()}
+        ),
+        r"--val=.*: ILSVRC2012_val_00000003 \(1\)\.JPEG does not end in a number.*: remove it",
+    ),
+    "val has a number twice": (
+        lambda raw: rewrite(raw.val, lambda files: {n.replace("00000020", "3"): data for n, data in files.items()}),
+        r"--val=.*: ILSVRC2012_val_00000003\.JPEG and ILSVRC2012_val_3\.JPEG have the same number",
+    ),
+    "val has a gap": (
+        lambda raw: rewrite(raw.val, lambda files: {n.replace("00020", "00024"): data for n, data in files.items()}),
+        r"--val=.*: no image has the number 20, which --devkit labels",
     ),
     "no kit": (lambda raw: raw.devkit.unlink(), r"--devkit=.*cannot be read \(No such file"),
     "kit cut": (lambda raw: without_end(raw.devkit, 300), r"--devkit=.*cannot be read"),
