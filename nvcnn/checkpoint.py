@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from nvcnn.files import to_read
 from nvcnn.machine import chosen_kernels, versions
 from nvcnn.models import Origin, Preprocessing
 from nvcnn.program import InputError
@@ -76,7 +77,7 @@ def read(path: Path, mmap: bool = False) -> Any:
     Raises InputError for a file that is damaged, or holds more than `weights_only` allows.
     """
     try:
-        zipped = zipfile.is_zipfile(path)  # what torch.save wrote before torch 1.6 is not
+        zipped = zipfile.is_zipfile(to_read(path))  # what torch.save wrote before torch 1.6 is not
         if zipped:
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
                 if broken := archive.testzip():
@@ -145,7 +146,7 @@ def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
     config = log_dir / "config.json"
     if config.exists():
         try:
-            stored = json.loads(config.read_text())
+            stored = json.loads(to_read(config).read_text())
             there = stored["settings"], stored["ranks"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{config}: not a config.json of nvcnn; give another --log_dir") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvcnn.data.source import for_dali
+from nvcnn.files import to_read
 from nvcnn.program import InputError
 
 # The suffixes of pillow.FORMATS, in any case.
@@ -100,6 +101,8 @@ def image_files(folder: Path, name: str, suffixes: tuple[str, ...]) -> tuple[lis
             if is_folder(entry):
                 pending.append(f"{below}/{entry.name}")
             elif entry.name.lower().endswith(suffixes):
+                if not entry.is_file(follow_symlinks=False):
+                    to_read(Path(entry.path))
                 images.append(f"{below}/{entry.name}")
             else:
                 others += 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from nvcnn.data.source import for_dali
+from nvcnn.files import to_read
 from nvcnn.program import InputError
 
 OPEN_FILES = 128  # per process; the usual limit of 1024 is also for sockets, libraries and the rest
@@ -59,8 +60,8 @@ class ShardSource:
             names = " or ".join(cls.patterns[split])
             raise InputError(f"--data_dir={directory}: no {names} files: prepare the data set, or correct the path")
         for shard in shards:
-            shard.stat()  # a link that leads nowhere is an error even if `lenient`
-            if not index_path(shard).exists():
+            to_read(shard).stat()  # a link that leads nowhere is an error even if `lenient`
+            if not to_read(index_path(shard)).exists():
                 cls.build_index(shard)
         source = cls(shards)
         for shard, places in zip(shards, source.places, strict=True):

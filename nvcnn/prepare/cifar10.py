@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from nvcnn.files import to_read
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import png
 from nvcnn.program import InputError
@@ -46,7 +47,7 @@ def read_batches(source: Path) -> dict[str, bytes]:
                     if (source / directory / name).is_file()
                 }
         else:
-            with tarfile.open(source) as archive:
+            with tarfile.open(to_read(source)) as archive:
                 for member in archive:
                     name = Path(member.name).name
                     if name in wanted and (file := archive.extractfile(member)) is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nvcnn.data.processes import worker_pool
+from nvcnn.files import to_read
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding
 from nvcnn.prepare.folder import encode_file, encoding_flags, file_size, scan_folders, to_samples
@@ -101,7 +102,7 @@ def blueprint(
 def opened_tar(path: Path | str, what: str, at: int = 0) -> Iterator[tarfile.TarFile]:
     """Yields an uncompressed tar, reading only headers. A tar inside another begins at byte `at`."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(to_read(Path(path)), "rb", buffering=0) as file:
             file.seek(at)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 yield tar
@@ -225,6 +226,8 @@ def by_number(what: str, images: list[tuple[str, int, int]]) -> dict[int, tuple[
 
 def read_lines(path: Path, flag: str) -> list[str]:
     """Returns the lines of a text file, without the empty ones."""
+    if not str(path).startswith("/dev/fd/"):  # what a shell's <(command) gives is read to its end
+        to_read(path)
     try:
         return [line for line in map(str.strip, path.read_text().splitlines()) if line]
     except (OSError, ValueError) as error:
@@ -272,9 +275,13 @@ def read_devkit(path: Path) -> Devkit:
     found: dict[str, bytes] = {}
     try:
         if path.is_dir():
-            found = {name: file.read_bytes() for name in (META, GROUND_TRUTH) for file in sorted(path.rglob(name))[:1]}
+            found = {
+                name: to_read(file).read_bytes()
+                for name in (META, GROUND_TRUTH)
+                for file in sorted(path.rglob(name))[:1]
+            }
         else:
-            with tarfile.open(path) as tar:
+            with tarfile.open(to_read(path)) as tar:
                 for member in tar:
                     if (name := Path(member.name).name) in (META, GROUND_TRUTH):
                         found[name] = file.read() if (file := tar.extractfile(member)) else b""

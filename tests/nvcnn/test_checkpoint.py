@@ -1,5 +1,7 @@
 """A checkpoint is written whole or not at all, and read whole or refused."""
 
+import os
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.newest(tmp_path / "absent") is None
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "pipe", "text"])
 def test_a_bad_one_is_passed_over_with_a_word(tmp_path, damage):
     write(tmp_path, 1)
     write(tmp_path, 2)
@@ -51,6 +53,9 @@ def test_a_bad_one_is_passed_over_with_a_word(tmp_path, damage):
     elif damage == "flipped":
         data[data.index(torch.full((1,), 2.0).numpy().tobytes() * 10)] ^= 1
         path.write_bytes(data)
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     elif damage == "foreign":
         torch.save({"state_dict": {}}, path)
     else:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import tarfile
 
@@ -94,6 +95,16 @@ def outside(label, **flags):
     return (lambda d: None), rf"train-00.*: the record at byte \d+: label {label} is outside", flags
 
 
+def pipe(name):
+    """Puts a named pipe there, at which a reader would wait for ever."""
+
+    def put(directory):
+        (directory / name).unlink(missing_ok=True)
+        os.mkfifo(directory / name)
+
+    return put, rf"{name}: is a named pipe, not a file: remove it"
+
+
 REFUSED = {  # what is done to a directory of TFRecords, the words of the message, and the flags, if any
     "num_classes against dataset.json": (declare, r"--num_classes=.*dataset\.json says", {"num_classes": 62}),
     "label_base against dataset.json": (declare, r"--label_base=.*dataset\.json says", {"label_base": 0}),
@@ -120,6 +131,9 @@ REFUSED = {  # what is done to a directory of TFRecords, the words of the messag
     "an index of words": garbled("zero ten\n"),
     "an index with a sign": garbled("-1 5\n"),
     "an index with an empty line": garbled("\n"),
+    "a named pipe for a shard": pipe(FIRST),
+    "a named pipe for an index": pipe(f"{FIRST}.idx"),
+    "a named pipe for dataset.json": pipe("dataset.json"),
     "no TFRecord": (lambda d: (d / "train-x").write_text("a file like any other"), "train-x: no TFRecord at byte 0"),
     "no tf.train.Example": first(b"not a message", "not a tf.train.Example"),
     "no image": first(encode_example({"image/class/label": [1]}), "image/encoded"),
@@ -211,6 +225,11 @@ FOLDERS_REFUSED = {  # what is done to train/ and val/ of two classes, the words
     "other num_classes": (lambda d: None, r"--num_classes=5: .* has 2: leave the flag out", {"num_classes": 5}),
     "other label_base": (lambda d: None, r"--label_base=1: .* has 0", {"label_base": 1}),
     "other dataset.json": (declare, r"dataset\.json: num_classes is not that of the class folders"),
+    "a named pipe among images": pipe("train/n00001/p.jpg"),
+    "a link to a device among images": (
+        lambda d: (d / "train/n00001/p.jpg").symlink_to("/dev/zero"),
+        r"train/n00001/p\.jpg: is a device, not a file",
+    ),
     "a class without images": (
         lambda d: [(d / split / "empty").mkdir() for split in ("train", "val")],
         r"train/empty: holds no images",

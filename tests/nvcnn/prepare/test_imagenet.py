@@ -1,6 +1,7 @@
 """ImageNet is prepared from small archives of its structure, in several forms, and refused where a part is wrong."""
 
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -146,6 +147,11 @@ def without_end(path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:-cut])
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def rewrite(path: Path, change) -> None:
     """Changes the names and contents of a tar's files."""
     with tarfile.open(path) as tar:
@@ -171,6 +177,9 @@ def fox_with(change):
 FOX, TRUTH = "n02119789.tar", "ground_truth.txt"
 DAMAGE = {
     "no train tar": (lambda raw: raw.train.unlink(), r"--train=.*train\.tar: cannot be read \(No such file"),
+    "train is a named pipe": (lambda raw: pipe(raw.train), r"train\.tar: is a named pipe, not a file"),
+    "val is a named pipe": (lambda raw: pipe(raw.val), r"val\.tar: is a named pipe, not a file"),
+    "kit is a named pipe": (lambda raw: pipe(raw.devkit), r"gz: is a named pipe, not a file"),
     "train is no tar": (lambda raw: raw.train.write_bytes(b"x" * 5000), r"--train=.*cannot be read .*as it was down"),
     "train is empty": (lambda raw: raw.train.write_bytes(b""), r"--train=.*cannot be read .*empty"),
     "train cut in a class": (lambda raw: without_end(raw.train, 30_000), r"--train=.*(unexpected end|cut short)"),
@@ -255,6 +264,9 @@ def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypa
     val.mkdir()
     for name, (data, _) in raw.images["validation"].items():
         (val / name).write_bytes(data)
+    pipe(val / name)
+    with pytest.raises(InputError, match=rf"{name}: is a named pipe, not a file"):
+        blueprint(raw, val=val)
     (val / name).unlink()
     (val / name).symlink_to("nowhere")
     with pytest.raises(InputError, match=rf"1 unreadable images.*{name}: cannot be read \(No such file"):
