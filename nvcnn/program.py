@@ -63,6 +63,11 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
 def run(program: Callable[[], int]) -> NoReturn:
     """Calls `program` and exits with what it returns, or with the code of what it raises."""
     name = Path(sys.argv[0]).name
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        # In another encoding a name would be another text, in files that are written and in the order of classes.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr: a name is no reason to fail
     try:
         code = program()
     except InputError as error:

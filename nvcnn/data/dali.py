@@ -183,9 +183,9 @@ def unreadable(what: str, source: Source, directory: Path) -> str:
     if record := re.search(r"[^:]*: (.* at index \d+)", reason):
         return f"{source.place(record[1])} cannot be read ({reason}): {again}"
     if (found := re.search(r"failed: (.+)$", reason)) and not os.access(found[1], os.R_OK):
-        return f"{found[1]}: cannot be read (deleted, or not readable any more): {again}"
+        return f"{source.place(found[1])}: cannot be read (deleted, or not readable any more): {again}"
     if found and os.path.getsize(found[1]) == 0:
-        return undecodable(found[1], "it has no bytes") + REPLACE
+        return undecodable(source.place(found[1]), "it has no bytes") + REPLACE
     return f"--data_dir={directory}: a file cannot be read ({reason}): {again}"
 
 

@@ -42,9 +42,13 @@ class Source(Protocol):
         """Returns the labels, as stored, of a batch of the reader; a label that is not a number as text."""
 
 
+def is_utf_8(path: str) -> bool:
+    return path.isascii() or path.encode(errors="ignore").decode() == path
+
+
 def for_dali(paths: list[str]) -> list[str]:
     """Returns the paths. Raises InputError for one that is not UTF-8, as DALI takes no other."""
     for path in paths:
-        if not path.isascii() and path.encode(errors="ignore").decode() != path:
+        if not is_utf_8(path):
             raise InputError(f"{path}: DALI takes names in UTF-8 alone: rename it, or give --data_backend=torch")
     return paths

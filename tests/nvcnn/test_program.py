@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,21 @@ def test_launchers(environment, expected):
 def test_exit_codes(does, code, says):
     program = subprocess.run([sys.executable, "-c", PROGRAM.format(does)], capture_output=True, text=True)
     assert (program.returncode, program.stderr, program.stdout) == (code, says, "")
+
+
+@pytest.mark.parametrize("locale", [{}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_any_name_can_be_said_in_any_locale(locale):
+    """What is not ASCII, or not even UTF-8, is text of its own: the same in all locales, in files that are written."""
+    does = "name = os.listdir(sys.argv[1])[0]; print(name, ascii(name)); raise InputError(name)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LC_")}
+    environment |= {"LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict"} | locale
+    with tempfile.TemporaryDirectory() as directory:
+        open(os.fsencode(directory) + b"/caf\xe9-\xc3\xbc", "w").close()
+        command = [sys.executable, "-c", "import os" + PROGRAM.format(does), directory]
+        program = subprocess.run(command, capture_output=True, text=True, env=environment)
+    name = r"caf\udce9-\xfc"
+    assert (program.returncode, program.stdout) == (2, f"{name} '{name}'\n")
+    assert program.stderr == f"train.py: {name}\n"
 
 
 def test_what_nobody_expects_has_a_traceback():

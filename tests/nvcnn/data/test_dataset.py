@@ -1,18 +1,21 @@
 """find_dataset accepts what can be trained on, and has one clear line for everything else."""
 
+import io
 import itertools
 import json
 import os
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from nvcnn.data.shard_source import index_path
 from nvcnn.data.tfrecord import encode_example
 from nvcnn.program import InputError
-from tests.nvcnn.data.reading import epoch, find, joined, training
-from tests.samples import IMAGES, WRITERS, add, write_folders, write_shard, write_tars
+from tests.nvcnn.data.reading import WHOLE, epoch, find, joined, training
+from tests.samples import IMAGES, WRITERS, add, picture, write_folders, write_shard, write_tars
 
 FIRST, MIDDLE = "train-00000-of-00003", "train-00001-of-00003"  # the second is the shard that tests damage
 
@@ -316,16 +319,21 @@ def test_indexes_of_tars(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tars", "folders"])
 def test_names_that_are_not_utf_8(tmp_path, kind):
-    """A tar's index takes them as far as it can; DALI does not take them as names of files."""
+    """A tar's index takes them as far as it can; DALI, which does not take them as names of files, gets links."""
     name = "{:06d}\udcff" if kind == "tars" else "n{1:05d}/image {0}\udcff"
     WRITERS[kind](tmp_path / "data", "train", IMAGES, name=name)
     found = find(tmp_path / "data", num_classes=None if kind == "folders" else IMAGES)
     assert {int(label) for label in joined(epoch(training(found, "torch"))).labels} <= set(range(IMAGES))
-    if kind == "tars":
-        assert epoch(training(found))
-    else:
-        with pytest.raises(InputError, match=r"image 0\udcff.png: DALI takes names in UTF-8 alone: .*backend=torch"):
-            training(found)
+    images = {}
+    for batch in epoch(training(found, image_size=28, **WHOLE)):
+        images |= dict(zip(batch.labels.tolist(), batch.images, strict=True))
+    assert len(images) == 60
+    for label, image in images.items():
+        assert np.array_equal(image, Image.open(io.BytesIO(picture(label))).convert("RGB"))
+    if kind == "folders":
+        (tmp_path / "data/train/n00007/image 7\udcff.png").write_bytes(picture(7)[:60])
+        with pytest.raises(InputError, match=r"train/n00007/image 7\udcff\.png: the image cannot be decoded"):
+            epoch(training(found, batch_size=IMAGES))
 
 
 def test_a_path_that_is_not_utf_8(directory):
