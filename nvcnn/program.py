@@ -67,6 +67,7 @@ def run(program: Callable[[], int]) -> NoReturn:
         # In another encoding a name would be another text, in files that are written and in the order of classes.
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr: a name is no reason to fail
     try:
         code = program()

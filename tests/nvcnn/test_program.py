@@ -78,6 +78,14 @@ def test_exit_codes(does, code, says):
     assert (program.returncode, program.stderr, program.stdout) == (code, says, "")
 
 
+def test_ctrl_c_where_a_shell_has_it_ignored():
+    """So it has what a script starts in the background."""
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    command = [sys.executable, "-c", ignored + PROGRAM.format("signal.raise_signal(signal.SIGINT); return 0")]
+    program = subprocess.run(command, capture_output=True, text=True)
+    assert (program.returncode, program.stderr) == (1, "train.py: interrupted\n")
+
+
 @pytest.mark.parametrize("locale", [{}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
 def test_any_name_can_be_said_in_any_locale(locale):
     """What is not ASCII, or not even UTF-8, is text of its own: the same in all locales, in files that are written."""
