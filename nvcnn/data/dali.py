@@ -194,7 +194,7 @@ def as_far_as_dali_goes(dali: Any, encoded: Any) -> tuple[Any, Any]:
     fn, types = dali.fn, dali.types
     pixel = types.Constant(list(PIXEL), dtype=types.UINT8, shape=[len(PIXEL)])
 
-    def where(condition: Any, images: Any) -> Any:  # copies nothing
+    def where(condition: Any, images: Any) -> Any:  # what `if` becomes in a pipeline_def; it copies nothing
         (kept, _), (_, other) = (fn._conditional.split(x, predicate=condition, _if_stmt=True) for x in (images, pixel))
         return fn._conditional.merge(kept, other, predicate=condition)
 

@@ -124,9 +124,8 @@ class ShardSource:
         raise NotImplementedError
 
     def number(self, place: str) -> int:
-        path, offset = re.fullmatch(r"(.*?): .* at byte (\d+)", place).groups()  # type: ignore[union-attr]
-        shard = self.shards.index(Path(path))
-        line = self.places[shard][:: self.line.groups].index(int(offset))
+        shard = next(n for n, path in enumerate(self.shards) if place.startswith(f"{path}: "))
+        line = self.places[shard][:: self.line.groups].index(int(place.rpartition(" ")[2]))
         return bisect_left(self.kept, self.starts[shard] + line)
 
     def read_pieces(self, i: int) -> list[bytes]:

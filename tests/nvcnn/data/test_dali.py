@@ -7,7 +7,7 @@ import torch
 
 from nvcnn.program import InputError
 from tests.nvcnn.data.reading import evaluation, find, same, training
-from tests.samples import picture, write_split
+from tests.samples import WRITERS, picture, write_split
 
 pytest.importorskip("nvidia.dali")
 
@@ -39,6 +39,21 @@ def test_a_gpu_shows_what_a_cpu_shows(tmp_path, crop, aspect, interpolation, bac
     for a, b in zip(cpu, gpu, strict=True):
         assert torch.equal(a.labels, b.labels.cpu())
         assert (a.images.int() - b.images.cpu().int()).abs().max() <= 1
+
+
+def test_a_position_of_another_pipeline(dataset):
+    """Operators go by name, and another version has others."""
+    state = training(dataset).state_dict()
+    other = bytes(state["reader"].tolist()).replace(b"CoinFlip", b"CoinToss")
+    with pytest.raises(InputError, match="--log_dir: the position in the data is of another version of nvcnn or DALI"):
+        training(dataset, state=state | {"reader": torch.frombuffer(bytearray(other), dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_sample_is_found_by_its_place(sources, kind):
+    """So DALI's error, which names only that, gets Pillow's reason."""
+    source = sources[kind].source("train").without({7, 30})
+    assert [source.number(source.name(i)) for i in range(len(source))] == [*range(len(source))]
 
 
 def test_a_png_that_is_cut(tmp_path, device):
