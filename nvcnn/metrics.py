@@ -212,11 +212,7 @@ def tensorboard_writer(log_dir: Path):
     except ImportError:
         print("TensorBoard is not installed, so no event files: pip install tensorboard", file=sys.stderr)
         return None
-    try:
-        return SummaryWriter(str(log_dir))
-    except UnicodeEncodeError:
-        print("TensorBoard takes names in UTF-8 alone, so no event files: rename --log_dir", file=sys.stderr)
-        return None
+    return SummaryWriter(str(log_dir))
 
 
 def read(log_dir: Path) -> list[dict[str, Any]]:
