@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import struct
 
 import numpy as np
@@ -249,8 +250,15 @@ def test_training_shows_the_same_pictures_and_goes_on_with_the_same_crops(tmp_pa
     assert same(next(data), next(resumed))
 
 
+def message(dataset: Dataset, backend: str) -> str | None:
+    try:
+        next(training(dataset, backend, batch_size=1))
+    except InputError as error:  # nothing may hold it: its frames hold the workers
+        return str(error)
+
+
 @pytest.mark.parametrize(
-    ("data", "why"),
+    ("image", "why"),
     [
         (grey_of("f4", 1 / 255), "signed, 32-bit or floating-point numbers"),
         (grey_of("f4", 1), "signed, 32-bit or floating-point numbers"),
@@ -258,16 +266,13 @@ def test_training_shows_the_same_pictures_and_goes_on_with_the_same_crops(tmp_pa
         (file_of(smooth(), "JPEG").replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "it is a JPEG of 12 bits"),
     ],
 )
-def test_what_is_refused_is_refused_alike(tmp_path, data, why):
-    dataset = data_of(tmp_path, [data])
-    said = set()
-    for backend in BACKENDS:
-        with pytest.raises(InputError, match=f"the record at byte 0: the image cannot be decoded .*{why}") as error:
-            next(training(dataset, backend, batch_size=1))
-        said.add(str(error.value))
-    assert len(said) == 1
+def test_what_is_refused_is_refused_alike(tmp_path, image, why):
+    dataset = data_of(tmp_path, [image])
+    one, other = (message(dataset, backend) for backend in BACKENDS)
+    assert one == other
+    assert re.search(f"the record at byte 0: the image cannot be decoded .*{why}", one)
     with pytest.raises(UnreadableImage, match=why.removeprefix("it ")):
-        standard(data, Encoding())
+        standard(image, Encoding())
 
 
 @pytest.mark.parametrize("name", PICTURES)
