@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,7 +69,8 @@ def run(program: Callable[[], int]) -> NoReturn:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr: a name is no reason to fail
+    if isinstance(sys.stdout, TextIOWrapper):  # it may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name is no reason to fail
     try:
         code = program()
     except InputError as error:

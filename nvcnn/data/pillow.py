@@ -72,7 +72,7 @@ def of_8_bits(image: "Image.Image") -> "Image.Image":
 def unknown(data: bytes) -> str | None:
     """Returns what a file is that Pillow does not know, where that can be said."""
     if data[:4] in (b"II*\0", b"MM\0*"):
-        return "a TIFF of a kind that Pillow does not know: save it with 8 bits"
+        return "a TIFF that is cut short, or of a kind that Pillow does not know: save it with 8 bits"
     bits = jpeg_bits(data)
     return None if bits in (None, 8) else f"a JPEG of {bits} bits: save it with 8"
 
