@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from nvcnn.files import to_read
 from nvcnn.machine import chosen_kernels, versions
 from nvcnn.models import Origin, Preprocessing
 from nvcnn.program import InputError
@@ -154,7 +155,7 @@ def read(path: Path, mmap: bool = False) -> Any:
     others or of older versions, is held to zip's checksums.
     """
     try:
-        whole = verified(path)
+        whole = verified(to_read(path))
         zipped = zipfile.is_zipfile(path)  # what torch.save wrote before torch 1.6 is not
         if zipped and not whole:
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums

@@ -109,7 +109,13 @@ def launched_if_known() -> Launch:
 def run(program: Callable[[], int]) -> NoReturn:
     """Calls `program` and exits with what it returns, or with the code of what it raises."""
     name = Path(sys.argv[0]).name
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        # In another encoding a name would be another text, in files that are written and in the order of classes.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
     sys.stdout, sys.stderr = out, _ = lasting(sys.stdout), lasting(sys.stderr)
+    out.reconfigure(errors="backslashreplace")  # as stderr: a name is no reason to fail
     try:
         code = program()
         out.flush()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nvcnn import checkpoint
+from nvcnn.files import to_read
 from nvcnn.machine import compute_dtype
 from nvcnn.models import MODELS, ORIGINS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Classifier
@@ -89,7 +90,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
     except ImportError:
         raise InputError(f"{path}: needs the package safetensors: pip install safetensors") from None
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(to_read(path), "pt") as file:
             told = file.metadata() or {}
             own = {k: json.loads(v) for k, v in told.items() if k != "format"} if "nvcnn" in told else None
             return {name: file.get_tensor(name) for name in file.keys()}, own  # noqa: SIM118 (it is no dictionary)

@@ -13,6 +13,7 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
+from nvcnn.files import to_read
 from nvcnn.program import InputError
 
 
@@ -80,7 +81,7 @@ def opened(
     Raises InputError, of `what`, the reason and `again`, for what is not a tar to its end.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(to_read(Path(path)), "rb", buffering=0) as file:
             end = end if compressed else min(end, os.fstat(file.fileno()).st_size)
             file.seek(at)
             with Archive.open(fileobj=file, mode="r" if compressed else "r:", end=end) as tar:  # type: ignore[call-overload]

@@ -5,13 +5,15 @@ A class's number is its place in order of name, so training and validation must 
 
 import hashlib
 import os
+import tempfile
 from array import array
 from collections.abc import Collection
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.source import for_dali
+from nvcnn.data.source import is_utf_8
+from nvcnn.files import to_read
 from nvcnn.program import InputError
 
 # The suffixes of pillow.FORMATS, in any case.
@@ -26,6 +28,7 @@ class ClassFolders:
         self.names = b"\0".join(encoded)
         self.ends = array("q", accumulate(len(path) + 1 for path in encoded))
         self.numbers = array("q", labels)
+        self.links: tempfile.TemporaryDirectory | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -35,7 +38,11 @@ class ClassFolders:
         return os.fsdecode(self.names[start : self.ends[i] - 1])
 
     def place(self, info: str) -> str:
-        return info
+        directory, _, number = info.rpartition("/")
+        return self.name(int(number)) if self.links and self.links.name == directory else info
+
+    def number(self, place: str) -> int:
+        return self.names.split(b"\0").index(os.fsencode(place))
 
     def read(self, i: int) -> tuple[bytes, int | str]:
         path = Path(self.name(i))
@@ -56,7 +63,13 @@ class ClassFolders:
         return ClassFolders([self.name(i) for i in kept], [self.numbers[i] for i in kept])
 
     def reader(self, dali: Any, order: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-        files = for_dali([self.name(i) for i in range(len(self))])
+        files = [self.name(i) for i in range(len(self))]
+        if odd := [i for i, file in enumerate(files) if not is_utf_8(file)]:  # DALI takes no such name, but a link
+            self.links = tempfile.TemporaryDirectory(prefix="nvcnn-")
+            for i in odd:
+                link = f"{self.links.name}/{i}"
+                os.symlink(os.path.abspath(files[i]), link)
+                files[i] = link
         return dali.fn.readers.file(files=files, labels=self.numbers.tolist(), **order, **options)
 
     def labels(self, output: Any) -> list[int | str]:
@@ -102,6 +115,8 @@ def image_files(folder: Path, name: str, suffixes: tuple[str, ...]) -> tuple[lis
             if is_folder(entry):
                 pending.append(f"{below}/{entry.name}")
             elif entry.name.lower().endswith(suffixes):
+                if not entry.is_file(follow_symlinks=False):
+                    to_read(Path(entry.path))
                 images.append(f"{below}/{entry.name}")
             else:
                 others += 1

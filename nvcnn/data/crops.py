@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nvcnn.data.options import EvaluationOptions
+from nvcnn.data.options import EvaluationOptions, TrainingOptions
+from nvcnn.data.resize import resize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +36,14 @@ def random_crop(
         w, h = max(1, int(w * shrink)), max(1, int(h * shrink))
     left, top = generator.randint(0, width - w), generator.randint(0, height - h)
     return left, top, left + w, top + h
+
+
+def cropped(image: "Image.Image", options: TrainingOptions, generator: random.Random) -> Tensor:
+    """Returns a random crop as `options` want it, (image_size, image_size, 3) uint8."""
+    box = random_crop(*image.size, options.crop_area, options.crop_aspect, generator)
+    out = torch.empty(options.image_size, options.image_size, 3, dtype=torch.uint8)
+    resize(pixels(image.crop(box)), out)
+    return out
 
 
 def pixels(image: "Image.Image") -> Tensor:

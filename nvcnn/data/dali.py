@@ -2,26 +2,43 @@
 
 https://docs.nvidia.com/deeplearning/dali/ . The resize is bilinear, or bicubic where evaluation asks for it, with the
 antialiasing filter of Pillow and torchvision when it makes an image smaller.
+
+Every picture is as Pillow has it. What DALI shows otherwise, or not at all, Pillow decodes: all but JPEG, PNG, WebP and
+plain BMP, very long images, and what `headers.shown_alike` finds.
 """
 
 import math
 import os
+import random
 import re
+import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from nvcnn.data import pillow
 from nvcnn.data.batch import Batch
+from nvcnn.data.crops import cropped, middle
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.epochs import check_position, derived_seed, share
+from nvcnn.data.headers import shown_alike
 from nvcnn.data.options import EvaluationOptions, ReaderOptions, TrainingOptions
 from nvcnn.data.pillow import MAX_PIXELS, REPLACE, undecodable
 from nvcnn.data.resize import BatchResizer
 from nvcnn.data.scan import first_fault
 from nvcnn.data.source import Source
 from nvcnn.program import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DECODED = *_, BMP = [int.from_bytes(start, "little") for start in (b"\xff\xd8", b"\x89P", b"RI", b"BM")]
+MAX_SIDE = 16_383  # pixels; for random crops DALI multiplies sides and aspects as 32-bit integers, which overflow
+PIXEL = struct.pack("<2s4I2i2H6I4x", b"BM", 58, 0, 54, 40, 1, 1, 1, 24, 0, 4, 0, 0, 0, 0)  # a BMP of one
 
 
 class Pipeline:
@@ -55,6 +72,7 @@ class Pipeline:
         self.split = split
         self.source = dataset.source(split)
         self.device = device = options.device
+        self.threads = options.threads
         self.resize = BatchResizer(options.image_size, options.threads) if resize_here else None
         on_gpu = device.type == "cuda"
         self.pipeline = dali.Pipeline(
@@ -73,20 +91,24 @@ class Pipeline:
                 **reader,
             )
             info = dali.fn.get_property(encoded, key="source_info", device="cpu")
-            images = pixels(dali, without_bombs(dali, encoded))
+            decodable, fits = as_far_as_dali_goes(dali, encoded)
+            images = pixels(dali, decodable)
             flip = dali.fn.random.coin_flip(probability=flips, dtype=dali.types.BOOL, seed=derived_seed(*seed, "flip"))
             if on_gpu:
                 images, flip = images.gpu(), flip.gpu()
-            self.pipeline.set_outputs(images, flip, labels, info)
+            self.pipeline.set_outputs(images, flip, labels, info, encoded, fits)
         with self.naming_the_input():
             self.pipeline.build()
 
-    def run(self) -> Batch:
-        """Returns the next batch. Raises InputError for a label outside the classes or an undecodable image."""
+    def run(self, show: Callable[["Image.Image", int], Tensor]) -> Batch:
+        """Returns the next batch. Raises InputError for a label outside the classes or an undecodable image.
+
+        show: returns what the batch shows of an image that Pillow has decoded, the i-th.
+        """
         # Bound to this stream, outputs need no synchronisation; DALI reuses a buffer only when its tensor is freed.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         with self.naming_the_input():
-            images, flip, stored, info = self.pipeline.run(stream)
+            images, flip, stored, info, encoded, fits = self.pipeline.run(stream)
         labels = torch.empty(len(stored), dtype=torch.int64, pin_memory=stream is not None)
         for i, label in enumerate(self.source.labels(stored)):
             try:
@@ -95,6 +117,21 @@ class Pipeline:
                 self.dataset.zero_based(label, self.source.place(bytes(info.at(i)).decode()))
         images = self.resize(images) if self.resize else torch.from_dlpack(images.as_tensor())
         flip = torch.from_dlpack(flip.as_tensor())
+
+        fits = fits.as_array().reshape(-1).tolist()
+        if left := [i for i, fit in enumerate(fits) if not (fit and shown_alike(memoryview(encoded[i]).cast("B")))]:
+            pillow.require_pillow()
+
+            def decode(i: int) -> Tensor:
+                try:
+                    return show(pillow.decode(bytes(memoryview(encoded[i]))), i)
+                except ValueError as error:
+                    name = self.source.place(bytes(info.at(i)).decode())
+                    raise InputError(undecodable(name, str(error)) + REPLACE) from None
+
+            with ThreadPoolExecutor(self.threads) as pool:
+                for i, image in zip(left, pool.map(decode, left), strict=True):
+                    images[i] = image.to(self.device)
         return Batch(images, labels.to(self.device, non_blocking=True), flip)
 
     @contextmanager
@@ -106,8 +143,8 @@ class Pipeline:
             text = str(error)
             if "might come from another pipeline" in text:
                 raise InputError(
-                    f"--data_dir={self.dataset.directory}: the run to resume read files of another kind, or decoded on "
-                    "another device: give its data and --data_backend, or another --log_dir"
+                    f"--data_dir={self.dataset.directory}: the run to resume read files of another kind, decoded on "
+                    "another device, or with another version of nvcnn or DALI: give what it had, or another --log_dir"
                 ) from error
             found = re.search(
                 r"fn\.(readers|decoders|peek_image_shape).*encountered:\s*(.+?)\s*(\n|$)", text, re.DOTALL
@@ -121,7 +158,7 @@ class Pipeline:
                     or f"--data_dir={self.dataset.directory}: a file cannot be read ({what}): copy or make it again"
                 )
             elif sample := re.search(r"Failed to decode sample #\d+ : (.+)", what):
-                message = undecodable(self.source.place(sample[1]), "its data are damaged") + REPLACE
+                message = refused(self.source, self.source.place(sample[1]))
             else:  # DALI names no sample when not even a header can be read; the run is over, so there is time to look
                 message = first_fault(self.dataset, self.split, images=True) or (
                     f"--data_dir={self.dataset.directory}: an image of {self.split} cannot be decoded ({what}), "
@@ -130,25 +167,47 @@ class Pipeline:
             raise InputError(message) from error
 
 
+def refused(source: Source, place: str) -> str:
+    """Returns why an image cannot be decoded, in Pillow's words, so that they are the same whatever decodes."""
+    pillow.require_pillow()
+    try:
+        pillow.decode(source.read(source.number(place))[0])
+    except InputError as error:
+        return str(error)
+    except ValueError as error:
+        return undecodable(place, str(error)) + REPLACE
+    return f"{undecodable(place, 'by DALI')}: give --data_backend=torch, since Pillow can"
+
+
 def unreadable(what: str, source: Source) -> str | None:
     """Returns what DALI's reader says, with the file and the record that it means in front; None if it names none."""
     reason, again = re.sub(r"^Assert on .*? failed: ", "", what), "copy or make the data set again"
     if record := re.search(r"[^:]*: (.* at index \d+)", reason):
         return f"{source.place(record[1])} cannot be read ({reason}): {again}"
     if (found := re.search(r"failed: (.+)$", reason)) and not os.access(found[1], os.R_OK):
-        return f"{found[1]}: cannot be read (deleted, or not readable any more): {again}"
+        return f"{source.place(found[1])}: cannot be read (deleted, or not readable any more): {again}"
     if found and os.path.getsize(found[1]) == 0:
-        return undecodable(found[1], "it has no bytes") + REPLACE
+        return undecodable(source.place(found[1]), "it has no bytes") + REPLACE
     return None
 
 
-def without_bombs(dali: Any, encoded: Any) -> Any:
-    """Returns the images, but those with too many pixels without bytes: decoding fails before memory runs out."""
-    types = dali.types
-    shape = dali.fn.peek_image_shape(encoded, dtype=types.INT64)
-    fits = shape[0] * shape[1] <= MAX_PIXELS
-    size = dali.fn.cast(encoded.shape(dtype=types.INT32)[0:1] * fits, dtype=types.INT32)
-    return dali.fn.slice(encoded, types.Constant(0, dtype=types.INT32, shape=[1]), size, axes=[0])
+def as_far_as_dali_goes(dali: Any, encoded: Any) -> tuple[Any, Any]:
+    """Returns the images, a pixel in place of each that DALI is not to decode, and whether it is to."""
+    fn, types = dali.fn, dali.types
+    pixel = types.Constant(list(PIXEL), dtype=types.UINT8, shape=[len(PIXEL)])
+
+    def where(condition: Any, images: Any) -> Any:  # what `if` becomes in a pipeline_def; it copies nothing
+        (kept, _), (_, other) = (fn._conditional.split(x, predicate=condition, _if_stmt=True) for x in (images, pixel))
+        return fn._conditional.merge(kept, other, predicate=condition)
+
+    start = fn.reinterpret(fn.slice(encoded, 0, 32, axes=[0], out_of_bounds_policy="pad"), dtype=types.UINT16)
+    magic, bits, compression = start[0], start[14], start[15]
+    known = fn.lookup_table(magic, keys=DECODED, values=[1] * len(DECODED), dtype=types.BOOL)
+    known = known & ((magic != BMP) | ((bits != 16) & (compression == 0)))
+    images = where(known, encoded)
+    shape = fn.peek_image_shape(images, dtype=types.INT64)
+    fits = known & (shape[0] * shape[1] <= MAX_PIXELS) & (dali.math.max(shape[0], shape[1]) <= MAX_SIDE)
+    return where(fits, images), fits
 
 
 class TrainingData:
@@ -167,7 +226,7 @@ class TrainingData:
         decode_on_gpu: bool = False,
     ) -> None:
         """state: what `state_dict()` returned, to go on with the very next batch."""
-        self.images = dataset.count("train")
+        self.images, self.options = dataset.count("train"), options
         self.steps_per_epoch = check_position(dataset, options, state, "dali")
         # The reader pads each rank's share to the largest and then to full batches; what is padded is dropped here.
         self.padded_steps = math.ceil(math.ceil(self.images / options.ranks) / options.batch_size)
@@ -209,11 +268,16 @@ class TrainingData:
     def __next__(self) -> Batch:
         if self.batch == self.steps_per_epoch:
             for _ in range(self.padded_steps - self.steps_per_epoch):
-                self.pipeline.run()
+                self.pipeline.run(self.show)
             self.epoch, self.batch = self.epoch + 1, 0
-        batch = self.pipeline.run()
+        batch = self.pipeline.run(self.show)
         self.batch += 1
         return batch
+
+    def show(self, image: "Image.Image", i: int) -> Tensor:
+        options = self.options
+        seed = derived_seed(options.seed, options.rank, "crop", self.epoch, self.batch, i)
+        return cropped(image, options, random.Random(seed))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position after the last batch handed out, and the reader's own state."""
@@ -234,7 +298,7 @@ class EvaluationData:
     def __init__(self, dataset: Dataset, options: EvaluationOptions, *, decode_on_gpu: bool = False) -> None:
         images, rank = dataset.count("validation"), options.rank
         self.images = len(share(images, rank, options.ranks))
-        self.batch_size = options.batch_size
+        self.batch_size, self.options = options.batch_size, options
         shards = min(options.ranks, images)  # DALI refuses more shards than images
 
         def pixels(dali: Any, encoded: Any) -> Any:
@@ -271,6 +335,6 @@ class EvaluationData:
             return
         pipeline = self.open()
         for start in range(0, self.images, self.batch_size):
-            images, labels, flip = pipeline.run()
+            images, labels, flip = pipeline.run(lambda image, _: middle(image, self.options))
             rest = self.images - start  # after the last image the reader begins again
             yield Batch(images[:rest], labels[:rest], flip[:rest])

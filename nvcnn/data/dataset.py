@@ -11,6 +11,7 @@ from nvcnn.data.class_folders import FOLDERS, find_classes, open_class_folders, 
 from nvcnn.data.records import Records
 from nvcnn.data.source import Source
 from nvcnn.data.tars import Tars
+from nvcnn.files import to_read
 from nvcnn.program import InputError
 
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
@@ -170,7 +171,7 @@ def find_kind(directory: Path) -> str:
 def read_dataset_json(path: Path) -> dict:
     """Returns the content of dataset.json, checked; an empty dictionary when the file does not exist."""
     try:
-        declared = json.loads(path.read_text())
+        declared = json.loads(to_read(path).read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -4,15 +4,16 @@ import io
 import warnings
 from typing import TYPE_CHECKING
 
+from nvcnn.data.headers import ORIENTATION, jpeg_bits
 from nvcnn.program import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 178_956_970  # where Pillow sees a decompression bomb; more than a camera's, and 500 MB decoded
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")  # what DALI decodes, too
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 PNG_END = b"IEND\xae\x42\x60\x82"  # a PNG's last chunk with its CRC
-ORIENTATION = 0x0112  # EXIF's tag; its values 2 .. 8 name the transposition that makes an image upright
+SAMPLE_FORMAT = 0x0153  # TIFF's tag; 2 means signed integers, 3 floating-point numbers
 REPLACE = ": replace it and make the data set again, or leave such images out with --skip_bad_images"
 UPRIGHT = (
     *("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE"),
@@ -41,18 +42,39 @@ def decode(data: bytes) -> "Image.Image":
         image.load()
         if image.format == "PNG" and PNG_END not in data:  # Pillow does without, DALI does not
             raise ValueError("image file is truncated")
-        if image.mode.startswith("I;16"):  # Pillow would clip at 255
-            image = image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        image = of_8_bits(image)
     except Image.DecompressionBombError:
         width, height = size(data)
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}") from None
     except UnidentifiedImageError:
-        raise ValueError("it is not a JPEG, PNG, BMP, WebP, TIFF, PPM or JPEG 2000 file") from None
+        what = unknown(data) or "not a JPEG, PNG, BMP, WebP, TIFF, PPM or JPEG 2000 file"
+        raise ValueError(f"it is {what}") from None
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged files
         raise ValueError(next(iter(str(error).splitlines()), "") or type(error).__name__) from None
     orientation = orientation_of(image)
     image = image if image.mode == "RGB" else image.convert("RGB")
     return image.transpose(Image.Transpose[UPRIGHT[orientation - 2]]) if orientation in range(2, 9) else image
+
+
+def of_8_bits(image: "Image.Image") -> "Image.Image":
+    """Returns grey of 16 bits as grey of 8, which Pillow would clip at 255, and other images as they are.
+
+    Raises ValueError for numbers of which nothing says what is white.
+    """
+    tiff = image.tag_v2 if image.format == "TIFF" else None  # type: ignore[attr-defined]
+    if image.mode == "F" or (tiff and (image.mode == "I" or not {2, 3}.isdisjoint(tiff.get(SAMPLE_FORMAT, ())))):
+        raise ValueError("its pixels are signed, 32-bit or floating-point numbers: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    return image
+
+
+def unknown(data: bytes) -> str | None:
+    """Returns what a file is that Pillow does not know, where that can be said."""
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "a TIFF that is cut short, or of a kind that Pillow does not know: save it with 8 bits"
+    bits = jpeg_bits(data)
+    return None if bits in (None, 8) else f"a JPEG of {bits} bits: save it with 8"
 
 
 def size(data: bytes) -> tuple[int, int]:

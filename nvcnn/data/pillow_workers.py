@@ -23,13 +23,12 @@ from torch.utils.data import DataLoader, default_collate
 
 from nvcnn.data import pillow
 from nvcnn.data.batch import Batch
-from nvcnn.data.crops import middle, pixels, random_crop
+from nvcnn.data.crops import cropped, middle
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.epochs import check_position, derived_seed, share
 from nvcnn.data.options import EvaluationOptions, ReaderOptions, TrainingOptions
 from nvcnn.data.pillow import REPLACE, undecodable
 from nvcnn.data.processes import cannot_start, end_with
-from nvcnn.data.resize import resize
 from nvcnn.program import STOPS, InputError
 
 Key = tuple[int, int]  # epoch, sample
@@ -66,10 +65,7 @@ class Samples:
             return middle(image, options), number, False
         assert isinstance(options, TrainingOptions)
         generator = random.Random(derived_seed(options.seed, "crop", epoch, i))
-        box = random_crop(*image.size, options.crop_area, options.crop_aspect, generator)
-        out = torch.empty(options.image_size, options.image_size, 3, dtype=torch.uint8)
-        resize(pixels(image.crop(box)), out)
-        return out, number, generator.random() < 0.5
+        return cropped(image, options, generator), number, generator.random() < 0.5
 
     def __getitems__(self, keys: list[Key]) -> Batch | str:
         pillow.require_pillow()  # a worker of its own

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from nvcnn.data.source import for_dali
+from nvcnn.files import to_read
 from nvcnn.program import InputError
 
 OPEN_FILES = 128  # per process; the usual limit of 1024 is also for sockets, libraries and the rest
@@ -61,8 +62,8 @@ class ShardSource:
             names = " or ".join(cls.patterns[split])
             raise InputError(f"--data_dir={directory}: no {names} files: prepare the data set, or correct the path")
         for shard in shards:
-            shard.stat()  # a link that leads nowhere is an error even if `lenient`
-            if not index_path(shard).exists():
+            to_read(shard).stat()  # a link that leads nowhere is an error even if `lenient`
+            if not to_read(index_path(shard)).exists():
                 cls.build_index(shard)
         source = cls(shards)
         for shard, numbers in zip(shards, source.places, strict=True):
@@ -137,6 +138,11 @@ class ShardSource:
 
     def name(self, i: int) -> str:
         raise NotImplementedError
+
+    def number(self, place: str) -> int:
+        shard = next(n for n, path in enumerate(self.shards) if place.startswith(f"{path}: "))
+        line = self.places[shard][:: self.line.groups].index(int(place.rpartition(" ")[2]))
+        return bisect_left(self.kept, self.starts[shard] + line)
 
     def read_pieces(self, i: int) -> list[bytes]:
         """Returns the pieces of sample i. Raises InputError when the file cannot be read or has no such bytes."""

@@ -23,6 +23,9 @@ class Source(Protocol):
     def place(self, info: str) -> str:
         """Returns the same, made from what DALI's reader says of a sample."""
 
+    def number(self, place: str) -> int:
+        """Returns the sample of which `place` is such a text."""
+
     def firsts(self) -> list[int]:
         """Returns the samples whose labels are checked before a run."""
 
@@ -42,9 +45,13 @@ class Source(Protocol):
         """Returns the labels, as stored, of a batch of the reader; a label that is not a number as text."""
 
 
+def is_utf_8(path: str) -> bool:
+    return path.isascii() or path.encode(errors="ignore").decode() == path
+
+
 def for_dali(paths: list[str]) -> list[str]:
     """Returns the paths. Raises InputError for one that is not UTF-8, as DALI takes no other."""
     for path in paths:
-        if not path.isascii() and path.encode(errors="ignore").decode() != path:
+        if not is_utf_8(path):
             raise InputError(f"{path}: DALI takes names in UTF-8 alone: rename it, or give --data_backend=torch")
     return paths

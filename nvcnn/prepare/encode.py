@@ -10,6 +10,7 @@ from nvcnn.data import class_folders, pillow
 FORMATS = (*pillow.FORMATS, "GIF")  # more than training reads: DALI has no GIF, but it becomes a JPEG
 SUFFIXES = (*class_folders.SUFFIXES, ".gif")
 END_OF_IMAGE = b"\xff\xd9"
+JPEG_SIDE = 65_500  # libjpeg's limit
 
 
 class UnreadableImage(Exception):
@@ -53,7 +54,8 @@ def standard(data: bytes, encoding: Encoding) -> tuple[bytes, bool]:
             # Without an end the file is most likely cut short. Decoding tells whether pixels are missing.
             image.load()
     except UnidentifiedImageError:
-        raise UnreadableImage("is not an image, or is cut short in its header") from None
+        what = pillow.unknown(data) or "not an image, or is cut short in its header"
+        raise UnreadableImage(f"is {what}") from None
     except Exception as error:  # on damaged files Pillow raises whatever its parsing stumbles over
         raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from None
     return data, False
@@ -65,18 +67,20 @@ def _jpeg(image, encoding: Encoding) -> bytes:
 
     # 4:4:4 keeps the colour of every pixel; a JPEG rarely has more than that of every second.
     subsampling = "4:2:0" if image.format in ("JPEG", "MPO") else "4:4:4"
+    image = pillow.of_8_bits(image)
     if encoding.max_side is not None and image.mode in ("L", "RGB"):
         # libjpeg halves the image while it decodes, as long as the filter keeps three times the pixels it needs.
         image.thumbnail((encoding.max_side, encoding.max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-        image = image.convert("I").point(lambda value: value * (1 / 257))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode not in ("L", "RGB"):
-        image = image.convert("L" if image.mode in ("1", "I", "F", "LA") else "RGB")
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
         if encoding.max_side is not None:
             image.thumbnail((encoding.max_side, encoding.max_side), Image.Resampling.LANCZOS)
+    if max(image.size) > JPEG_SIDE:
+        width, height = image.size
+        raise UnreadableImage(f"is {width} x {height} pixels, a JPEG at most {JPEG_SIDE} a side: give --max_side")
     image.info.pop("comment", None)
     out = io.BytesIO()
     image.save(out, "JPEG", quality=encoding.quality, subsampling=subsampling)

@@ -14,6 +14,7 @@ import zlib
 from http.client import HTTPException
 from pathlib import Path
 
+from nvcnn.files import to_read
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import png
 from nvcnn.prepare.manifest import is_complete
@@ -45,7 +46,7 @@ def read_idx(directory: Path, name: str) -> bytes:
     """Returns the content of `name`.gz, uncompressed. Raises InputError if it is unreadable or something else."""
     path = directory / f"{name}.gz"
     try:
-        data = gzip.decompress(path.read_bytes())
+        data = gzip.decompress(to_read(path).read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({why}): give a directory with Fashion-MNIST's four .gz") from None

@@ -102,7 +102,7 @@ class ImageNet(ImageFiles):
     """ILSVRC2012, from its archives or class folders: 1.28 million images"""
 
     devkit: str | None = source(None, "ILSVRC2012_devkit_t12.tar.gz or its directory: validation labels")
-    val_labels: str | None = source(None, "instead of --devkit: a synset or label from 1 per line, by file name")
+    val_labels: str | None = source(None, "instead of --devkit: a synset or label from 1 per line, by image number")
     synsets: str | None = source(None, "classes by label, one per line; none: those of --train, sorted")
 
     def blueprint(self) -> Blueprint:

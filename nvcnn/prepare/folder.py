@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nvcnn.data.class_folders import class_names, image_files
 from nvcnn.data.processes import worker_pool
+from nvcnn.files import to_read
 from nvcnn.prepare.blueprint import Blueprint, Sample, read_sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding, standard
 from nvcnn.program import InputError
@@ -31,7 +32,7 @@ def scan_class(directory: Path, name: str) -> tuple[list[tuple[str, int]], int]:
 
 def file_size(path: Path) -> int:
     """Returns the bytes of a file, and 0 for a link to nowhere, which becomes an unreadable image."""
-    return path.stat().st_size if path.exists() else 0
+    return to_read(path).stat().st_size if path.exists() else 0
 
 
 def scan_folders(directory: Path, flag: str, workers: int) -> dict[str, list[tuple[str, int]]]:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from nvcnn.data.archives import is_file, opened
 from nvcnn.data.processes import worker_pool
+from nvcnn.files import to_read
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding
 from nvcnn.prepare.folder import encode_file, encoding_flags, file_size, scan_folders, to_samples
@@ -34,7 +35,7 @@ IDS = ("490", "361", "171", "822", "297")  # how the ground truth begins, in the
 
 
 class Devkit(NamedTuple):
-    """synsets: those of the validation images, in order of file name. words: what each synset means."""
+    """synsets: those of the validation images, in order of their numbers. words: what each synset means."""
 
     synsets: list[str]
     words: dict[str, str]
@@ -56,7 +57,7 @@ def blueprint(
     """Returns what to write of `train` and `val`, each a tar or a directory. Class folders need no labels beside them.
 
     synsets: a file of one class per line in order of label, with or without words behind it; none: those of `train`,
-    sorted. val_labels: a file of a synset or label per validation image, in order of file name.
+    sorted. val_labels: a file of a synset or label per validation image, in order of the numbers in their names.
     Raises InputError for sources that are not ImageNet's, or do not belong together.
     """
     words: dict[str, str] = {}
@@ -147,11 +148,14 @@ def scan_train(train: Path, workers: int) -> dict[str, list[tuple[str, int, int]
 def validation(
     val: Path, label: Mapping[str, int], kit: Devkit | None, val_labels: Path | None, workers: int
 ) -> list[Sample]:
-    """Returns the validation images in order of file name, from a tar, a directory of images or class folders."""
+    """Returns the validation images from a tar, a directory of images or class folders.
+
+    Images beside each other have names that end in a number: the n-th label is that of number n.
+    """
     what = f"--val={val}"
     if val.is_dir():
         try:
-            paths = sorted(val.iterdir())
+            paths = sorted(path for path in val.iterdir() if not path.name.startswith("."))
         except OSError as error:
             raise InputError(f"{what}: cannot be listed ({error.strerror}): make it readable") from None
         if any(path.is_dir() for path in paths):
@@ -163,9 +167,10 @@ def validation(
             return sorted(to_samples(val, folders, list(label)), key=lambda sample: Path(sample.name).name)
         found = [(path.name, 0, file_size(path)) for path in paths if path.suffix.lower() in SUFFIXES]
     else:
-        found = sorted((Path(m.name).name, m.offset_data, m.size) for m in members(val, what))
+        found = [(Path(m.name).name, m.offset_data, m.size) for m in members(val, what)]
     if not found:
         raise InputError(f"{what}: holds no images: give ILSVRC2012_img_val.tar, or a directory of its images")
+    images = by_number(what, found)
     if val_labels is not None:
         labels, source = read_val_labels(val_labels, label), f"--val_labels={val_labels}"
     elif kit is not None:
@@ -176,16 +181,38 @@ def validation(
         raise InputError(
             f"{source}: labels {len(labels)} images, but {what} holds {len(found)}: give those of this set"
         )
-    for (name, _, _), number in zip(found, labels, strict=True):
+    samples = []
+    for i, number in enumerate(labels, 1):
+        if i not in images:
+            raise InputError(f"{what}: no image has the number {i}, which {source} labels: give the images of this set")
+        name, at, size = images[i]
         if number < 0:
             raise InputError(
                 f"{what}: the class of {name} is not in --train: give the validation images of its classes"
             )
-    return [Sample(name, number, str(val), at, size) for (name, at, size), number in zip(found, labels, strict=True)]
+        samples.append(Sample(name, number, str(val), at, size))
+    return samples
+
+
+def by_number(what: str, images: list[tuple[str, int, int]]) -> dict[int, tuple[str, int, int]]:
+    """Returns images by the number that their names end in, which says what label they have.
+
+    Raises InputError for a name without a number, and for two with the same, which are copies.
+    """
+    found: dict[int, tuple[str, int, int]] = {}
+    for image in sorted(images):
+        number = re.search(r"([0-9]+)\.\w+$", image[0])
+        if number is None:
+            raise InputError(f"{what}: {image[0]} does not end in a number, which says what label is its: remove it")
+        if (other := found.setdefault(int(number[1]), image)) is not image:
+            raise InputError(f"{what}: {other[0]} and {image[0]} have the same number: remove one of them")
+    return found
 
 
 def read_lines(path: Path, flag: str) -> list[str]:
     """Returns the lines of a text file, without the empty ones."""
+    if not str(path).startswith("/dev/fd/"):  # what a shell's <(command) gives is read to its end
+        to_read(path)
     try:
         return [line for line in map(str.strip, path.read_text().splitlines()) if line]
     except (OSError, ValueError) as error:
@@ -239,7 +266,7 @@ def read_devkit(path: Path) -> Devkit:
                 if len(files) > 1:
                     raise InputError(f"{what}: holds {files[0]} and {files[1]}: give the directory of one kit")
                 if files:
-                    found[name] = files[0].read_bytes()
+                    found[name] = to_read(files[0]).read_bytes()
         except OSError as error:
             raise InputError(f"{what}: cannot be read ({error.strerror}): {again}") from None
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvcnn.data.shard_source import atomic_writer, index_path
+from nvcnn.files import to_read
 from nvcnn.prepare.formats import FORMATS
 from nvcnn.program import InputError
 
@@ -22,7 +23,7 @@ def is_temporary(path: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(to_read(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}): delete it, and prepare the data set again") from None
     if not isinstance(values, dict):
@@ -82,7 +83,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def sha256_of(path: Path) -> str | None:
     """Returns the SHA-256 of a file that fits into memory; None if it does not exist."""
     with suppress(FileNotFoundError):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(to_read(path).read_bytes()).hexdigest()
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from nvcnn.data.dataset import read_dataset_json
 from nvcnn.data.processes import worker_pool
 from nvcnn.data.shard_source import index_path
+from nvcnn.files import to_read
 from nvcnn.prepare.formats import AGAIN, FORMATS
 from nvcnn.prepare.manifest import is_temporary, read_manifest, sha256_of
 from nvcnn.prepare.progress import progress
@@ -54,9 +55,9 @@ def verify(directory: Path, workers: int) -> None:
 def check_shard(path: Path, part: Mapping[str, Any], file_format: str) -> None:
     """Checks one shard and its index, in a worker. Raises InputError if one is not as it was written."""
     try:
-        size, sha256 = path.stat().st_size, hashlib.sha256()
+        size, sha256 = to_read(path).stat().st_size, hashlib.sha256()
         lines = FORMATS[file_format].read(path, sha256)
-        index = index_path(path).read_text()
+        index = to_read(index_path(path)).read_text()
     except OSError as error:
         raise InputError(
             f"{error.filename}: cannot be read ({error.strerror}): copy the file again, or prepare again"

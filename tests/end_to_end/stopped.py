@@ -1,7 +1,11 @@
-"""Runs launch/prepare.py, but its third shard brings a signal: python stopped.py SIGNAL ARGUMENTS"""
+"""Runs launch/prepare.py, but its third shard brings a signal: python stopped.py SIGNAL ARGUMENTS
+
+It begins as in the background of a script, where a shell has Ctrl-C ignored.
+"""
 
 import os
 import runpy
+import signal
 import sys
 from contextlib import contextmanager
 from itertools import count
@@ -26,5 +30,6 @@ def progress(images):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     write.progress = progress
     runpy.run_path(str(Path(__file__).parents[2] / "launch/prepare.py"), run_name="__main__")

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -164,6 +165,29 @@ def test_a_reader_that_has_gone_ends_no_program():
     assert said == b"train.py: done, but not all of its output could be written (No space left on device)\n"
     code, said = piped("print(1)\n    return 0", stdout=None, preexec_fn=lambda: os.close(1))
     assert (code, said) == (0, b"")
+
+
+def test_ctrl_c_where_a_shell_has_it_ignored():
+    """So it has what a script starts in the background."""
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    command = [sys.executable, "-c", ignored + PROGRAM.format("signal.raise_signal(signal.SIGINT); return 0")]
+    program = subprocess.run(command, capture_output=True, text=True)
+    assert (program.returncode, program.stderr) == (1, "train.py: interrupted\n")
+
+
+@pytest.mark.parametrize("locale", [{}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_any_name_can_be_said_in_any_locale(locale):
+    """What is not ASCII, or not even UTF-8, is text of its own: the same in all locales, in files that are written."""
+    does = "name = os.listdir(sys.argv[1])[0]; print(name, ascii(name)); raise InputError(name)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LC_")}
+    environment |= {"LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict"} | locale
+    with tempfile.TemporaryDirectory() as directory:
+        open(os.fsencode(directory) + b"/caf\xe9-\xc3\xbc", "w").close()
+        command = [sys.executable, "-c", "import os" + PROGRAM.format(does), directory]
+        program = subprocess.run(command, capture_output=True, text=True, env=environment)
+    name = r"caf\udce9-\xfc"
+    assert (program.returncode, program.stdout) == (2, f"{name} '{name}'\n")
+    assert program.stderr == f"train.py: {name}\n"
 
 
 def test_what_nobody_expects_has_a_traceback():

@@ -8,7 +8,7 @@ import torch
 from nvcnn.data.tfrecord import encode_example
 from nvcnn.program import InputError
 from tests.nvcnn.data.reading import evaluation, find, same, training
-from tests.samples import picture, record, write_shard, write_split
+from tests.samples import WRITERS, picture, record, write_shard, write_split
 
 pytest.importorskip("nvidia.dali")
 
@@ -51,6 +51,21 @@ def test_a_record_without_one_label_is_told(tmp_path, stored):
     for batch_size in (1, 4):
         with pytest.raises(InputError, match=rf"train-0: the record at byte \d+: {wrong}: make the file again"):
             list(itertools.islice(training(find(tmp_path), batch_size=batch_size), 4))
+
+
+def test_a_position_of_another_pipeline(dataset):
+    """Operators go by name, and another version has others."""
+    state = training(dataset).state_dict()
+    other = bytes(state["reader"].tolist()).replace(b"CoinFlip", b"CoinToss")
+    with pytest.raises(InputError, match="or with another version of nvcnn or DALI: give what it had"):
+        training(dataset, state=state | {"reader": torch.frombuffer(bytearray(other), dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_sample_is_found_by_its_place(sources, kind):
+    """So DALI's error, which names only that, gets Pillow's reason."""
+    source = sources[kind].source("train").without({7, 30})
+    assert [source.number(source.name(i)) for i in range(len(source))] == [*range(len(source))]
 
 
 def test_a_png_that_is_cut(tmp_path, device):

@@ -1,20 +1,24 @@
 """find_dataset accepts what can be trained on, and has one clear line for everything else."""
 
 import gzip
+import io
 import itertools
 import json
+import os
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from nvcnn.data.records import Records
 from nvcnn.data.shard_source import index_path
 from nvcnn.data.tars import Tars
 from nvcnn.data.tfrecord import encode_example
 from nvcnn.program import InputError
-from tests.nvcnn.data.reading import BACKENDS, epoch, find, joined, training
-from tests.samples import IMAGES, WRITERS, add, record, write_folders, write_shard, write_tars
+from tests.nvcnn.data.reading import BACKENDS, WHOLE, epoch, find, joined, training
+from tests.samples import IMAGES, WRITERS, add, picture, record, write_folders, write_shard, write_tars
 
 FIRST, MIDDLE = "train-00000-of-00003", "train-00001-of-00003"  # the second is the shard that tests damage
 
@@ -112,6 +116,18 @@ def outside(label, **flags):
 
 
 PARTLY = rf"{MIDDLE}\.idx: is not all of"
+
+
+def pipe(name):
+    """Puts a named pipe there, at which a reader would wait for ever."""
+
+    def put(directory):
+        (directory / name).unlink(missing_ok=True)
+        os.mkfifo(directory / name)
+
+    return put, rf"{name}: is a named pipe, not a file: remove it"
+
+
 REFUSED = {  # what is done to a directory of TFRecords, the words of the message, and the flags, if any
     "num_classes against dataset.json": (declare, r"--num_classes=.*dataset\.json says", {"num_classes": 62}),
     "label_base against dataset.json": (declare, r"--label_base=.*dataset\.json says", {"label_base": 0}),
@@ -143,6 +159,9 @@ REFUSED = {  # what is done to a directory of TFRecords, the words of the messag
     "an index of words": garbled("zero ten\n"),
     "an index with a sign": garbled("-1 5\n"),
     "an index with an empty line": garbled("\n"),
+    "a named pipe for a shard": pipe(FIRST),
+    "a named pipe for an index": pipe(f"{FIRST}.idx"),
+    "a named pipe for dataset.json": pipe("dataset.json"),
     "no TFRecord": (lambda d: (d / "train-x").write_text("a file like any other"), "train-x: no TFRecord at byte 0"),
     "no tf.train.Example": first(b"not a message", "not a tf.train.Example"),
     "no image": first(encode_example({"image/class/label": [1]}), "image/encoded"),
@@ -243,6 +262,11 @@ FOLDERS_REFUSED = {  # what is done to train/ and val/ of two classes, the words
     "other num_classes": (lambda d: None, r"--num_classes=5: .* has 2: leave the flag out", {"num_classes": 5}),
     "other label_base": (lambda d: None, r"--label_base=1: .* has 0", {"label_base": 1}),
     "other dataset.json": (declare, r"dataset\.json: num_classes is not that of the class folders"),
+    "a named pipe among images": pipe("train/n00001/p.jpg"),
+    "a link to a device among images": (
+        lambda d: (d / "train/n00001/p.jpg").symlink_to("/dev/zero"),
+        r"train/n00001/p\.jpg: is a device, not a file",
+    ),
     "a class without images": (
         lambda d: [(d / split / "empty").mkdir() for split in ("train", "val")],
         r"train/empty: holds no images",
@@ -388,16 +412,21 @@ def test_what_is_no_sample_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tars", "folders"])
 def test_names_that_are_not_utf_8(tmp_path, kind):
-    """A tar's index takes them as far as it can; DALI does not take them as names of files."""
+    """A tar's index takes them as far as it can; DALI, which does not take them as names of files, gets links."""
     name = "{:06d}\udcff" if kind == "tars" else "n{1:05d}/image {0}\udcff"
     WRITERS[kind](tmp_path / "data", "train", IMAGES, name=name)
     found = find(tmp_path / "data", num_classes=None if kind == "folders" else IMAGES)
     assert {int(label) for label in joined(epoch(training(found, "torch"))).labels} <= set(range(IMAGES))
-    if kind == "tars":
-        assert epoch(training(found))
-    else:
-        with pytest.raises(InputError, match=r"image 0\udcff.png: DALI takes names in UTF-8 alone: .*backend=torch"):
-            training(found)
+    images = {}
+    for batch in epoch(training(found, image_size=28, **WHOLE)):
+        images |= dict(zip(batch.labels.tolist(), batch.images, strict=True))
+    assert len(images) == 60
+    for label, image in images.items():
+        assert np.array_equal(image, Image.open(io.BytesIO(picture(label))).convert("RGB"))
+    if kind == "folders":
+        (tmp_path / "data/train/n00007/image 7\udcff.png").write_bytes(picture(7)[:60])
+        with pytest.raises(InputError, match=r"train/n00007/image 7\udcff\.png: the image cannot be decoded"):
+            epoch(training(found, batch_size=IMAGES))
 
 
 def test_a_path_that_is_not_utf_8(directory):

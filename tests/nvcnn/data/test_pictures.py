@@ -2,16 +2,21 @@
 
 import io
 import random
+import re
+import struct
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from nvcnn.data.class_folders import SUFFIXES
 from nvcnn.data.crops import random_crop
 from nvcnn.data.dataset import Dataset
-from tests.nvcnn.data.reading import BACKENDS, evaluation, find, joined, training
+from nvcnn.prepare.encode import Encoding, UnreadableImage, standard
+from nvcnn.program import InputError
+from tests.nvcnn.data.reading import BACKENDS, evaluation, find, joined, same, training
 from tests.samples import file_of, write_split
 
 ks_2samp = pytest.importorskip("scipy.stats").ks_2samp
@@ -156,6 +161,29 @@ def test_keep_shows_what_torchvision_s_weights_were_evaluated_with(tmp_path, siz
     assert np.abs(shows - expected).max() <= 1 + pixels_off * step
 
 
+def turned(kind: str, **options) -> bytes:
+    """Returns a picture whose orientation stands in XMP alone."""
+    return file_of(smooth(), kind, xmp=b'<rdf:Description tiff:Orientation="6"/>', **options)
+
+
+def png_text(keyword: str, text: str) -> bytes:
+    texts = PngInfo()
+    texts.add_itxt(keyword, text)
+    return file_of(smooth(), "PNG", pnginfo=texts)
+
+
+def grey_of(dtype: str, scale: float) -> bytes:
+    """Returns a TIFF of the grey picture's values, times `scale`."""
+    return file_of(Image.fromarray((np.asarray(smooth("L")) * scale).astype(dtype)), "TIFF")
+
+
+def pnm(header: str, mode: str, scale: float = 1, text: bool = False) -> bytes:
+    values = np.round(np.asarray(smooth(mode)) * scale).astype(np.uint8)
+    return header.encode() + (" ".join(map(str, values.ravel())).encode() if text else values.tobytes())
+
+
+SIXTEEN = np.asarray(smooth("L")).astype(np.uint16) * 257
+EXIF_OF_A_LONG = b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\4\0\0\0\1\0\0\0\6\0\0\0\0"
 PICTURES = {
     "grey PNG": file_of(smooth("L"), "PNG"),
     "grey JPEG": file_of(smooth("L"), "JPEG", quality=95),
@@ -165,20 +193,99 @@ PICTURES = {
     "CMYK JPEG": file_of(smooth("CMYK"), "JPEG", quality=95),
     **{kind: file_of(smooth(), kind) for kind in ("BMP", "TIFF", "PPM", "JPEG2000")},
     "WebP": file_of(smooth(), "WEBP", lossless=True),
-    "16 bits": file_of(Image.fromarray(np.asarray(smooth("L")).astype(np.uint16) * 257), "PNG"),
+    "16 bits": file_of(Image.fromarray(SIXTEEN), "PNG"),
     **{f"EXIF {n}": file_of(smooth(), "JPEG", orientation=n, quality=95) for n in range(1, 9)},
+    # What DALI shows otherwise
+    "XMP": turned("JPEG", quality=95),
+    "XMP behind EXIF without orientation": turned("JPEG", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
+    "XMP in WebP": turned("WEBP", lossless=True),
+    "XMP in PNG": png_text("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>'),
+    "EXIF in PNG's text": png_text("Raw profile type exif", f"\nexif\n{len(EXIF_OF_A_LONG)}\n{EXIF_OF_A_LONG.hex()}\n"),
+    "EXIF of a 32-bit number": file_of(smooth(), "JPEG", quality=95, exif=EXIF_OF_A_LONG),
+    "CMYK JPEG without Adobe's marker": file_of(smooth("CMYK"), "JPEG", quality=95).replace(b"Adobe", b"adobe"),
+    "an animation beside the image": file_of(
+        smooth("L").convert("RGB"), "PNG", save_all=True, append_images=[smooth()] * 2, default_image=True
+    ),
+    "TIFF of 16 bits, big-endian": file_of(Image.frombytes("I;16B", (40, 30), SIXTEEN.astype(">u2").tobytes()), "TIFF"),
+    "grey and alpha TIFF": file_of(smooth("LA"), "TIFF"),
+    "black and white TIFF": file_of(smooth("1"), "TIFF"),
+    "PGM up to 100": pnm("P5 40 30 100\n", "L", 100 / 255),
+    "PPM in words": pnm("P3 40 30 255\n", "RGB", text=True),
+    "BMP of 15 bits": struct.pack("<2s4I2i2H6I", b"BM", 2454, 0, 54, 40, 40, -30, 1, 16, 0, 2400, 0, 0, 0, 0)
+    + (np.asarray(smooth("L")) // 8 * np.uint16(0b10000100001)).astype("<u2").tobytes(),
 }
+
+
+def as_pillow(name: str) -> Image.Image:
+    if "16 bits" in name:  # Pillow's convert would clip
+        return smooth("RGB").convert("L").convert("RGB")
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(PICTURES[name]))).convert("RGB")
 
 
 @backends
 @aspects
 def test_every_kind_of_picture_is_as_pillow_shows_it(tmp_path, aspect, backend):
     images = shown(data_of(tmp_path, list(PICTURES.values()), "validation"), backend, 24, aspect=aspect)
-    for (name, data), (_, image) in zip(PICTURES.items(), sorted(images.items()), strict=True):
-        opened = smooth("L") if name == "16 bits" else Image.open(io.BytesIO(data))  # Pillow's convert would clip
-        upright = ImageOps.exif_transpose(opened).convert("RGB")
+    for name, (_, image) in zip(PICTURES, sorted(images.items()), strict=True):
+        upright = as_pillow(name)
         expected = by_pillow(upright, 24, box=tuple(middle_box(upright.size, aspect)))
         assert np.abs(image - expected).mean() < 1.5, name
+
+
+@backends
+def test_training_shows_the_same_pictures_and_goes_on_with_the_same_crops(tmp_path, backend):
+    """An image of 40 001 x 2 pixels is one more: DALI's random crop of it is beyond its edge, or ends the process."""
+    long = file_of(Image.new("L", (2, 40_001), 77), "PNG")
+    dataset = data_of(tmp_path, [*PICTURES.values(), long])
+    how = {"batch_size": len(PICTURES) + 1, "image_size": 24}
+    whole = next(training(dataset, backend, crop_area=(1.0, 1.0), crop_aspect=(4 / 3, 4 / 3), **how))
+    for image, label in zip(whole.images.double().numpy(), whole.labels.tolist(), strict=True):
+        name = [*PICTURES, "long"][label]
+        upright = Image.new("RGB", (40, 30), (77,) * 3) if name == "long" else as_pillow(name)
+        if upright.size == (40, 30):  # it has the crop's aspect
+            assert np.abs(image - by_pillow(upright, 24)).mean() < 1.5, name
+    data = training(dataset, backend, **how)
+    next(data)
+    resumed = training(dataset, backend, state=data.state_dict(), **how)
+    assert same(next(data), next(resumed))
+
+
+def message(dataset: Dataset, backend: str) -> str | None:
+    try:
+        next(training(dataset, backend, batch_size=1))
+    except InputError as error:  # nothing may hold it: its frames hold the workers
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("image", "why"),
+    [
+        (grey_of("f4", 1 / 255), "signed, 32-bit or floating-point numbers"),
+        (grey_of("f4", 1), "signed, 32-bit or floating-point numbers"),
+        (grey_of("i4", 1), "signed, 32-bit or floating-point numbers"),
+        (file_of(smooth(), "JPEG").replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "it is a JPEG of 12 bits"),
+    ],
+)
+def test_what_is_refused_is_refused_alike(tmp_path, image, why):
+    dataset = data_of(tmp_path, [image])
+    one, other = (message(dataset, backend) for backend in BACKENDS)
+    assert one == other
+    assert re.search(f"the record at byte 0: the image cannot be decoded .*{why}", one)
+    with pytest.raises(UnreadableImage, match=why.removeprefix("it ")):
+        standard(image, Encoding())
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_prepare_shows_the_same_pictures(name):
+    """A file that is copied is shown by the rule above; one that is encoded anew shows the same."""
+    data, anew = standard(PICTURES[name], Encoding())
+    if anew:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        expected = as_pillow(name)
+        assert image.size == expected.size
+        assert np.abs(np.asarray(image, float) - np.asarray(expected, float)).mean() < 3.5
+    else:
+        assert data == PICTURES[name]
 
 
 @backends

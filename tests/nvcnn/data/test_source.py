@@ -112,7 +112,7 @@ def test_resuming_goes_on_bit_for_bit(sources, device, tmp_path, kind, backend):
     for at in (0, 3, 4, 5, 7, 8):
         torch.save(states[at], tmp_path / "state.pt")
         state = torch.load(tmp_path / "state.pt", weights_only=True)
-        assert state.get("reader", torch.empty(0)).numel() < 1024
+        assert state.get("reader", torch.empty(0)).numel() < 2048
         resumed = training(sources[kind], backend, state=state, **make)
         for expected in batches[at : at + 4]:
             assert same(next(resumed), expected), at

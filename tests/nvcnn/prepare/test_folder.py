@@ -97,6 +97,9 @@ def test_what_is_no_data_set(train, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", path)
 
     scandir = os.scandir  # root may read everywhere
+    os.mkfifo(train / "cat" / "p.jpg")
+    with pytest.raises(InputError, match=r"cat/p\.jpg: is a named pipe, not a file"):
+        blueprint(train)
     monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if str(path).endswith("more") else scandir(path))
     with pytest.raises(InputError, match=r"more: cannot be listed \(Permission denied\)"):
         blueprint(train)

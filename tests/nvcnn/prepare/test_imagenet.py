@@ -1,6 +1,7 @@
 """ImageNet is prepared from small archives of its structure, in several forms, and refused where a part is wrong."""
 
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -112,6 +113,8 @@ def test_other_forms_of_the_same_data_give_the_same_shards(raw, folders, written
     elif how == "flat directory":
         with tarfile.open(raw.val) as tar:
             tar.extractall(tmp_path / "val", filter="data")
+        (tmp_path / "val/._ILSVRC2012_val_00000001.JPEG").write_bytes(b"of macOS")
+        (tmp_path / "val/.ipynb_checkpoints").mkdir()
         changes = {"val": tmp_path / "val"}
     elif how == "folders":
         changes |= {"train": folders[0], "val": folders[1], "devkit": None}
@@ -151,6 +154,11 @@ def end_of(path: Path) -> int:
         return path.stat().st_size - tar.offset
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def rewrite(path: Path, change) -> None:
     """Changes the names and contents of a tar's files."""
     with tarfile.open(path) as tar:
@@ -176,6 +184,9 @@ def fox_with(change):
 FOX, TRUTH = "n02119789.tar", "ground_truth.txt"
 DAMAGE = {
     "no train tar": (lambda raw: raw.train.unlink(), r"--train=.*train\.tar: cannot be read \(No such file"),
+    "train is a named pipe": (lambda raw: pipe(raw.train), r"train\.tar: is a named pipe, not a file"),
+    "val is a named pipe": (lambda raw: pipe(raw.val), r"val\.tar: is a named pipe, not a file"),
+    "kit is a named pipe": (lambda raw: pipe(raw.devkit), r"gz: is a named pipe, not a file"),
     "train is no tar": (lambda raw: raw.train.write_bytes(b"x" * 5000), r"--train=.*cannot be read .*as it was down"),
     "train is empty": (lambda raw: raw.train.write_bytes(b""), r"--train=.*cannot be read .*empty"),
     "train cut in a class": (lambda raw: without_end(raw.train, 30_000), r"--train=.*(unexpected end|cut short)"),
@@ -196,6 +207,20 @@ DAMAGE = {
     "val has one image less": (
         lambda raw: rewrite(raw.val, lambda files: dict(list(files.items())[1:])),
         r"--devkit: labels 23 images, but --val=.* holds 22",
+    ),
+    "val has a copy, and one image less": (
+        lambda raw: rewrite(
+            raw.val, lambda files: {n.replace("20.JPEG", "03 (1).JPEG"): data for n, data in files.items()}
+        ),
+        r"--val=.*: ILSVRC2012_val_00000003 \(1\)\.JPEG does not end in a number.*: remove it",
+    ),
+    "val has a number twice": (
+        lambda raw: rewrite(raw.val, lambda files: {n.replace("00000020", "3"): data for n, data in files.items()}),
+        r"--val=.*: ILSVRC2012_val_00000003\.JPEG and ILSVRC2012_val_3\.JPEG have the same number",
+    ),
+    "val has a gap": (
+        lambda raw: rewrite(raw.val, lambda files: {n.replace("00020", "00024"): data for n, data in files.items()}),
+        r"--val=.*: no image has the number 20, which --devkit labels",
     ),
     "no kit": (lambda raw: raw.devkit.unlink(), r"--devkit=.*cannot be read \(No such file"),
     "kit cut": (lambda raw: without_end(raw.devkit, 300), r"--devkit=.*cannot be read"),
@@ -264,6 +289,9 @@ def test_a_flat_val_with_a_link_to_nowhere_or_unreadable(raw, tmp_path, monkeypa
     val.mkdir()
     for name, (data, _) in raw.images["validation"].items():
         (val / name).write_bytes(data)
+    pipe(val / name)
+    with pytest.raises(InputError, match=rf"{name}: is a named pipe, not a file"):
+        blueprint(raw, val=val)
     (val / name).unlink()
     (val / name).symlink_to("nowhere")
     with pytest.raises(InputError, match=rf"1 unreadable images.*{name}: cannot be read \(No such file"):
