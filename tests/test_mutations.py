@@ -45,7 +45,7 @@ def test_is_caught(tree, mutation):
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation["caught_by"]]
     environment = os.environ | {"PYTHONPATH": str(tree)}
     try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
     finally:
         file.write_text(text)
     assert done.returncode == 1, done.stdout + done.stderr  # 1: tests failed; others: no such test, a wrong command
