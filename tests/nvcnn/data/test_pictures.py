@@ -263,6 +263,7 @@ def message(dataset: Dataset, backend: str) -> str | None:
         (grey_of("f4", 1 / 255), "signed, 32-bit or floating-point numbers"),
         (grey_of("f4", 1), "signed, 32-bit or floating-point numbers"),
         (grey_of("i4", 1), "signed, 32-bit or floating-point numbers"),
+        (b"Pf\n2 2\n-1.0\n" + bytes(16), "signed, 32-bit or floating-point numbers"),
         (file_of(smooth(), "JPEG").replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "it is a JPEG of 12 bits"),
     ],
 )
