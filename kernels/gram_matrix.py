@@ -113,7 +113,7 @@ def computed(channels: int, of_rows: int, normal: bool, element_size: int, gpu: 
     if halves and gpu == 9:  # as measured on a H200, 1.2 to 1.8 times as fast
         if block == 64:
             rows, warps, programs = (128, 2, 2 * SMS) if normal else (512 if of_rows >= 512 * SMS else 128, 4, SMS)
-        elif pairs > 1 and (normal or pairs == 3):
+        elif pairs > 1 and (normal or channels <= 256):
             rows, warps, programs = 128, 8 if normal else 4, SMS
     options = {"maxnreg": 255} if gpu >= 10 else {}  # unasked, ptxas may stop at 128 and spill a few bytes
     if normal and block == 128 and pairs == 1:

@@ -114,7 +114,8 @@ def run(program: Callable[[], int]) -> NoReturn:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
-    sys.stdout, sys.stderr = out, _ = lasting(sys.stdout), lasting(sys.stderr)
+    sys.stdout = out = lasting(sys.stdout)
+    sys.stderr = lasting(sys.stderr)
     out.reconfigure(errors="backslashreplace")  # as stderr: a name is no reason to fail
     try:
         code = program()

@@ -28,9 +28,9 @@ class Records(ShardSource):
     def find(cls, directory: Path, split: str, lenient: bool = False) -> Self:
         """Also looks for an image in each small record: DALI crashes where the list is empty."""
         source = super().find(directory, split, lenient)
-        sizes = chain.from_iterable(numbers[1::2] for numbers in source.places)
-        for i in (i for i, size in enumerate(sizes) if size <= SMALL and not lenient):
-            if not ONE_IMAGE.search(source.read_pieces(i)[0]):
+        sizes = () if lenient else chain.from_iterable(numbers[1::2] for numbers in source.places)
+        for i, size in enumerate(sizes):
+            if size <= SMALL and not ONE_IMAGE.search(source.read_pieces(i)[0]):
                 source.read(i)
         return source
 
