@@ -235,6 +235,9 @@ def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
     path, state = found
     check_same_run(settings, ranks, path, state)
     print(f"Restored checkpoint {path}", flush=True)
+    before = state["settings"].get("transport")
+    if ranks > 1 and before != settings.transport:
+        print(f"  {before} summed over the ranks until there, {settings.transport} does now: sums may round otherwise")
     return state
 
 

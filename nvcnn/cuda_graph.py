@@ -29,7 +29,7 @@ def why_not(asked: str, *, gpu: bool, kernels: str, ranks: int, transport: str) 
     obstacles = (
         (not gpu, "there is no GPU", "leave the flag out"),
         (kernels == "reference", "NVCNN_KERNELS=reference reads values back to the host", "leave one of them out"),
-        (ranks > 1 and transport != "torch", "Horovod's allreduces cannot be captured", "give --transport=torch"),
+        (ranks > 1 and transport == "horovod", "Horovod's allreduces cannot be captured", "give --transport=torch"),
     )
     if asked == "off":
         return "--cuda_graph=off"

@@ -4,8 +4,9 @@
 """
 
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,15 +14,21 @@ from torch import Tensor
 
 from nvcnn.program import InputError, Launch, launched
 
+WITHOUT_MPI = ("torchrun", "srun", "the environment")  # an MPI that did not start its process may end it
+
 
 class Transport:
     """A single rank."""
 
     name = "none"
+    why = ""  # this one was chosen
     bfloat16 = True  # sums bfloat16
 
     def __init__(self, launch: Launch):
         self.size, self.rank, self.local_rank = launch.size, launch.rank, launch.local_rank
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})" if self.why else self.name
 
     def broadcast(self, tensor: Tensor) -> None:
         """Copies rank 0's values into `tensor` of every rank, in place."""
@@ -91,28 +98,28 @@ class Torch(Transport):
 
         self.dist = dist
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if launch.launcher in ("torchrun", "the environment"):
-            given = os.environ.get("MASTER_PORT", "")
-            if not (os.environ.get("MASTER_ADDR") and given.isascii() and given.isdecimal() and int(given) < 2**16):
-                raise InputError("--transport=torch needs MASTER_ADDR and MASTER_PORT, rank 0's: start with torchrun")
-            dist.init_process_group(backend)
-        else:
-            address, port = self.rendezvous(launch)
-            method = f"tcp://{address}:{port}"
-            dist.init_process_group(backend, init_method=method, rank=self.rank, world_size=self.size)
-
-    def rendezvous(self, launch: Launch) -> tuple[str, int]:
-        """Returns rank 0's address and a free port of it, which MPI tells to all."""
+        address, port = self.meet(launch) or named_place(launch)
         try:
-            from mpi4py import MPI
-        except ImportError as error:
+            socket.getaddrinfo(address, port)  # whoever does not know the name would try for half an hour
+            if launch.launcher in ("torchrun", "the environment"):
+                dist.init_process_group(backend)  # torchrun has a store of its own at that place
+            else:
+                method = f"tcp://{address}:{port}"
+                dist.init_process_group(backend, init_method=method, rank=self.rank, world_size=self.size)
+        except (dist.DistError, socket.gaierror) as error:
+            reason = str(error).partition("\n")[0]
             raise InputError(
-                f"--transport=torch under {launch.launcher} needs mpi4py ({error}): "
-                "`pip install mpi4py`, or start with torchrun"
+                f"--transport=torch: the ranks do not meet at {address}:{port} ({reason}): set MASTER_ADDR and "
+                "MASTER_PORT to an address of rank 0's machine that the others reach, and a free port"
             ) from None
-        agree(launch, MPI.COMM_WORLD.Get_size(), f"mpi4py's MPI, {mpi_library()}")
-        self.rank = MPI.COMM_WORLD.Get_rank()
-        machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+
+    def meet(self, launch: Launch) -> tuple[str, int] | None:
+        """Returns rank 0's address and a free port of it, which MPI tells to all; None without an MPI."""
+        world, MPI = mpi_world(launch), mpi()
+        if world is None:
+            return None
+        self.rank = world.Get_rank()
+        machine = world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank = machine.Get_rank()
         place = None
         if self.rank == 0:
@@ -120,7 +127,7 @@ class Torch(Transport):
                 s.bind(("", 0))
                 host = "127.0.0.1" if machine.Get_size() == self.size else socket.gethostname()
                 place = host, s.getsockname()[1]
-        return MPI.COMM_WORLD.bcast(place)
+        return world.bcast(place)
 
     def broadcast(self, tensor: Tensor) -> None:
         self.dist.broadcast(tensor, src=0)
@@ -140,27 +147,48 @@ class Torch(Transport):
 
 
 def connect(transport: str) -> Transport:
-    """Returns the transport of this process: none for one rank, else "horovod" or "torch".
+    """Returns the transport of this process: none for one rank, else "horovod" or "torch", or either ("auto").
 
     Raises InputError if it is missing, or if another MPI's launcher started us: then each process would be alone.
     """
     launch = launched()
     if launch.size == 1:
         return Transport(launch)
-    same_transport(launch, transport)
-    return Horovod(launch) if transport == "horovod" else Torch(launch)
+    name, why = choose(transport, launch)
+    connected = Horovod(launch) if name == "horovod" else Torch(launch)
+    connected.why = why
+    return connected
 
 
-def same_transport(launch: Launch, transport: str) -> None:
-    """Raises InputError if ranks were given different transports: each kind would wait for ever for the other."""
-    if launch.launcher in ("torchrun", "the environment"):  # there Horovod finds no other rank, and says so
-        return
-    try:
-        from mpi4py import MPI
-    except ImportError:
-        return
-    if len(found := set(MPI.COMM_WORLD.allgather(transport))) > 1:
+def choose(asked: str, launch: Launch) -> tuple[str, str]:
+    """Returns "horovod" or "torch", and why "auto" is that one: the first where it can be.
+
+    Raises InputError if ranks were given different ones: each kind would wait for ever for the other.
+    """
+    world, obstacle = mpi_world(launch), ""
+    if asked == "auto":
+        if launch.launcher in WITHOUT_MPI:
+            obstacle = f"{launch.launcher} started the ranks, not MPI"
+        elif world is None and mpi():
+            obstacle = f"{mpi_library()} did not start the ranks"
+        else:
+            obstacle = no_horovod(torch.cuda.is_available())
+    answers = world.allgather((asked, obstacle)) if world else [(asked, obstacle)]
+    if len(found := {one for one, _ in answers}) > 1:  # without a world Horovod finds no other rank, and says so
         raise InputError(f"the ranks have different --transport ({', '.join(sorted(found))}): give all the same flags")
+    if asked != "auto":
+        return asked, ""
+    obstacle = next((theirs for _, theirs in answers if theirs), "")
+    return ("torch", obstacle) if obstacle else ("horovod", "its MPI started the ranks")
+
+
+def no_horovod(gpu: bool) -> str:
+    """Returns why Horovod cannot sum here; "" if it can."""
+    try:
+        import horovod.torch as hvd
+    except (ImportError, OSError) as error:
+        return f"no Horovod: {str(error).partition(chr(10))[0]}"
+    return "this Horovod was built without NCCL" if gpu and not hvd.nccl_built() else ""
 
 
 def agree(launch: Launch, size: int, library: str) -> None:
@@ -168,16 +196,66 @@ def agree(launch: Launch, size: int, library: str) -> None:
     if size != launch.size:
         raise InputError(
             f"{launch.launcher} started {launch.size} ranks ({launch.variable}), but {library}, sees {size}: "
-            "start with the mpiexec of that library" + ", or give --transport=torch" * (launch.launcher == "torchrun")
+            "start with the mpiexec of that library" + ", or give --transport=torch" * (launch.launcher in WITHOUT_MPI)
         )
 
 
-def mpi_library() -> str:
+def mpi() -> Any:
+    """Returns mpi4py's MPI; None where it is not installed, or finds no library of MPI."""
     try:
         from mpi4py import MPI
-    except ImportError:
-        return "of unknown version (no mpi4py)"
-    return MPI.Get_library_version().split(",")[0].strip()
+    except (ImportError, RuntimeError):
+        return None
+    return MPI
+
+
+def mpi_world(launch: Launch) -> Any:
+    """Returns MPI's communicator of all ranks; None unless an mpiexec of mpi4py's library started them."""
+    if launch.launcher in WITHOUT_MPI or (MPI := mpi()) is None or MPI.COMM_WORLD.Get_size() != launch.size:
+        return None
+    return MPI.COMM_WORLD
+
+
+def mpi_library() -> str:
+    MPI = mpi()
+    return MPI.Get_library_version().split(",")[0].strip() if MPI else "of unknown version (no mpi4py)"
+
+
+def named_place(launch: Launch, environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Returns rank 0's address and port: MASTER_ADDR and MASTER_PORT, or what follows from Slurm's variables.
+
+    Raises InputError if nothing names them.
+    """
+    address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    step = tuple(environment.get(f"SLURM_{name}") for name in ("STEP_NUM_TASKS", "PROCID"))
+    # srun with the interface of MPICH (--mpi=pmi2) sets the variables of that, too.
+    if launch.launcher in ("srun", "MPICH or Intel MPI") and step == (str(launch.size), str(launch.rank)):
+        alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
+        address = address or ("127.0.0.1" if alone else first_host(environment.get("SLURM_STEP_NODELIST", "")))
+        port = port or slurm_port(environment)
+    if address and port.isascii() and port.isdecimal() and int(port) < 2**16:
+        return address, int(port)
+    if launch.launcher in WITHOUT_MPI:
+        raise InputError("--transport=torch needs MASTER_ADDR and MASTER_PORT, rank 0's: start with torchrun")
+    if MPI := mpi():
+        agree(launch, MPI.COMM_WORLD.Get_size(), f"mpi4py's MPI, {mpi_library()}")
+    raise InputError(
+        f"{launch.size} ranks started by {launch.launcher} need mpi4py to meet: `pip install mpi4py`, start with "
+        "torchrun, or set MASTER_ADDR and MASTER_PORT for all of them"
+    )
+
+
+def first_host(nodes: str) -> str:
+    """Returns the first machine of a list as Slurm writes it: node07 of node[07-09,12],login1."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
+
+
+def slurm_port(environment: Mapping[str, str]) -> str:
+    """Returns a port that all ranks of a job's step know, and its neighbours on the machine do not take; "" without."""
+    job, step = (environment.get(f"SLURM_{name}_ID", "") for name in ("JOB", "STEP"))
+    known = all(number.isascii() and number.isdecimal() for number in (job, step))
+    return str(10_000 + (int(job) + 1000 * int(step)) % 20_000) if known else ""
 
 
 class Vote:

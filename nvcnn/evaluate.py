@@ -106,6 +106,8 @@ def evaluate(asked: Evaluation) -> int:
     if transport.rank == 0:
         notes = [f"Weights:     {weights}", *(f"  {note}" for note in notes)]
         print(*notes, *describe_images(weights.model, preprocessing, weights.origin.options), sep="\n")
+        if transport.size > 1:
+            print(f"Ranks:       {transport.size}, transport {transport}")
     device, threads = use_device(transport)
     backend = choose_backend(asked.data_backend, device)
     dataset, left_out = check_data(dataset, "validation", "none", asked.skip_bad_images, transport, threads)

@@ -16,7 +16,8 @@ from nvcnn.program import InputError
 
 T = TypeVar("T")
 CONV = ("auto", *ALGORITHMS)
-TRANSPORTS = ("horovod", "torch")
+TRANSPORTS = ("auto", "horovod", "torch")
+HOW_RANKS_TALK = "how ranks talk: Horovod where it can and its MPI started them, else torch.distributed (auto)"
 BACKENDS = ("dali_gpu", "dali_cpu", "torch")
 NORMALIZE = ("signed", "imagenet")
 ASPECTS = ("stretch", "keep")
@@ -32,7 +33,7 @@ def flag(default: Any, help: str, *, group: str, short: str | None = None, choic
     """Returns the field of a setting.
 
     `default`: MISSING for a flag that is required. `may_differ`: a resumed run may change it, since it does not touch
-    what is computed.
+    what is computed, or says so (`transport`).
     """
     metadata = {"help": help, "group": group, "short": short, "choices": choices, "may_differ": may_differ}
     return field(default=default, metadata=metadata)
@@ -121,7 +122,7 @@ class Evaluation(Chosen):
     batch_size: int = run(64, "images per device", short="-b")
     conv: str = run("auto", "what computes convolutions, as in training", choices=CONV)
     json: bool = run(False, "print a JSON object as the last line")
-    transport: str = run("horovod", "how ranks talk", choices=TRANSPORTS)
+    transport: str = run("auto", HOW_RANKS_TALK, choices=TRANSPORTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,7 +227,7 @@ class Settings(Images):
         choices=("auto", "on", "off"),
         may_differ=True,
     )
-    transport: str = run("horovod", "how ranks talk", choices=TRANSPORTS)
+    transport: str = run("auto", HOW_RANKS_TALK, choices=TRANSPORTS, may_differ=True)
     log_tensors: bool = run(
         False, "trust ratio and norms of each tensor in metrics.jsonl, at each table line", may_differ=True
     )

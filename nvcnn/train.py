@@ -1,7 +1,7 @@
 """The training run, from settings to exit code: opens everything, and has the loop around `Step`."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ def train(settings: Settings) -> int:
             dry_run(settings, plan(settings, dataset, expected.ranks, origin), weights)
         return 0
     transport = connect(settings.transport)
+    if transport.size > 1:
+        settings = replace(settings, transport=transport.name)
     check_ranks(transport, settings, dataset, "train")
     state = checkpoint.resume(settings, transport.size) if transport.rank == 0 else None
     if state:
@@ -238,7 +240,7 @@ class Run:
 
     def announce(self, metrics: Metrics) -> None:
         """Says what this run is, and how it computes."""
-        say, settings, transport = metrics.say, self.settings, self.transport.name
+        say, settings, transport = metrics.say, self.settings, self.transport
         say("\n".join([*describe(settings, self.plan), *self.beginning]))
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {transport}")
         if settings.data_dir:
@@ -246,7 +248,7 @@ class Run:
         if self.choices.algorithms:
             say(f"Convolution: {self.choices}")
         if self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:
-            say(f"  {transport} has no bfloat16: gradients travel in fp32")
+            say(f"  {transport.name} has no bfloat16: gradients travel in fp32")
         metrics.write("start", step=self.step, steps=self.plan.steps, ranks=self.transport.size)
         if self.left_out:
             say(f"Left out:    {len(self.left_out)} bad images")

@@ -216,6 +216,16 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sums_by_another_transport_are_said(tmp_path, capsys, ranks):
+    before, now = (settings_of(tmp_path, transport=transport) for transport in ("horovod", "torch"))
+    state = {"settings": as_json(before), "ranks": [{}] * ranks, "kernels": chosen_kernels()}
+    checkpoint.save(checkpoint.path_of(tmp_path, 1), state, 1)
+    assert checkpoint.resume(now, ranks)
+    said = "  horovod summed over the ranks until there, torch does now: sums may round otherwise"
+    assert (said in capsys.readouterr().out) == (ranks > 1)
+
+
 def test_a_second_training_is_refused_until_the_first_process_has_ended(tmp_path):
     settings, log_dir = settings_of(tmp_path / "run"), tmp_path / "run"
     assert checkpoint.resume(settings, ranks=1) is None

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nvcnn.distributed import Transport, Vote, agree, connect
+from nvcnn.distributed import Horovod, Transport, Vote, agree, choose, connect, first_host, named_place
 from nvcnn.program import InputError, Launch
 
 
@@ -18,12 +18,98 @@ def test_an_mpiexec_of_another_library_is_refused():
         agree(Launch(2, 1, 0, "MPICH or Intel MPI", "PMI_SIZE=2"), 1, "Open MPI v5")
 
 
-def test_ranks_with_different_transports_are_refused(monkeypatch):
-    world = SimpleNamespace(allgather=lambda mine: [mine, "torch"])
-    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=world)))
-    monkeypatch.setattr("nvcnn.distributed.launched", lambda: Launch(2, 0, 0, "Open MPI", "OMPI_COMM_WORLD_SIZE=2"))
+OPEN_MPI = Launch(2, 0, 0, "Open MPI", "OMPI_COMM_WORLD_SIZE=2")
+PMI = Launch(2, 0, 0, "MPICH or Intel MPI", "PMI_SIZE=2")
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Returns a function that sets what is installed: mpi4py, which sees so many ranks, and Horovod, with NCCL."""
+
+    def install(sees: int | None, horovod: bool, nccl: bool = False, other=lambda mine: mine) -> None:
+        world = SimpleNamespace(Get_size=lambda: sees, allgather=lambda mine: [mine, other(mine)])
+        MPI = SimpleNamespace(COMM_WORLD=world, Get_library_version=lambda: "Open MPI v5, of a package")
+        monkeypatch.setitem(sys.modules, "mpi4py", None if sees is None else SimpleNamespace(MPI=MPI))
+        hvd = SimpleNamespace(nccl_built=lambda: nccl)
+        monkeypatch.setitem(sys.modules, "horovod", SimpleNamespace(torch=hvd) if horovod else None)
+        monkeypatch.setitem(sys.modules, "horovod.torch", hvd if horovod else None)
+
+    return install
+
+
+def test_ranks_with_different_transports_are_refused(monkeypatch, parts):
+    monkeypatch.setattr("nvcnn.distributed.launched", lambda: OPEN_MPI)
+    parts(2, horovod=True, other=lambda mine: ("torch", ""))
     with pytest.raises(InputError, match=r"different --transport \(horovod, torch\)"):
         connect("horovod")
+
+
+@pytest.mark.parametrize(
+    ("launch", "gpu", "installed", "transport", "why"),
+    [
+        (OPEN_MPI, False, (2, True), "horovod", "its MPI"),
+        (OPEN_MPI, False, (None, True), "horovod", "its MPI"),  # Horovod itself counts the ranks
+        (OPEN_MPI, False, (2, False), "torch", "no Horovod: "),
+        (OPEN_MPI, True, (2, True, False), "torch", "without NCCL"),
+        (OPEN_MPI, True, (2, True, True), "horovod", "its MPI"),
+        (PMI, False, (1, True), "torch", "Open MPI v5 did not start the ranks"),
+        (OPEN_MPI, False, (2, True, False, lambda mine: ("auto", "no Horovod: there")), "torch", "no Horovod: there"),
+        (Launch(2, 0, 0, "srun", ""), False, (2, True), "torch", "srun started"),
+        (Launch(2, 0, 0, "torchrun", ""), False, (2, True), "torch", "torchrun started"),
+    ],
+)
+def test_auto_is_horovod_where_it_can_be(monkeypatch, parts, launch, gpu, installed, transport, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    parts(*installed)
+    chosen, reason = choose("auto", launch)
+    assert chosen == transport
+    assert why in reason
+    for asked in ("horovod", "torch"):
+        if len(installed) < 4:
+            assert choose(asked, launch) == (asked, "")
+
+
+def test_horovod_that_is_asked_for_and_missing(parts):
+    parts(2, horovod=False)
+    with pytest.raises(InputError, match=r"2 ranks need Horovod .* `make horovod`, or give --transport=torch"):
+        Horovod(OPEN_MPI)
+
+
+STEP = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "31415926", "SLURM_STEP_ID": "2"}
+SRUN = Launch(2, 0, 0, "srun", "SLURM_STEP_NUM_TASKS=2")
+ALONE, TWO = {"SLURM_STEP_NUM_NODES": "1"}, {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]"}
+
+
+@pytest.mark.parametrize(
+    ("launch", "environment", "place"),
+    [
+        (SRUN, STEP | ALONE, ("127.0.0.1", 27_926)),
+        (SRUN, STEP | TWO, ("gpu07", 27_926)),
+        (PMI, STEP | TWO, ("gpu07", 27_926)),  # srun --mpi=pmi2
+        (SRUN, STEP | TWO | {"MASTER_ADDR": "10.0.0.7"}, ("10.0.0.7", 27_926)),
+        (OPEN_MPI, {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}, ("a", 29_500)),
+        (OPEN_MPI, STEP | TWO, "need mpi4py to meet: .* or set MASTER_ADDR and MASTER_PORT"),  # a step of mpiexec's own
+        (PMI, STEP | TWO | {"SLURM_PROCID": "1"}, "need mpi4py to meet"),
+        (SRUN, STEP, "needs MASTER_ADDR and MASTER_PORT"),
+        (SRUN, STEP | TWO | {"MASTER_PORT": "65536"}, "needs MASTER_ADDR and MASTER_PORT"),
+        (SRUN, {n: v for n, v in (STEP | TWO).items() if n != "SLURM_JOB_ID"}, "needs MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_ranks_meet_where_their_launcher_says(parts, launch, environment, place):
+    parts(None, horovod=False)
+    if isinstance(place, tuple):
+        assert named_place(launch, environment) == place
+    else:
+        with pytest.raises(InputError, match=place):
+            named_place(launch, environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a-1,b", "a-1"), ("n[001-128,200],m", "n001"), ("r[2,4]n[05-06]-ib", "r2n05-ib"), ("", "")],
+)
+def test_the_first_of_slurms_machines(nodes, first):
+    assert first_host(nodes) == first
 
 
 class Late(Transport):

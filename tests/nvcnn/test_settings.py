@@ -51,7 +51,7 @@ NEWER = {
     "seed": 1,
     "keep": 3,
     "cuda_graph": "auto",
-    "transport": "horovod",
+    "transport": "auto",
     "log_tensors": False,
     "dry_run": False,
 }
@@ -78,7 +78,7 @@ def test_names_and_defaults_of_an_evaluation_are_frozen():
         "batch_size": 64,
         "conv": "auto",
         "json": False,
-        "transport": "horovod",
+        "transport": "auto",
         "data_backend": None,
         "skip_bad_images": False,
     }
@@ -187,7 +187,7 @@ def test_what_a_resumed_run_may_change():
     one = parse(Settings, ["--model=lenet", "--crop_area=0.5,1"])
     stored = json.loads(json.dumps(as_json(one)))
     free = ["--display_every=7", "--save_interval=1", "--summary_interval=1", "--keep=9", "--data_dir=d", "--log_dir=e"]
-    free.append("--log_tensors")
+    free += ["--log_tensors", "--transport=torch"]
     assert differences(one, stored) == []
     assert differences(parse(Settings, ["--model=lenet", "--crop_area=0.5,1", *free]), stored) == []
     other = parse(Settings, ["--model=trivial", "--crop_area=0.6,1", "--momentum_dtype=bf16"])
