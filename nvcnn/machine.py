@@ -2,8 +2,11 @@
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 import triton
@@ -34,6 +37,8 @@ def use_device(transport: Transport) -> tuple[torch.device, int]:
         torch.set_num_threads(threads)
     if len(place[1]) == 1 < (os.cpu_count() or 1) and transport.size > 1 and transport.rank == 0:
         print(f"each rank is bound to 1 of {os.cpu_count()} cores: give mpiexec --bind-to none", file=sys.stderr)
+    if transport.local_rank == 0 and (reason := unused_gpu()):
+        print(reason, file=sys.stderr)
     if not torch.cuda.is_available():
         return torch.device("cpu"), threads
     # A launcher that shows each rank a GPU of its own shows it as number 0.
@@ -44,6 +49,33 @@ def use_device(transport: Transport) -> tuple[torch.device, int]:
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True  # the fastest of the deterministic
     return device, min(threads, MOST_INPUT_THREADS)
+
+
+def unused_gpu() -> str:
+    """Returns a line that says why a GPU of this machine is not used; "" where one is, is hidden, or none is there."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not has_gpu():
+        return ""
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is a CPU build: install its CUDA build, https://pytorch.org/get-started"
+    else:
+        reason = f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:  # it names the driver, say
+            reason = f"{' '.join(str(error).split())} ({reason})"
+    return f"there is an NVIDIA GPU, but this runs on the CPU: {reason}"
+
+
+def has_gpu() -> bool:
+    """Returns whether the machine shows an NVIDIA GPU, whatever torch can do with it."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return False
+    try:
+        return subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20).stdout.startswith("GPU ")
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
