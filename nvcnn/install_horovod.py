@@ -2,7 +2,8 @@
 
 Horovod has no wheels, and the build of its last release asks for C++14, which PyTorch's headers no longer accept: two
 lines of its CMake files are patched to C++20. With a GPU it is built for NCCL or not at all, because a Horovod without
-GPU operations would train slowly and say nothing. A run that is interrupted leaves the environment as it was.
+GPU operations would train slowly and say nothing; where only a driver is installed, CUDA's compiler is fetched for the
+build. A run that is interrupted leaves the environment as it was.
 """
 
 import argparse
@@ -12,17 +13,18 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from nvcnn.doctor import Missing, check_horovod, find_program, search_path
+from nvcnn.doctor import Missing, check_horovod, find_program, python_dev, search_path
 from nvcnn.program import InputError
 
 CXX14, CXX20 = "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"
 PATCHED = ("CMakeLists.txt", "horovod/torch/CMakeLists.txt")
 IMPORTS = ("cffi", "cloudpickle", "packaging", "psutil", "pyyaml")
-OTHERWISE = "or do without Horovod: --transport=torch trains over NCCL or gloo"
+OTHERWISE = "or do without: several ranks then talk over torch.distributed (NCCL, gloo)"
 
 
 def pinned_version(name: str = "horovod") -> str:
@@ -65,8 +67,8 @@ def what_is_wrong(torch_version: str, cpu: bool) -> str:
     return ""
 
 
-def require_tools(gpu: bool) -> None:
-    """Raises InputError naming everything that the build would miss."""
+def require_tools(cuda: str | None) -> None:
+    """Raises InputError naming everything that the build would miss. cuda: torch's release, to build for GPUs."""
     advice = {
         "g++": "a C++20 compiler (Debian: apt install g++)",
         "make": "make (Debian: apt install make)",
@@ -76,25 +78,55 @@ def require_tools(gpu: bool) -> None:
     missing = [f"{name}: {text}" for name, text in advice.items() if find_program(name) is None]
     if not any(distributions(name="pip")):
         missing.append("pip: python -m ensurepip")
-    if gpu and cuda_home() is None:
-        missing.append("nvcc: NVIDIA's CUDA toolkit, of torch's CUDA version (or set HOROVOD_CUDA_HOME)")
-    if gpu and nccl_include() is None:
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        missing.append(f"Python.h: Python's headers (Debian: apt install {python_dev()})")
+    if cuda and cuda_home(cuda) is None and cuda_packages(cuda) is None:
+        missing.append(f"nvcc: NVIDIA's CUDA toolkit {cuda}, torch's (or set HOROVOD_CUDA_HOME)")
+    if cuda and nccl_include(cuda) is None:
         missing.append("nccl.h: NCCL's headers (Debian: apt install libnccl-dev; or set HOROVOD_NCCL_HOME)")
     if missing:
         raise InputError(f"Horovod cannot be built here without {'; '.join(missing)}; {OTHERWISE}")
 
 
-def cuda_home() -> Path | None:
-    """Returns the CUDA toolkit's folder, from the environment or from nvcc, which on PATH may be a mere script."""
+def cuda_home(cuda: str) -> Path | None:
+    """Returns the folder of a CUDA toolkit: the one that the environment names, or that of an nvcc of this release.
+
+    That on PATH may be a mere script, and of another release than torch's, whose headers it could not compile.
+    """
     if named := os.environ.get("HOROVOD_CUDA_HOME") or os.environ.get("CUDA_HOME"):
         home = Path(named)
     elif nvcc := find_program("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
         told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
         top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
         home = Path(top[1] if top else f"{nvcc}/../..").resolve()
+        release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        if f"release {cuda}," not in release:
+            return None
     else:
         return None
     return home if (home / "bin" / "nvcc").is_file() else None
+
+
+def cuda_packages(cuda: str) -> str | None:
+    """Returns what pip is to install for nvcc and its headers, by the metapackage that torch's CUDA build comes with.
+
+    Its extras name the parts exactly: nvcc's own package takes newer ones, whose output its ptxas does not read.
+    """
+    try:
+        release = version("cuda-toolkit")
+    except PackageNotFoundError:
+        return None
+    return f"cuda-toolkit[nvcc,cccl]=={release}" if release.startswith(f"{cuda}.") else None
+
+
+def complete_toolkit(folder: Path) -> Path:
+    """Returns the CUDA_HOME of packages that pip installed into a folder, with two names more that CMake looks for."""
+    home = next(folder.glob("nvidia/*/bin/nvcc")).parents[1]
+    if not (home / "lib64").exists():
+        (home / "lib64").symlink_to("lib")
+    if not (home / "lib" / "libcudart.so").exists():
+        (home / "lib" / "libcudart.so").symlink_to(next((home / "lib").glob("libcudart.so.*")).name)
+    return home
 
 
 def nccl_wheel() -> Path | None:
@@ -104,20 +136,21 @@ def nccl_wheel() -> Path | None:
     return folder if folder and (folder / "include" / "nccl.h").is_file() else None
 
 
-def nccl_include() -> Path | None:
-    home, include, wheel, cuda = (
+def nccl_include(cuda: str) -> Path | None:
+    home, include, wheel, toolkit = (
         os.environ.get("HOROVOD_NCCL_HOME"),
         os.environ.get("HOROVOD_NCCL_INCLUDE"),
         nccl_wheel(),
-        cuda_home(),
+        cuda_home(cuda),
     )
-    places = [include, home and f"{home}/include", wheel and wheel / "include", cuda and cuda / "include"]
+    places = [include, home and f"{home}/include", wheel and wheel / "include", toolkit and toolkit / "include"]
     return next(
         (Path(p) for p in [*places, "/usr/include", "/usr/local/include"] if p and (Path(p) / "nccl.h").is_file()), None
     )
 
 
-def build_environment(gpu: bool, torch_version: str, work: Path) -> dict[str, str]:
+def build_environment(toolkit: Path | None, torch_version: str, work: Path) -> dict[str, str]:
+    """Returns the build's environment variables. toolkit: CUDA's folder, to build for GPUs."""
     environment = os.environ | {
         "PATH": search_path(),
         "HOROVOD_WITH_PYTORCH": "1",
@@ -128,9 +161,9 @@ def build_environment(gpu: bool, torch_version: str, work: Path) -> dict[str, st
         "HOROVOD_LOCAL_VERSION": local_version(torch_version),
         "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",  # a make that called us has left its own there
     }
-    if not gpu:
+    if toolkit is None:
         return environment
-    cuda = str(cuda_home())  # CUDA_HOME is what torch tells the build about its own headers
+    cuda = str(toolkit)  # CUDA_HOME is what torch tells the build about its own headers
     environment |= {"HOROVOD_CUDA_HOME": cuda, "CUDA_HOME": cuda, "PATH": f"{cuda}/bin{os.pathsep}{search_path()}"}
     environment |= {"HOROVOD_GPU": "CUDA", "HOROVOD_GPU_OPERATIONS": "NCCL"}
     wheel = nccl_wheel()
@@ -155,8 +188,11 @@ def run(command: list[str], log: Path, environment: dict[str, str] | None = None
         raise RuntimeError(f"{told}\n`{' '.join(command)}` ended with {code}; all of its output: {log}")
 
 
-def install(gpu: bool, torch_version: str) -> None:
-    """Downloads, patches, builds, installs. Raises InputError, or RuntimeError when a step fails."""
+def install(cuda: str | None, torch_version: str) -> None:
+    """Downloads, patches, builds, installs. cuda: torch's release, to build for GPUs.
+
+    Raises InputError, or RuntimeError when a step fails.
+    """
     work, log = Path(sys.prefix) / "horovod-build", Path(sys.prefix) / "horovod-build.log"
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     work.mkdir()
@@ -173,9 +209,13 @@ def install(gpu: bool, torch_version: str) -> None:
         source = next(path for path in work.glob("horovod-*") if path.is_dir())
         for file in PATCHED:
             (source / file).write_text(patched((source / file).read_text(), file))
-        operations = "NCCL for GPUs, MPI" if gpu else "MPI"
+        toolkit = cuda_home(cuda) if cuda else None
+        if cuda and toolkit is None:
+            run([*pip, "install", f"--target={work / 'cuda'}", str(cuda_packages(cuda))], log)  # 105 MB
+            toolkit = complete_toolkit(work / "cuda")
+        operations = "NCCL for GPUs, MPI" if cuda else "MPI"
         print(f"horovod 2/3: compiles it with {operations} (3 minutes on 2 cores; log: {log})", flush=True)
-        environment = build_environment(gpu, torch_version, work)
+        environment = build_environment(toolkit, torch_version, work)
         run([*pip, "install", "-v", *source_only, "--no-cache-dir", "--force-reinstall", str(source)], log, environment)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -192,14 +232,14 @@ def main(arguments: list[str] | None = None) -> int:
             import torch
         except ModuleNotFoundError:
             raise InputError("Horovod is built against torch, which is not installed: pip install torch") from None
-        gpu = torch.cuda.is_available() and not options.cpu
+        cuda = torch.version.cuda if torch.cuda.is_available() and not options.cpu else None
         wrong = "--force" if options.force else what_is_wrong(torch.__version__, options.cpu)
         if not wrong:
             print(f"horovod: {version('horovod')} works with torch {torch.__version__}: nothing to do")
             return 0
-        require_tools(gpu)
+        require_tools(cuda)
         print(f"horovod: {wrong}", flush=True)
-        install(gpu, torch.__version__)
+        install(cuda, torch.__version__)
         print("horovod 3/3: sums over two MPI ranks (seconds)", flush=True)
         print(f"horovod: {check_horovod(options.cpu)}; {time.monotonic() - start:.0f} s")
     except InputError as error:

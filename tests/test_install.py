@@ -166,17 +166,40 @@ def test_build_names_what_is_missing(monkeypatch, capsys):
     assert install_horovod.main([]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    for word in ("g++", "mpicxx", "--transport=torch"):
+    for word in ("g++", "mpicxx", "torch.distributed"):
         assert word in error
 
 
-def test_a_gpu_needs_nvcc_and_nccl(monkeypatch):
+def test_a_gpu_needs_nvcc_and_nccl(monkeypatch, tmp_path):
     monkeypatch.setattr(install_horovod, "find_program", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(install_horovod, "cuda_home", lambda: None)
-    monkeypatch.setattr(install_horovod, "nccl_include", lambda: None)
-    install_horovod.require_tools(gpu=False)
-    with pytest.raises(InputError, match=r"nvcc.*nccl\.h.*--transport=torch"):
-        install_horovod.require_tools(gpu=True)
+    monkeypatch.setattr(install_horovod, "cuda_home", lambda cuda: None)
+    monkeypatch.setattr(install_horovod, "cuda_packages", lambda cuda: None)
+    monkeypatch.setattr(install_horovod, "nccl_include", lambda cuda: None)
+    monkeypatch.setattr(install_horovod.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    install_horovod.require_tools(None)
+    with pytest.raises(InputError, match=r"nvcc: NVIDIA's CUDA toolkit 13\.0.*nccl\.h.*torch\.distributed"):
+        install_horovod.require_tools("13.0")
+    monkeypatch.setattr(install_horovod, "cuda_packages", lambda cuda: "cuda-toolkit")
+    monkeypatch.setattr(install_horovod, "nccl_include", lambda cuda: tmp_path)
+    install_horovod.require_tools("13.0")  # a driver is enough
+    (tmp_path / "Python.h").unlink()
+    with pytest.raises(InputError, match=r"without Python\.h: Python's headers \(Debian: apt install python3\.\d+-dev"):
+        install_horovod.require_tools("13.0")
+
+
+def test_cuda_comes_as_the_packages_of_torchs_release(monkeypatch, tmp_path):
+    monkeypatch.setattr(install_horovod, "version", lambda name: "13.0.3.0")
+    assert install_horovod.cuda_packages("13.0") == "cuda-toolkit[nvcc,cccl]==13.0.3.0"
+    assert install_horovod.cuda_packages("13.1") is None
+    monkeypatch.undo()
+    assert install_horovod.cuda_packages("12.8") is None  # no such metapackage is installed, or it is of another
+    home = tmp_path / "nvidia" / "cu13"
+    for part in ("bin/nvcc", "lib/libcudart.so.13"):
+        (home / part).parent.mkdir(parents=True)
+        (home / part).touch()
+    assert install_horovod.complete_toolkit(tmp_path) == home
+    assert (home / "lib64" / "libcudart.so").exists()
 
 
 def test_a_gpu_build_has_nccl_and_a_cpu_build_has_not(monkeypatch, tmp_path):
@@ -187,11 +210,13 @@ def test_a_gpu_build_has_nccl_and_a_cpu_build_has_not(monkeypatch, tmp_path):
     (wheel / "lib" / "libnccl.so.2").touch()
     monkeypatch.setattr(install_horovod, "nccl_wheel", lambda: wheel)
     monkeypatch.setenv("MAKEFLAGS", "w")
-    cpu = install_horovod.build_environment(False, "2.13.0", tmp_path)
+    cpu = install_horovod.build_environment(None, "2.13.0", tmp_path)
     assert "HOROVOD_GPU_OPERATIONS" not in cpu
     assert cpu["MAKEFLAGS"].startswith("-j")
-    gpu = install_horovod.build_environment(True, "2.13.0", tmp_path)
+    gpu = install_horovod.build_environment(Path("/opt/cuda"), "2.13.0", tmp_path)
     assert gpu["HOROVOD_GPU_OPERATIONS"] == "NCCL"
+    assert gpu["HOROVOD_CUDA_HOME"] == gpu["CUDA_HOME"] == "/opt/cuda"
+    assert gpu["PATH"].startswith("/opt/cuda/bin:")
     home = Path(gpu["HOROVOD_NCCL_HOME"])
     assert (home / "include" / "nccl.h").is_file()
     assert (home / "lib" / "libnccl.so").is_file()
@@ -219,18 +244,20 @@ def test_cuda_is_where_nvcc_says(monkeypatch, tmp_path):
     toolkit = tmp_path / "cuda"
     (toolkit / "bin").mkdir(parents=True)
     (toolkit / "bin" / "nvcc").touch()
-    nvcc = script(tmp_path / "nvcc", f"echo '#$ TOP={toolkit}/bin/..' >&2")
+    said = f"echo 'Cuda compilation tools, release 13.0, V13.0.88'; echo '#$ TOP={toolkit}/bin/..' >&2"
+    nvcc = script(tmp_path / "nvcc", said)
     monkeypatch.setattr(install_horovod, "find_program", lambda name: str(nvcc))
-    assert install_horovod.cuda_home() == toolkit
+    assert install_horovod.cuda_home("13.0") == toolkit
+    assert install_horovod.cuda_home("13.1") is None
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert install_horovod.cuda_home() is None
+    assert install_horovod.cuda_home("13.0") is None
 
 
 # The doctor
 
 
 def raises(error: Exception):
-    def check() -> str:
+    def check(*_: str) -> str:
         raise error
 
     return check
@@ -241,8 +268,9 @@ def test_doctor_says_what_is_missing_and_what_is_broken(monkeypatch, capsys):
     bad = {"DALI": raises(doctor.Missing("install it")), "MPI": raises(RuntimeError("two\nlines"))}
     monkeypatch.setattr(doctor, "CHECKS", fine | bad)
     assert doctor.main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, command = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(doctor.CHECKS)
+    assert "launch/train.py --model=" in command
     assert "DALI        missing  install it" in lines
     assert "MPI         broken   RuntimeError: two lines" in lines
 
@@ -256,8 +284,9 @@ def test_doctor_fails_without_what_one_process_needs(monkeypatch, part):
 def test_doctor_without_mpi(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "search_path", lambda: str(tmp_path))
     with pytest.raises(doctor.Missing, match="no mpiexec"):
-        doctor.two_ranks("")
-    with pytest.raises(doctor.Missing, match=r"no g\+\+"):
+        doctor.run_ranks("")
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(doctor.Missing, match=r"no g\+\+.* and no Python\.h .*python3\.\d+-dev\): Triton"):
         doctor.check_compiler()
 
 
@@ -271,7 +300,7 @@ def fake_mpiexec(tmp_path, monkeypatch):
 
 def test_a_launcher_of_another_mpi_is_found_out(fake_mpiexec):
     fake_mpiexec('"$@"\n"$@"')  # two processes, but no job
-    found = doctor.two_ranks("print('{\"size\": 1}')")
+    found = doctor.run_ranks("print('{\"size\": 1}')")
     with pytest.raises(RuntimeError, match=r"counts \[1, 1\]: it belongs to another MPI"):
         doctor.sees_both_ranks(found, "mpi4py")
 
@@ -280,14 +309,14 @@ def test_a_hung_run_is_cut(fake_mpiexec):
     fake_mpiexec("sleep 600 & wait")  # the rank outlives its launcher and holds the pipes
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="did not finish in 1 s"):
-        doctor.two_ranks("", timeout=1)
+        doctor.run_ranks("", timeout=1)
     assert time.monotonic() - start < 300
 
 
 def test_a_failing_rank_is_told_in_one_line(fake_mpiexec):
     fake_mpiexec('exec "$@"')
     with pytest.raises(RuntimeError, match=r"ended with 1: ValueError: seven$"):
-        doctor.two_ranks("raise ValueError('seven')")
+        doctor.run_ranks("raise ValueError('seven')")
 
 
 def test_two_real_ranks_meet():
@@ -304,6 +333,38 @@ def test_open_mpi_is_told_what_it_needs(monkeypatch, tmp_path):
     assert doctor.mpi_flags(str(mpiexec), 2) == ["-np", "2", "--bind-to", "none"]
     script(mpiexec, "echo 'HYDRA build details:'")
     assert doctor.mpi_flags(str(mpiexec), 2) == ["-np", "2"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mpi", "command"),
+    [
+        (0, True, "mpiexec -np 2 python launch/train.py --model=lenet"),
+        (0, False, "torchrun --standalone --nproc-per-node=2 --no-python python launch/train.py --model=lenet"),
+        (1, True, "python launch/train.py --model=resnet50 --batch_size=256 --fp16"),
+        (8, True, "mpiexec -np 8 python launch/train.py --model=resnet50 --batch_size=256 --fp16"),
+    ],
+)
+def test_the_command_that_trains_on_all_of_a_machine(monkeypatch, fake_mpiexec, gpus, mpi, command):
+    fake_mpiexec("")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(doctor, "typed", lambda name, path: name)
+    assert doctor.training(gpus, mpi) == command
+
+
+def test_a_program_that_the_shell_does_not_find_is_named_by_its_path(monkeypatch, tmp_path):
+    mpiexec = str(script(tmp_path / "mpiexec", ""))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.typed("mpiexec", mpiexec) == "mpiexec"
+    assert doctor.typed("mpiexec", f"/other{mpiexec}") == f"/other{mpiexec}"
+
+
+def test_a_missing_dali_and_a_broken_one(monkeypatch):
+    """torch's CUDA build has packages in `nvidia`, too."""
+    monkeypatch.setattr(doctor, "CHECKS", {"DALI": doctor.check_dali})
+    for absent, expected in (("nvidia", "missing"), ("nvidia.dali", "missing"), ("astunparse", "broken")):
+        error = ModuleNotFoundError(f"No module named '{absent}'", name=absent)
+        monkeypatch.setattr(doctor.importlib, "import_module", raises(error))
+        assert [state for _, state, _ in doctor.report()] == [expected]
 
 
 def test_triton_compiles_here():
@@ -325,11 +386,11 @@ def make(*arguments: str, **environment: str) -> str:
     return run.stdout
 
 
-def test_make_train_is_one_mpiexec_command():
+def test_make_train_is_one_command():
     lines = re.sub(r"\\\n\s*", "", make("-n", "train", "--old-file=env")).splitlines()
-    commands = [line for line in lines if re.search(r"\bmpiexec\b", line)]
+    commands = [line for line in lines if "launch/train.py" in line]
     assert len(commands) == 1
-    assert "set -x; mpiexec" in commands[0]  # what is run is what is printed
+    assert "set -x; $launcher python" in commands[0]  # what is run is what is printed
     for flag in ("--model=lenet", "--data_dir=data/fashion-mnist", "--log_dir=runs/fashion-mnist", "--eval_crop=1"):
         assert flag in commands[0]
 

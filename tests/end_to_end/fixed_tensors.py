@@ -34,7 +34,7 @@ def train(transport: Transport, steps: int) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    alone, together = Transport(Launch()), connect("horovod")
+    alone, together = Transport(Launch()), connect("auto")
     weights = {"start": train(alone, 0), "one": train(alone, 5), "all": train(together, 5)}
     if together.rank == 0:
         torch.save(weights, sys.argv[1])

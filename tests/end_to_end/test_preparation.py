@@ -32,7 +32,7 @@ def arguments(raw: Raw, out, *more) -> list:
     return ["imagenet", f"--train={raw.train}", f"--val={raw.val}", f"--devkit={raw.devkit}", f"--out={out}", *more]
 
 
-@pytest.mark.parametrize("transport", ["horovod", pytest.param("torch", marks=pytest.mark.full)])
+@pytest.mark.parametrize("transport", ["auto", pytest.param("torch", marks=pytest.mark.full)])
 def test_from_the_archives_to_an_accuracy(launch, raw, tmp_path, transport):
     out = tmp_path / "imagenet"
     text = launch.run(PREPARE, *arguments(raw, out, "--shards=8,2", "--workers=2"))
