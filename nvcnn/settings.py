@@ -1,7 +1,7 @@
 """What can be asked for: a frozen dataclass for each program, from which its command line is made.
 
-`Settings` are those of launch/train.py, and what config.json holds; `Evaluation` and `Export` those of launch/eval.py
-and launch/export.py. Importing this file does not import torch.
+`Settings` are those of launch/train.py, and what config.json holds; `Evaluation`, `Prediction` and `Export` those of
+launch/eval.py, launch/predict.py and launch/export.py. Importing this file does not import torch.
 """
 
 import argparse
@@ -127,6 +127,28 @@ class Evaluation(Chosen):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, self.batch_size >= 1, "batch_size", "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Chosen):
+    """Say what pictures show, by the weights of a run or of a file.
+
+    What is not given (image size, pixels, crop), and the compute dtype, are the checkpoint's.
+    """
+
+    images: tuple[str, ...] = image(MISSING, "pictures, and folders whose pictures are taken in order of name")
+
+    top: int = run(5, "classes to print of each, the likeliest first")
+    json: bool = run(False, "print nothing but a JSON object a line for each picture")
+    csv: bool = run(False, "print nothing but CSV: image, rank, class, name, probability")
+    batch_size: int = run(64, "pictures at a time", short="-b")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, self.batch_size >= 1, "batch_size", "at least 1")
+        check(self, self.top >= 1, "top", "at least 1")
+        if self.json and self.csv:
+            raise InputError("--json and --csv: choose one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +346,7 @@ READERS |= {kind | None: kind for kind in (str, int, float)}
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds a flag for each field of a dataclass whose fields are made by `flag`."""
+    """Adds a flag for each field of a dataclass whose fields are made by `flag`. Several texts need none."""
     kinds = get_type_hints(settings)
     used = dict.fromkeys(f.metadata["group"] for f in fields(settings))
     in_order = [group for group in GROUPS if group in used] + [group for group in used if group not in GROUPS]
@@ -335,6 +357,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         if kind is bool:
             group.add_argument(*names, dest=f.name, action="store_true", default=f.default, help=meta["help"])
             group.add_argument(f"--no{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
+            continue
+        if kind == tuple[str, ...]:
+            group.add_argument(f.name, nargs="+", metavar=f.name.upper(), help=meta["help"])
             continue
         required = f.default is MISSING
         group.add_argument(
@@ -353,4 +378,5 @@ def parse(settings: type[T], arguments: Sequence[str] | None = None) -> T:
     parser = Parser(description=(settings.__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")
     add_flags(parser, settings)
-    return settings(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_intermixed_args(arguments))  # files may stand between flags
+    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

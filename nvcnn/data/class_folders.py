@@ -1,10 +1,11 @@
-"""A folder per class, `train/CLASS/**/*.jpg` and `val/CLASS/**/*.jpg`, as a source.
+"""A folder per class, `train/CLASS/**/*.jpg` and `val/CLASS/**/*.jpg` (or another of NAMES), as a source.
 
 A class's number is its place in order of name, so training and validation must have the same classes.
 """
 
 import hashlib
 import os
+import shlex
 import tempfile
 from array import array
 from collections.abc import Collection
@@ -12,13 +13,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.source import is_utf_8
+from nvcnn.data.source import NAMES, is_utf_8
 from nvcnn.files import to_read
 from nvcnn.program import InputError
 
 # The suffixes of pillow.FORMATS, in any case.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
 
 class ClassFolders:
@@ -77,7 +77,26 @@ class ClassFolders:
 
 
 def split_folder(directory: Path, split: str) -> Path | None:
-    return next((directory / name for name in FOLDERS[split] if (directory / name).is_dir()), None)
+    """Returns the folder of a split. A test/ with other folders than train/ has is none: many hold images alone."""
+    folder = next((directory / name for name in NAMES[split] if (directory / name).is_dir()), None)
+    train = directory / "train"
+    if folder == directory / "test" and train.is_dir() and class_names(folder) != class_names(train):
+        return None
+    return folder
+
+
+def set_aside(train: Path, directory: Path) -> str:
+    """Returns what to do with class folders that have none beside them to validate on."""
+    out = f"{directory if directory.name not in ('', '..') else directory.resolve()}-prepared"
+    command = shlex.join(
+        ["python", "launch/prepare.py", "folder", f"--train={train}", "--val_share=0.1", f"--out={out}"]
+    )
+    return f"set a tenth of each class aside by `{command}` and give --data_dir={out}"
+
+
+def holds_images(folder: Path) -> bool:
+    """Returns whether there are images in a folder itself."""
+    return any(entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(folder))
 
 
 def class_names(folder: Path) -> list[str]:
@@ -125,7 +144,7 @@ def image_files(folder: Path, name: str, suffixes: tuple[str, ...]) -> tuple[lis
 
 def find_classes(directory: Path) -> list[str]:
     """Returns the classes of training and validation, sorted. Raises InputError when they differ."""
-    folders = [folder for split in FOLDERS if (folder := split_folder(directory, split))]
+    folders = [folder for split in NAMES if (folder := split_folder(directory, split))]
     classes = [class_names(folder) for folder in folders]
     if not all(classes):
         empty = folders[classes.index([])]
@@ -143,7 +162,10 @@ def open_class_folders(directory: Path, split: str, classes: list[str]) -> Class
     """Returns the source of a split. Raises InputError for a class without images: most likely a copy broke off."""
     folder = split_folder(directory, split)
     if folder is None:
-        raise InputError(f"--data_dir={directory}: no folder {' or '.join(FOLDERS[split])} there")
+        what = f"--data_dir={directory}: no folder {' or '.join(NAMES[split])} there"
+        if split == "train":
+            raise InputError(f"{what}: prepare the data set, or correct the path")
+        raise InputError(f"{what}, with the classes of train/: {set_aside(directory / 'train', directory)}")
     paths, labels = [], []
     for label, name in enumerate(classes):
         found, _ = image_files(folder, name, SUFFIXES)

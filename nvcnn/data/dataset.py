@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from nvcnn.data.class_folders import FOLDERS, find_classes, open_class_folders, split_folder
+from nvcnn.data.class_folders import find_classes, holds_images, open_class_folders, set_aside, split_folder
 from nvcnn.data.records import Records
-from nvcnn.data.source import Source
+from nvcnn.data.source import NAMES, VALIDATION, Source
 from nvcnn.data.tars import Tars
 from nvcnn.files import to_read
 from nvcnn.program import InputError
@@ -134,20 +134,21 @@ def find_kind(directory: Path) -> str:
         raise InputError(f"{flag}: {error.strerror}: prepare a data set there, or correct the path") from None
     if not names:
         raise InputError(f"{flag}: is empty: prepare a data set there, or correct the path")
-    shards = [n for n in names if n.startswith(("train-", "validation-", "val-")) and not n.endswith(".idx")]
+    prefixes = tuple(f"{name}-" for name in ("train", *VALIDATION))
+    shards = [n for n in names if n.startswith(prefixes) and not n.endswith(".idx")]
     found: dict[str, str] = {}  # kind -> an example
     for name in shards:
         if name.endswith(".tar"):
             found.setdefault("tars", name)
-        elif not name.startswith("val-"):
+        elif name.startswith(("train-", "validation-")):
             found.setdefault("TFRecords", name)
     for split in ("train", "validation"):
         if folder := split_folder(directory, split):
             found.setdefault("class folders", f"{folder.name}/")
     sets = {name.partition("-")[0]: name for name in reversed(shards)}
-    paths = [directory / name for name in FOLDERS["validation"] if (directory / name).is_dir()]
+    paths = [directory / name for name in VALIDATION if (directory / name).is_dir()]
     for both in (
-        [sets[name] for name in FOLDERS["validation"] if name in sets],
+        [sets[name] for name in VALIDATION if name in sets],
         [f"{path.name}/" for path in {path.resolve(): path for path in paths}.values()],  # one may link to the other
     ):
         if len(both) > 1:
@@ -159,13 +160,24 @@ def find_kind(directory: Path) -> str:
         (one, first), (other, second), *_ = found.items()
         raise InputError(f"{flag}: holds {one} ({first}) and {other} ({second}): keep one kind in a directory")
     if not found:
-        folders = [name for name in names if (directory / name).is_dir()]
-        hint = f"; if {folders[0]} is a class, give the directory above {directory.name}/" if folders else ""
-        raise InputError(
-            f"{flag}: no train-* files (TFRecords, or train-*.tar) and no folder train/ there: "
-            f"prepare the data set, or correct the path{hint}"
-        )
+        what = f"{flag}: no train-* files (TFRecords, or train-*.tar) and no folder train/ there"
+        raise InputError(f"{what}: {instead(directory, names)}")
     return next(iter(found))
+
+
+def instead(directory: Path, names: list[str]) -> str:
+    """Returns what to do with a directory that holds those names and is no data set."""
+    folders = [name for name in names if not name.startswith(".") and (directory / name).is_dir()]
+    for name in folders:
+        if (directory / name / "train").is_dir():
+            return f"give --data_dir={directory / name}"
+    if folders and directory.name in NAMES["train"] + NAMES["validation"]:
+        return f"{folders[0]} is most likely a class, give the directory above {directory.name}/"
+    if any(holds_images(directory / name) for name in folders):
+        return f"if its folders are classes, {set_aside(directory, directory)}"
+    if holds_images(directory):
+        return "put the images of each class into a folder, as train/CLASS and val/CLASS"
+    return "prepare the data set, or correct the path"
 
 
 def read_dataset_json(path: Path) -> dict:

@@ -11,7 +11,6 @@ from nvcnn.data.shard_source import ShardSource, does_not_fit, index_path
 from nvcnn.data.tfrecord import FRAMING, decode_example, masked_crc, scan
 from nvcnn.program import InputError
 
-PATTERNS = {"train": ("train-*",), "validation": ("validation-*",)}
 IMAGE, LABEL = "image/encoded", "image/class/label"
 SMALL = 1024  # bytes, framing included, of a record that may well have no image
 ONE_IMAGE = re.compile(  # a Feature of bytes, of which there is one at least
@@ -20,7 +19,7 @@ ONE_IMAGE = re.compile(  # a Feature of bytes, of which there is one at least
 
 
 class Records(ShardSource):
-    patterns = PATTERNS
+    suffix = ""
     header = ""
     line = re.compile(r"(\d+) (\d+)")
 

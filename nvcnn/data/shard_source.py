@@ -8,14 +8,14 @@ import tempfile
 import uuid
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from nvcnn.data.source import for_dali
+from nvcnn.data.source import NAMES, for_dali
 from nvcnn.files import to_read
 from nvcnn.program import InputError
 
@@ -27,12 +27,12 @@ SHUFFLE_BUFFER = 4096  # images; shards are shuffled when they are made, this mi
 class ShardSource:
     """The samples of some shards. A subclass is a format: how its files are named, and what a sample holds.
 
-    patterns: of each split, the names of its shards; the first pattern with files counts.
+    suffix: of the names of its shards, which begin as NAMES has it; the first of a split with files counts.
     header: what an index begins with, where {} is the number of samples.
     line: a line of an index, one for each sample; its groups are offset and size of each piece of the sample.
     """
 
-    patterns: Mapping[str, tuple[str, ...]]
+    suffix: str
     header: str
     line: re.Pattern[str]
 
@@ -56,11 +56,13 @@ class ShardSource:
         Builds indexes that are missing. lenient: leaves out the checks that a check of every sample makes as well.
         """
         shards: list[Path] = []
-        for pattern in cls.patterns[split]:
+        patterns = [f"{name}-*{cls.suffix}" for name in NAMES[split]]
+        for pattern in patterns:
             shards = shards or sorted(p for p in directory.glob(pattern) if p.suffix != ".idx" and not p.is_dir())
         if not shards:
-            names = " or ".join(cls.patterns[split])
-            raise InputError(f"--data_dir={directory}: no {names} files: prepare the data set, or correct the path")
+            raise InputError(
+                f"--data_dir={directory}: no {' or '.join(patterns)} files: prepare the data set, or correct the path"
+            )
         for shard in shards:
             to_read(shard).stat()  # a link that leads nowhere is an error even if `lenient`
             if not to_read(index_path(shard)).exists():

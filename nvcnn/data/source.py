@@ -5,6 +5,10 @@ from typing import Any, Protocol
 
 from nvcnn.program import InputError
 
+# What the folders and shards of a split are called. A test set is one to validate on where there is no other.
+VALIDATION = ("val", "validation", "valid")
+NAMES = {"train": ("train",), "validation": (*VALIDATION, "test")}
+
 
 class Source(Protocol):
     """The samples of one split, 0 .. len - 1, in the order of their files."""

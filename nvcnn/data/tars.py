@@ -1,4 +1,4 @@
-"""WebDataset's tars, `train-*.tar` and `validation-*.tar` or `val-*.tar`, as a source.
+"""WebDataset's tars, `train-*.tar` and `validation-*.tar`, as a source.
 
 A sample is KEY.jpg (or .png, .webp, ... as in class folders) and KEY.cls, a decimal number, side by side; other files
 are passed over. Each tar has an index in the format of DALI's wds2idx, with only these two members in it:
@@ -20,7 +20,6 @@ from nvcnn.data.class_folders import SUFFIXES
 from nvcnn.data.shard_source import ShardSource, does_not_fit, index_path
 from nvcnn.program import InputError
 
-PATTERNS = {"train": ("train-*.tar",), "validation": ("validation-*.tar", "val-*.tar")}
 IMAGES, LABELS = tuple(suffix[1:] for suffix in SUFFIXES), ("cls",)
 BLOCK = tarfile.BLOCKSIZE
 SMALLEST = 4 * BLOCK  # bytes of a sample: two headers, two files
@@ -28,7 +27,7 @@ AGAIN = "copy or make the file again"
 
 
 class Tars(ShardSource):
-    patterns = PATTERNS
+    suffix = ".tar"
     header = "v1.2 {}\n"
     line = re.compile(rf"(?:{'|'.join(IMAGES)}) (\d+) (\d+) \S+ cls (\d+) (\d+) \S+")
 

@@ -1,6 +1,7 @@
 """The flags of launch/prepare.py: a dataclass for each data set, from which its command line is made."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
@@ -94,7 +95,15 @@ class ImageFiles(Shuffled):
         raise NotImplementedError
 
     def write(self) -> None:
-        write_dataset(self.blueprint(), Path(self.out), workers=self.workers, skip_bad=self.skip_bad)
+        blueprint = self.blueprint()
+        if "validation" not in blueprint.splits:
+            how = "--val or --val_share" if isinstance(self, Folder) else "--val"
+            print(
+                f"without {how} there is nothing to validate on: neither eval.py nor train.py --eval_every will work",
+                file=sys.stderr,
+                flush=True,
+            )
+        write_dataset(blueprint, Path(self.out), workers=self.workers, skip_bad=self.skip_bad)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from nvcnn.data.class_folders import class_names, image_files
 from nvcnn.data.processes import worker_pool
+from nvcnn.data.source import NAMES
 from nvcnn.files import to_read
 from nvcnn.prepare.blueprint import Blueprint, Sample, read_sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding, standard
 from nvcnn.program import InputError
 
-SPLITS = {"train", "val", "validation", "test"}  # names of the folders above class folders
+SPLITS = {*NAMES["train"], *NAMES["validation"]}  # names of the folders above class folders
 SHARD_BYTES = 1 << 27  # source files of a shard, unless --shards is given
 
 

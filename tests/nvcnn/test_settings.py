@@ -7,7 +7,7 @@ import pytest
 
 from nvcnn.models import ALGORITHMS
 from nvcnn.program import InputError
-from nvcnn.settings import Evaluation, Export, Settings, as_json, differences, parse
+from nvcnn.settings import Evaluation, Export, Prediction, Settings, as_json, differences, parse
 
 ORIGINAL = {
     "data_dir": None,
@@ -90,6 +90,13 @@ def test_names_and_defaults_of_an_export_are_frozen():
     own = {"out": "o", "format": "safetensors", "fold": False}
     assert {name: value for name, value in export.items() if name not in evaluation} == own
     assert own | {name: evaluation[name] for name in export if name in evaluation} == export
+
+
+def test_names_and_defaults_of_a_prediction_are_frozen():
+    evaluation = asdict(parse(Evaluation, ["--data_dir=d", "--log_dir=l"]))
+    prediction = asdict(parse(Prediction, ["a.jpg", "--log_dir=l", "b"]))
+    own = {"images": ("a.jpg", "b"), "top": 5, "json": False, "csv": False}
+    assert own | {name: evaluation[name] for name in prediction if name not in own} == prediction
 
 
 def test_eval_is_the_evaluation_of_the_same_flags():

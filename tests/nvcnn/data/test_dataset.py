@@ -135,7 +135,7 @@ REFUSED = {  # what is done to a directory of TFRecords, the words of the messag
     "a file": (lambda d: (shutil.rmtree(d), d.touch()), r"--data_dir=.*data: Not a directory"),
     "empty": (lambda d: delete(d, "*"), "is empty"),
     "no training files": (lambda d: delete(d, "train-*"), r"no train-\* files"),
-    "no validation files": (lambda d: delete(d, "val*"), r"no validation-\* files", {"split": "validation"}),
+    "no validation files": (lambda d: delete(d, "val*"), r"no val-\* or .* or test-\* files", {"split": "validation"}),
     "no images": (lambda d: (delete(d, "*"), write_shard(d / "train-0", [])), "no images"),
     "a missing shard": (
         lambda d: (declare(d, images={"train": IMAGES}), (d / MIDDLE).unlink()),
@@ -275,7 +275,18 @@ FOLDERS_REFUSED = {  # what is done to train/ and val/ of two classes, the words
         lambda d: shutil.copytree(d / "val", d / "validation"),
         "holds val/ and validation/, two",
     ),
-    "no validation": (lambda d: shutil.rmtree(d / "val"), "no folder val or validation", {"split": "validation"}),
+    "no validation": (
+        lambda d: shutil.rmtree(d / "val"),
+        r"no folder val or validation or valid or test there, with the classes of train/: set a tenth of each class "
+        r"aside by `python launch/prepare\.py folder --train=(.*)/train --val_share=0\.1 --out=\1-prepared`",
+        {"split": "validation"},
+    ),
+    "validation alone": (lambda d: shutil.rmtree(d / "train"), "no folder train there: prepare"),
+    "a set to test on with other classes": (
+        lambda d: ((d / "val").rename(d / "test"), (d / "test/n00000").rename(d / "test/all")),
+        "no folder val or validation",
+        {"split": "validation"},
+    ),
 }
 
 
@@ -289,10 +300,46 @@ def test_refuses_class_folders_in_one_line(tmp_path, case):
         find(tmp_path, **dict(*flags))
 
 
-def test_the_folder_of_the_classes_instead_of_the_one_above(tmp_path):
-    write_folders(tmp_path, "train", images=2)
-    with pytest.raises(InputError, match=r"no folder train/ there.*n00000 is a class, give the directory above train/"):
-        find(tmp_path / "train")
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "test"])
+def test_what_is_validated_on_by_its_name(tmp_path, name):
+    write_folders(tmp_path / "folders", "train", images=2)
+    write_folders(tmp_path / "folders", name, images=6, label=lambda i: i % 2)
+    for kind in ("tars", "records"):
+        for split, images in (("train", 2), (name, 6)):
+            WRITERS[kind](tmp_path / kind, split, images=images)
+    for kind in WRITERS:
+        assert find(tmp_path / kind, "train").count("train") == 2
+        assert find(tmp_path / kind, "validation").count("validation") == 6
+
+
+def test_a_set_to_test_on_beside_one_to_validate_on(tmp_path):
+    """It may well be without labels, and is not looked at."""
+    for split, images in (("train", 2), ("valid", 4)):
+        write_folders(tmp_path, split, images=images, label=lambda i: i % 2)
+    write_folders(tmp_path, "test", images=6, label=lambda i: 7)
+    assert find(tmp_path, "validation").count("validation") == 4
+    shutil.rmtree(tmp_path / "valid")
+    assert find(tmp_path).count("train") == 2
+    shutil.rmtree(tmp_path / "train")
+    assert find(tmp_path, "validation").class_names == ("n00007",)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("", r"give --data_dir=.*/photos$"),
+        ("flat", r"if its folders are classes, set a tenth .* --train=(.*) --val_share=0\.1 --out=\1-prepared`"),
+        ("photos/train", r"n00000 is most likely a class, give the directory above train/"),
+        ("flat/n00000", r"put the images of each class into a folder, as train/CLASS and val/CLASS"),
+        ("other", r"prepare the data set, or correct the path"),
+    ],
+)
+def test_a_directory_that_is_no_data_set(tmp_path, given, words):
+    write_folders(tmp_path / "photos", "train", images=2)
+    write_folders(tmp_path, "flat", images=2)
+    write_folders(tmp_path, "other", images=1, name="a/b/c")
+    with pytest.raises(InputError, match=f"no folder train/ there: {words}"):
+        find(tmp_path / given)
 
 
 # WebDataset's tars

@@ -7,6 +7,7 @@ import pytest
 from nvcnn.data.class_folders import class_names, open_class_folders
 from nvcnn.prepare import folder
 from nvcnn.prepare.encode import Encoding
+from nvcnn.prepare.flags import parse, prepare
 from nvcnn.prepare.write import write_dataset
 from nvcnn.program import InputError
 from tests.nvcnn.prepare.preparing import examples, opened
@@ -59,6 +60,14 @@ def test_a_share_of_each_class(train, tmp_path):
     assert len(names["train"] | names["validation"]) == 20
     assert blueprint(train, val_share=0.3).splits == made.splits
     assert blueprint(train, val_share=0.3, seed=2).splits != made.splits
+
+
+def test_what_will_not_work_without_validation(train, tmp_path, capfd):
+    for n, flags in enumerate((["--val_share=0.3", "--shards=1,1"], ["--shards=1,1"])):
+        prepare(parse(["folder", f"--train={train}", f"--out={tmp_path}/{n}", "--workers=1", *flags]))
+        said = capfd.readouterr().err
+        assert ("without --val or --val_share" in said) == (n == 1)
+    assert "neither eval.py nor train.py --eval_every will work" in said
 
 
 def test_validation_folders_have_the_classes_of_training(train, tmp_path):
