@@ -3,7 +3,7 @@
 A log never decides how a run ends: one that cannot be written is said, and half a line is passed over.
 
 metrics.jsonl: one JSON object a line, `event` is "start", "train", "tensors", "checkpoint", "eval" or "end". A resumed
-run appends; where steps come twice, the later line holds. "tensors" (with --log_tensors) has by a parameter's name what
+run appends; `nvcnn.plot.read` says which lines hold. "tensors" (with --log_tensors) has by a parameter's name what
 the optimizer found in that step: trust_ratio, and the norms of the gradient (averaged, unscaled, decayed) and of the
 weight before its update. A value that is not finite is null.
 """
@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from nvcnn.optimizer.larc import Larc
+from nvcnn.plot import draw_curve
 
 BURN_IN = 20  # steps left out of the closing throughput, as in the original
 
@@ -87,7 +88,10 @@ def optional(log: Path, said: set[Path]) -> Iterator[None]:
     except Exception as error:  # TensorBoard and matplotlib can fail in any way
         if log not in said:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            print(f"{log} cannot be written ({reason}); going on without", file=sys.stderr)
+            line = f"{log} cannot be written ({reason}); going on without"
+            if isinstance(error, ModuleNotFoundError):
+                line = f"{error.name} is not installed, so no {log.name}: pip install {error.name}"
+            print(line, file=sys.stderr)
         said.add(log)
 
 
@@ -276,47 +280,3 @@ def tensorboard_writer(log_dir: Path) -> EventFile | None:
     except ImportError:
         print("TensorBoard is not installed, so no event files: pip install tensorboard", file=sys.stderr)
         return None
-
-
-def read(log_dir: Path) -> list[dict[str, Any]]:
-    """Returns the events of the run that was last begun there.
-
-    Passes over what is none: half a line of a killed run, zeros after a power cut.
-    """
-    events = []
-    for line in (log_dir / "metrics.jsonl").read_bytes().splitlines():
-        with suppress(ValueError):
-            events.append(json.loads(line))
-    events = [event for event in events if isinstance(event, dict) and "event" in event]
-    begun = [n for n, event in enumerate(events) if event["event"] == "start" and event.get("step") == 0]
-    return events[begun[-1] :] if begun else events
-
-
-def draw_curve(log_dir: Path) -> None:
-    """`curve.png`: loss and learning rate over steps, and the evaluations."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("matplotlib is not installed, so no curve.png: pip install matplotlib", file=sys.stderr)
-        return
-    events = read(log_dir)
-    train = {e["step"]: e for e in events if e["event"] == "train"}
-    if not train:
-        return
-    rows = [train[step] for step in sorted(train)]
-    steps = [e["step"] for e in rows]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, [e["loss"] for e in rows], color="tab:blue")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (running mean)", color="tab:blue")
-    axes.set_ylim(bottom=0)
-    right = axes.twinx()
-    right.plot(steps, [e["learning_rate"] for e in rows], color="tab:orange", linestyle="--")
-    right.set_ylabel("learning rate", color="tab:orange")
-    right.set_ylim(bottom=0)
-    evaluations = [e for e in events if e["event"] == "eval"]
-    if evaluations:
-        last = evaluations[-1]
-        axes.set_title(f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % after step {last['step']}")
-    figure.savefig(log_dir / "curve.png", dpi=120)

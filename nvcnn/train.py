@@ -247,7 +247,9 @@ class Run:
             say(f"Convolution: {self.choices}")
         if self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:
             say(f"  {transport} has no bfloat16: gradients travel in fp32")
-        metrics.write("start", step=self.step, steps=self.plan.steps, ranks=self.transport.size)
+        plan = self.plan
+        where = {"step": self.step, "steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch}
+        metrics.write("start", **where, ranks=self.transport.size)
         if self.left_out:
             say(f"Left out:    {len(self.left_out)} bad images")
             metrics.write("left_out", images=self.left_out)

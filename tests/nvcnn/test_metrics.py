@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvcnn import metrics
+from nvcnn import metrics, plot
 from nvcnn.metrics import Metrics, Throughput, Timer
 
 
@@ -98,22 +98,12 @@ def test_appending_starts_a_line_and_reading_passes_over_bad_ones(tmp_path, caps
     before = path.read_bytes()
     metrics.add_evaluation(tmp_path, {"step": 3, "top1": 50.0, "top5": 90.0})
     fill(tmp_path)
-    assert [e["event"] for e in metrics.read(tmp_path)] == (["train"] * 3 + ["end"]) * 2 + ["eval"] + [
+    assert [e["event"] for e in plot.read(tmp_path)] == (["train"] * 3 + ["end"]) * 2 + ["eval"] + [
         *["train"] * 3,
         "end",
     ]
     assert path.read_bytes().startswith(before + b"\n{")
     assert capsys.readouterr().err == ""
-
-
-def test_a_run_that_is_begun_anew_shows_nothing_of_the_one_before(tmp_path):
-    """That one came to no checkpoint, and may have had more steps."""
-    for step, loss in ((0, 9.0), (0, 1.0), (1, 2.0)):
-        shown = Metrics(str(tmp_path), steps=3, first_step=step, rank=0)
-        shown.write("start", step=step)
-        shown.train(step + 1, 1, **VALUES | {"loss": loss})
-        shown.close()
-    assert [event.get("loss") for event in metrics.read(tmp_path)] == [None, 1.0, None, 2.0]
 
 
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys, monkeypatch):
@@ -154,7 +144,7 @@ def test_a_nested_value_that_is_not_finite_is_null_too(tmp_path):
     shown = Metrics(str(tmp_path), steps=1, first_step=0, rank=0)
     shown.write("tensors", step=1, trust_ratio={"w": math.nan, "b": 1.0}, gradient_norm={"w": math.inf, "b": -math.inf})
     shown.close()
-    (event,) = metrics.read(tmp_path)
+    (event,) = plot.read(tmp_path)
     assert event["trust_ratio"] == {"w": None, "b": 1.0}
     assert event["gradient_norm"] == {"w": None, "b": None}
 
