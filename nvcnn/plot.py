@@ -1,22 +1,26 @@
-"""Draws what metrics.jsonl holds: the curve of a run, or runs beside one another.
+"""Draws what metrics.jsonl holds: the curve of a run, or runs beside one another; and a grid of pictures.
 
 python -m nvcnn.plot RUN... [--out FILE.png]
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nvcnn import program
 from nvcnn.data.shard_source import atomic_writer
 from nvcnn.files import to_read
 from nvcnn.program import InputError
 from nvcnn.settings import Parser
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Event = dict[str, Any]
 LOG = "metrics.jsonl"
@@ -26,6 +30,7 @@ CURVE = {"loss": "loss (running mean)", "top1": "top-1, %", "learning_rate": "le
 ALL = CURVE | {"loss_scale": "loss scale", "images_per_second": "images/s"}
 TRAINING: dict[str, Any] = {"linewidth": 1.2, "alpha": 0.7}
 VALIDATION: dict[str, Any] = {"linewidth": 1.6, "linestyle": "--", "marker": "o", "markersize": 5}
+LONGEST = 26  # characters of a name under a picture
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,31 @@ def drawn(runs: dict[str, History], panels: dict[str, str], *, columns: int = 1,
         grid[0].legend(handles=entries[1:], frameon=False)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+def picture_grid(pictures: "Tensor", names: Sequence[str]) -> bytes:
+    """Returns a PNG of pictures, (N, H, W, 3) uint8, in rows of four, with a name under each."""
+    from matplotlib.figure import Figure
+
+    count, height, width, _ = pictures.shape
+    columns = min(4, count)
+    rows = -(-count // columns)
+    down, across = height + max(height // 5, 4), width + max(width // 20, 1)  # from a picture to the next
+    canvas = pictures.new_full((rows * down, columns * across, 3), 255)
+    figure = Figure(figsize=(2 * columns, 2 * columns * canvas.shape[0] / canvas.shape[1]))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    for n, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        top, left = n // columns * down, n % columns * across
+        canvas[top : top + height, left : left + width] = picture
+        short = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+        below = top + height + down * 0.02
+        axes.text(left + width / 2, below, short, ha="center", va="top", fontsize=9, parse_math=False)
+    axes.imshow(canvas.numpy(), aspect="auto")
+    file = BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # of characters that its fonts lack: it shows boxes
+        figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
 
 

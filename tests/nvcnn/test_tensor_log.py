@@ -81,7 +81,7 @@ def test_an_overflow_is_null(training, tmp_path):
 
 def test_tensorboard_gets_scalars_at_a_summary(training, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(Metrics, "summarize", lambda self, step, **scalars: shown.append((step, scalars)))
+    monkeypatch.setattr(Metrics, "summarize", lambda self, step, scalars: shown.append((step, scalars)))
     log = TensorLog(training.optimizer)
     for summarize in (False, True):
         training.step(*batch(0))
