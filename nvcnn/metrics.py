@@ -3,7 +3,7 @@
 A log never decides how a run ends: one that cannot be written is said, and half a line is passed over.
 
 metrics.jsonl: one JSON object a line, `event` is "start", "train", "tensors", "checkpoint", "eval" or "end". A resumed
-run appends; where steps come twice, the later line holds. "tensors" (with --log_tensors) has by a parameter's name what
+run appends; `nvcnn.plot.read` says which lines hold. "tensors" (with --log_tensors) has by a parameter's name what
 the optimizer found in that step: trust_ratio, and the norms of the gradient (averaged, unscaled, decayed) and of the
 weight before its update. A value that is not finite is null.
 """
@@ -12,20 +12,24 @@ import json
 import math
 import os
 import socket
+import struct
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nvcnn.optimizer.larc import Larc
+from nvcnn.plot import draw_curve, picture_grid
 
 BURN_IN = 20  # steps left out of the closing throughput, as in the original
+POINTS = 1.0  # seconds between points of TensorBoard's curves at least: table lines may come a hundred times as fast
 
 
 class Throughput:
@@ -87,7 +91,10 @@ def optional(log: Path, said: set[Path]) -> Iterator[None]:
     except Exception as error:  # TensorBoard and matplotlib can fail in any way
         if log not in said:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            print(f"{log} cannot be written ({reason}); going on without", file=sys.stderr)
+            line = f"{log} cannot be written ({reason}); going on without"
+            if isinstance(error, ModuleNotFoundError):
+                line = f"{error.name} is not installed, so no {log.name}: pip install {error.name}"
+            print(line, file=sys.stderr)
         said.add(log)
 
 
@@ -97,6 +104,7 @@ class Metrics:
     def __init__(self, log_dir: str, *, steps: int, first_step: int, rank: int):
         self.log_dir = Path(log_dir) if log_dir and rank == 0 else None
         self.quiet = rank != 0
+        self.steps, self.until_point = steps, Timer(POINTS)
         self.file = self.board = self.bar = None
         if self.log_dir:
             self.events, self.tensorboard = self.log_dir / "metrics.jsonl", self.log_dir / "events.out.tfevents"
@@ -104,7 +112,7 @@ class Metrics:
             with optional(self.events, self.said):
                 self.file = open_to_append(self.events)
             with optional(self.tensorboard, self.said):
-                self.board = tensorboard_writer(self.log_dir)
+                self.board = tensorboard_writer(self.log_dir, first_step)
         if rank == 0 and sys.stderr.isatty():
             self.bar = progress_bar(steps, first_step)
 
@@ -129,18 +137,43 @@ class Metrics:
             self.bar.update()
 
     def train(self, step: int, epoch: int, **shown: float) -> None:
-        """A table line and a line of metrics.jsonl; images of all ranks."""
+        """A table line, a line of metrics.jsonl, and a point of TensorBoard's curves; images of all ranks."""
         self.say("{:6d} {:5d} {images_per_second:7.1f} {loss:7.3f} {learning_rate:7.5f}".format(step, epoch, **shown))
         if shown["skipped"]:
             scale = f"at loss scale {shown['loss_scale']:g}"
             self.say(f"  {shown['skipped']} step(s) skipped: gradients not finite {scale}")
         self.write("train", step=step, epoch=epoch, **shown)
+        if step in (1, self.steps) or self.until_point.over():
+            self.summarize(step, {f"train/{name}": value for name, value in shown.items()})
 
-    def summarize(self, step: int, **scalars: float) -> None:
+    def evaluation(self, step: int, epoch: int, result: dict[str, Any]) -> None:
+        """The same of an evaluation during training; the curve is drawn anew."""
+        self.say(f"  Validation after epoch {epoch}: top-1 {result['top1']:.3f} %, top-5 {result['top5']:.3f} %")
+        self.write("eval", step=step, epoch=epoch, **result)
+        self.summarize(step, {f"eval/{name}": value for name, value in result.items() if isinstance(value, float)})
+        self.draw_curve()
+
+    def input(self, pictures: Tensor, names: Sequence[str]) -> None:
+        """`input.png`, and the same in TensorBoard: pictures, (N, H, W, 3) uint8, with a name under each."""
+        if not self.log_dir:
+            return
+        path = self.log_dir / "input.png"
+        with optional(path, self.said):
+            picture = picture_grid(pictures, names)
+            path.write_bytes(picture)
+            if self.board:
+                with optional(self.tensorboard, self.said):
+                    self.board.add_image("input", picture, 0)
+
+    def summarize(self, step: int, scalars: Mapping[str, float]) -> None:
         if self.board:
             with optional(self.tensorboard, self.said):
-                for name, value in scalars.items():
-                    self.board.add_scalar(name, value, step)
+                self.board.add_scalars(scalars, step)
+
+    def draw_curve(self) -> None:
+        if self.log_dir:
+            with optional(self.log_dir / "curve.png", self.said):
+                draw_curve(self.log_dir)
 
     def end(self, step: int, throughput: Throughput) -> None:
         """The closing throughput line, the end event, the curve."""
@@ -165,9 +198,7 @@ class Metrics:
         if self.board:
             with optional(self.tensorboard, self.said):
                 self.board.close()
-        if self.log_dir:
-            with optional(self.log_dir / "curve.png", self.said):
-                draw_curve(self.log_dir)
+        self.draw_curve()
 
 
 def add_evaluation(log_dir: Path, result: dict[str, Any]) -> None:
@@ -211,7 +242,7 @@ class TensorLog:
         metrics.write("tensors", step=self.step, **values)
         if summarize:
             flat = {f"{kind}/{name}": value for kind, row in values.items() for name, value in row.items()}
-            metrics.summarize(self.step, **flat)
+            metrics.summarize(self.step, flat)
         self.step = None
 
 
@@ -246,77 +277,43 @@ def progress_bar(steps: int, first_step: int):
 
 
 class EventFile:
-    """A file of scalars for TensorBoard, whose own writer has a thread, which on a full disk prints a traceback."""
+    """A file for TensorBoard, whose own writer has a thread, which on a full disk prints a traceback.
 
-    def __init__(self, log_dir: Path):
-        from tensorboard.compat.proto.event_pb2 import Event
+    TensorBoard then shows nothing of later steps that an earlier file has: they are of a run that was killed.
+    """
+
+    def __init__(self, log_dir: Path, first_step: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
-        from torch.utils.tensorboard.summary import scalar
 
-        self.event, self.scalar = Event, scalar
+        self.event, self.summary = Event, Summary
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self.file = (log_dir / name).open("ab")
         self.records = RecordWriter(self.file)
         self.write(file_version="brain.Event:2")
+        self.write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, **content: Any) -> None:
         self.records.write(self.event(wall_time=time.time(), **content).SerializeToString())
         self.file.flush()
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.write(step=step, summary=self.scalar(name, value))
+    def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        values = [self.summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self.write(step=step, summary=self.summary(value=values))
+
+    def add_image(self, name: str, png: bytes, step: int) -> None:
+        width, height = struct.unpack(">II", png[16:24])
+        image = self.summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+        self.write(step=step, summary=self.summary(value=[self.summary.Value(tag=name, image=image)]))
 
     def close(self) -> None:
         self.file.close()
 
 
-def tensorboard_writer(log_dir: Path) -> EventFile | None:
+def tensorboard_writer(log_dir: Path, first_step: int) -> EventFile | None:
     try:
-        return EventFile(log_dir)
+        return EventFile(log_dir, first_step)
     except ImportError:
         print("TensorBoard is not installed, so no event files: pip install tensorboard", file=sys.stderr)
         return None
-
-
-def read(log_dir: Path) -> list[dict[str, Any]]:
-    """Returns the events of the run that was last begun there.
-
-    Passes over what is none: half a line of a killed run, zeros after a power cut.
-    """
-    events = []
-    for line in (log_dir / "metrics.jsonl").read_bytes().splitlines():
-        with suppress(ValueError):
-            events.append(json.loads(line))
-    events = [event for event in events if isinstance(event, dict) and "event" in event]
-    begun = [n for n, event in enumerate(events) if event["event"] == "start" and event.get("step") == 0]
-    return events[begun[-1] :] if begun else events
-
-
-def draw_curve(log_dir: Path) -> None:
-    """`curve.png`: loss and learning rate over steps, and the evaluations."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("matplotlib is not installed, so no curve.png: pip install matplotlib", file=sys.stderr)
-        return
-    events = read(log_dir)
-    train = {e["step"]: e for e in events if e["event"] == "train"}
-    if not train:
-        return
-    rows = [train[step] for step in sorted(train)]
-    steps = [e["step"] for e in rows]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, [e["loss"] for e in rows], color="tab:blue")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (running mean)", color="tab:blue")
-    axes.set_ylim(bottom=0)
-    right = axes.twinx()
-    right.plot(steps, [e["learning_rate"] for e in rows], color="tab:orange", linestyle="--")
-    right.set_ylabel("learning rate", color="tab:orange")
-    right.set_ylim(bottom=0)
-    evaluations = [e for e in events if e["event"] == "eval"]
-    if evaluations:
-        last = evaluations[-1]
-        axes.set_title(f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % after step {last['step']}")
-    figure.savefig(log_dir / "curve.png", dpi=120)

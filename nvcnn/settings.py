@@ -188,7 +188,9 @@ class Settings(Images):
     )
     display_every: int = original(1, "steps between table lines", may_differ=True)
     save_interval: int = original(43200, "seconds between checkpoints", may_differ=True)
-    summary_interval: int = original(3600, "seconds between TensorBoard summaries", may_differ=True)
+    summary_interval: int = original(
+        3600, "seconds between TensorBoard's values of --log_tensors; its curves need no flag", may_differ=True
+    )
     loss_scale: float | str = original(1.0, "factor on the loss against fp16 underflow, or 'dynamic'")
     larc_eta: float | None = original(None, "LARC trust coefficient; none: LARC off")
     larc_mode: str = original(

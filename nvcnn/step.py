@@ -77,13 +77,17 @@ class Step:
 
         The next step overwrites what is returned.
         """
-        images = self.prepare_input(batch.images, batch.flip, into=self.images)
+        images = self.input(batch)
         if self.replay is None:
             self.train(images, batch.labels)
         else:
             self.labels.copy_(batch.labels)
             self.replay()
         return self.optimizer.latest
+
+    def input(self, batch: Batch) -> Tensor:
+        """Returns what the network gets of a batch. In a graph, the next one's overwrites it."""
+        return self.prepare_input(batch.images, batch.flip, into=self.images)
 
     def train(self, images: Tensor, labels: Tensor) -> None:
         """Computes new weights from the network's input: this is what a CUDA graph holds."""

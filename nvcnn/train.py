@@ -11,6 +11,7 @@ from nvcnn import checkpoint
 from nvcnn.check_data import check_data
 from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_training
+from nvcnn.data.batch import Batch, pixels
 from nvcnn.data.dali import TrainingData
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.pillow_workers import WorkerTrainingData
@@ -27,6 +28,7 @@ from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
 from nvcnn.weights import Weights, read
 
+PICTURES = 16  # of the first batch, in input.png
 Data = TrainingData | WorkerTrainingData | SyntheticData
 
 
@@ -164,6 +166,9 @@ class Run:
             while self.step < self.plan.steps:
                 with signals.waiting():
                     batch = next(self.data)
+                if self.step == 0 and rank == 0 and settings.log_dir:
+                    with throughput.left_out():
+                        self.show_input(batch, metrics)
                 self.train_step(batch)
                 self.step += 1
                 metrics.step()
@@ -181,11 +186,8 @@ class Run:
                     }
                     skipped = self.step - int(updates)
                     metrics.train(self.step, (self.step - 1) // self.plan.steps_per_epoch + 1, **shown)
-                    summarize = last or until_summary.over()
-                    if summarize:
-                        metrics.summarize(self.step, **shown)
                     if tensors:
-                        tensors.write(metrics, summarize=summarize)
+                        tensors.write(metrics, summarize=last or until_summary.over())
                         tensors.copy(self.step)
                 elif self.step == throughput.burnt_in:
                     self.train_step.read()
@@ -211,6 +213,13 @@ class Run:
         self.train_step.close()
         self.transport.close()
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
+
+    def show_input(self, batch: Batch, metrics: Metrics) -> None:
+        """Has some images of a batch drawn as the network sees them, with their classes."""
+        names = self.plan.class_names
+        labels = batch.labels[:PICTURES].tolist()
+        images = pixels(self.train_step.input(batch)[:PICTURES], self.plan.preprocessing.normalize).cpu()
+        metrics.input(images, [names[label] if names else f"class {label}" for label in labels])
 
     def save(self, metrics: Metrics) -> None:
         """Gathers what is each rank's own to rank 0, whose BatchNorm statistics are those of the weights."""
@@ -249,7 +258,9 @@ class Run:
             say(f"Convolution: {self.choices}")
         if self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:
             say(f"  {transport.name} has no bfloat16: gradients travel in fp32")
-        metrics.write("start", step=self.step, steps=self.plan.steps, ranks=self.transport.size)
+        plan = self.plan
+        where = {"step": self.step, "steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch}
+        metrics.write("start", **where, ranks=self.transport.size)
         if self.left_out:
             say(f"Left out:    {len(self.left_out)} bad images")
             metrics.write("left_out", images=self.left_out)

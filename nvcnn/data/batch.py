@@ -45,3 +45,10 @@ def prepare_input(
         return kernels.prepare_input(images, flip, scale, shift, dtype, channels)
     kernels.prepare_input_into(images, flip, scale, shift, into)
     return into
+
+
+def pixels(input: Tensor, normalize: str) -> Tensor:
+    """Returns the pixels of which `prepare_input` made that input: (N, H, W, 3) uint8, mirrored where it is."""
+    scale, shift = scale_shift(normalize, input.device)
+    values = (input[:, :3].float().permute(0, 2, 3, 1) - shift) / scale
+    return values.round().clamp(0, 255).byte()

@@ -162,7 +162,8 @@ def test_a_run_of_more_ranks_is_not_resumed(launch, records, undisturbed):
 def test_what_a_log_directory_holds(undisturbed):
     names = sorted(re.sub(r"tfevents.*", "tfevents", path.name) for path in undisturbed.iterdir())
     checkpoint = f"checkpoint-{STEPS:08d}.pt"
-    assert names == [".lock", checkpoint, "config.json", "curve.png", "events.out.tfevents", "metrics.jsonl"]
+    pictures, logs = ("curve.png", "input.png"), ("events.out.tfevents", "metrics.jsonl")
+    assert names == sorted([".lock", checkpoint, "config.json", *pictures, *logs])
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["settings"]["model"] == "lenet"
     assert {"nvcnn", "torch", "triton", "python"} <= config["versions"].keys()

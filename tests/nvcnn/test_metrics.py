@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from nvcnn import metrics
+from nvcnn import metrics, plot
 from nvcnn.metrics import Metrics, Throughput, Timer
 
 
@@ -58,7 +59,7 @@ def fill(log_dir, steps=3):
     shown.table_head()
     for step in range(1, steps + 1):
         shown.train(step, 1, **VALUES | {"loss": 2.5 / step if step != 2 else math.nan})
-    shown.summarize(steps, loss=1.0)
+    shown.summarize(steps, {"loss": 1.0})
     shown.end(steps, Throughput(1))
     shown.close()
 
@@ -76,14 +77,30 @@ def test_table_and_files(tmp_path, capsys):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_event_files(tmp_path):
-    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+def test_event_files(tmp_path, monkeypatch):
+    """A point at each line, at most one a second, and none of steps that a resumed run goes back over."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def shown(tag):
+        found = accumulator.EventAccumulator(str(tmp_path)).Reload()
+        return {event.step: event.value for event in found.Scalars(tag)}, found
+
     fill(tmp_path)
-    (path,) = tmp_path.glob("events.out.tfevents.*")
-    version, event = loader.EventFileLoader(str(path)).Load()
-    assert version.file_version == "brain.Event:2"
-    (value,) = event.summary.value
-    assert (event.step, value.tag, value.tensor.float_val) == (3, "loss", [1.0])
+    assert shown("train/loss")[0] == {1: 2.5, 3: pytest.approx(2.5 / 3)}
+    monkeypatch.setattr(metrics, "POINTS", -1.0)
+    resumed = Metrics(str(tmp_path), steps=9, first_step=2, rank=0)
+    resumed.input(torch.full((5, 8, 8, 3), 7, dtype=torch.uint8), ["cat", "dog", "$e$l", "", 99 * "x"])
+    for step in (4, 5):
+        resumed.train(step, 1, **VALUES)
+    resumed.evaluation(5, 1, {"top1": 50.0, "top5": 90.0, "images": 10})
+    resumed.close()
+    losses, found = shown("train/loss")
+    assert losses == {1: 2.5, 4: 1, 5: 1}
+    assert {tag for tag in found.Tags()["scalars"] if tag.startswith("eval")} == {"eval/top1", "eval/top5"}
+    (image,) = found.Images("input")
+    assert image.encoded_image_string == (tmp_path / "input.png").read_bytes()
+    (event,) = (event for event in plot.read(tmp_path) if event["event"] == "eval")
+    assert [event[key] for key in ("step", "epoch", "top1", "top5", "images")] == [5, 1, 50.0, 90.0, 10]
 
 
 @pytest.mark.parametrize("tail", [b'{"event": "train", "st', bytes(5000), b"\xff\n5\n{}"])
@@ -98,7 +115,7 @@ def test_appending_starts_a_line_and_reading_passes_over_bad_ones(tmp_path, caps
     before = path.read_bytes()
     metrics.add_evaluation(tmp_path, {"step": 3, "top1": 50.0, "top5": 90.0})
     fill(tmp_path)
-    assert [e["event"] for e in metrics.read(tmp_path)] == (["train"] * 3 + ["end"]) * 2 + ["eval"] + [
+    assert [e["event"] for e in plot.read(tmp_path)] == (["train"] * 3 + ["end"]) * 2 + ["eval"] + [
         *["train"] * 3,
         "end",
     ]
@@ -106,25 +123,15 @@ def test_appending_starts_a_line_and_reading_passes_over_bad_ones(tmp_path, caps
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_that_is_begun_anew_shows_nothing_of_the_one_before(tmp_path):
-    """That one came to no checkpoint, and may have had more steps."""
-    for step, loss in ((0, 9.0), (0, 1.0), (1, 2.0)):
-        shown = Metrics(str(tmp_path), steps=3, first_step=step, rank=0)
-        shown.write("start", step=step)
-        shown.train(step + 1, 1, **VALUES | {"loss": loss})
-        shown.close()
-    assert [event.get("loss") for event in metrics.read(tmp_path)] == [None, 1.0, None, 2.0]
-
-
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys, monkeypatch):
     class Board:
-        def add_scalar(self, *_):
+        def add_scalars(self, *_):
             raise OSError(28, "No space left on device")
 
         def close(self):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metrics, "tensorboard_writer", lambda log_dir: Board())
+    monkeypatch.setattr(metrics, "tensorboard_writer", lambda *_: Board())
     monkeypatch.setattr(metrics, "open_to_append", lambda _, full=metrics.open_to_append: full(Path("/dev/full")))
     (tmp_path / "metrics.jsonl").mkdir()
     fill(tmp_path)
@@ -154,7 +161,7 @@ def test_a_nested_value_that_is_not_finite_is_null_too(tmp_path):
     shown = Metrics(str(tmp_path), steps=1, first_step=0, rank=0)
     shown.write("tensors", step=1, trust_ratio={"w": math.nan, "b": 1.0}, gradient_norm={"w": math.inf, "b": -math.inf})
     shown.close()
-    (event,) = metrics.read(tmp_path)
+    (event,) = plot.read(tmp_path)
     assert event["trust_ratio"] == {"w": None, "b": 1.0}
     assert event["gradient_norm"] == {"w": None, "b": None}
 
@@ -163,6 +170,8 @@ def test_other_ranks_are_silent(tmp_path, capsys):
     quiet = Metrics(str(tmp_path), steps=3, first_step=0, rank=1)
     quiet.table_head()
     quiet.train(1, 1, **VALUES)
+    quiet.evaluation(1, 1, {"top1": 50.0, "top5": 90.0, "images": 10})
+    quiet.input(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ["cat"])
     quiet.end(1, Throughput(1))
     quiet.close()
     assert capsys.readouterr().out == ""

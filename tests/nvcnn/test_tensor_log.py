@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nvcnn import metrics
+from nvcnn import plot
 from nvcnn.metrics import Metrics, TensorLog
 from tests.nvcnn.optimizer.test_larc import Training, batch
 
@@ -19,7 +19,7 @@ def written(log, log_dir, **options):
     shown = Metrics(str(log_dir), steps=9, first_step=0, rank=0)
     log.write(shown, **options)
     shown.close()
-    return [e for e in metrics.read(log_dir) if e["event"] == "tensors"]
+    return [e for e in plot.read(log_dir) if e["event"] == "tensors"]
 
 
 def by_hand(training):
@@ -81,7 +81,7 @@ def test_an_overflow_is_null(training, tmp_path):
 
 def test_tensorboard_gets_scalars_at_a_summary(training, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(Metrics, "summarize", lambda self, step, **scalars: shown.append((step, scalars)))
+    monkeypatch.setattr(Metrics, "summarize", lambda self, step, scalars: shown.append((step, scalars)))
     log = TensorLog(training.optimizer)
     for summarize in (False, True):
         training.step(*batch(0))

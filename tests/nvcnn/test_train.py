@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,25 @@ def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch, 
     assert torch.equal(one["ranks"][0]["torch_rng"], other["ranks"][0]["torch_rng"])
     for name, weight in one["weights"].items():
         assert torch.equal(weight, other["weights"][name]), name
+
+
+def test_the_first_input_is_shown_and_changes_nothing(tmp_path, monkeypatch):
+    """As the network sees it: mirrored, and what normalising made of it undone."""
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
+    shown, weights = [], []
+    monkeypatch.setattr(Metrics, "input", lambda _, pictures, names: shown.append((pictures, names)))
+    for steps, log_dir in ((2, ""), (1, f"{tmp_path}/run"), (2, f"{tmp_path}/run")):
+        options = {"conv": "torch", "batch_size": 20, "num_classes": CLASSES, "normalize": "imagenet"}
+        settings = Settings(model="net", num_batches=2, log_dir=log_dir, **options)
+        run = Run(settings, None, Transport(Launch()), checkpoint.resume(settings, 1))
+        run.plan = replace(run.plan, steps=steps)
+        batch = run.data.batch
+        assert run.loop() == 0
+        weights.append(run.train_step.arena.weight)
+    ((pictures, names),) = shown
+    assert torch.equal(pictures, torch.where(batch.flip[:, None, None, None], batch.images.flip(2), batch.images)[:16])
+    assert names == [f"class {label}" for label in batch.labels[:16].tolist()]
+    assert torch.equal(weights[0], weights[2])
 
 
 def test_a_run_does_not_go_on_with_other_classes(tmp_path, monkeypatch):
