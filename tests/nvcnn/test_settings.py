@@ -26,6 +26,8 @@ ORIGINAL = {
     "fp16": False,
 }
 NEWER = {
+    "schedule": "poly",
+    "warmup_epochs": None,
     "label_smoothing": 0.0,
     "larc_exclude": "none",
     "bf16": False,
@@ -151,6 +153,9 @@ def test_short_and_negative_forms():
         ("--crop_aspect=2,1", "--crop_aspect"),
         ("--eval_crop=1.5", "--eval_crop"),
         ("--label_smoothing=1", "--label_smoothing"),
+        ("--schedule=linear", "--schedule"),
+        ("--warmup_epochs=-1", "--warmup_epochs=-1.0: must be a number of epochs, 0 or more"),
+        ("--warmup_epochs=nan", "--warmup_epochs=nan"),
         ("--seed=-1", "--seed"),
         ("--keep=0", "--keep"),
         ("--fp16 --bf16", "--fp16 and --bf16"),

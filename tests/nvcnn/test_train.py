@@ -38,6 +38,7 @@ def test_flags_reach_the_step():
     assert (step.label_smoothing, step.prepare_input.keywords["normalize"]) == (0.1, "imagenet")
     assert (arena.momentum.dtype, step.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (optimizer.mode, optimizer.eta, optimizer.excluded_from) == ("scale", 0.01, arena.matrices)
+    assert run(schedule="onecycle", warmup_epochs=0.5).schedule.argmax() == 5
     assert (float(optimizer.schedule[0]), optimizer.loss_scale.item(), optimizer.ranks) == (0.5, 64.0, 2)
 
 
