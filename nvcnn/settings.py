@@ -186,6 +186,11 @@ class Settings(Images):
         None,
         "epochs, or parts of one, in which the learning rate rises linearly; none: 0, with onecycle 0.3 of the run",
     )
+    momentum: float = training(0.9, "SGD's momentum, by Nesterov's rule")
+    weight_decay: float = training(1e-4, "factor of the weights in the gradient")
+    no_decay: str = training(
+        "none", "parameters without weight decay: none, or those of one dimension (1d)", choices=("none", "1d")
+    )
     larc_exclude: str = training(
         "none", "parameters LARC leaves to plain SGD: none, or those of one dimension (1d)", choices=("none", "1d")
     )
@@ -255,6 +260,10 @@ class Settings(Images):
             check(self, value is None or SMALLEST <= value <= LARGEST, name, f"a number from {SMALLEST} to {LARGEST}")
         for name in ("save_interval", "summary_interval", "seed"):
             check(self, 0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
+        check(self, 0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
+        decay = self.weight_decay
+        right = decay == 0 or SMALLEST <= decay <= LARGEST
+        check(self, right, "weight_decay", f"0, or a number from {SMALLEST} to {LARGEST}")
         warmup = self.warmup_epochs
         check(self, warmup is None or 0 <= warmup <= LARGEST, "warmup_epochs", "a number of epochs, 0 or more")
         for name, top in (("crop_area", 1.0), ("crop_aspect", LARGEST)):

@@ -112,6 +112,9 @@ class Run:
             larc_mode=settings.larc_mode,
             larc_eta=settings.larc_eta,
             larc_exclude=settings.larc_exclude,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            no_decay=settings.no_decay,
         )
         torch.manual_seed(settings.seed + transport.rank)
         if state:
