@@ -14,7 +14,7 @@ from nvcnn.machine import chosen_kernels, compute_dtype
 from nvcnn.meta import activation_bytes
 from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
-from nvcnn.optimizer.schedule import MOST_STEPS
+from nvcnn.optimizer.schedule import MOST_STEPS, RISE
 from nvcnn.program import InputError
 from nvcnn.settings import MOST_PIXELS, Settings, as_json
 from nvcnn.weights import Weights, fit
@@ -34,6 +34,7 @@ class Plan:
     preprocessing: Preprocessing
     options: dict[str, Any]  # what the model is built with, beside its number of classes
     learning_rate: float
+    warmup: float  # steps in which it rises
     dtype: torch.dtype
     momentum_dtype: torch.dtype
     no_graph: str  # why the step is no CUDA graph; empty if it is one
@@ -75,6 +76,14 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     flag = "num_batches" if settings.num_epochs is None else "num_epochs"
     if steps > MOST_STEPS:
         raise InputError(f"--{flag}={getattr(settings, flag)}: {steps} steps: must be at most {MOST_STEPS}")
+    if settings.warmup_epochs is None:
+        warmup = RISE * steps if settings.schedule == "onecycle" else 0.0
+    else:
+        warmup = settings.warmup_epochs * steps_per_epoch
+    if warmup > steps:
+        raise InputError(
+            f"--warmup_epochs={settings.warmup_epochs}: the run has {steps / steps_per_epoch:g} epochs: lower it"
+        )
     if num_classes > MAX_CLASSES:
         where = f"--data_dir={settings.data_dir}" if dataset else f"--num_classes={num_classes}"
         raise InputError(f"{where}: {num_classes} classes: must be at most {MAX_CLASSES}")
@@ -92,6 +101,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
         preprocessing=preprocessing,
         options=options | {flag: True for flag, given in settings.model_flags.items() if given},
         learning_rate=settings.learning_rate or model.learning_rate(total_batch),
+        warmup=warmup,
         dtype=compute_dtype(settings.fp16, settings.bf16),
         momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bf16" else torch.float32,
         no_graph=why_not(

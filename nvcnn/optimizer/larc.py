@@ -3,7 +3,7 @@
 LARC (You, Gitman, Ginsburg 2017, arXiv:1708.03888, as nvcnn_hvd.py has it), per tensor with weight v and gradient g
 (averaged over ranks, unscaled, weight decay added): q = eta |v| / |g| (1 if either norm is 0); the gradient is
 multiplied by min(q / learning rate, 1) in mode "clip", by q in mode "scale". Parameters of one dimension (gamma, beta,
-biases) may be left to plain SGD, as MLPerf's LARS does.
+biases) may be left to plain SGD, and without decay, as MLPerf's LARS does both.
 """
 
 import torch
@@ -23,7 +23,9 @@ class Larc:
     """The optimizer and the state of a step; docs/architecture.md names the tensors.
 
     `schedule`: (steps,) learning rates. `mode`: "off", "clip" or "scale". `exclude`: "none", or "1d": parameters of
-    fewer than two dimensions get plain SGD. `loss_scale`: a number, or "dynamic".
+    fewer than two dimensions get plain SGD. `no_decay`: the same, of parameters without weight decay. `loss_scale`: a
+    number, or "dynamic". `clip_norm`: the largest norm of the whole gradient (averaged, unscaled, without decay), to
+    which one that is larger is scaled down before all else, LARC included; 0 for none.
     """
 
     def __init__(
@@ -38,18 +40,22 @@ class Larc:
         loss_scale: float | str = 1.0,
         momentum: float = MOMENTUM,
         weight_decay: float = WEIGHT_DECAY,
+        no_decay: str = "none",
+        clip_norm: float = 0.0,
     ):
         device, tensors = arena.weight.device, len(arena.slots)
         dynamic = loss_scale == "dynamic"
         self.arena, self.ranks, self.mode, self.eta = arena, ranks, mode, eta
         self.excluded_from = arena.matrices if exclude == "1d" else tensors
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.clip_norm = clip_norm
+        self.momentum, self.weight_decay, self.decay_vectors = momentum, weight_decay, no_decay == "none"
         self.growth_interval = GROWTH_INTERVAL if dynamic else 0
         self.schedule = schedule.to(device)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
         self.loss_scale = torch.full((1,), FIRST_DYNAMIC_SCALE if dynamic else float(loss_scale), device=device)
         self.scalars = torch.zeros(3, device=device)
-        self.square_sums = torch.zeros_like(arena.weight_square_sums)
+        blocks = len(arena.weight_square_sums)
+        self.square_sums = torch.zeros((3, blocks) if clip_norm else blocks, device=device)
         self.ratio, self.gradient_norm, self.weight_norm = torch.zeros(3, tensors, device=device)
         self.latest = torch.zeros(3, device=device)
         self.average = torch.zeros(4, dtype=torch.float64, device=device)
@@ -69,6 +75,7 @@ class Larc:
             self.loss_scale,
             ranks=self.ranks,
             weight_decay=self.weight_decay,
+            decay_vectors=self.decay_vectors,
             square_sums=self.square_sums,
         )
         kernels.trust_ratio(
@@ -83,6 +90,7 @@ class Larc:
             larc_mode=self.mode,
             eta=self.eta,
             excluded_from=self.excluded_from,
+            clip_norm=self.clip_norm,
             ratio=self.ratio,
             gradient_norm=self.gradient_norm,
             weight_norm=self.weight_norm,
@@ -106,6 +114,7 @@ class Larc:
             self.loss_scale,
             momentum_factor=self.momentum,
             weight_decay=self.weight_decay,
+            decay_vectors=self.decay_vectors,
             statistics_momentum=a.statistics_momentum,
             growth_interval=self.growth_interval,
         )
