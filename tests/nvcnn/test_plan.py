@@ -7,7 +7,7 @@ import torch
 
 from nvcnn.data.dataset import find_dataset
 from nvcnn.models import MODELS
-from nvcnn.plan import dry_run, plan
+from nvcnn.plan import dry_run, initial_model, plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings
 
@@ -27,6 +27,14 @@ def test_epochs_are_whole_batches(tmp_path, small_dataset):
 def test_default_learning_rates(model, ranks, rate):
     assert plan(Settings(model=model, batch_size=256), None, ranks).learning_rate == rate
     assert plan(Settings(model=model, learning_rate=0.7), None, ranks).learning_rate == 0.7
+
+
+def test_zero_gamma_is_how_a_model_begins_and_not_what_it_is():
+    settings = Settings(model="resnet18", num_classes=10, zero_gamma=True)
+    run = plan(settings, None, ranks=1)
+    model, _ = initial_model(settings, run, None)
+    assert not model.layer1[0].bn2.weight.any()
+    assert run.options == {}  # which a checkpoint keeps
 
 
 def test_synthetic_data_is_one_epoch():
