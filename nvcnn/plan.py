@@ -109,6 +109,7 @@ def describe(settings: Settings, run: Plan) -> list[str]:
     dtype = str(run.dtype).removeprefix("torch.")
     slow = run.dtype != torch.float32 and not torch.cuda.is_available()
     return [
+        *[f"Recipe:      {settings.recipe}"] * bool(settings.recipe),
         f"Num ranks:   {run.ranks}",
         f"Num images:  {run.images if settings.data_dir else 'Synthetic'}",
         f"Model:       {settings.model}",

@@ -5,12 +5,15 @@ and launch/export.py. Importing this file does not import torch.
 """
 
 import argparse
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
 import nvcnn
+from nvcnn import recipes
 from nvcnn.models import ALGORITHMS, FLAGS, ORIGINS, Preprocessing, find_model
 from nvcnn.program import InputError
 
@@ -217,6 +220,12 @@ class Settings(Images):
     )
     skip_bad_images: bool = image(False, "decode all images before training, leave out those that cannot be used")
 
+    recipe: str | None = run(
+        None,
+        "flags from a file, of which the command line's own are the stronger: FILE.yaml, or the NAME of one of "
+        "nvcnn's recipes",
+        may_differ=True,
+    )
     resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
     seed: int = run(1, "weights, crops, order")
     keep: int = run(3, "checkpoints to keep", may_differ=True)
@@ -322,8 +331,8 @@ READERS: dict[Any, Any] = {float | str: number_or_dynamic, tuple[float, float]: 
 READERS |= {kind | None: kind for kind in (str, int, float)}
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds a flag for each field of a dataclass whose fields are made by `flag`."""
+def add_flags(parser: argparse.ArgumentParser, settings: type, *, whole: bool = True) -> None:
+    """Adds a flag for each field of a dataclass whose fields are made by `flag`. whole: required ones are."""
     kinds = get_type_hints(settings)
     used = dict.fromkeys(f.metadata["group"] for f in fields(settings))
     in_order = [group for group in GROUPS if group in used] + [group for group in used if group not in GROUPS]
@@ -340,16 +349,43 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
             *names,
             type=READERS.get(kind, kind),
             default=None if required else f.default,
-            required=required,
+            required=required and whole,
             choices=meta["choices"] or None,
             metavar="LO,HI" if kind == tuple[float, float] else None if meta["choices"] else f.name.upper(),
             help=meta["help"] + ("" if required or f.default is None else f" (default {f.default})"),
         )
 
 
+def read_recipe(settings: type, arguments: Sequence[str]) -> dict[str, tuple[recipes.Line, Any]]:
+    """Returns the flags of the recipe that is asked for, with their values. Raises InputError, which names the line."""
+    kinds = {f.name: get_type_hints(settings)[f.name] for f in fields(settings) if f.name != "recipe"}
+    before, parser = Parser(add_help=False, allow_abbrev=False), Parser(add_help=False, allow_abbrev=False)
+    before.add_argument("--recipe")
+    add_flags(parser, settings, whole=False)
+    found = {}
+    if (name := before.parse_known_args(arguments)[0].recipe) is not None:
+        for line in recipes.read(name, {flag: kind is bool for flag, kind in kinds.items()}):
+            try:
+                found[line.flag] = line, getattr(parser.parse_args([line.argument]), line.flag)
+            except InputError as error:
+                raise InputError(f"{line.where}: {error}") from None
+    return found
+
+
 def parse(settings: type[T], arguments: Sequence[str] | None = None) -> T:
-    """Returns the settings that a command line asks for. Raises InputError for anything that is not a valid one."""
+    """Returns the settings that a command line asks for, with those of its recipe where it says nothing.
+
+    Raises InputError for anything that is not a valid one.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    recipe = read_recipe(settings, arguments) if hasattr(settings, "recipe") else {}
     parser = Parser(description=(settings.__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")
     add_flags(parser, settings)
-    return settings(**vars(parser.parse_args(arguments)))
+    values = vars(parser.parse_args([*(line.argument for line, _ in recipe.values()), *arguments]))
+    try:
+        return settings(**values)
+    except InputError as error:
+        lines = [recipe[flag] for flag in re.findall(r"--(\w+)", str(error)) if flag in recipe]
+        from_it = dict.fromkeys(line.where for line, value in lines if values[line.flag] == value)
+        raise InputError(" ".join([str(error), *(f"({where})" for where in from_it)])) from None

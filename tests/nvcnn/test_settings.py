@@ -47,6 +47,7 @@ NEWER = {
     "data_backend": None,
     "check_data": "none",
     "skip_bad_images": False,
+    "recipe": None,
     "resnet_v1": False,
     "seed": 1,
     "keep": 3,
