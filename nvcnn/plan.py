@@ -1,6 +1,7 @@
 """What a run will be: all that follows from its settings, its data and the number of ranks."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +10,15 @@ from torch import nn
 from kernels.cross_entropy import MAX_CLASSES
 from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset, find_dataset
+from nvcnn.estimate import MEASURED, picture, step_floors, times
 from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype
-from nvcnn.meta import activation_bytes
+from nvcnn.meta import activation_bytes, macs
 from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
-from nvcnn.optimizer.schedule import MOST_STEPS
+from nvcnn.optimizer.schedule import MOST_STEPS, poly
 from nvcnn.program import InputError
+from nvcnn.roofline import META
 from nvcnn.settings import MOST_PIXELS, Settings, as_json
 from nvcnn.weights import Weights, fit
 
@@ -59,10 +62,14 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     more classes, steps or pixels than there can be.
     """
     total_batch = settings.batch_size * ranks
-    images = dataset.count("train") if dataset else settings.num_batches * total_batch
+    if dataset:
+        images = dataset.count("train")
+    else:
+        images = settings.num_batches * total_batch if settings.num_epochs is None else settings.num_images or 0
     if images < total_batch:
+        where = f"--data_dir={settings.data_dir}" if dataset else "--num_images"
         raise InputError(
-            f"--data_dir={settings.data_dir}: {images} training images are fewer than one total batch of {total_batch} "
+            f"{where}: {images} training images are fewer than one total batch of {total_batch} "
             f"({ranks} ranks x --batch_size={settings.batch_size}): lower --batch_size"
         )
     steps_per_epoch = images // total_batch
@@ -108,10 +115,12 @@ def describe(settings: Settings, run: Plan) -> list[str]:
     """Returns the lines a run starts with, as the original's."""
     dtype = str(run.dtype).removeprefix("torch.")
     slow = run.dtype != torch.float32 and not torch.cuda.is_available()
+    assumed = f"{run.images}, assumed: there is no --data_dir" if settings.num_epochs is not None else "Synthetic"
+    images = run.images if settings.data_dir else assumed
     return [
         *[f"Recipe:      {settings.recipe}"] * bool(settings.recipe),
         f"Num ranks:   {run.ranks}",
-        f"Num images:  {run.images if settings.data_dir else 'Synthetic'}",
+        f"Num images:  {images}",
         f"Model:       {settings.model}",
         *describe_images(settings.model, run.preprocessing, run.options),
         f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
@@ -148,7 +157,7 @@ def initial_model(settings: Settings, run: Plan, weights: Weights | None) -> tup
 
 
 def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> None:
-    """Prints the resolved settings, steps, parameter count and a memory estimate."""
+    """Prints the resolved settings, steps, parameters, MACs, a memory estimate, learning rates, and the least time."""
     model, lines = initial_model(settings, run, weights)
     if settings.conv != "auto":  # else torch's, which keep the most
         use(model, {name: settings.conv for name, module in model.named_modules() if isinstance(module, Conv2d)})
@@ -166,3 +175,29 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
         f"Memory:      about {(state + activations) / 2**30:.2f} GiB a device: {state / 2**30:.2f} weights and "
         f"optimizer, {activations / 2**30:.2f} activations; cuDNN's workspaces come on top"
     )
+    print(*estimates(settings, run), sep="\n")
+
+
+def estimates(settings: Settings, run: Plan) -> list[str]:
+    """Returns the lines of a dry run for what is computed: MACs, the learning rates, how long it takes at least."""
+    size, batch_size = run.preprocessing.image_size, settings.batch_size
+    build = partial(build_model, settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
+    with META:
+        model = build().eval()
+    algorithm, floors = step_floors(build, size, batch_size, run.dtype, settings.conv)
+    known = MEASURED.get((settings.model, size, batch_size), {}) if run.dtype == torch.float16 else {}
+    source = "as measured: by such steps on synthetic images" if known else "no such step was measured"
+
+    def images(gpus: int) -> int:
+        """Returns how many images that many GPUs train on."""
+        epochs = settings.num_epochs
+        return batch_size * gpus * (epochs * (run.images // (batch_size * gpus)) if epochs else settings.num_batches)
+
+    return [
+        f"MACs:        {macs(model, size) / 1e9:.3g} G an image of {size} x {size}, forward",
+        "Learning rate",
+        *picture(poly(run.learning_rate, run.steps), run.steps / run.steps_per_epoch),
+        f"Time:        at least: by the bytes and FLOPs of a step with --conv={algorithm}; {source}.",
+        "             Reading data, allreduce, evaluation and saving come on top",
+        *times(images, batch_size, floors, known),
+    ]

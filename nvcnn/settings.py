@@ -205,6 +205,9 @@ class Settings(Images):
     crop_area: tuple[float, float] = image((0.1, 1.0), "training crop, share of the image's area: LO,HI")
     crop_aspect: tuple[float, float] = image((0.8, 1.25), "training crop, width / height: LO,HI")
     num_classes: int | None = image(None, "classes; none: from the data's dataset.json, else 1000")
+    num_images: int | None = image(
+        None, "training images that --dry_run counts with where there is no --data_dir", may_differ=True
+    )
     label_base: int | None = image(None, "lowest label in the records; none: from dataset.json, else 1")
 
     data_backend: str | None = image(
@@ -239,14 +242,18 @@ class Settings(Images):
     log_tensors: bool = run(
         False, "trust ratio and norms of each tensor in metrics.jsonl, at each table line", may_differ=True
     )
-    dry_run: bool = run(False, "print settings, steps and memory, then stop", may_differ=True)
+    dry_run: bool = run(
+        False,
+        "print settings, steps, memory, learning rates and the least time on GPUs, then stop",
+        may_differ=True,
+    )
 
     def __post_init__(self) -> None:
         find_model(self.model, **self.model_flags)
         self.check_images(self.model)
         for name in ("batch_size", "num_batches", "display_every", "keep"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
-        for name in ("num_epochs", "num_classes"):
+        for name in ("num_epochs", "num_classes", "num_images"):
             check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "larc_eta"):
             value = getattr(self, name)
@@ -270,8 +277,9 @@ class Settings(Images):
             raise InputError(f"--freeze={self.freeze} needs --init: random weights are none to keep")
         if self.log_tensors and not self.log_dir:
             raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
-        if self.num_epochs is not None and self.data_dir is None:
-            raise InputError("--num_epochs needs --data_dir; on synthetic data give --num_batches")
+        if self.num_epochs is not None and self.data_dir is None and not (self.dry_run and self.num_images):
+            dry = ", and a --dry_run --num_images" if self.dry_run else ""
+            raise InputError(f"--num_epochs needs --data_dir; on synthetic data give --num_batches{dry}")
         if self.eval and self.data_dir is None:
             raise InputError("--eval needs --data_dir")
         if self.eval and not self.log_dir:

@@ -43,6 +43,7 @@ NEWER = {
     "weights_from": None,
     "freeze": "none",
     "num_classes": None,
+    "num_images": None,
     "label_base": None,
     "data_backend": None,
     "check_data": "none",
