@@ -90,6 +90,8 @@ def short_calls() -> Iterator[Call]:
         for larc, mode in ((runs[0].optimizer, "off"), (runs[2].optimizer, "scale")):
             larc.mode, larc.weight_decay = mode, 0.0
             larc.step()
+        runs[1].optimizer.decay_vectors = False
+        runs[1].optimizer.step()
         staged.optimizer.step()
     yield from calls
     for dtype in (half, bfloat16):

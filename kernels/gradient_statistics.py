@@ -3,7 +3,7 @@
 g is the gradient of the loss times the loss scale S, summed over R ranks; v the weight; d the weight decay, part of the
 gradient whose norm LARC takes (You, Gitman and Ginsburg 2017, arXiv:1708.03888; NVIDIA's nvcnn_hvd.py): the sum is that
 of (g / (S R) + d v)^2 with one division a block. It is finite unless an element is not, or the square of a finite one,
-scaled as it is, leaves fp32: both are overflows, and their step is skipped.
+scaled as it is, leaves fp32: both are overflows, and their step is skipped. Vectors may be left without decay.
 
 Bytes: reads g and v once, 6 per parameter with an fp16 gradient; without decay g alone, 2. Writes 4 per block.
 """
@@ -20,18 +20,22 @@ from kernels.launch import launch, state
 from kernels.operators import named, operator
 
 
-def reference(matrix_gradient, vector_gradient, weight, loss_scale, square_sums, *, ranks, weight_decay):
+def reference(
+    matrix_gradient, vector_gradient, weight, loss_scale, square_sums, *, ranks, weight_decay, decay_vectors=True
+):
     """Computes the sums in plain PyTorch, in the precision of `weight`. Arguments as in `gradient_statistics`."""
     scale = loss_scale.item() * ranks
     weights = weight.view(-1, BLOCK)
     scratch = torch.empty_like(weights[:CHUNK])
+    matrices = len(matrix_gradient) // BLOCK  # to come
     for gradient, w, sums in chunks(matrix_gradient, vector_gradient, weights, square_sums):
         g = scratch[: len(gradient)]
-        if weight_decay:
+        if weight_decay and (decay_vectors or matrices > 0):
             torch.add(gradient, w, alpha=scale * weight_decay, out=g).square_()
         else:
             g.copy_(gradient).square_()
         torch.sum(g, 1, out=sums)
+        matrices -= len(g)
     square_sums.mul_(1 / scale).mul_(1 / scale)
 
 
@@ -44,7 +48,7 @@ def kernel(
     # sizes and factors
     matrix_blocks, ranks, weight_decay,
     # what is compiled in
-    DECAY: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program sums one block."""
     block = tl.program_id(0)
@@ -55,7 +59,10 @@ def kernel(
         g = tl.load(vector_gradient + (block - matrix_blocks).to(tl.int64) * BLOCK + element)
     scale = tl.load(loss_scale) * ranks
     if DECAY:
-        g += (scale * weight_decay) * tl.load(weight + block.to(tl.int64) * BLOCK + element)
+        decay = scale * weight_decay
+        if not VECTORS:
+            decay = tl.where(block < matrix_blocks, decay, 0.0)
+        g += decay * tl.load(weight + block.to(tl.int64) * BLOCK + element)
     inverse = tl.div_rn(1.0, scale)
     tl.store(square_sums + block, tl.sum(g * g) * inverse * inverse)
 
@@ -73,12 +80,14 @@ def gradient_statistics(
     *,
     ranks: int,
     weight_decay: float,
+    decay_vectors: bool = True,
 ) -> None:
     """Stores the sum of squares of the averaged, unscaled, decayed gradient of each block.
 
     matrix_gradient: (M,), fp16, bf16 or fp32. vector_gradient: (V,), fp32. M and V are multiples of BLOCK, either may
     be 0. weight: (M + V,), fp32, read only if weight_decay is not 0. loss_scale: (1,), fp32.
-    square_sums: ((M + V) / BLOCK,), fp32, written. Raises ValueError for other shapes, dtypes or devices.
+    decay_vectors: whether the decay is that of vectors, too. square_sums: ((M + V) / BLOCK,), fp32, written. Raises
+    ValueError for other shapes, dtypes or devices.
     """
     tensors = (matrix_gradient, vector_gradient, weight, loss_scale, square_sums)
     op, device = "gradient_statistics", weight.device
@@ -97,6 +106,7 @@ def gradient_statistics(
         raise ValueError(f"{op}: ranks must be at least 1, got {ranks}")
     if runs_triton(weight.device):
         scalars = (matrix_blocks, ranks, weight_decay)
-        launch(kernel, (len(square_sums),), *tensors, *scalars, DECAY=weight_decay != 0, BLOCK=BLOCK, **CONFIG)
+        options = {"DECAY": weight_decay != 0, "VECTORS": decay_vectors}
+        launch(kernel, (len(square_sums),), *tensors, *scalars, **options, BLOCK=BLOCK, **CONFIG)
     elif not state.silent:  # there may be no values
-        reference(*tensors, ranks=ranks, weight_decay=weight_decay)
+        reference(*tensors, ranks=ranks, weight_decay=weight_decay, decay_vectors=decay_vectors)

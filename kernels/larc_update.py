@@ -5,7 +5,7 @@ With t a block's tensor, i = 1 / (loss scale x ranks) and lr from `trust_ratio`:
 Nesterov momentum in gradient units, as torch.optim.SGD and TensorFlow keep it (Sutskever et al. 2013, ICML, in the form
 of Bengio et al. 2012, arXiv:1212.0901); where m is kept in bf16, it is rounded to that before v moves by it. Then the
 copy of v in the model's dtype, and the sum of its squares per block, which is the next step's weight norm. Only if the
-step is finite: an overflow leaves all of it bit-identical.
+step is finite: an overflow leaves all of it bit-identical. Vectors may be left without decay.
 
 In the same launch: BatchNorm's running statistics r = (1 - s) r + s b, committed by a finite step only, with b, this
 step's own, set to zero for the next; the step counters; and the dynamic loss scale with the rule of
@@ -37,7 +37,7 @@ MAX_LOSS_SCALE = tl.constexpr(2.0**24)  # lifts fp16's smallest number, 2^-24, t
 def reference(
     matrix_gradient, vector_gradient, weight, momentum, model_weight, tensor_of_block, ratio, scalars,
     weight_square_sums, running, batch, counters, loss_scale,
-    *, momentum_factor, weight_decay, statistics_momentum, growth_interval,
+    *, momentum_factor, weight_decay, statistics_momentum, growth_interval, decay_vectors=True,
 ):  # fmt: skip
     """Computes the step in plain PyTorch, in the precision of `weight`. Arguments as in `larc_update`.
 
@@ -49,8 +49,11 @@ def reference(
         weights, momenta = weight.view(-1, BLOCK), momentum.view(-1, BLOCK)
         factor = (ratio * inverse)[tensor_of_block].unsqueeze(1)
         scratch = torch.empty_like(weights[:CHUNK])
+        matrices = len(matrix_gradient) // BLOCK  # to come
         for g, w, m, f in chunks(matrix_gradient, vector_gradient, weights, momenta, factor):
-            d = torch.add(g, w, alpha=weight_decay / inverse, out=scratch[: len(g)]).mul_(f)
+            decay = weight_decay if decay_vectors or matrices > 0 else 0.0
+            matrices -= len(g)
+            d = torch.add(g, w, alpha=decay / inverse, out=scratch[: len(g)]).mul_(f)
             torch.add(d, m, alpha=momentum_factor, out=m)
             w.sub_(d.add_(m, alpha=momentum_factor), alpha=learning_rate)
         refresh_reference(weight, model_weight, weight_square_sums)
@@ -139,7 +142,8 @@ def kernel(
     matrix_blocks, blocks, statistics,
     # factors
     momentum_factor, weight_decay, statistics_momentum, growth_interval,
-    BLOCK: tl.constexpr,
+    # what is compiled in
+    VECTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates a block of the arena, or of the running statistics, which come last. Program 0 counts."""
     block = tl.program_id(0)
@@ -164,6 +168,8 @@ def kernel(
             g = tl.load(vector_gradient + (block - matrix_blocks).to(tl.int64) * BLOCK + element)
         r = tl.load(ratio + tl.load(tensor_of_block + block))
         learning_rate, inverse = tl.load(scalars), tl.load(scalars + 1)
+        if not VECTORS:
+            weight_decay = tl.where(block < matrix_blocks, weight_decay, 0.0)
         if finite:
             d = r * (g * inverse + weight_decay * w)
             kept = (momentum_factor * m + d).to(momentum.dtype.element_ty)
@@ -204,6 +210,7 @@ def larc_update(
     weight_decay: float,
     statistics_momentum: float,
     growth_interval: int,
+    decay_vectors: bool = True,
 ) -> None:
     """Does one step of SGD with LARC, Nesterov momentum and weight decay, in place, and all that goes with it.
 
@@ -213,6 +220,7 @@ def larc_update(
     values below T. ratio: (T,), and scalars: (3,), fp32, from `trust_ratio`. weight_square_sums: (B,), fp32, written.
     running, batch: (R,), fp32, any R. counters: (3,), int64: steps, applied updates, finite steps since the loss scale
     last changed. loss_scale: (1,), fp32.
+    decay_vectors: whether the decay is that of vectors, too.
     growth_interval: finite steps after which the loss scale doubles; 0 keeps it as it is. statistics_momentum: the
     weight of `batch` in the new running statistics. Raises ValueError for other shapes, dtypes or devices.
     """
@@ -250,9 +258,9 @@ def larc_update(
     }
     if runs_triton(device):
         sizes, grid = (matrix_blocks, blocks, statistics), (blocks + cdiv(statistics, BLOCK),)
-        launch(kernel, grid, *arguments, *sizes, **factors, BLOCK=BLOCK, **CONFIG)
+        launch(kernel, grid, *arguments, *sizes, **factors, VECTORS=decay_vectors, BLOCK=BLOCK, **CONFIG)
     elif not state.silent:  # the reference reads values
-        reference(*arguments, **factors)
+        reference(*arguments, **factors, decay_vectors=decay_vectors)
 
 
 @operator("refresh", mutates_args=("model_weight", "weight_square_sums"))

@@ -16,7 +16,7 @@ from nvcnn.machine import chosen_kernels, compute_dtype
 from nvcnn.meta import activation_bytes, macs
 from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
-from nvcnn.optimizer.schedule import MOST_STEPS, poly
+from nvcnn.optimizer.schedule import MOST_STEPS, RISE, learning_rates
 from nvcnn.program import InputError
 from nvcnn.roofline import META
 from nvcnn.settings import MOST_PIXELS, Settings, as_json
@@ -37,6 +37,7 @@ class Plan:
     preprocessing: Preprocessing
     options: dict[str, Any]  # what the model is built with, beside its number of classes
     learning_rate: float
+    warmup: float  # steps in which it rises
     dtype: torch.dtype
     momentum_dtype: torch.dtype
     no_graph: str  # why the step is no CUDA graph; empty if it is one
@@ -82,6 +83,14 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     flag = "num_batches" if settings.num_epochs is None else "num_epochs"
     if steps > MOST_STEPS:
         raise InputError(f"--{flag}={getattr(settings, flag)}: {steps} steps: must be at most {MOST_STEPS}")
+    if settings.warmup_epochs is None:
+        warmup = RISE * steps if settings.schedule == "onecycle" else 0.0
+    else:
+        warmup = settings.warmup_epochs * steps_per_epoch
+    if warmup > steps:
+        raise InputError(
+            f"--warmup_epochs={settings.warmup_epochs}: the run has {steps / steps_per_epoch:g} epochs: lower it"
+        )
     if num_classes > MAX_CLASSES:
         where = f"--data_dir={settings.data_dir}" if dataset else f"--num_classes={num_classes}"
         raise InputError(f"{where}: {num_classes} classes: must be at most {MAX_CLASSES}")
@@ -99,6 +108,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
         preprocessing=preprocessing,
         options=options | {flag: True for flag, given in settings.model_flags.items() if given},
         learning_rate=settings.learning_rate or model.learning_rate(total_batch),
+        warmup=warmup,
         dtype=compute_dtype(settings.fp16, settings.bf16),
         momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bf16" else torch.float32,
         no_graph=why_not(
@@ -186,6 +196,7 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
         model = build().eval()
     algorithm, floors = step_floors(build, size, batch_size, run.dtype, settings.conv)
     known = MEASURED.get((settings.model, size, batch_size), {}) if run.dtype == torch.float16 else {}
+    rates = learning_rates(settings.schedule, run.learning_rate, run.steps, run.warmup)
     source = "as measured: by such steps on synthetic images" if known else "no such step was measured"
 
     def images(gpus: int) -> int:
@@ -196,7 +207,7 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
     return [
         f"MACs:        {macs(model, size) / 1e9:.3g} G an image of {size} x {size}, forward",
         "Learning rate",
-        *picture(poly(run.learning_rate, run.steps), run.steps / run.steps_per_epoch),
+        *picture(rates, run.steps / run.steps_per_epoch),
         f"Time:        at least: by the bytes and FLOPs of a step with --conv={algorithm}; {source}.",
         "             Reading data, allreduce, evaluation and saving come on top",
         *times(images, batch_size, floors, known),

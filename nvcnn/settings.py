@@ -20,6 +20,7 @@ from nvcnn.program import InputError
 T = TypeVar("T")
 CONV = ("auto", *ALGORITHMS)
 TRANSPORTS = ("horovod", "torch")
+SCHEDULES = ("poly", "cosine", "step", "onecycle")
 BACKENDS = ("dali_gpu", "dali_cpu", "torch")
 NORMALIZE = ("signed", "imagenet")
 ASPECTS = ("stretch", "keep")
@@ -178,6 +179,21 @@ class Settings(Images):
     eval: bool = original(False, "evaluate the newest checkpoint of --log_dir, do not train", may_differ=True)
     fp16: bool = original(False, "compute in float16")
 
+    schedule: str = training(
+        "poly",
+        "how the learning rate falls: as (1 - x)^2 (poly), a cosine, to a tenth at 1/3, 2/3 and 8/9 of the run (step), "
+        "or linearly behind a linear rise (onecycle)",
+        choices=SCHEDULES,
+    )
+    warmup_epochs: float | None = training(
+        None,
+        "epochs, or parts of one, in which the learning rate rises linearly; none: 0, with onecycle 0.3 of the run",
+    )
+    momentum: float = training(0.9, "SGD's momentum, by Nesterov's rule")
+    weight_decay: float = training(1e-4, "factor of the weights in the gradient")
+    no_decay: str = training(
+        "none", "parameters without weight decay: none, or those of one dimension (1d)", choices=("none", "1d")
+    )
     larc_exclude: str = training(
         "none", "parameters LARC leaves to plain SGD: none, or those of one dimension (1d)", choices=("none", "1d")
     )
@@ -260,6 +276,12 @@ class Settings(Images):
             check(self, value is None or SMALLEST <= value <= LARGEST, name, f"a number from {SMALLEST} to {LARGEST}")
         for name in ("save_interval", "summary_interval", "seed"):
             check(self, 0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
+        check(self, 0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
+        decay = self.weight_decay
+        right = decay == 0 or SMALLEST <= decay <= LARGEST
+        check(self, right, "weight_decay", f"0, or a number from {SMALLEST} to {LARGEST}")
+        warmup = self.warmup_epochs
+        check(self, warmup is None or 0 <= warmup <= LARGEST, "warmup_epochs", "a number of epochs, 0 or more")
         for name, top in (("crop_area", 1.0), ("crop_aspect", LARGEST)):
             low, high = getattr(self, name)
             check(self, SMALLEST <= low <= high <= top, name, f"LO,HI with {SMALLEST} <= LO <= HI <= {top}")

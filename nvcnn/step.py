@@ -15,7 +15,7 @@ from nvcnn.meta import gradient_order
 from nvcnn.models.layers import image_channels, outputs
 from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients
-from nvcnn.optimizer.larc import Larc
+from nvcnn.optimizer.larc import MOMENTUM, WEIGHT_DECAY, Larc
 
 
 class Step:
@@ -44,6 +44,9 @@ class Step:
         larc_mode: str = "clip",
         larc_eta: float | None = None,
         larc_exclude: str = "none",
+        momentum: float = MOMENTUM,
+        weight_decay: float = WEIGHT_DECAY,
+        no_decay: str = "none",
     ):
         self.model, self.transport = model.train(), transport
         self.image_size, self.channels, self.dtype = image_size, image_channels(model, device), dtype
@@ -65,6 +68,9 @@ class Step:
             eta=larc_eta or 0.0,
             exclude=larc_exclude,
             loss_scale=loss_scale,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            no_decay=no_decay,
         )
         self.gradients = Gradients(self.arena, transport)
         # Of a captured step: its launch, and what it reads.

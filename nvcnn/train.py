@@ -20,7 +20,7 @@ from nvcnn.evaluate import check_classes, evaluate
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
-from nvcnn.optimizer.schedule import poly
+from nvcnn.optimizer.schedule import learning_rates
 from nvcnn.plan import describe, dry_run, find_training_data, initial_model, plan
 from nvcnn.program import SAVED_AND_STOPPED, caught, launched
 from nvcnn.settings import Settings, as_json
@@ -97,7 +97,7 @@ class Run:
         images = settings.batch_size, image_size
         stored = state and state["convolutions"]
         self.choices = choose_algorithms(model, settings.conv, images, self.plan.dtype, self.device, transport, stored)
-        self.schedule = poly(self.plan.learning_rate, self.plan.steps)
+        self.schedule = learning_rates(settings.schedule, self.plan.learning_rate, self.plan.steps, self.plan.warmup)
         self.train_step = Step(
             model,
             image_size=image_size,
@@ -112,6 +112,9 @@ class Run:
             larc_mode=settings.larc_mode,
             larc_eta=settings.larc_eta,
             larc_exclude=settings.larc_exclude,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            no_decay=settings.no_decay,
         )
         torch.manual_seed(settings.seed + transport.rank)
         if state:

@@ -3,7 +3,7 @@
 LARC (You, Gitman, Ginsburg 2017, arXiv:1708.03888, as nvcnn_hvd.py has it), per tensor with weight v and gradient g
 (averaged over ranks, unscaled, weight decay added): q = eta |v| / |g| (1 if either norm is 0); the gradient is
 multiplied by min(q / learning rate, 1) in mode "clip", by q in mode "scale". Parameters of one dimension (gamma, beta,
-biases) may be left to plain SGD, as MLPerf's LARS does.
+biases) may be left to plain SGD, and without decay, as MLPerf's LARS does both.
 """
 
 import torch
@@ -23,7 +23,8 @@ class Larc:
     """The optimizer and the state of a step; docs/architecture.md names the tensors.
 
     `schedule`: (steps,) learning rates. `mode`: "off", "clip" or "scale". `exclude`: "none", or "1d": parameters of
-    fewer than two dimensions get plain SGD. `loss_scale`: a number, or "dynamic".
+    fewer than two dimensions get plain SGD. `no_decay`: the same, of parameters without weight decay. `loss_scale`: a
+    number, or "dynamic".
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class Larc:
         loss_scale: float | str = 1.0,
         momentum: float = MOMENTUM,
         weight_decay: float = WEIGHT_DECAY,
+        no_decay: str = "none",
     ):
         device, tensors = arena.weight.device, len(arena.slots)
         dynamic = loss_scale == "dynamic"
         self.arena, self.ranks, self.mode, self.eta = arena, ranks, mode, eta
         self.excluded_from = arena.matrices if exclude == "1d" else tensors
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.momentum, self.weight_decay, self.decay_vectors = momentum, weight_decay, no_decay == "none"
         self.growth_interval = GROWTH_INTERVAL if dynamic else 0
         self.schedule = schedule.to(device)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
@@ -69,6 +71,7 @@ class Larc:
             self.loss_scale,
             ranks=self.ranks,
             weight_decay=self.weight_decay,
+            decay_vectors=self.decay_vectors,
             square_sums=self.square_sums,
         )
         kernels.trust_ratio(
@@ -106,6 +109,7 @@ class Larc:
             self.loss_scale,
             momentum_factor=self.momentum,
             weight_decay=self.weight_decay,
+            decay_vectors=self.decay_vectors,
             statistics_momentum=a.statistics_momentum,
             growth_interval=self.growth_interval,
         )

@@ -21,19 +21,25 @@ def integers(n, device):
     return torch.randint(-4, 5, (n,), device=device).float()
 
 
-def statistics(tensors, ranks=1, weight_decay=0.0):
+def statistics(tensors, ranks=1, weight_decay=0.0, decay_vectors=True):
     sums = torch.full((len(tensors[2]) // BLOCK,), torch.nan, device=tensors[2].device)
-    gradient_statistics(*tensors, ranks=ranks, weight_decay=weight_decay, square_sums=sums)
+    factors = {"weight_decay": weight_decay, "decay_vectors": decay_vectors}
+    gradient_statistics(*tensors, ranks=ranks, square_sums=sums, **factors)
     return sums
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("weight_decay", [0.0, 2.0])
-def test_is_exact_on_integers(implementation, device, dtype, segments, weight_decay):
+@pytest.mark.parametrize("decay_vectors", [True, False])
+def test_is_exact_on_integers(implementation, device, dtype, segments, weight_decay, decay_vectors):
     matrix, vector, weight, loss_scale = inputs(device, *segments, dtype, 2.0, integers)
-    expected = (torch.cat((matrix.float(), vector)) + weight_decay * weight).view(-1, BLOCK).square().sum(1)
-    assert torch.equal(statistics((matrix * 8, vector * 8, weight, loss_scale), 4, weight_decay), expected)
+    decay = weight_decay * weight
+    if not decay_vectors:
+        decay[len(matrix) :] = 0
+    expected = (torch.cat((matrix.float(), vector)) + decay).view(-1, BLOCK).square().sum(1)
+    sums = statistics((matrix * 8, vector * 8, weight, loss_scale), 4, weight_decay, decay_vectors)
+    assert torch.equal(sums, expected)
 
 
 @given(

@@ -70,12 +70,17 @@ def rounded(weight, dtype, implementation):
 
 @dtypes
 @pytest.mark.parametrize("blocks", [(2, 2), (3, 0), (0, 3)])
-def test_is_exact_on_integers(implementation, device, dtype, momentum_dtype, blocks):
+@pytest.mark.parametrize("decay_vectors", [True, False])
+def test_is_exact_on_integers(implementation, device, dtype, momentum_dtype, blocks, decay_vectors):
     old = arguments(device, *blocks, dtype, values=integers, momentum_dtype=momentum_dtype)
-    new = updated(old, momentum_factor=2.0, weight_decay=0.5, statistics_momentum=0.25)
+    factors = {"momentum_factor": 2.0, "weight_decay": 0.5, "statistics_momentum": 0.25}
+    new = updated(old, **factors, decay_vectors=decay_vectors)
     gradient = torch.cat((old["matrix_gradient"].float(), old["vector_gradient"]))
     ratio = old["ratio"][old["tensor_of_block"].long()].repeat_interleave(BLOCK)
-    d = ratio * (gradient / 4 + 0.5 * old["weight"])
+    decay = 0.5 * old["weight"]
+    if not decay_vectors:
+        decay[blocks[0] * BLOCK :] = 0
+    d = ratio * (gradient / 4 + decay)
     momentum = 2 * old["momentum"].float() + d  # at most 20, in quarters: bf16 holds that
     weight = old["weight"] - 0.5 * (d + 2 * momentum)
     assert torch.equal(new["momentum"], momentum.to(momentum_dtype))

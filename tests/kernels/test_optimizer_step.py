@@ -40,7 +40,7 @@ class Optimizer:
         self.rows, (self.running, self.batch) = torch.zeros(0, 3, device=device), torch.zeros(2, 0, device=device)
         self.ranks, self.larc_mode, self.growth_interval = ranks, mode, growth_interval
         self.excluded_from, self.eta, self.weight_decay = len(SHAPES), ETA, WEIGHT_DECAY
-        self.momentum_factor, self.statistics_momentum = MOMENTUM, 0.1
+        self.momentum_factor, self.statistics_momentum, self.decay_vectors = MOMENTUM, 0.1, True
 
     def views(self, flat):
         return [flat[start:][: torch.Size(s).numel()].view(s) for start, s in zip(self.starts, SHAPES, strict=False)]
@@ -90,20 +90,28 @@ def larc(mode, excluded_from, weights, all_gradients):
     return weights
 
 
-def test_without_larc_it_is_sgd(implementation, device):
+@pytest.mark.parametrize(
+    ("decay", "momentum", "decay_vectors"),
+    [(WEIGHT_DECAY, MOMENTUM, True), (WEIGHT_DECAY, MOMENTUM, False), (0.0, 0.0, True)],
+)
+def test_without_larc_it_is_sgd(implementation, device, decay, momentum, decay_vectors):
     weights, all_gradients = data()
     ours = Optimizer(device, "off")
+    ours.weight_decay, ours.momentum_factor, ours.decay_vectors = decay, momentum, decay_vectors
     ours.load(weights)
     theirs = [torch.nn.Parameter(w.double()) for w in weights]
-    sgd = torch.optim.SGD(theirs, lr=1.0, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
+    groups = [{"params": theirs[:2]}, {"params": theirs[2:], "weight_decay": decay * decay_vectors}]
+    sgd = torch.optim.SGD(groups, lr=1.0, momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
     for step, gradients in enumerate(all_gradients):
         ours.step(gradients)
-        sgd.param_groups[0]["lr"] = LEARNING_RATES[min(step, len(LEARNING_RATES) - 1)]
+        for group in sgd.param_groups:
+            group["lr"] = LEARNING_RATES[min(step, len(LEARNING_RATES) - 1)]
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient.double()
         sgd.step()
     assert_close(ours.views(ours.weight), [p.detach() for p in theirs], roundings=10)
-    assert_close(ours.views(ours.momentum), [sgd.state[p]["momentum_buffer"] for p in theirs], roundings=10)
+    if momentum:
+        assert_close(ours.views(ours.momentum), [sgd.state[p]["momentum_buffer"] for p in theirs], roundings=10)
 
 
 @pytest.mark.parametrize("mode", ["clip", "scale"])

@@ -29,6 +29,19 @@ def test_default_learning_rates(model, ranks, rate):
     assert plan(Settings(model=model, learning_rate=0.7), None, ranks).learning_rate == 0.7
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({}, 0),
+        ({"warmup_epochs": 0.5}, 15),
+        ({"schedule": "onecycle"}, 9),
+        ({"warmup_epochs": 0, "schedule": "onecycle"}, 0),
+    ],
+)
+def test_the_warm_up_is_counted_in_steps(flags, steps):
+    assert plan(Settings(model="lenet", num_batches=30, **flags), None, ranks=2).warmup == steps
+
+
 def test_synthetic_data_is_one_epoch():
     run = plan(Settings(model="resnet50", batch_size=16, num_batches=30, fp16=True), None, ranks=4)
     assert (run.steps, run.steps_per_epoch, run.num_classes, run.dtype) == (30, 30, 1000, torch.float16)
@@ -39,6 +52,7 @@ def test_synthetic_data_is_one_epoch():
     [
         ({"num_classes": 32_769}, "--num_classes=32769: 32769 classes: must be at most 32768"),
         ({"num_batches": 2_000_000_000}, "--num_batches=2000000000: 2000000000 steps: must be at most"),
+        ({"warmup_epochs": 1.1, "num_batches": 10}, "--warmup_epochs=1.1: the run has 1 epochs: lower it"),
         ({"batch_size": 2**31 // 28**2 + 1}, "--batch_size=2739138: too many images of 28 x 28 pixels"),
     ],
 )

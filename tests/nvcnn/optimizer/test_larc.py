@@ -213,16 +213,6 @@ def test_loss_scale_1_loses_fp16_gradients_that_128_keeps():
     assert flushed[128.0] < flushed[1.0] / 10
 
 
-def test_poly_is_the_originals_schedule(monkeypatch):
-    whole, _ = poly(2.0, 1000), monkeypatch.setattr("nvcnn.optimizer.schedule.PIECE", 64)
-    rates = poly(2.0, 1000)
-    assert torch.equal(rates, whole)
-    assert rates.dtype == torch.float32
-    assert rates.shape == (1000,)
-    for step in (0, 1, 500, 999):
-        assert rates[step].item() == pytest.approx(2.0 * (1 - step / 1000) ** 2, rel=1e-6)
-
-
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
 def test_state_round_trip(momentum_dtype):
     one, other = (Training(lenet, momentum_dtype=momentum_dtype, loss_scale="dynamic") for _ in range(2))
