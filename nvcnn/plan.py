@@ -155,7 +155,8 @@ def initial_model(settings: Settings, run: Plan, weights: Weights | None) -> tup
 
     Raises InputError unless they fit.
     """
-    model = build_model(settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
+    options = run.options | {"zero_gamma": settings.zero_gamma}
+    model = build_model(settings.model, num_classes=run.num_classes, seed=settings.seed, **options)
     lines = []
     if weights:
         lines = [f"Weights:     {weights}", *(f"  {line}" for line in fit(model, weights, run.class_names))]

@@ -199,6 +199,7 @@ class Settings(Images):
     )
     label_smoothing: float = training(0.0, "share of the target spread over all classes")
     aux: bool = training(False, "the auxiliary heads of googlenet and inception3, with their papers' weights")
+    zero_gamma: bool = training(False, "the last BatchNorm of each residual block begins with gamma 0")
     init: str | None = training(None, "weights to begin with: a checkpoint, or published ones (.pth, .safetensors)")
     weights_from: str | None = training(
         None, "who published the weights of --init, where they do not tell", choices=ORIGIN_NAMES
@@ -265,7 +266,7 @@ class Settings(Images):
     )
 
     def __post_init__(self) -> None:
-        find_model(self.model, **self.model_flags)
+        find_model(self.model, zero_gamma=self.zero_gamma, **self.model_flags)
         self.check_images(self.model)
         for name in ("batch_size", "num_batches", "display_every", "keep"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
@@ -297,6 +298,8 @@ class Settings(Images):
             raise InputError(f"--weights_from={self.weights_from} needs --init, the weights")
         if self.freeze != "none" and not (self.init or self.eval):
             raise InputError(f"--freeze={self.freeze} needs --init: random weights are none to keep")
+        if self.zero_gamma and self.init:
+            raise InputError("--zero_gamma is for random weights: --init brings others, leave one of them out")
         if self.log_tensors and not self.log_dir:
             raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
         if self.num_epochs is not None and self.data_dir is None and not (self.dry_run and self.num_images):
@@ -309,8 +312,8 @@ class Settings(Images):
 
     @property
     def model_flags(self) -> dict[str, bool]:
-        """Returns those of the flags that change the model."""
-        return {flag: getattr(self, flag) for flag in FLAGS}
+        """Returns those of the flags that change the model, and not only the weights that it begins with."""
+        return {flag: getattr(self, flag) for flag in FLAGS if flag != "zero_gamma"}
 
     def evaluation(self) -> Evaluation:
         """Returns what --eval asks for: launch/eval.py with the flags that both programs have."""

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 ALGORITHMS = ("torch", "triton", "triton-materialized", "triton-gram", "cudnn", "cudnn-gram")
 JOINT = "triton-joint"  # another, which --conv=auto alone chooses
 EPSILON = 1e-4  # of BatchNorm, as in nvcnn_hvd.py
-FLAGS = {"resnet_v1": "bottleneck blocks", "aux": "auxiliary heads"}  # what a model needs for them
+FLAGS = {  # what a model needs for them
+    "resnet_v1": "bottleneck blocks",
+    "aux": "auxiliary heads",
+    "zero_gamma": "residual blocks that end in a BatchNorm",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def network(module: str, name: str, **options: Any) -> Callable[..., nn.Module]:
 
 
 RESNEXT = {"groups": 32, "group_width": 4}
+BOTTLENECK = ("resnet_v1", "zero_gamma")
 
 MODELS: dict[str, Model] = {
     "trivial": Model(network("trivial", "Trivial"), 224, constant(0.001)),
@@ -95,14 +100,14 @@ MODELS: dict[str, Model] = {
     "inception3": Model(network("inception3", "Inception3"), 299, constant(0.2), 75, ("aux",)),
     "inception4": Model(network("inception4", "Inception4"), 299, constant(0.045), 75),
     "inception-resnet2": Model(network("inception_resnet2", "InceptionResNet2"), 299, constant(0.045), 75),
-    "resnet18": Model(network("resnet", "resnet", depth=18), 224, constant(0.5), 32),
-    "resnet34": Model(network("resnet", "resnet", depth=34), 224, per_image(1 / 1024), 32),
-    "resnet50": Model(network("resnet", "resnet", depth=50), 224, per_image(1 / 1024), 32, ("resnet_v1",)),
-    "resnet101": Model(network("resnet", "resnet", depth=101), 224, per_image(1 / 1024), 32, ("resnet_v1",)),
-    "resnet152": Model(network("resnet", "resnet", depth=152), 224, per_image(1 / 1024), 32, ("resnet_v1",)),
-    "resnext50": Model(network("resnet", "resnet", depth=50, **RESNEXT), 224, constant(0.1), 32, ("resnet_v1",)),
-    "resnext101": Model(network("resnet", "resnet", depth=101, **RESNEXT), 224, constant(0.1), 32, ("resnet_v1",)),
-    "resnext152": Model(network("resnet", "resnet", depth=152, **RESNEXT), 224, constant(0.1), 32, ("resnet_v1",)),
+    "resnet18": Model(network("resnet", "resnet", depth=18), 224, constant(0.5), 32, ("zero_gamma",)),
+    "resnet34": Model(network("resnet", "resnet", depth=34), 224, per_image(1 / 1024), 32, ("zero_gamma",)),
+    "resnet50": Model(network("resnet", "resnet", depth=50), 224, per_image(1 / 1024), 32, BOTTLENECK),
+    "resnet101": Model(network("resnet", "resnet", depth=101), 224, per_image(1 / 1024), 32, BOTTLENECK),
+    "resnet152": Model(network("resnet", "resnet", depth=152), 224, per_image(1 / 1024), 32, BOTTLENECK),
+    "resnext50": Model(network("resnet", "resnet", depth=50, **RESNEXT), 224, constant(0.1), 32, BOTTLENECK),
+    "resnext101": Model(network("resnet", "resnet", depth=101, **RESNEXT), 224, constant(0.1), 32, BOTTLENECK),
+    "resnext152": Model(network("resnet", "resnet", depth=152, **RESNEXT), 224, constant(0.1), 32, BOTTLENECK),
 }
 
 

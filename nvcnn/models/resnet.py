@@ -96,13 +96,20 @@ def skip(x: Tensor | PendingAdd, downsample: nn.Module) -> Tensor | Unnormalized
 class ResNet(nn.Module):
     """(N, 3, H, W), or 4 channels of which the last is zero -> (N, num_classes).
 
-    `depths`: blocks in each of the four stages; `options` go to every block.
+    `depths`: blocks in each of the four stages; `options` go to every block. `zero_gamma`: the last BatchNorm of each
+    block begins with gamma 0, so that the block hands on what it gets (Goyal et al. 2017, arXiv:1706.02677).
     """
 
     takes_padded_images = True
 
     def __init__(
-        self, block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], *, num_classes: int, **options: Any
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        *,
+        num_classes: int,
+        zero_gamma: bool = False,
+        **options: Any,
     ):
         super().__init__()
         self.conv1 = conv(3, 64, 7, stride=2)
@@ -122,6 +129,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_gamma and isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
 
     def forward(self, x: Tensor) -> Tensor:
         x = max_pool(conv_bn(x, self.conv1, self.bn1), 3, stride=2, padding=1)

@@ -7,7 +7,7 @@ import torch
 
 from nvcnn.data.dataset import find_dataset
 from nvcnn.models import MODELS
-from nvcnn.plan import dry_run, plan
+from nvcnn.plan import dry_run, initial_model, plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings
 
@@ -40,6 +40,14 @@ def test_default_learning_rates(model, ranks, rate):
 )
 def test_the_warm_up_is_counted_in_steps(flags, steps):
     assert plan(Settings(model="lenet", num_batches=30, **flags), None, ranks=2).warmup == steps
+
+
+def test_zero_gamma_is_how_a_model_begins_and_not_what_it_is():
+    settings = Settings(model="resnet18", num_classes=10, zero_gamma=True)
+    run = plan(settings, None, ranks=1)
+    model, _ = initial_model(settings, run, None)
+    assert not model.layer1[0].bn2.weight.any()
+    assert run.options == {}  # which a checkpoint keeps
 
 
 def test_synthetic_data_is_one_epoch():

@@ -44,6 +44,7 @@ NEWER = {
     "eval_interpolation": None,
     "normalize": None,
     "aux": False,
+    "zero_gamma": False,
     "init": None,
     "weights_from": None,
     "freeze": "none",
@@ -133,6 +134,8 @@ def test_short_and_negative_forms():
     [
         ("--model=resnet51", "--model=resnet51"),
         ("--resnet_v1", "--resnet_v1"),
+        ("--zero_gamma", "--zero_gamma is for resnet18, resnet34, resnet50"),
+        ("--model=resnet18 --zero_gamma --init=w.pth", "--zero_gamma is for random weights: --init"),
         ("--num_epoch=3", "--num_epoch"),  # unknown, not an abbreviation
         ("--batch_size=0", "--batch_size=0"),
         ("--batch_size=x", "--batch_size"),

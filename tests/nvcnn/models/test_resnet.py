@@ -18,11 +18,11 @@ NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext5
 NORM = partial(nn.BatchNorm2d, eps=1e-4, momentum=1.0)
 
 
-def peer(name: str, seed: int) -> nn.Module:
+def peer(name: str, seed: int, **options: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         groups = {"groups": 32, "width_per_group": 4} if "x" in name else {}
-        return getattr(torchvision.models, name.replace("x", ""))(norm_layer=NORM, **groups)
+        return getattr(torchvision.models, name.replace("x", ""))(norm_layer=NORM, **groups, **options)
 
 
 def shallow(block: str, dtype: torch.dtype, **options: int) -> tuple[ResNet, nn.Module]:
@@ -63,10 +63,12 @@ def test_names_shapes_and_dtypes_are_torchvision_s(name):
     assert [(k, v.shape, v.dtype) for k, v in ours.items()] == [(k, v.shape, v.dtype) for k, v in theirs.items()]
 
 
+@pytest.mark.parametrize("zero_gamma", [False, True])
 @pytest.mark.parametrize("name", ["resnet18", "resnext50"])
-def test_initialisation_is_torchvision_s(name):
+def test_initialisation_is_torchvision_s(name, zero_gamma):
     """One seed gives the same bits, not only the same distribution."""
-    ours, theirs = build_model(name, num_classes=1000, seed=7), peer(name, seed=7)
+    ours = build_model(name, num_classes=1000, seed=7, zero_gamma=zero_gamma)
+    theirs = peer(name, seed=7, zero_init_residual=zero_gamma)
     for key, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[key], value), key
 
@@ -101,6 +103,23 @@ def test_computes_what_torchvision_computes(block, options, training, algorithm)
                 one_batch = theirs.get_submodule(key)
                 torch.testing.assert_close(norm.batch_mean, one_batch.running_mean)
                 torch.testing.assert_close(norm.batch_var, one_batch.running_var)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_gamma_of_zero_has_a_gradient(algorithm):
+    """All that is behind it has none yet."""
+    ours, theirs = (net.double() for net in shallow("Bottleneck", torch.float64))
+    for net in (ours, theirs):
+        for i in (1, 2, 3, 4):
+            nn.init.zeros_(net.get_submodule(f"layer{i}.0.bn3").weight)
+    choose(ours, algorithm).to(memory_format=torch.channels_last)
+    x, direction = images(torch.float64), torch.randn(4, 10, dtype=torch.float64)
+    for net in (ours, theirs):
+        net(x).backward(direction)
+    for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9 * direction.norm().item(), msg=key)
+    assert ours.layer1[0].bn3.weight.grad.all()
+    assert not ours.layer1[0].conv3.weight.grad.any()
 
 
 @pytest.mark.parametrize(
