@@ -23,7 +23,7 @@ from nvcnn.metrics import add_evaluation
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
 from nvcnn.program import InputError, watched
-from nvcnn.settings import Chosen, Evaluation, check_image_size
+from nvcnn.settings import Chosen, Evaluation
 from nvcnn.weights import Weights, load_model, of_checkpoint, read
 
 
@@ -83,7 +83,7 @@ def evaluate(asked: Evaluation) -> int:
     weights = find_weights(asked)
     path, dtype = weights.path, weights.dtype
     preprocessing = asked.prepared(weights.origin.preprocessing)
-    check_image_size(weights.model, preprocessing.image_size)
+    asked.check_images(weights.model)
     dataset = find_dataset(
         asked.data_dir,
         num_classes=weights.num_classes,

@@ -17,7 +17,7 @@ from nvcnn.evaluate import find_weights
 from nvcnn.models import EPSILON, Preprocessing
 from nvcnn.plan import describe_images
 from nvcnn.program import InputError
-from nvcnn.settings import Export, check_image_size
+from nvcnn.settings import Export
 from nvcnn.weights import FORMAT, VERSION, Weights, load_model
 
 
@@ -30,7 +30,7 @@ def export(asked: Export) -> int:
         raise InputError(f"--out={out}: there is no directory {out.parent}; make it, or give another")
     weights = find_weights(asked)
     preprocessing = asked.prepared(weights.origin.preprocessing)
-    check_image_size(weights.model, preprocessing.image_size)
+    asked.check_images(weights.model)
     model, lines = load_model(weights)
     told = description(weights, preprocessing)
     try:

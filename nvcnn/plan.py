@@ -35,6 +35,7 @@ class Plan:
     num_classes: int
     class_names: tuple[str, ...] | None
     preprocessing: Preprocessing
+    image_size: int  # in training
     options: dict[str, Any]  # what the model is built with, beside its number of classes
     learning_rate: float
     warmup: float  # steps in which it rises
@@ -94,9 +95,11 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     if num_classes > MAX_CLASSES:
         where = f"--data_dir={settings.data_dir}" if dataset else f"--num_classes={num_classes}"
         raise InputError(f"{where}: {num_classes} classes: must be at most {MAX_CLASSES}")
-    if settings.batch_size * preprocessing.image_size**2 >= MOST_PIXELS:
-        side = preprocessing.image_size
-        raise InputError(f"--batch_size={settings.batch_size}: too many images of {side} x {side} pixels: lower it")
+    image_size = preprocessing.train_size or preprocessing.image_size
+    if settings.batch_size * image_size**2 >= MOST_PIXELS:
+        raise InputError(
+            f"--batch_size={settings.batch_size}: too many images of {image_size} x {image_size} pixels: lower it"
+        )
     return Plan(
         ranks=ranks,
         images=images,
@@ -106,6 +109,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
         num_classes=num_classes,
         class_names=dataset.class_names if dataset else None,
         preprocessing=preprocessing,
+        image_size=image_size,
         options=options | {flag: True for flag, given in settings.model_flags.items() if given},
         learning_rate=settings.learning_rate or model.learning_rate(total_batch),
         warmup=warmup,
@@ -176,7 +180,7 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Master weight, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
     state = trained * (4 + run.momentum_dtype.itemsize + 4) + (parameters - trained) * (4 + run.dtype.itemsize)
-    activations = activation_bytes(model, settings.batch_size, run.preprocessing.image_size, run.dtype)
+    activations = activation_bytes(model, settings.batch_size, run.image_size, run.dtype)
     resolved = as_json(settings) | {"learning_rate": run.learning_rate, "num_classes": run.num_classes}
     resolved |= asdict(run.preprocessing)
     print(*(f"--{name}={value}" for name, value in resolved.items()), sep="\n")

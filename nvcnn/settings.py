@@ -51,6 +51,7 @@ class Images:
     """How images are prepared, for training and evaluation. What is not given belongs to the weights, or the model."""
 
     image_size: int | None = image(None, "height and width; none: those that the model, or its weights, are made for")
+    eval_size: int | None = image(None, "height and width in evaluation alone; none: --image_size")
     normalize: str | None = image(
         None, "pixels to [-1, 1] (signed) or by ImageNet's mean and deviation; none: signed", choices=NORMALIZE
     )
@@ -66,24 +67,29 @@ class Images:
     def check_images(self, model: str | None) -> None:
         """Raises InputError for values that cannot be, and for a size that the model does not take."""
         check(self, self.eval_crop is None or 0 < self.eval_crop <= 1, "eval_crop", "above 0 and at most 1")
-        if self.image_size is not None and model is not None:
-            check_image_size(model, self.image_size)
+        for name in ("image_size", "eval_size"):
+            size = getattr(self, name)
+            if size is not None and model is not None:
+                check_image_size(model, size, name)
 
     def prepared(self, preprocessing: Preprocessing) -> Preprocessing:
         """Returns `preprocessing` with what was asked for in its place."""
-        asked = {f.name: getattr(self, f.name) for f in fields(Images)}
-        return replace(preprocessing, **{name: value for name, value in asked.items() if value is not None})
+        asked = {f.name: value for f in fields(Images) if (value := getattr(self, f.name)) is not None}
+        in_training = self.image_size or preprocessing.train_size or preprocessing.image_size
+        if eval_size := asked.pop("eval_size", None):
+            asked["image_size"] = eval_size
+        return replace(preprocessing, **asked).trained_at(in_training)
 
 
-def check_image_size(model: str, image_size: int) -> None:
-    """Raises InputError unless the model takes images of that height and width."""
-    size, least = find_model(model).image_size, find_model(model).least_size
-    if least is None and image_size != size:
-        raise InputError(f"--image_size={image_size}: --model={model} takes {size} alone, leave the flag out")
-    if least is not None and image_size < least:
-        raise InputError(f"--image_size={image_size}: --model={model} takes {least} and more")
-    if image_size > LARGEST_SIDE:
-        raise InputError(f"--image_size={image_size}: must be at most {LARGEST_SIDE}")
+def check_image_size(model: str, size: int, name: str) -> None:
+    """Raises InputError, which names the flag, unless the model takes images of that height and width."""
+    own, least = find_model(model).image_size, find_model(model).least_size
+    if least is None and size != own:
+        raise InputError(f"--{name}={size}: --model={model} takes {own} alone, leave the flag out")
+    if least is not None and size < least:
+        raise InputError(f"--{name}={size}: --model={model} takes {least} and more")
+    if size > LARGEST_SIDE:
+        raise InputError(f"--{name}={size}: must be at most {LARGEST_SIDE}")
 
 
 def check(settings: Any, right: bool, name: str, must: str) -> None:

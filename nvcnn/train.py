@@ -93,14 +93,13 @@ class Run:
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
-        image_size = self.plan.preprocessing.image_size
-        images = settings.batch_size, image_size
+        images = settings.batch_size, self.plan.image_size
         stored = state and state["convolutions"]
         self.choices = choose_algorithms(model, settings.conv, images, self.plan.dtype, self.device, transport, stored)
         self.schedule = learning_rates(settings.schedule, self.plan.learning_rate, self.plan.steps, self.plan.warmup)
         self.train_step = Step(
             model,
-            image_size=image_size,
+            image_size=self.plan.image_size,
             device=self.device,
             schedule=self.schedule,
             transport=transport,
@@ -128,7 +127,7 @@ class Run:
     def open_data(self, dataset: Dataset | None, threads: int, state: dict | None) -> Data:
         """Returns the source of batches. `state`: where this rank's reader was in the run to resume."""
         settings, plan, rank = self.settings, self.plan, self.transport.rank
-        common: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": plan.preprocessing.image_size}
+        common: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": plan.image_size}
         common |= {"device": self.device, "ranks": plan.ranks}
         if dataset is None:
             common |= {"images": plan.images, "num_classes": plan.num_classes}

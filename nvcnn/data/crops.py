@@ -38,10 +38,11 @@ def random_crop(
     return left, top, left + w, top + h
 
 
-def cropped(image: "Image.Image", options: TrainingOptions, generator: random.Random) -> Tensor:
-    """Returns a random crop as `options` want it, (image_size, image_size, 3) uint8."""
+def cropped(image: "Image.Image", options: TrainingOptions, epoch: int, generator: random.Random) -> Tensor:
+    """Returns a random crop as `options` want it in that epoch, (image_size, image_size, 3) uint8."""
+    size = options.size_in(epoch)
     box = random_crop(*image.size, options.crop_area, options.crop_aspect, generator)
-    out = torch.empty(options.image_size, options.image_size, 3, dtype=torch.uint8)
+    out = torch.empty(size, size, 3, dtype=torch.uint8)
     resize(pixels(image.crop(box)), out)
     return out
 

@@ -73,7 +73,7 @@ class Pipeline:
         self.source = dataset.source(split)
         self.device = device = options.device
         self.threads = options.threads
-        self.resize = BatchResizer(options.image_size, options.threads) if resize_here else None
+        self.resize = BatchResizer(options.threads) if resize_here else None
         on_gpu = device.type == "cuda"
         self.pipeline = dali.Pipeline(
             batch_size=options.batch_size,
@@ -100,10 +100,11 @@ class Pipeline:
         with self.naming_the_input():
             self.pipeline.build()
 
-    def run(self, show: Callable[["Image.Image", int], Tensor]) -> Batch:
+    def run(self, show: Callable[["Image.Image", int], Tensor], image_size: int) -> Batch:
         """Returns the next batch. Raises InputError for a label outside the classes or an undecodable image.
 
-        show: returns what the batch shows of an image that Pillow has decoded, the i-th.
+        show: returns what the batch shows of an image that Pillow has decoded, the i-th. image_size: what PyTorch
+        resizes to, where it does.
         """
         # Bound to this stream, outputs need no synchronisation; DALI reuses a buffer only when its tensor is freed.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
@@ -115,7 +116,7 @@ class Pipeline:
                 labels[i] = self.dataset.zero_based(label, "")
             except InputError:
                 self.dataset.zero_based(label, self.source.place(bytes(info.at(i)).decode()))
-        images = self.resize(images) if self.resize else torch.from_dlpack(images.as_tensor())
+        images = self.resize(images, image_size) if self.resize else torch.from_dlpack(images.as_tensor())
         flip = torch.from_dlpack(flip.as_tensor())
 
         fits = fits.as_array().reshape(-1).tolist()
@@ -210,6 +211,13 @@ def as_far_as_dali_goes(dali: Any, encoded: Any) -> tuple[Any, Any]:
     return where(fits, images), fits
 
 
+def dali_resizes(device: torch.device) -> bool:
+    """Returns whether DALI resizes training's crops. A GPU does, whoever decodes; on a CPU that takes it nearly as long
+    as decoding.
+    """
+    return device.type == "cuda"
+
+
 class TrainingData:
     """Endless batches of the split "train": shuffled, randomly cropped, resized. Mirroring is left to the caller.
 
@@ -229,11 +237,14 @@ class TrainingData:
         self.images, self.options = dataset.count("train"), options
         self.steps_per_epoch = check_position(dataset, options, state, "dali")
         # The reader pads each rank's share to the largest and then to full batches; what is padded is dropped here.
-        self.padded_steps = math.ceil(math.ceil(self.images / options.ranks) / options.batch_size)
+        self.padded_steps = padded_steps = math.ceil(math.ceil(self.images / options.ranks) / options.batch_size)
         self.epoch: int = state["epoch"] if state else 0
         self.batch: int = state["batch"] if state else 0
-        on_gpu = options.device.type == "cuda"
-        size = (options.image_size, options.image_size)
+        resized = dali_resizes(options.device)
+
+        def size_of_batch(number: int) -> Any:  # DALI asks ahead, and goes on counting where a checkpoint was
+            size = options.size_in(number // padded_steps)
+            return torch.full((options.batch_size, 2), size, dtype=torch.float32).numpy()
 
         def pixels(dali: Any, encoded: Any) -> Any:
             cropped = dali.fn.decoders.image_random_crop(
@@ -243,8 +254,12 @@ class TrainingData:
                 seed=derived_seed(options.seed, options.rank, "crop"),
                 device="mixed" if decode_on_gpu else "cpu",
             )
-            # A GPU resizes, whoever decodes: DALI's resize on a CPU takes nearly as long as decoding.
-            return dali.fn.resize(cropped.gpu(), size=size) if on_gpu else cropped
+            if not resized:
+                return cropped
+            size: Any = (options.image_size, options.image_size)
+            if options.later_sizes:
+                size = dali.fn.external_source(size_of_batch, batch=True, dtype=dali.types.FLOAT, ndim=1)
+            return dali.fn.resize(cropped.gpu() if options.device.type == "cuda" else cropped, size=size)
 
         self.pipeline = Pipeline(
             dataset,
@@ -254,7 +269,7 @@ class TrainingData:
             flips=0.5,
             seed=(options.seed, options.rank),
             checkpoint=bytes(state["reader"].tolist()) if state else None,
-            resize_here=not on_gpu,
+            resize_here=not resized,
             shard_id=options.rank,
             num_shards=options.ranks,
             pad_last_batch=True,
@@ -268,16 +283,19 @@ class TrainingData:
     def __next__(self) -> Batch:
         if self.batch == self.steps_per_epoch:
             for _ in range(self.padded_steps - self.steps_per_epoch):
-                self.pipeline.run(self.show)
+                self.run()
             self.epoch, self.batch = self.epoch + 1, 0
-        batch = self.pipeline.run(self.show)
+        batch = self.run()
         self.batch += 1
         return batch
+
+    def run(self) -> Batch:
+        return self.pipeline.run(self.show, self.options.size_in(self.epoch))
 
     def show(self, image: "Image.Image", i: int) -> Tensor:
         options = self.options
         seed = derived_seed(options.seed, options.rank, "crop", self.epoch, self.batch, i)
-        return cropped(image, options, random.Random(seed))
+        return cropped(image, options, self.epoch, random.Random(seed))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position after the last batch handed out, and the reader's own state."""
@@ -335,6 +353,6 @@ class EvaluationData:
             return
         pipeline = self.open()
         for start in range(0, self.images, self.batch_size):
-            images, labels, flip = pipeline.run(lambda image, _: middle(image, self.options))
+            images, labels, flip = pipeline.run(lambda image, _: middle(image, self.options), self.options.image_size)
             rest = self.images - start  # after the last image the reader begins again
             yield Batch(images[:rest], labels[:rest], flip[:rest])

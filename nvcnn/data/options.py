@@ -20,6 +20,11 @@ class TrainingOptions(ReaderOptions):
     crop_area: tuple[float, float]  # range of a crop's share of the image's area
     crop_aspect: tuple[float, float]  # range of its width / height
     seed: int
+    later_sizes: tuple[tuple[int, int], ...] = ()  # an epoch, counted from 0, and the image_size from then on
+
+    def size_in(self, epoch: int) -> int:
+        """Returns the size of that epoch's images."""
+        return [self.image_size, *(size for first, size in self.later_sizes if first <= epoch)][-1]
 
 
 @dataclass(frozen=True, kw_only=True)

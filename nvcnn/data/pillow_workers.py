@@ -65,7 +65,7 @@ class Samples:
             return middle(image, options), number, False
         assert isinstance(options, TrainingOptions)
         generator = random.Random(derived_seed(options.seed, "crop", epoch, i))
-        return cropped(image, options, generator), number, generator.random() < 0.5
+        return cropped(image, options, epoch, generator), number, generator.random() < 0.5
 
     def __getitems__(self, keys: list[Key]) -> Batch | str:
         pillow.require_pillow()  # a worker of its own

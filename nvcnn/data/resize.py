@@ -22,13 +22,13 @@ def resize(image: Tensor, out: Tensor) -> None:
 class BatchResizer:
     """Resizes the images of a batch in threads of its own."""
 
-    def __init__(self, image_size: int, threads: int) -> None:
-        self.image_size, self.threads = image_size, threads
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
         self.pool = ThreadPoolExecutor(threads)
 
-    def __call__(self, images: Any) -> Tensor:
+    def __call__(self, images: Any, image_size: int) -> Tensor:
         """Returns (N, image_size, image_size, 3) uint8 of N images (H, W, 3) uint8 of any sizes, given by DLPack."""
-        batch = torch.empty(len(images), self.image_size, self.image_size, 3, dtype=torch.uint8)
+        batch = torch.empty(len(images), image_size, image_size, 3, dtype=torch.uint8)
 
         def share(first: int) -> None:
             for i in range(first, len(images), self.threads):

@@ -9,7 +9,7 @@ Reading flags needs the names, so torch is imported only once a model is built.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ class Model:
 class Preprocessing:
     """How images are prepared for a model's weights. The defaults are those of nvcnn_hvd.py.
 
+    image_size: height and width. train_size: those in training, where they are others.
     eval_crop: share of height and width, which evaluation stretches to a square; or, where eval_aspect is "keep", of
     the shorter side, and evaluation sees a square.
     """
@@ -57,10 +58,16 @@ class Preprocessing:
     eval_crop: float = 0.875
     eval_aspect: str = "stretch"
     eval_interpolation: str = "bilinear"
+    train_size: int | None = None
+
+    def trained_at(self, size: int) -> Preprocessing:
+        """Returns the same with that size in training."""
+        return replace(self, train_size=None if size == self.image_size else size)
 
     def __str__(self) -> str:
         size, crop = self.image_size, f"{self.eval_crop:.4g}, {self.eval_aspect}, {self.eval_interpolation}"
-        return f"{size} x {size}, pixels {self.normalize}; in evaluation crop {crop}"
+        training = f" (in training {self.train_size} x {self.train_size})" if self.train_size else ""
+        return f"{size} x {size}{training}, pixels {self.normalize}; in evaluation crop {crop}"
 
 
 @dataclass(frozen=True)

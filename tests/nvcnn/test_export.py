@@ -165,6 +165,7 @@ def test_onnx_runtime_computes_the_trainers_logits(model, fold, tmp_path, capsys
             "eval_crop": 1.0,
             "eval_aspect": "stretch",
             "eval_interpolation": "bicubic",
+            "train_size": None,
         },
         "options": {"epsilon": 1e-3},
     }

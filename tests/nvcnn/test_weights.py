@@ -163,6 +163,25 @@ def test_heads_are_this_run_s_own():
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "begun_with", "sizes"),
+    [
+        ({}, Preprocessing(224), (224, 224)),
+        ({}, Preprocessing(256, train_size=192), (192, 256)),
+        ({"image_size": 160}, Preprocessing(256, train_size=192), (160, 160)),
+        ({"eval_size": 256}, Preprocessing(224), (224, 256)),
+        ({"eval_size": 256, "image_size": 160}, Preprocessing(224), (160, 256)),
+        ({"eval_size": 192}, Preprocessing(256, train_size=192), (192, 192)),
+    ],
+)
+def test_sizes_in_training_and_evaluation(flags, begun_with, sizes):
+    """--image_size is both, --eval_size one. A resumed run, which begins with what it said itself, has the same."""
+    for _ in range(2):
+        run = plan(Settings(model="resnet18", **flags), None, 1, Origin(begun_with, {}))
+        assert (run.image_size, run.preprocessing.image_size) == sizes
+        begun_with = run.preprocessing
+
+
 def changed(**tensors) -> dict[str, Tensor]:
     return lenet() | {name.replace("_", "."): tensor for name, tensor in tensors.items()}
 

@@ -31,7 +31,7 @@ def test_values_are_pillow_s_to_a_level(height, width, size):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_batch_of_any_sizes(threads):
     images = [noise(10 + i, 40 - 2 * i) for i in range(8)]
-    batch = BatchResizer(16, threads)(list(map(torch.from_numpy, images)))
+    batch = BatchResizer(threads)(list(map(torch.from_numpy, images)), 16)
     assert batch.is_contiguous()
     for got, image in zip(batch, images, strict=True):
         assert (got.int() - by_pillow(image, 16).int()).abs().max() <= 1
@@ -39,4 +39,4 @@ def test_a_batch_of_any_sizes(threads):
 
 def test_an_error_in_a_thread_surfaces():
     with pytest.raises(RuntimeError):
-        BatchResizer(16, 2)([torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)])
+        BatchResizer(2)([torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)], 16)

@@ -120,6 +120,31 @@ def test_resuming_goes_on_bit_for_bit(sources, device, tmp_path, kind, backend):
     data.close()
 
 
+@pytest.mark.parametrize(("backend", "by_dali"), [("dali_cpu", False), ("dali_cpu", True), ("torch", False)])
+def test_the_size_of_images_changes_with_epochs(dataset, device, monkeypatch, backend, by_dali):
+    """And nothing else does: an epoch is that of a reader of its size alone, also after resuming, and once more."""
+    if by_dali:  # as on a GPU, where it resizes batches ahead
+        monkeypatch.setattr("nvcnn.data.dali.dali_resizes", lambda device: True)
+    sizes, make = (16, 24, 12), {"rank": 1, "ranks": 2, "batch_size": 7, "device": device}
+    alone = [training(dataset, backend, image_size=size, **make) for size in sizes]
+    expected = [[epoch(data) for _ in sizes][n] for n, data in enumerate(alone)]
+    changing = make | {"image_size": 16, "later_sizes": ((1, 24), (2, 12))}
+    data = training(dataset, backend, **changing)
+    states = []
+    for batch in itertools.chain(*expected):
+        states.append(data.state_dict())
+        assert same(next(data), batch)
+    assert [batches[0].images.shape for batches in expected] == [(7, size, size, 3) for size in sizes]
+    for at in (3, 4, 9):
+        for batch in list(itertools.chain(*expected))[at : at + 2]:
+            resumed = training(dataset, backend, state=states[at], **changing)
+            assert same(next(resumed), batch)
+            states[at] = resumed.state_dict()
+            resumed.close()
+    for reader in (data, *alone):
+        reader.close()
+
+
 @orders
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 7), (3, 7), (2, 100), (70, 7)])
 def test_evaluation_sees_each_image_once(sources, device, kind, backend, ranks, batch_size):
