@@ -1,5 +1,6 @@
 """What a run will be: all that follows from its settings, its data and the number of ranks."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +43,16 @@ class Plan:
     dtype: torch.dtype
     momentum_dtype: torch.dtype
     no_graph: str  # why the step is no CUDA graph; empty if it is one
+
+    @property
+    def sizes(self) -> list[int]:
+        """Returns the sizes of training's images, each once."""
+        return [self.image_size]
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """Returns the share of the steps that each size has."""
+        return {self.image_size: 1.0}
 
 
 def find_training_data(settings: Settings) -> Dataset | None:
@@ -195,13 +206,18 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
 
 def estimates(settings: Settings, run: Plan) -> list[str]:
     """Returns the lines of a dry run for what is computed: MACs, the learning rates, how long it takes at least."""
-    size, batch_size = run.preprocessing.image_size, settings.batch_size
+    batch_size = settings.batch_size
     build = partial(build_model, settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
     with META:
         model = build().eval()
-    algorithm, floors = step_floors(build, size, batch_size, run.dtype, settings.conv)
-    known = MEASURED.get((settings.model, size, batch_size), {}) if run.dtype == torch.float16 else {}
+    counts = ", ".join(f"{macs(model, size) / 1e9:.3g} G of {size} x {size}" for size in run.sizes)
     rates = learning_rates(settings.schedule, run.learning_rate, run.steps, run.warmup)
+    floors = Counter[str]()  # seconds of a step, the mean of all epochs
+    for size, share in run.shares.items():
+        algorithm, seconds = step_floors(build, size, batch_size, run.dtype, settings.conv)
+        floors.update({gpu: share * of_size for gpu, of_size in seconds.items()})
+    place = settings.model, run.sizes[0], batch_size
+    known = MEASURED.get(place, {}) if run.dtype == torch.float16 and len(run.sizes) == 1 else {}
     source = "as measured: by such steps on synthetic images" if known else "no such step was measured"
 
     def images(gpus: int) -> int:
@@ -210,7 +226,7 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
         return batch_size * gpus * (epochs * (run.images // (batch_size * gpus)) if epochs else settings.num_batches)
 
     return [
-        f"MACs:        {macs(model, size) / 1e9:.3g} G an image of {size} x {size}, forward",
+        f"MACs:        {counts}, an image, forward",
         "Learning rate",
         *picture(rates, run.steps / run.steps_per_epoch),
         f"Time:        at least: by the bytes and FLOPs of a step with --conv={algorithm}; {source}.",
