@@ -90,8 +90,10 @@ def short_calls() -> Iterator[Call]:
         for larc, mode in ((runs[0].optimizer, "off"), (runs[2].optimizer, "scale")):
             larc.mode, larc.weight_decay = mode, 0.0
             larc.step()
-        runs[1].optimizer.decay_vectors = False
-        runs[1].optimizer.step()
+        for larc, mode in ((runs[1].optimizer, "clip"), (runs[2].optimizer, "off")):
+            larc.mode, larc.weight_decay, larc.decay_vectors, larc.clip_norm = mode, 1e-4, False, 1.0
+            larc.square_sums = larc.square_sums.new_empty(3, *larc.square_sums.shape)
+            larc.step()
         staged.optimizer.step()
     yield from calls
     for dtype in (half, bfloat16):

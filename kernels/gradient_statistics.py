@@ -5,6 +5,9 @@ gradient whose norm LARC takes (You, Gitman and Ginsburg 2017, arXiv:1708.03888;
 of (g / (S R) + d v)^2 with one division a block. It is finite unless an element is not, or the square of a finite one,
 scaled as it is, leaves fp32: both are overflows, and their step is skipped. Vectors may be left without decay.
 
+Where the gradient is to be clipped, to c g, and c is not known yet, the terms of sum((c g / (S R) + d v)^2) are stored
+each for itself, those of c^2, c and 1: sum(g^2) / (S R)^2, 2 d sum(g v) / (S R), d^2 sum(v^2).
+
 Bytes: reads g and v once, 6 per parameter with an fp16 gradient; without decay g alone, 2. Writes 4 per block.
 """
 
@@ -26,17 +29,22 @@ def reference(
     """Computes the sums in plain PyTorch, in the precision of `weight`. Arguments as in `gradient_statistics`."""
     scale = loss_scale.item() * ranks
     weights = weight.view(-1, BLOCK)
+    terms = square_sums.view(-1, len(weights)).T
     scratch = torch.empty_like(weights[:CHUNK])
     matrices = len(matrix_gradient) // BLOCK  # to come
-    for gradient, w, sums in chunks(matrix_gradient, vector_gradient, weights, square_sums):
+    for gradient, w, sums in chunks(matrix_gradient, vector_gradient, weights, terms):
         g = scratch[: len(gradient)]
-        if weight_decay and (decay_vectors or matrices > 0):
-            torch.add(gradient, w, alpha=scale * weight_decay, out=g).square_()
+        decay = weight_decay if decay_vectors or matrices > 0 else 0.0
+        matrices -= len(g)
+        if decay and square_sums.ndim == 1:
+            torch.add(gradient, w, alpha=scale * decay, out=g).square_()
         else:
             g.copy_(gradient).square_()
-        torch.sum(g, 1, out=sums)
-        matrices -= len(g)
-    square_sums.mul_(1 / scale).mul_(1 / scale)
+        torch.sum(g, 1, out=sums[:, 0])
+        if square_sums.ndim == 2:
+            sums[:, 1] = 2 * decay / scale * (gradient * w).sum(1)
+            sums[:, 2] = decay**2 * w.square().sum(1)
+    terms[:, 0].mul_(1 / scale).mul_(1 / scale)
 
 
 @triton.jit(repr=named("gradient_statistics"))
@@ -48,7 +56,7 @@ def kernel(
     # sizes and factors
     matrix_blocks, ranks, weight_decay,
     # what is compiled in
-    DECAY: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, VECTORS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program sums one block."""
     block = tl.program_id(0)
@@ -58,12 +66,21 @@ def kernel(
     else:
         g = tl.load(vector_gradient + (block - matrix_blocks).to(tl.int64) * BLOCK + element)
     scale = tl.load(loss_scale) * ranks
-    if DECAY:
-        decay = scale * weight_decay
-        if not VECTORS:
-            decay = tl.where(block < matrix_blocks, decay, 0.0)
-        g += decay * tl.load(weight + block.to(tl.int64) * BLOCK + element)
     inverse = tl.div_rn(1.0, scale)
+    second, third = 0.0, 0.0
+    if DECAY:
+        if not VECTORS:
+            weight_decay = tl.where(block < matrix_blocks, weight_decay, 0.0)
+        w = tl.load(weight + block.to(tl.int64) * BLOCK + element)
+        if TERMS:
+            second = 2 * weight_decay * inverse * tl.sum(g * w)
+            third = weight_decay * weight_decay * tl.sum(w * w)
+        else:
+            g += (scale * weight_decay) * w
+    if TERMS:
+        blocks = tl.num_programs(0)
+        tl.store(square_sums + blocks + block, second)
+        tl.store(square_sums + 2 * blocks + block, third)
     tl.store(square_sums + block, tl.sum(g * g) * inverse * inverse)
 
 
@@ -86,8 +103,8 @@ def gradient_statistics(
 
     matrix_gradient: (M,), fp16, bf16 or fp32. vector_gradient: (V,), fp32. M and V are multiples of BLOCK, either may
     be 0. weight: (M + V,), fp32, read only if weight_decay is not 0. loss_scale: (1,), fp32.
-    decay_vectors: whether the decay is that of vectors, too. square_sums: ((M + V) / BLOCK,), fp32, written. Raises
-    ValueError for other shapes, dtypes or devices.
+    decay_vectors: whether the decay is that of vectors, too. square_sums: fp32, written: (B,), with
+    B = (M + V) / BLOCK; or (3, B), the terms of c^2, c and 1. Raises ValueError for other shapes, dtypes or devices.
     """
     tensors = (matrix_gradient, vector_gradient, weight, loss_scale, square_sums)
     op, device = "gradient_statistics", weight.device
@@ -100,13 +117,13 @@ def gradient_statistics(
         vector_gradient=(vector_gradient, ((blocks - matrix_blocks) * BLOCK,)),
         weight=(weight, (blocks * BLOCK,)),
         loss_scale=(loss_scale, (1,)),
-        square_sums=(square_sums, (blocks,)),
+        square_sums=(square_sums, (blocks,) if square_sums.ndim == 1 else (3, blocks)),
     )
     if ranks < 1:
         raise ValueError(f"{op}: ranks must be at least 1, got {ranks}")
     if runs_triton(weight.device):
         scalars = (matrix_blocks, ranks, weight_decay)
-        options = {"DECAY": weight_decay != 0, "VECTORS": decay_vectors}
-        launch(kernel, (len(square_sums),), *tensors, *scalars, **options, BLOCK=BLOCK, **CONFIG)
+        options = {"DECAY": weight_decay != 0, "VECTORS": decay_vectors, "TERMS": square_sums.ndim == 2}
+        launch(kernel, (blocks,), *tensors, *scalars, **options, BLOCK=BLOCK, **CONFIG)
     elif not state.silent:  # there may be no values
         reference(*tensors, ranks=ranks, weight_decay=weight_decay, decay_vectors=decay_vectors)

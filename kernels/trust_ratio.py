@@ -7,10 +7,16 @@ non-zero, else 1. The update multiplies g by 1 (mode `off`), min(q / learning ra
 Tensors from number `excluded_from` on are left to plain SGD, 1 in every mode, as gamma, beta and biases are by MLPerf's
 LARS (which also spares them the decay).
 
+With `clip_norm` g is clipped before the decay d is added, to c g: c = min(1, clip_norm / norm of the gradient of all
+tensors, without decay), as torch.nn.utils.clip_grad_norm_ does (Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063).
+||c g + d v||^2 = c (c G + C) + W, of which `gradient_statistics` has stored the three terms; nothing cancels but what
+does in c g + d v. c goes into the factor by which the update unscales g.
+
 LARC is LARS (You, Gitman and Ginsburg 2017, arXiv:1708.03888) with the clip; this is nvcnn_hvd.py's. Others differ:
 apex and timm add the decay to the denominator after the norms.
 
-The finite flag is that of the sum of all gradients' square sums. Bytes: 8 per block, out of the L2 cache.
+The finite flag is that of the sum of all gradients' square sums. Bytes: 8 per block, out of the L2 cache; to clip, 16,
+and 4 more a tensor.
 """
 
 from typing import Any
@@ -28,21 +34,28 @@ from kernels.operators import named, operator
 
 MODES = ("off", "clip", "scale")
 KEPT, NEW = tl.constexpr(0.9), tl.constexpr(0.1)  # of an average, of what it follows: as the original's
+SMALLEST = tl.constexpr(2.0**-126)  # of the normal numbers of fp32
 
 
 def reference(
     gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule,
     rows, ratio, gradient_norm, weight_norm, scalars, latest, average,
-    *, ranks, larc_mode, eta, excluded_from,
+    *, ranks, larc_mode, eta, excluded_from, clip_norm=0.0,
 ):  # fmt: skip
     """Computes the results in plain PyTorch, in the precision of `scalars`. Arguments as in `trust_ratio`."""
     learning_rate = schedule[counters[:1].clamp(max=len(schedule) - 1)]
-    finite = gradient_square_sums.sum(0, keepdim=True).isfinite()
-    scalars.copy_(torch.cat((learning_rate, 1 / (loss_scale * ranks), finite)))
+    finite = gradient_square_sums.view(-1).sum(0, keepdim=True).isfinite()
+    inverse = 1 / (loss_scale * ranks)
+    if clip_norm:
+        first, second, third = gradient_square_sums.double()
+        clip = (clip_norm / first.sum().sqrt()).clamp(max=1)
+        gradient_square_sums = clip * (clip * first + second) + third
+        inverse = (inverse * clip).clamp(min=SMALLEST.value)
+    scalars.copy_(torch.cat((learning_rate, inverse, finite)))
 
     offsets = first_block.long()
     for norm, square_sums in ((gradient_norm, gradient_square_sums), (weight_norm, weight_square_sums)):
-        norm.copy_(torch.segment_reduce(square_sums.double(), "sum", offsets=offsets).sqrt_())
+        norm.copy_(torch.segment_reduce(square_sums.double(), "sum", offsets=offsets).clamp_(min=0).sqrt_())
     q = torch.where((gradient_norm != 0) & (weight_norm != 0), eta * weight_norm / gradient_norm, 1)
     if larc_mode == "off":
         ratio.fill_(1)
@@ -71,6 +84,13 @@ def sum_range(values, first, last, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def clip_factor(square_sums, first_block, tensors, clip_norm, CHUNK: tl.constexpr):
+    """Returns that by which all gradients are multiplied, the same in each program."""
+    square = sum_range(square_sums, tl.load(first_block), tl.load(first_block + tensors), CHUNK)
+    return tl.minimum(tl.div_rn(clip_norm, tl.sqrt_rn(square)), 1.0)
+
+
+@triton.jit
 def average_rows(rows, latest, average, N, CHUNK: tl.constexpr):
     """Stores the mean of N rows of 3. If its first value, the loss, is finite, the averages follow it."""
     column = tl.arange(0, 4)
@@ -94,24 +114,38 @@ def kernel(
     # sizes
     tensors, steps, N,
     # factors
-    ranks, eta, excluded_from,
+    ranks, eta, excluded_from, clip_norm,
     # what is compiled in
-    MODE: tl.constexpr, CHUNK: tl.constexpr,
+    MODE: tl.constexpr, CLIP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tensor; then one the scalars, one the loss. None reads what another writes."""
     t = tl.program_id(0)
     learning_rate = tl.load(schedule + tl.minimum(tl.load(counters), steps - 1))
     if t == tensors:
-        total = sum_range(gradient_square_sums, tl.load(first_block), tl.load(first_block + tensors), CHUNK)
+        blocks = tl.load(first_block + tensors)
+        if CLIP:
+            blocks *= 3
+        total = sum_range(gradient_square_sums, tl.load(first_block), blocks, CHUNK)
         finite = (tl.abs(total) < float("inf")).to(tl.float32)  # false for NaN
+        inverse = tl.div_rn(1.0, tl.load(loss_scale) * ranks)
+        if CLIP:
+            clip = clip_factor(gradient_square_sums, first_block, tensors, clip_norm, CHUNK)
+            inverse = tl.maximum(inverse * clip, SMALLEST)
         tl.store(scalars, learning_rate)
-        tl.store(scalars + 1, tl.div_rn(1.0, tl.load(loss_scale) * ranks))
+        tl.store(scalars + 1, inverse)
         tl.store(scalars + 2, finite)
     elif t > tensors:
         average_rows(rows, latest, average, N, CHUNK)
     else:
         first, last = tl.load(first_block + t), tl.load(first_block + t + 1)
-        g = tl.sqrt_rn(sum_range(gradient_square_sums, first, last, CHUNK))
+        square = sum_range(gradient_square_sums, first, last, CHUNK)
+        if CLIP:
+            blocks = tl.load(first_block + tensors)
+            clip = clip_factor(gradient_square_sums, first_block, tensors, clip_norm, CHUNK)
+            second = sum_range(gradient_square_sums, first + blocks, last + blocks, CHUNK)
+            third = sum_range(gradient_square_sums, first + 2 * blocks, last + 2 * blocks, CHUNK)
+            square = tl.maximum(clip * (clip * square + second) + third, 0.0)
+        g = tl.sqrt_rn(square)
         w = tl.sqrt_rn(sum_range(weight_square_sums, first, last, CHUNK))
         q = tl.where((g != 0) & (w != 0), tl.div_rn(eta * w, g), 1.0)
         if MODE == "off":
@@ -148,12 +182,15 @@ def trust_ratio(
     larc_mode: str,
     eta: float,
     excluded_from: int,
+    clip_norm: float = 0.0,
 ) -> None:
     """Stores each tensor's LARC ratio and norms, the scalars, and the averages of the loss.
 
-    scalars: learning rate, 1 / (loss scale x ranks), finite (1 or 0).
+    scalars: learning rate; what the update multiplies the gradient by, 1 / (loss scale x ranks), where it is clipped
+    less; finite (1 or 0).
 
-    gradient_square_sums, weight_square_sums: (B,), fp32, sums of squares per block. first_block: (T + 1,), int32, the
+    gradient_square_sums, weight_square_sums: (B,), fp32, sums of squares per block; with clip_norm, which is 0 where
+    nothing is clipped, the first is (3, B), as `gradient_statistics` has it. first_block: (T + 1,), int32, the
     blocks of tensor t are first_block[t] to first_block[t + 1] - 1. counters: (3,), int64, the first is the step.
     loss_scale: (1,), fp32. schedule: (steps,), fp32, the learning rate of every step; later steps keep the last one.
     rows: (N, 3), fp32, from `cross_entropy`; N may be 0. larc_mode: off, clip or scale. excluded_from: the number of
@@ -164,12 +201,12 @@ def trust_ratio(
     for anything else.
     """
     op, device = "trust_ratio", scalars.device
-    blocks, tensors, steps = gradient_square_sums.numel(), first_block.numel() - 1, schedule.numel()
+    blocks, tensors, steps = gradient_square_sums.shape[-1], first_block.numel() - 1, schedule.numel()
     check_tensors(
         op,
         device,
         torch.float32,
-        gradient_square_sums=(gradient_square_sums, (blocks,)),
+        gradient_square_sums=(gradient_square_sums, (3, blocks) if clip_norm else (blocks,)),
         weight_square_sums=(weight_square_sums, (blocks,)),
         loss_scale=(loss_scale, (1,)),
         schedule=(schedule, (steps,)),
@@ -188,13 +225,15 @@ def trust_ratio(
             f"{op}: needs at least one tensor, step and rank and a mode of {', '.join(MODES)}, "
             f"got {tensors} tensors, {steps} steps, {ranks} ranks, mode {larc_mode}"
         )
+    if not clip_norm >= 0:
+        raise ValueError(f"{op}: clip_norm must be 0 (nothing is clipped) or more, got {clip_norm}")
     if excluded_from < 0:
         raise ValueError(f"{op}: excluded_from must be the number of a tensor, 0 or more, got {excluded_from}")
     inputs = (gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule, rows)
     arguments = (*inputs, ratio, gradient_norm, weight_norm, scalars, latest, average)
-    factors: dict[str, Any] = {"ranks": ranks, "eta": eta, "excluded_from": excluded_from}
+    factors: dict[str, Any] = {"ranks": ranks, "eta": eta, "excluded_from": excluded_from, "clip_norm": clip_norm}
     if runs_triton(scalars.device):
         sizes = {"tensors": tensors, "steps": steps, "N": len(rows)}
-        launch(kernel, (tensors + 2,), *arguments, **sizes, **factors, MODE=larc_mode, **CONFIG)
+        launch(kernel, (tensors + 2,), *arguments, **sizes, **factors, MODE=larc_mode, CLIP=clip_norm > 0, **CONFIG)
     elif not state.silent:  # the reference reads values
         reference(*arguments, larc_mode=larc_mode, **factors)

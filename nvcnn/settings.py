@@ -200,6 +200,9 @@ class Settings(Images):
     no_decay: str = training(
         "none", "parameters without weight decay: none, or those of one dimension (1d)", choices=("none", "1d")
     )
+    clip_norm: float | None = training(
+        None, "largest norm of the whole gradient, without decay: a larger one is scaled down; none: any"
+    )
     larc_exclude: str = training(
         "none", "parameters LARC leaves to plain SGD: none, or those of one dimension (1d)", choices=("none", "1d")
     )
@@ -278,7 +281,7 @@ class Settings(Images):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_epochs", "num_classes", "num_images"):
             check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
-        for name in ("learning_rate", "larc_eta"):
+        for name in ("learning_rate", "larc_eta", "clip_norm"):
             value = getattr(self, name)
             check(self, value is None or SMALLEST <= value <= LARGEST, name, f"a number from {SMALLEST} to {LARGEST}")
         for name in ("save_interval", "summary_interval", "seed"):

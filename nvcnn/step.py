@@ -24,8 +24,8 @@ class Step:
     Backward hands each gradient to the arena, and each bucket's allreduce starts as soon as it is full; three launches
     then update everything, or nothing if a gradient was not finite.
 
-    `image_size` is that of the (square) images that the model gets. `larc_eta`: None for no LARC. For
-    the other options of the optimizer see `Larc`.
+    `image_size` is that of the (square) images that the model gets. `larc_eta`: None for no LARC;
+    `clip_norm`: None for no clipping. For the other options of the optimizer see `Larc`.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Step:
         momentum: float = MOMENTUM,
         weight_decay: float = WEIGHT_DECAY,
         no_decay: str = "none",
+        clip_norm: float | None = None,
     ):
         self.model, self.transport = model.train(), transport
         self.image_size, self.channels, self.dtype = image_size, image_channels(model, device), dtype
@@ -71,6 +72,7 @@ class Step:
             momentum=momentum,
             weight_decay=weight_decay,
             no_decay=no_decay,
+            clip_norm=clip_norm or 0.0,
         )
         self.gradients = Gradients(self.arena, transport)
         # Of a captured step: its launch, and what it reads.

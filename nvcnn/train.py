@@ -114,6 +114,7 @@ class Run:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             no_decay=settings.no_decay,
+            clip_norm=settings.clip_norm,
         )
         torch.manual_seed(settings.seed + transport.rank)
         if state:

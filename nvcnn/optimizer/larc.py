@@ -24,7 +24,8 @@ class Larc:
 
     `schedule`: (steps,) learning rates. `mode`: "off", "clip" or "scale". `exclude`: "none", or "1d": parameters of
     fewer than two dimensions get plain SGD. `no_decay`: the same, of parameters without weight decay. `loss_scale`: a
-    number, or "dynamic".
+    number, or "dynamic". `clip_norm`: the largest norm of the whole gradient (averaged, unscaled, without decay), to
+    which one that is larger is scaled down before all else, LARC included; 0 for none.
     """
 
     def __init__(
@@ -40,18 +41,21 @@ class Larc:
         momentum: float = MOMENTUM,
         weight_decay: float = WEIGHT_DECAY,
         no_decay: str = "none",
+        clip_norm: float = 0.0,
     ):
         device, tensors = arena.weight.device, len(arena.slots)
         dynamic = loss_scale == "dynamic"
         self.arena, self.ranks, self.mode, self.eta = arena, ranks, mode, eta
         self.excluded_from = arena.matrices if exclude == "1d" else tensors
+        self.clip_norm = clip_norm
         self.momentum, self.weight_decay, self.decay_vectors = momentum, weight_decay, no_decay == "none"
         self.growth_interval = GROWTH_INTERVAL if dynamic else 0
         self.schedule = schedule.to(device)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
         self.loss_scale = torch.full((1,), FIRST_DYNAMIC_SCALE if dynamic else float(loss_scale), device=device)
         self.scalars = torch.zeros(3, device=device)
-        self.square_sums = torch.zeros_like(arena.weight_square_sums)
+        blocks = len(arena.weight_square_sums)
+        self.square_sums = torch.zeros((3, blocks) if clip_norm else blocks, device=device)
         self.ratio, self.gradient_norm, self.weight_norm = torch.zeros(3, tensors, device=device)
         self.latest = torch.zeros(3, device=device)
         self.average = torch.zeros(4, dtype=torch.float64, device=device)
@@ -86,6 +90,7 @@ class Larc:
             larc_mode=self.mode,
             eta=self.eta,
             excluded_from=self.excluded_from,
+            clip_norm=self.clip_norm,
             ratio=self.ratio,
             gradient_norm=self.gradient_norm,
             weight_norm=self.weight_norm,

@@ -42,6 +42,21 @@ def test_is_exact_on_integers(implementation, device, dtype, segments, weight_de
     assert torch.equal(sums, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize(("weight_decay", "decay_vectors"), [(0.0, True), (2.0, True), (2.0, False)])
+def test_the_terms_are_exact_on_integers(implementation, device, dtype, segments, weight_decay, decay_vectors):
+    matrix, vector, weight, loss_scale = inputs(device, *segments, dtype, 2.0, integers)
+    sums = torch.full((3, sum(segments)), torch.nan, device=device)
+    factors = {"ranks": 4, "weight_decay": weight_decay, "decay_vectors": decay_vectors}
+    gradient_statistics(matrix * 8, vector * 8, weight, loss_scale, sums, **factors)
+    gradient, decay = torch.cat((matrix.float(), vector)), weight_decay * weight
+    if not decay_vectors:
+        decay[len(matrix) :] = 0
+    terms = torch.stack((gradient * gradient, 2 * gradient * decay, decay * decay))
+    assert torch.equal(sums, terms.view(3, -1, BLOCK).sum(2))
+
+
 @given(
     segments=st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any),
     dtype=st.sampled_from(DTYPES),
@@ -159,6 +174,8 @@ def test_refuses(device, position, change, message):
 
 
 def test_refuses_no_blocks_and_no_ranks(device):
+    with pytest.raises(ValueError, match=r"square_sums must be \(3, 1\)"):
+        gradient_statistics(*inputs(device, 1, 0), torch.zeros(2, 1, device=device), ranks=1, weight_decay=0.0)
     with pytest.raises(ValueError, match="not both 0"):
         statistics(inputs(device, 0, 0))
     with pytest.raises(ValueError, match="ranks must be at least 1"):

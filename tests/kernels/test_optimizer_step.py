@@ -19,7 +19,7 @@ STEPS, LEARNING_RATES, WEIGHT_DECAY, MOMENTUM, ETA = 4, (0.5, 0.3, 0.1), 1e-2, 0
 class Optimizer:
     """Has tensors of SHAPES in an arena of their own; the ops find theirs by the names of their arguments."""
 
-    def __init__(self, device, mode, dtype=torch.float32, ranks=1, loss_scale=1.0, growth_interval=0):
+    def __init__(self, device, mode, dtype=torch.float32, ranks=1, loss_scale=1.0, growth_interval=0, clip_norm=0.0):
         blocks = torch.tensor([-(-torch.Size(shape).numel() // BLOCK) for shape in SHAPES])
         n, m = int(blocks.sum()) * BLOCK, int(blocks[:2].sum()) * BLOCK
         first_block, tensor_of_block = torch.tensor([0, *blocks]).cumsum(0), torch.arange(len(SHAPES))
@@ -29,7 +29,9 @@ class Optimizer:
         self.matrix_gradient = torch.zeros(m, device=device, dtype=dtype)
         self.vector_gradient = torch.zeros(n - m, device=device)
         self.square_sums, self.weight_square_sums = torch.zeros(2, n // BLOCK, device=device)
-        self.gradient_square_sums = self.square_sums
+        if clip_norm:
+            self.square_sums = self.square_sums.repeat(3, 1)
+        self.gradient_square_sums, self.clip_norm = self.square_sums, clip_norm
         self.first_block = first_block.to(device, torch.int32)
         self.tensor_of_block = tensor_of_block.repeat_interleave(blocks).to(device, torch.int32)
         self.ratio, self.gradient_norm, self.weight_norm = torch.zeros(3, len(SHAPES), device=device)
@@ -73,14 +75,16 @@ def assert_close(views, expected, roundings):
         assert (view.cpu().double() - value).abs().max() <= roundings * STEPS * U * 2**4
 
 
-def larc(mode, excluded_from, weights, all_gradients):
+def larc(mode, excluded_from, weights, all_gradients, clip_norm):
     """Returns the weights after LARC as one would write it for a list of tensors, in double."""
     weights = [w.double() for w in weights]
     momenta = [torch.zeros_like(w) for w in weights]
     for step, gradients in enumerate(all_gradients):
         learning_rate = LEARNING_RATES[min(step, len(LEARNING_RATES) - 1)]
+        norm = sum(g.double().square().sum() for g in gradients).sqrt()
+        clip = min(clip_norm / norm, 1.0) if clip_norm else 1.0
         for t, (w, m, g) in enumerate(zip(weights, momenta, gradients, strict=True)):
-            g = g.double() + WEIGHT_DECAY * w
+            g = clip * g.double() + WEIGHT_DECAY * w
             norms = w.norm().item(), g.norm().item()
             ratio = ETA * norms[0] / norms[1] if all(norms) else 1.0
             if t < excluded_from:
@@ -91,12 +95,15 @@ def larc(mode, excluded_from, weights, all_gradients):
 
 
 @pytest.mark.parametrize(
-    ("decay", "momentum", "decay_vectors"),
-    [(WEIGHT_DECAY, MOMENTUM, True), (WEIGHT_DECAY, MOMENTUM, False), (0.0, 0.0, True)],
+    ("decay", "momentum", "decay_vectors", "clip_norm"),
+    [
+        *((WEIGHT_DECAY, MOMENTUM, True, 0.0), (WEIGHT_DECAY, MOMENTUM, False, 0.0), (0.0, 0.0, True, 0.0)),
+        *((WEIGHT_DECAY, MOMENTUM, False, 1.0), (0.0, MOMENTUM, True, 1.0), (WEIGHT_DECAY, MOMENTUM, True, 1e3)),
+    ],
 )
-def test_without_larc_it_is_sgd(implementation, device, decay, momentum, decay_vectors):
+def test_without_larc_it_is_sgd(implementation, device, decay, momentum, decay_vectors, clip_norm):
     weights, all_gradients = data()
-    ours = Optimizer(device, "off")
+    ours = Optimizer(device, "off", clip_norm=clip_norm)
     ours.weight_decay, ours.momentum_factor, ours.decay_vectors = decay, momentum, decay_vectors
     ours.load(weights)
     theirs = [torch.nn.Parameter(w.double()) for w in weights]
@@ -108,23 +115,28 @@ def test_without_larc_it_is_sgd(implementation, device, decay, momentum, decay_v
             group["lr"] = LEARNING_RATES[min(step, len(LEARNING_RATES) - 1)]
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient.double()
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(theirs, clip_norm)
         sgd.step()
-    assert_close(ours.views(ours.weight), [p.detach() for p in theirs], roundings=10)
+    roundings = 10 if clip_norm == 0 else 10 + 38  # those of the factor; torch adds 1e-6 to the norm, which is 60
+    assert_close(ours.views(ours.weight), [p.detach() for p in theirs], roundings)
     if momentum:
-        assert_close(ours.views(ours.momentum), [sgd.state[p]["momentum_buffer"] for p in theirs], roundings=10)
+        assert_close(ours.views(ours.momentum), [sgd.state[p]["momentum_buffer"] for p in theirs], roundings)
 
 
 @pytest.mark.parametrize("mode", ["clip", "scale"])
 @pytest.mark.parametrize("excluded_from", [2, len(SHAPES)])  # tensors of one dimension, or none
-def test_larc_is_that_of_a_loop_over_tensors(implementation, device, mode, excluded_from):
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_larc_is_that_of_a_loop_over_tensors(implementation, device, mode, excluded_from, clip_norm):
     weights, all_gradients = data()
     weights[3].zero_()  # a norm of zero: q is 1
-    ours = Optimizer(device, mode)
+    ours = Optimizer(device, mode, clip_norm=clip_norm)
     ours.excluded_from = excluded_from
     ours.load(weights)
     for gradients in all_gradients:
         ours.step(gradients)
-    assert_close(ours.views(ours.weight), larc(mode, excluded_from, weights, all_gradients), roundings=10 + 70 + 128)
+    expected = larc(mode, excluded_from, weights, all_gradients, clip_norm)
+    assert_close(ours.views(ours.weight), expected, roundings=10 + 70 + 128 + 38 * (clip_norm > 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -28,9 +28,10 @@ def inputs(device, gradient, weight, blocks, schedule=(0.5, 0.25), step=0, loss_
     )
 
 
-def ratios(tensors, mode="clip", eta=1.0, ranks=1, excluded_from=99):
+def ratios(tensors, mode="clip", eta=1.0, ranks=1, excluded_from=99, clip_norm=0.0):
     out = outputs(len(tensors[2]) - 1, tensors[0].device)
-    trust_ratio(*tensors, ranks=ranks, larc_mode=mode, eta=eta, excluded_from=excluded_from, **out)
+    options = {"excluded_from": excluded_from, "clip_norm": clip_norm}
+    trust_ratio(*tensors, ranks=ranks, larc_mode=mode, eta=eta, **options, **out)
     return out
 
 
@@ -58,6 +59,39 @@ def test_what_is_excluded_is_left_to_sgd(implementation, device, mode, learning_
         assert out["ratio"].tolist() == whole["ratio"].tolist()[:first] + [1] * (3 - first)
         for name in ("gradient_norm", "weight_norm", "scalars"):
             assert torch.equal(out[name], whole[name]), name
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "norms", "ratio", "factor"),
+    [
+        (4.0, [5, 3, 0], [0.8, 1, 1], 1 / 32),
+        (8.0, [8, 5, 4], [0.5, 0.6, 0.25], 1 / 16),
+        (9.0, [8, 5, 4], [0.5, 0.6, 0.25], 1 / 16),
+    ],
+)
+def test_a_clipped_gradient_is_exact_on_integers(implementation, device, clip_norm, norms, ratio, factor):
+    """Of norm 8: c is 1/2, or 1. What rounding makes of a norm of zero is none below it."""
+    terms = [[36, 20, 6, 2], [24, -4, -3, 30], [4, 1, 5, -16]]
+    tensors = inputs(device, terms, [16, 4, 5, 1], [1, 2, 1], schedule=[1.0], loss_scale=4.0)
+    out = ratios(tensors, ranks=4, clip_norm=clip_norm)
+    assert out["gradient_norm"].tolist() == norms
+    assert out["ratio"].tolist() == pytest.approx(ratio, rel=2 * U)
+    assert out["scalars"].tolist() == [1.0, factor, 1]
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_each_term_of_a_clipped_gradient_must_be_finite(implementation, device, row):
+    tensors = inputs(device, torch.ones(3, 2), [1, 1], [1, 1])
+    assert ratios(tensors, clip_norm=1.0)["scalars"][2] == 1
+    tensors[0][row, 1] = torch.inf
+    assert ratios(tensors, clip_norm=1.0)["scalars"][2] == 0
+
+
+def test_no_gradient_is_clipped_to_nothing(implementation, device):
+    """The reference divides by the factor."""
+    tensors = inputs(device, [[1e38], [0], [0]], [1], [1], loss_scale=1e30)
+    assert ratios(tensors, clip_norm=1e-30)["scalars"][1] == 2.0**-126
+    assert ratios(inputs(device, [[0], [0], [0]], [1], [1]), clip_norm=1e-30)["scalars"].tolist() == [0.5, 1, 1]
 
 
 def test_what_is_excluded_has_a_ratio_of_1_even_in_an_overflow(implementation, device):
@@ -139,19 +173,26 @@ def test_clip_has_no_trouble_with_a_learning_rate_of_nothing(implementation, dev
     learning_rate=st.sampled_from([1e-6, 1e-3, 0.1, 3.0]),
     magnitude=st.sampled_from([1.0, 2.0**-40, 2.0**40]),
     ranks=st.integers(1, 7),
+    clip_norm=st.sampled_from([0.0, 1e-3, 1e30]),
     seed=st.integers(0, 2**32),
 )
-def test_is_as_close_as_fp32_allows(implementation, device, blocks, mode, eta, learning_rate, magnitude, ranks, seed):
+def test_is_as_close_as_fp32_allows(
+    implementation, device, blocks, mode, eta, learning_rate, magnitude, ranks, clip_norm, seed
+):
     torch.manual_seed(seed)
-    gradient, weight = torch.rand(2, sum(blocks)) * magnitude
+    *terms, weight = torch.rand(4, sum(blocks)) * magnitude
+    gradient = torch.stack(terms) if clip_norm else terms[0]
     tensors = inputs(device, gradient, weight, blocks, [learning_rate], loss_scale=3.7)
     exact = outputs(len(blocks), device, torch.float64)
     in_double = [t.double() if t.is_floating_point() else t for t in tensors]
-    reference(*in_double, ranks=ranks, larc_mode=mode, eta=eta, excluded_from=len(blocks), **exact)
+    options = {"excluded_from": len(blocks), "clip_norm": clip_norm}
+    reference(*in_double, ranks=ranks, larc_mode=mode, eta=eta, **options, **exact)
     # No element passes through more than 64 additions; the root halves their error, the ratio has two of them, and
     # four roundings of its own.
     roundings = {"gradient_norm": 33, "weight_norm": 33, "ratio": 70, "scalars": 3, "latest": 0, "average": 2.0**-28}
-    for name, value in ratios(tensors, mode, eta, ranks).items():
+    if clip_norm:  # has the error of a norm and one rounding; the square has it twice, and six roundings more
+        roundings |= {"gradient_norm": 33 + 35 + 3, "ratio": 70 + 35 + 3, "scalars": 3 + 35}
+    for name, value in ratios(tensors, mode, eta, ranks, clip_norm=clip_norm).items():
         assert bool(((value.double() - exact[name]).abs() <= roundings[name] * U * exact[name]).all()), name
 
 
@@ -194,6 +235,14 @@ def test_refuses(device, position, change, message):
 def test_refuses_an_unknown_mode(device):
     with pytest.raises(ValueError, match=r"mode of off, clip, scale, got .* mode larc"):
         ratios(inputs(device, [1], [1], [1]), mode="larc")
+
+
+def test_refuses_to_clip_a_gradient_without_its_terms(device):
+    with pytest.raises(ValueError, match=r"gradient_square_sums must be \(3, 1\)"):
+        ratios(inputs(device, [1], [1], [1]), clip_norm=1.0)
+    for clip_norm in (-1.0, torch.nan):
+        with pytest.raises(ValueError, match="clip_norm must be 0"):
+            ratios(inputs(device, [[1], [1], [1]], [1], [1]), clip_norm=clip_norm)
 
 
 def test_refuses_a_tensor_of_negative_number(device):

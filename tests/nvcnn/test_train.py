@@ -33,13 +33,14 @@ def run(rank: int = 0, **settings) -> Run:
 
 def test_flags_reach_the_step():
     flags = {"larc_mode": "scale", "larc_eta": 0.01, "larc_exclude": "1d", "loss_scale": 64.0, "learning_rate": 0.5}
-    flags |= {"momentum": 0.8, "weight_decay": 5e-5, "no_decay": "1d"}
+    flags |= {"momentum": 0.8, "weight_decay": 5e-5, "no_decay": "1d", "clip_norm": 2.0}
     step = run(label_smoothing=0.1, normalize="imagenet", momentum_dtype="bf16", bf16=True, **flags).train_step
     optimizer, arena = step.optimizer, step.arena
     assert (step.label_smoothing, step.prepare_input.keywords["normalize"]) == (0.1, "imagenet")
     assert (arena.momentum.dtype, step.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (optimizer.mode, optimizer.eta, optimizer.excluded_from) == ("scale", 0.01, arena.matrices)
     assert run(schedule="onecycle", warmup_epochs=0.5).schedule.argmax() == 5
+    assert (optimizer.clip_norm, optimizer.square_sums.shape[0]) == (2.0, 3)
     assert (optimizer.momentum, optimizer.weight_decay, optimizer.decay_vectors) == (0.8, 5e-5, False)
     assert (float(optimizer.schedule[0]), optimizer.loss_scale.item(), optimizer.ranks) == (0.5, 64.0, 2)
 
