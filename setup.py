@@ -17,8 +17,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["kernels", "kernels.*", "nvcnn", "nvcnn.*"]),
     package_data={"kernels": ["configs/*.json"]},
-    # `python -m nvcnn.install_horovod` reads Horovod's version there.
-    data_files=[("share/nvcnn", ["constraints.txt"])],
+    # `python -m nvcnn.install_horovod` reads Horovod's version there, --recipe the recipes.
+    data_files=[
+        ("share/nvcnn", ["constraints.txt"]),
+        ("share/nvcnn/recipes", [f"recipes/{file.name}" for file in sorted((here / "recipes").glob("*.yaml"))]),
+    ],
     install_requires=["torch>=2.11,<2.16", "triton>=3.6,<3.10"],
     extras_require={
         # real images: the reader, and what launch/prepare.py writes records with

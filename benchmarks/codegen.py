@@ -46,19 +46,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 import kernels
 from benchmarks import report
 from benchmarks.instructions import code_of, resource_usage, sass_of
-from benchmarks.roofline import CONVOLUTIONS
-from benchmarks.trace import (
-    META,
-    Call,
-    Launch,
-    Layout,
-    compiled,
-    evaluation_calls,
-    launches,
-    meta_step,
-    recorded,
-    step_calls,
-)
+from benchmarks.trace import Launch, compiled, evaluation_calls, launches, meta_step, step_calls
 from kernels import conv_shape
 from kernels.checks import pitch_of
 from kernels.configurations import TABLES, TEST, Configuration, configuration
@@ -67,6 +55,7 @@ from kernels.implementation import INTERPRETED
 from kernels.tiles import EARLY
 from nvcnn.kernel_choices import CANDIDATES
 from nvcnn.models.functions import GRAM
+from nvcnn.roofline import CONVOLUTIONS, META, Call, Layout, recorded
 
 CHIPS = (80, 90, 100)
 HOPPER = (90, 100)  # the chips with TMA are Hopper and later

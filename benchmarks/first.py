@@ -36,12 +36,12 @@ from torch.utils._pytree import tree_map
 
 from benchmarks import ops, pack, peers, report, step, timing
 from benchmarks.replay import Arguments, arguments, describe, difference, outcome, whole
-from benchmarks.roofline import CONVOLUTIONS
-from benchmarks.trace import Call, Launch, launches, step_calls
+from benchmarks.trace import Launch, launches, step_calls
 from kernels import conv_shape
 from kernels.configurations import Configuration
 from kernels.conv_shape import ConvShape
 from kernels.operators import looked_up_again
+from nvcnn.roofline import CONVOLUTIONS, Call
 
 MODEL, BATCH, FEW, DTYPE = "resnet50", 256, 8, torch.float16
 STEPS = "triton-gram", "cudnn", "auto"  # a fourth graph of ResNet-50 at this batch may not fit a H100

@@ -28,10 +28,11 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks import report, timing
-from benchmarks.trace import META, Chip, meta_step
+from benchmarks.trace import Chip, meta_step
 from kernels import configurations, operators
 from nvcnn.data.batch import Batch
 from nvcnn.models import MODELS
+from nvcnn.roofline import META
 from nvcnn.step import Step
 
 BATCH = 256  # the host takes as long for any size

@@ -21,10 +21,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import ops, peers, report, roofline, timing
-from benchmarks.trace import META, recorded
+from benchmarks import ops, peers, report, timing
 from nvcnn.models import build_model
 from nvcnn.models.layers import BatchNorm2d
+from nvcnn.roofline import META, bytes_of, flops_of, recorded
 
 COPY, MATMUL = 1 << 30, 8192
 OURS = "nvcnn"
@@ -137,7 +137,7 @@ def bytes_and_flops(layer: Layer, dtype: torch.dtype, backward: bool) -> tuple[i
         contender(*inputs, backward=backward)  # makes the output's gradient, which is no part of the work
     with recorded() as calls:
         contender(*inputs, backward=backward)
-    return sum(map(roofline.bytes_of, calls)), sum(map(roofline.flops_of, calls))
+    return sum(map(bytes_of, calls)), sum(map(flops_of, calls))
 
 
 def compare(

@@ -24,14 +24,16 @@ from unittest import mock
 import torch
 
 import kernels
-from benchmarks import peers, report, roofline, timing
+from benchmarks import peers, report, timing
 from benchmarks.replay import argument_sets, describe, library, replay
-from benchmarks.trace import Call, step_calls
+from benchmarks.trace import step_calls
+from nvcnn import roofline
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.kernel_choices import CANDIDATES
 from nvcnn.models import build_model
 from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.larc import Larc
+from nvcnn.roofline import Call
 
 OPS = ("gradient_statistics", "trust_ratio", "larc_update")
 ARENAS = 3

@@ -42,14 +42,14 @@ from benchmarks.codegen import programs_an_sm
 from benchmarks.instructions import Code, code_of, executed, resource_usage, sass_of, work_of
 from benchmarks.ops import LIBRARY, layer_calls
 from benchmarks.replay import describe
-from benchmarks.roofline import CONVOLUTIONS, GPU, bytes_of, flops_of
-from benchmarks.roofline import GPUS as ALL_GPUS
 from benchmarks.timing import shown, significant
-from benchmarks.trace import Call, Launch, compiled, launches, step_calls
+from benchmarks.trace import Launch, compiled, launches, step_calls
 from kernels.configurations import SMS, cdiv
 from kernels.implementation import INTERPRETED
 from nvcnn.kernel_choices import CANDIDATES
 from nvcnn.models import ALGORITHMS, MODELS
+from nvcnn.roofline import CONVOLUTIONS, GPU, Call, bytes_of, flops_of
+from nvcnn.roofline import GPUS as ALL_GPUS
 
 CHIP = 90
 GPUS = {gpu.name: gpu for gpu in ALL_GPUS if gpu.name in ("H100", "H200")}

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks import timing
-from benchmarks.roofline import CONVOLUTIONS, moved
-from benchmarks.trace import Call, Layout
 from kernels.operators import operators
+from nvcnn.roofline import CONVOLUTIONS, Call, Layout, moved
 
 Arguments = dict[str, Any]
 WEIGHT_GRADIENT = "nvcnn::convolution_weight_gradient"

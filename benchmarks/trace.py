@@ -6,20 +6,15 @@ own launcher, specialised by Triton itself for a GPU that need not be here.
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -27,107 +22,11 @@ from triton.runtime.jit import JITFunction
 
 from kernels import configurations, conv_shape
 from kernels.operators import hash_callees_first, operators
-from nvcnn.data.batch import Batch
-from nvcnn.distributed import Transport
-from nvcnn.kernel_choices import choose_algorithms
+from nvcnn import roofline
 from nvcnn.models import MODELS, build_model
 from nvcnn.plan import SYNTHETIC_CLASSES
-from nvcnn.program import Launch as Launched
+from nvcnn.roofline import META, Call, Layout, calls_of, recorded
 from nvcnn.step import Step
-
-META = torch.device("meta")
-aten = torch.ops.aten
-
-
-class Layout(NamedTuple):
-    """Describes a tensor without its values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Returns the bytes in memory, where an expanded dimension is there once."""
-        return prod(n for n, stride in zip(self.shape, self.stride, strict=True) if stride) * self.dtype.itemsize
-
-    def meta(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=META)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Holds an operator and what it was called with: arguments by name, and tensors as their layouts.
-
-    Equal calls do the same.
-    """
-
-    op: torch._ops.OpOverload
-    arguments: tuple[tuple[str, Any], ...]
-    outputs: tuple[Layout, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.op._schema.name
-
-    def __getitem__(self, argument: str) -> Any:
-        return dict(self.arguments).get(argument)
-
-
-def layouts(value: Any) -> Any:
-    """Returns the value in hashable form, with its tensors as layouts and its lists as tuples."""
-    if isinstance(value, list | tuple):
-        return tuple(map(layouts, value))
-    return Layout(tuple(value.shape), value.dtype, value.stride()) if isinstance(value, Tensor) else value
-
-
-def call_of(op: torch._ops.OpOverload, *args: Any, outputs: Any = (), **kwargs: Any) -> Call:
-    named = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
-    results = [layouts(t) for t in tree_iter(outputs) if isinstance(t, Tensor)]
-    return Call(op, tuple((name, layouts(value)) for name, value in named.items()), tuple(results))
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps every call that touches memory, so neither views nor allocations.
-
-    Convolutions return channels-last tensors, as cuDNN does for channels-last ones; PyTorch's meta kernels do not.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is aten.convolution_backward.default:
-            return self.convolution_backward(*args)
-        result = func(*args, **kwargs)
-        if func is aten.convolution.default:
-            result = torch.empty_like(result, memory_format=torch.channels_last)
-        if not func.is_view and "empty" not in func._schema.name and func is not aten.detach.default:
-            self.calls.append(call_of(func, *args, outputs=result, **kwargs))
-        return result
-
-    def convolution_backward(self, dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> list[Tensor | None]:
-        """Keeps a call for each gradient, as libraries do, each without the tensor it does not read."""
-        *rest, mask = rest  # type: ignore[assignment]
-        results: list[Tensor | None] = [None, None, dy.sum((0, 2, 3)) if mask[2] else None]
-        for i, (like, inputs) in enumerate(((x, (None, weight)), (weight, (x, None)))):
-            if mask[i]:
-                results[i] = torch.empty_like(like)
-                alone = [i == 0, i == 1, False]
-                self.calls.append(
-                    call_of(aten.convolution_backward.default, dy, *inputs, *rest, alone, outputs=results[i])
-                )
-        return results
-
-
-@contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Yields the list of the calls made inside. Ops run as on a GPU, with kernels and not with references."""
-    recorder = Recorder()
-    with mock.patch.dict(os.environ, NVCNN_KERNELS="triton"), recorder:
-        yield recorder.calls
 
 
 def meta_step(
@@ -140,38 +39,17 @@ def meta_step(
     bfloat16_transport: bool = True,
 ) -> Step:
     """Returns the trainer's step on one rank, with LARC and a dynamic loss scale, on the meta device."""
-    transport = Transport(Launched())
-    transport.bfloat16 = bfloat16_transport
-    size = MODELS[model].image_size
     with META:
         network = build_model(model, num_classes=SYNTHETIC_CLASSES, seed=1, aux=aux)
-    choose_algorithms(network, conv, (batch, size), dtype, META, transport)
-    return Step(
-        network,
-        image_size=size,
-        device=META,
-        schedule=torch.ones(50),
-        transport=transport,
-        dtype=dtype,
-        loss_scale="dynamic",
-        larc_eta=1e-3,
-    )
+    size = MODELS[model].image_size
+    return roofline.meta_step(network, size, batch, dtype, conv=conv, bfloat16_transport=bfloat16_transport)
 
 
 def step_calls(
     model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16, conv: str = "torch"
 ) -> list[Call]:
     """Returns all calls of one training step of the model with --conv, from uint8 images to new weights."""
-    step, size = meta_step(model, batch, dtype, conv=conv), MODELS[model].image_size
-    empty = partial(torch.empty, device=META)
-    data = Batch(
-        empty((batch, size, size, 3), dtype=torch.uint8),
-        empty(batch, dtype=torch.int64),
-        empty(batch, dtype=torch.bool),
-    )
-    with recorded() as calls:
-        step(data)
-    return calls
+    return calls_of(meta_step(model, batch, dtype, conv=conv), batch)
 
 
 def evaluation_calls(

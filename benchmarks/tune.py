@@ -36,14 +36,14 @@ from torch import Tensor
 from benchmarks import pack, prove, timing
 from benchmarks.ops import CONVS, layer_calls
 from benchmarks.replay import Arguments, argument_sets, arguments, describe, difference, outcome, replay, whole
-from benchmarks.roofline import bytes_of
-from benchmarks.trace import Call, Launch, launches
+from benchmarks.trace import Launch, launches
 from kernels import configurations
 from kernels.configurations import SMS, Configuration
 from kernels.convolution_gradients import COMPUTED, OP, SOURCE, USES, table_key
 from kernels.operators import looked_up_again
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.models import MODELS
+from nvcnn.roofline import Call, bytes_of
 
 MARGIN = 0.02  # a gain below it is noise
 SECONDS = 0.4  # it takes to check and time a compiled candidate

@@ -1,4 +1,4 @@
-"""A model run on tensors without memory: the order of its gradients, the places of its convolutions, bytes it keeps.
+"""A model run on tensors without memory: order of its gradients, places of its convolutions, bytes it keeps, MACs.
 
 Nothing is computed, and the model is left alone.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from nvcnn.models.functions import GRAM
@@ -64,6 +65,17 @@ def activation_bytes(model: nn.Module, batch_size: int, image_size: int, dtype: 
     for t in state.values():
         saved.pop(id(t.untyped_storage()), None)
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def macs(model: nn.Module, image_size: int) -> int:
+    """Returns the multiplications, each with its addition, of the model's forward pass on an image.
+
+    The model must be in evaluation mode.
+    """
+    state, images = on_meta(model, 1, image_size, torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        functional_call(model, state, images)
+    return counter.get_total_flops() // 2
 
 
 GRAM_ADDS, GRAM_RELU, GRAM_ALONE = "gram, adding", "gram, relu", "gram"

@@ -1,6 +1,8 @@
 """What a run will be: all that follows from its settings, its data and the number of ranks."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +11,15 @@ from torch import nn
 from kernels.cross_entropy import MAX_CLASSES
 from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset, find_dataset
+from nvcnn.estimate import MEASURED, picture, step_floors, times
 from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype
-from nvcnn.meta import activation_bytes
+from nvcnn.meta import activation_bytes, macs
 from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
-from nvcnn.optimizer.schedule import MOST_STEPS, RISE
+from nvcnn.optimizer.schedule import MOST_STEPS, RISE, learning_rates
 from nvcnn.program import InputError
+from nvcnn.roofline import META
 from nvcnn.settings import MOST_PIXELS, Settings, as_json
 from nvcnn.weights import Weights, fit
 
@@ -40,6 +44,16 @@ class Plan:
     momentum_dtype: torch.dtype
     no_graph: str  # why the step is no CUDA graph; empty if it is one
 
+    @property
+    def sizes(self) -> list[int]:
+        """Returns the sizes of training's images, each once."""
+        return [self.image_size]
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """Returns the share of the steps that each size has."""
+        return {self.image_size: 1.0}
+
 
 def find_training_data(settings: Settings) -> Dataset | None:
     """Returns the data set of --data_dir; None without one, which is synthetic data. Raises as `find_dataset`."""
@@ -61,10 +75,14 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     more classes, steps or pixels than there can be.
     """
     total_batch = settings.batch_size * ranks
-    images = dataset.count("train") if dataset else settings.num_batches * total_batch
+    if dataset:
+        images = dataset.count("train")
+    else:
+        images = settings.num_batches * total_batch if settings.num_epochs is None else settings.num_images or 0
     if images < total_batch:
+        where = f"--data_dir={settings.data_dir}" if dataset else "--num_images"
         raise InputError(
-            f"--data_dir={settings.data_dir}: {images} training images are fewer than one total batch of {total_batch} "
+            f"{where}: {images} training images are fewer than one total batch of {total_batch} "
             f"({ranks} ranks x --batch_size={settings.batch_size}): lower --batch_size"
         )
     steps_per_epoch = images // total_batch
@@ -122,9 +140,12 @@ def describe(settings: Settings, run: Plan) -> list[str]:
     """Returns the lines a run starts with, as the original's."""
     dtype = str(run.dtype).removeprefix("torch.")
     slow = run.dtype != torch.float32 and not torch.cuda.is_available()
+    assumed = f"{run.images}, assumed: there is no --data_dir" if settings.num_epochs is not None else "Synthetic"
+    images = run.images if settings.data_dir else assumed
     return [
+        *[f"Recipe:      {settings.recipe}"] * bool(settings.recipe),
         f"Num ranks:   {run.ranks}",
-        f"Num images:  {run.images if settings.data_dir else 'Synthetic'}",
+        f"Num images:  {images}",
         f"Model:       {settings.model}",
         *describe_images(settings.model, run.preprocessing, run.options),
         f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
@@ -162,7 +183,7 @@ def initial_model(settings: Settings, run: Plan, weights: Weights | None) -> tup
 
 
 def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> None:
-    """Prints the resolved settings, steps, parameter count and a memory estimate."""
+    """Prints the resolved settings, steps, parameters, MACs, a memory estimate, learning rates, and the least time."""
     model, lines = initial_model(settings, run, weights)
     if settings.conv != "auto":  # else torch's, which keep the most
         use(model, {name: settings.conv for name, module in model.named_modules() if isinstance(module, Conv2d)})
@@ -180,3 +201,35 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
         f"Memory:      about {(state + activations) / 2**30:.2f} GiB a device: {state / 2**30:.2f} weights and "
         f"optimizer, {activations / 2**30:.2f} activations; cuDNN's workspaces come on top"
     )
+    print(*estimates(settings, run), sep="\n")
+
+
+def estimates(settings: Settings, run: Plan) -> list[str]:
+    """Returns the lines of a dry run for what is computed: MACs, the learning rates, how long it takes at least."""
+    batch_size = settings.batch_size
+    build = partial(build_model, settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
+    with META:
+        model = build().eval()
+    counts = ", ".join(f"{macs(model, size) / 1e9:.3g} G of {size} x {size}" for size in run.sizes)
+    rates = learning_rates(settings.schedule, run.learning_rate, run.steps, run.warmup)
+    floors = Counter[str]()  # seconds of a step, the mean of all epochs
+    for size, share in run.shares.items():
+        algorithm, seconds = step_floors(build, size, batch_size, run.dtype, settings.conv)
+        floors.update({gpu: share * of_size for gpu, of_size in seconds.items()})
+    place = settings.model, run.sizes[0], batch_size
+    known = MEASURED.get(place, {}) if run.dtype == torch.float16 and len(run.sizes) == 1 else {}
+    source = "as measured: by such steps on synthetic images" if known else "no such step was measured"
+
+    def images(gpus: int) -> int:
+        """Returns how many images that many GPUs train on."""
+        epochs = settings.num_epochs
+        return batch_size * gpus * (epochs * (run.images // (batch_size * gpus)) if epochs else settings.num_batches)
+
+    return [
+        f"MACs:        {counts}, an image, forward",
+        "Learning rate",
+        *picture(rates, run.steps / run.steps_per_epoch),
+        f"Time:        at least: by the bytes and FLOPs of a step with --conv={algorithm}; {source}.",
+        "             Reading data, allreduce, evaluation and saving come on top",
+        *times(images, batch_size, floors, known),
+    ]

@@ -5,12 +5,15 @@ launch/eval.py, launch/predict.py and launch/export.py. Importing this file does
 """
 
 import argparse
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
 import nvcnn
+from nvcnn import recipes
 from nvcnn.models import ALGORITHMS, FLAGS, ORIGINS, Preprocessing, find_model
 from nvcnn.program import InputError
 
@@ -253,6 +256,9 @@ class Settings(Images):
     crop_area: tuple[float, float] = image((0.1, 1.0), "training crop, share of the image's area: LO,HI")
     crop_aspect: tuple[float, float] = image((0.8, 1.25), "training crop, width / height: LO,HI")
     num_classes: int | None = image(None, "classes; none: from the data's dataset.json, else 1000")
+    num_images: int | None = image(
+        None, "training images that --dry_run counts with where there is no --data_dir", may_differ=True
+    )
     label_base: int | None = image(None, "lowest label in the records; none: from dataset.json, else 1")
 
     data_backend: str | None = image(
@@ -268,6 +274,12 @@ class Settings(Images):
     )
     skip_bad_images: bool = image(False, "decode all images before training, leave out those that cannot be used")
 
+    recipe: str | None = run(
+        None,
+        "flags from a file, of which the command line's own are the stronger: FILE.yaml, or the NAME of one of "
+        "nvcnn's recipes",
+        may_differ=True,
+    )
     resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
     seed: int = run(1, "weights, crops, order")
     keep: int = run(3, "checkpoints to keep", may_differ=True)
@@ -281,14 +293,18 @@ class Settings(Images):
     log_tensors: bool = run(
         False, "trust ratio and norms of each tensor in metrics.jsonl, at each table line", may_differ=True
     )
-    dry_run: bool = run(False, "print settings, steps and memory, then stop", may_differ=True)
+    dry_run: bool = run(
+        False,
+        "print settings, steps, memory, learning rates and the least time on GPUs, then stop",
+        may_differ=True,
+    )
 
     def __post_init__(self) -> None:
         find_model(self.model, zero_gamma=self.zero_gamma, **self.model_flags)
         self.check_images(self.model)
         for name in ("batch_size", "num_batches", "display_every", "keep"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
-        for name in ("num_epochs", "num_classes"):
+        for name in ("num_epochs", "num_classes", "num_images"):
             check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "larc_eta", "clip_norm"):
             value = getattr(self, name)
@@ -320,8 +336,9 @@ class Settings(Images):
             raise InputError("--zero_gamma is for random weights: --init brings others, leave one of them out")
         if self.log_tensors and not self.log_dir:
             raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
-        if self.num_epochs is not None and self.data_dir is None:
-            raise InputError("--num_epochs needs --data_dir; on synthetic data give --num_batches")
+        if self.num_epochs is not None and self.data_dir is None and not (self.dry_run and self.num_images):
+            dry = ", and a --dry_run --num_images" if self.dry_run else ""
+            raise InputError(f"--num_epochs needs --data_dir; on synthetic data give --num_batches{dry}")
         if self.eval and self.data_dir is None:
             raise InputError("--eval needs --data_dir")
         if self.eval and not self.log_dir:
@@ -381,8 +398,11 @@ READERS: dict[Any, Any] = {float | str: number_or_dynamic, tuple[float, float]: 
 READERS |= {kind | None: kind for kind in (str, int, float)}
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds a flag for each field of a dataclass whose fields are made by `flag`. Several texts need none."""
+def add_flags(parser: argparse.ArgumentParser, settings: type, *, whole: bool = True) -> None:
+    """Adds a flag for each field of a dataclass whose fields are made by `flag`. Several texts need none.
+
+    whole: required ones are.
+    """
     kinds = get_type_hints(settings)
     used = dict.fromkeys(f.metadata["group"] for f in fields(settings))
     in_order = [group for group in GROUPS if group in used] + [group for group in used if group not in GROUPS]
@@ -402,17 +422,44 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
             *names,
             type=READERS.get(kind, kind),
             default=None if required else f.default,
-            required=required,
+            required=required and whole,
             choices=meta["choices"] or None,
             metavar="LO,HI" if kind == tuple[float, float] else None if meta["choices"] else f.name.upper(),
             help=meta["help"] + ("" if required or f.default is None else f" (default {f.default})"),
         )
 
 
+def read_recipe(settings: type, arguments: Sequence[str]) -> dict[str, tuple[recipes.Line, Any]]:
+    """Returns the flags of the recipe that is asked for, with their values. Raises InputError, which names the line."""
+    kinds = {f.name: get_type_hints(settings)[f.name] for f in fields(settings) if f.name != "recipe"}
+    before, parser = Parser(add_help=False, allow_abbrev=False), Parser(add_help=False, allow_abbrev=False)
+    before.add_argument("--recipe")
+    add_flags(parser, settings, whole=False)
+    found = {}
+    if (name := before.parse_known_args(arguments)[0].recipe) is not None:
+        for line in recipes.read(name, {flag: kind is bool for flag, kind in kinds.items()}):
+            try:
+                found[line.flag] = line, getattr(parser.parse_args([line.argument]), line.flag)
+            except InputError as error:
+                raise InputError(f"{line.where}: {error}") from None
+    return found
+
+
 def parse(settings: type[T], arguments: Sequence[str] | None = None) -> T:
-    """Returns the settings that a command line asks for. Raises InputError for anything that is not a valid one."""
+    """Returns the settings that a command line asks for, with those of its recipe where it says nothing.
+
+    Raises InputError for anything that is not a valid one.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    recipe = read_recipe(settings, arguments) if hasattr(settings, "recipe") else {}
     parser = Parser(description=(settings.__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")
     add_flags(parser, settings)
-    given = vars(parser.parse_intermixed_args(arguments))  # files may stand between flags
-    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    # Files may stand between flags.
+    given = vars(parser.parse_intermixed_args([*(line.argument for line, _ in recipe.values()), *arguments]))
+    try:
+        return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except InputError as error:
+        lines = [recipe[flag] for flag in re.findall(r"--(\w+)", str(error)) if flag in recipe]
+        from_it = dict.fromkeys(line.where for line, value in lines if given[line.flag] == value)
+        raise InputError(" ".join([str(error), *(f"({where})" for where in from_it)])) from None

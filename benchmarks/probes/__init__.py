@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Step
-from benchmarks.trace import META, Launch, launches_of
+from benchmarks.trace import Launch, launches_of
 from kernels.operators import hash_callees_first
+from nvcnn.roofline import META
 
 # The most decisive come first.
 NAMES = ("joint_gradient", "resident_forward")

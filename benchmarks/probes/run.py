@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import ops, report, timing
 from benchmarks.probes import NAMES, Probe, load
-from benchmarks.roofline import GPUS
+from nvcnn.roofline import GPUS
 
 COPY, MATMUL = 1 << 30, 8192
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")

@@ -9,9 +9,9 @@ import torch
 
 from benchmarks import first, ops, step
 from benchmarks.replay import library
-from benchmarks.trace import Call, call_of
 from kernels.implementation import INTERPRETED
 from kernels.launch import Repetition
+from nvcnn.roofline import Call, call_of
 
 CPU = torch.device("cpu")
 N, TIMES = 3, 2

@@ -15,8 +15,9 @@ import torch
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks import host
-from benchmarks.trace import launches, layouts, meta_step, step_calls
+from benchmarks.trace import launches, meta_step, step_calls
 from kernels import operators
+from nvcnn.roofline import layouts
 
 def layout_of(argument):
     if isinstance(argument, TensorDescriptor):

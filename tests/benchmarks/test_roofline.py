@@ -13,10 +13,11 @@ from triton.runtime import interpreter
 
 import kernels
 from benchmarks import roofline
-from benchmarks.trace import Call, Layout, call_of, evaluation_calls, plain_calls, step_calls
+from benchmarks.trace import evaluation_calls, plain_calls, step_calls
 from kernels.blocks import BLOCK
 from kernels.configurations import TEST, read_table
 from kernels.implementation import INTERPRETED
+from nvcnn.roofline import GPUS, Call, Layout, call_of, flops_of, moved
 
 STREAM = 4096  # bytes: smaller tensors are scalars, or hold a value per channel, block or row
 
@@ -251,7 +252,7 @@ def test_the_bytes_of_an_op_are_those_its_kernels_move(case, monkeypatch):
     tensors = [t for t in tree_iter((args, kwargs, results)) if isinstance(t, Tensor)]
     streams = [t for t in tensors if t.nbytes >= STREAM]
     assert streams
-    expected = sum(times * tensor.bytes for tensor, times in roofline.moved(call) if tensor.bytes >= STREAM)
+    expected = sum(times * tensor.bytes for tensor, times in moved(call) if tensor.bytes >= STREAM)
     again = 24 * 2 if case == "statistics" else 0  # the first pixel, the center of the sums, for the second launch
     assert bytes_in(streams, passes) == expected + again
     everything = sum(size * len(at) for at, size in passes)  # with norm and partial sums, which the cache holds
@@ -270,15 +271,15 @@ def test_flops_are_those_of_the_convolutions():
     dy = torch.empty(2, 16, 10, 10, device="meta")
     geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     forward = call_of(aten.convolution.default, x, w, None, *geometry, outputs=dy)
-    assert roofline.flops_of(forward) == 2 * (2 * 10 * 10) * 16 * 8 * 9
-    assert roofline.flops_of(call_of(aten.relu.default, x, outputs=x)) == 0
+    assert flops_of(forward) == 2 * (2 * 10 * 10) * 16 * 8 * 9
+    assert flops_of(call_of(aten.relu.default, x, outputs=x)) == 0
     ours, geometry = torch.ops.nvcnn, ([1, 1], [1, 1])
     for call in (
         call_of(ours.convolution.default, x, w, *geometry, outputs=(dy, x, x)),
         call_of(ours.convolution_data_gradient.default, dy, w, [10, 10], *geometry, outputs=(x, x, x)),
         call_of(ours.convolution_weight_gradient.default, dy, x, w, *geometry),
     ):
-        assert roofline.flops_of(call) == roofline.flops_of(forward)
+        assert flops_of(call) == flops_of(forward)
 
 
 def test_a_step_of_resnet50_moves_less_than_the_plain_model():
@@ -304,7 +305,7 @@ def test_what_is_concatenated_moves_once():
     assert not copies & {call.name for call in training + evaluation}
     assert sum(call.name == "nvcnn::batch_norm_into" for call in training) == 9 * 4
     assert sum(call["out"] is not None for call in evaluation) == 9 * 4
-    flops = [sum(map(roofline.flops_of, filter(is_forward, calls))) for calls in (training, evaluation)]
+    flops = [sum(map(flops_of, filter(is_forward, calls))) for calls in (training, evaluation)]
     assert flops[0] == flops[1] > 0
 
 
@@ -313,7 +314,7 @@ def is_forward(call: Call) -> bool:
 
 
 def test_the_floor_is_the_longer_of_bytes_and_flops():
-    gpu = roofline.GPUS[0]
+    gpu = GPUS[0]
     x = torch.empty(1, 64, 8, 8, device="meta", dtype=torch.float16)
     (row, step, images_row) = roofline.rows_of([call_of(torch.ops.aten.relu.default, x, outputs=x)] * 3, 1)
     assert row["calls"] == 3

@@ -13,9 +13,9 @@ import torch
 from benchmarks import pack, tune
 from benchmarks.ops import layer_calls
 from benchmarks.replay import argument_sets, arguments, describe, outcome, replay
-from benchmarks.trace import call_of
 from kernels import configurations
 from kernels.implementation import INTERPRETED
+from nvcnn.roofline import call_of
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs kernels on the CPU")

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.trace import META, call_of, meta_step
+from benchmarks.trace import meta_step
 from nvcnn import checkpoint, metrics
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
 from nvcnn.data.batch import Batch, prepare_input
@@ -23,6 +23,7 @@ from nvcnn.distributed import Torch, Transport, connect
 from nvcnn.models import MODELS
 from nvcnn.plan import describe, plan
 from nvcnn.program import InputError, Launch
+from nvcnn.roofline import META, call_of
 from nvcnn.settings import Settings
 from nvcnn.step import Step
 from nvcnn.train import Run

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, activation_bytes, gradient_order, places
+from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, activation_bytes, gradient_order, macs, places
 from nvcnn.models import build_model
 from nvcnn.models.layers import cast_matrices
 
@@ -16,6 +16,14 @@ def test_lenet_by_hand(dtype):
     places = 32 * 14 * 14 + 64 * 7 * 7  # of maxima in their windows, a byte each
     expected = 5 * (values * dtype.itemsize + places)
     assert activation_bytes(build_model("lenet", num_classes=10, seed=1), 5, 28, dtype) == expected
+
+
+# Published: torchvision's tables of its weights, "GFLOPS".
+@pytest.mark.parametrize(("name", "published"), [("resnet50", 4.09), ("resnext50", 4.23), ("vgg16", 15.47)])
+def test_macs_are_the_published_ones(name, published):
+    with torch.device("meta"):
+        model = build_model(name, num_classes=1000, seed=1).eval()
+    assert macs(model, 224) / 1e9 == pytest.approx(published, abs=0.005)
 
 
 def kept(model: torch.nn.Module, x: torch.Tensor) -> int:

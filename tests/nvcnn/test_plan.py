@@ -69,6 +69,7 @@ def test_more_than_there_can_be_is_refused(settings, message):
         plan(Settings(model="lenet", **settings), None, ranks=1)
 
 
+@pytest.mark.usefixtures("without_estimates")
 def test_dry_run_says_what_a_user_plans_by(capsys):
     settings = Settings(model="resnet50", batch_size=256, fp16=True, learning_rate=2.0)
     dry_run(settings, plan(settings, None, ranks=8))
@@ -77,6 +78,35 @@ def test_dry_run_says_what_a_user_plans_by(capsys):
         assert line in out.splitlines()
     assert "Parameters:  25,557,032" in out
     assert "GiB a device" in out
+
+
+def test_dry_run_says_how_long_it_takes_at_least(capsys):
+    settings = Settings(model="resnet50", batch_size=256, fp16=True, num_epochs=90, num_images=1_281_167, dry_run=True)
+    dry_run(settings, plan(settings, None, ranks=1))
+    out = capsys.readouterr().out
+    assert "Num images:  1281167, assumed" in out
+    assert "MACs:        4.09 G of 224 x 224" in out
+    assert re.search(r"H100 as measured +9,056 +3 h 32 min +27 min\n", out)  # 90 epochs x 1 281 167 / 9 056 / s
+    # docs/performance.md, "What a step must take": 12 290 images/s at most on a H100, 220 MB an image
+    assert 12_200 < int(re.search(r"H100 at least +([\d,]+) ", out)[1].replace(",", "")) < 12_400
+    assert out.index("A100 at least") < out.index("H100 at least") < out.index("H200 at least") < out.index("B200 at")
+
+
+def test_a_dry_run_of_epochs_needs_to_know_the_images():
+    with pytest.raises(InputError, match=r"--num_epochs needs --data_dir.*--num_images"):
+        Settings(model="lenet", num_epochs=2, dry_run=True)
+    with pytest.raises(InputError, match="--num_epochs needs --data_dir"):
+        Settings(model="lenet", num_epochs=2, num_images=100)  # of a real run the data say it
+    settings = Settings(model="lenet", num_epochs=2, num_images=100, dry_run=True)
+    assert plan(settings, None, ranks=1).steps == 2
+    with pytest.raises(InputError, match="--num_images: 100 training images are fewer"):
+        plan(settings, None, ranks=2)
+
+
+@pytest.fixture
+def without_estimates(monkeypatch):
+    """Leaves out what takes a dry run seconds."""
+    monkeypatch.setattr("nvcnn.plan.estimates", lambda *_: [])
 
 
 def gib(size: float) -> str:
@@ -97,6 +127,7 @@ ALEXNET = (
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.usefixtures("without_estimates")
 def test_dry_run_of_every_model(capsys, model):
     settings = Settings(model=model, batch_size=256)
     with torch.device("meta"):  # nothing asks for the values
@@ -116,6 +147,7 @@ def test_dry_run_of_every_model(capsys, model):
 
 
 @pytest.mark.parametrize(("momentum", "size"), [("fp32", 12), ("bf16", 10)])
+@pytest.mark.usefixtures("without_estimates")
 def test_dry_run_counts_momentum_in_its_dtype(capsys, momentum, size):
     settings = Settings(model="resnet152", batch_size=1, fp16=True, momentum_dtype=momentum)
     dry_run(settings, plan(settings, None, ranks=1))

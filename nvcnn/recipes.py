@@ -1,0 +1,77 @@
+"""Recipes: YAML files of flags by their own names, which are nvcnn's (recipes/NAME.yaml), or a user's."""
+
+import difflib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from nvcnn.files import to_read
+from nvcnn.program import InputError
+
+PLACES = (Path(__file__).resolve().parent.parent / "recipes", Path(sys.prefix) / "share" / "nvcnn" / "recipes")
+SWITCH = {"true": "", "false": "no"}
+
+
+class Line(NamedTuple):
+    """A flag of a recipe, as a command line has it."""
+
+    where: str
+    flag: str
+    argument: str
+
+
+def names() -> list[str]:
+    """Returns the recipes that come with nvcnn."""
+    return sorted({file.stem for place in PLACES for file in place.glob("*.yaml")})
+
+
+def find(recipe: str) -> Path:
+    """Returns the file of --recipe. Raises InputError, with the names that there are, for one that there is not."""
+    if recipe.endswith((".yaml", ".yml")):
+        return Path(recipe).expanduser()
+    for place in PLACES:
+        if recipe in names() and (file := place / f"{recipe}.yaml").is_file():
+            return file
+    raise InputError(f"--recipe={recipe}: give one of {', '.join(names())}, or a FILE.yaml of your own")
+
+
+def read(recipe: str, flags: Mapping[str, bool]) -> Iterator[Line]:
+    """Yields the flags of a recipe in its order. flags: those there are, and whether they are switches.
+
+    Values stay texts, which the flags' own readers understand, so nothing in the file can become another object.
+    Raises InputError, which names file and line, for a key that is no flag or comes twice, and for what is no value.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise InputError(f"--recipe={recipe} needs PyYAML: pip install pyyaml") from None
+
+    path = find(recipe)
+    try:
+        node = yaml.compose(to_read(path).read_bytes(), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise InputError(f"--recipe={recipe}: {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError(f"{path}: must have a flag and its value on each line, as in 'batch_size: 256'")
+    seen: set[str] = set()
+    for key, value in node.value:
+        where, flag = f"{path}, line {key.start_mark.line + 1}", str(key.value)
+        if flag not in flags:
+            near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), flags, 1)
+            raise InputError(f"{where}: {flag}: is no flag" + (f"; did you mean {near[0]}?" if near else ""))
+        if flag in seen:
+            raise InputError(f"{where}: {flag}: comes twice: remove one")
+        seen.add(flag)
+        parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+            raise InputError(f"{where}: {flag}: must be a value, or a list of values")
+        text = ",".join(part.value for part in parts)
+        if not flags[flag]:
+            yield Line(where, flag, f"--{flag}={text}")
+        elif text in SWITCH:
+            yield Line(where, flag, f"--{SWITCH[text]}{flag}")
+        else:
+            raise InputError(f"{where}: {flag}: {text}: must be true or false")

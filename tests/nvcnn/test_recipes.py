@@ -1,0 +1,90 @@
+"""A recipe is a file of flags, weaker than the command line and stronger than the defaults."""
+
+from dataclasses import asdict
+
+import pytest
+
+from nvcnn import recipes
+from nvcnn.plan import plan
+from nvcnn.program import InputError
+from nvcnn.settings import Settings, as_json, differences, parse
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Returns a function that writes a recipe, and returns the flag for it."""
+
+    def write(text: str) -> str:
+        (tmp_path / "mine.yaml").write_text(text)
+        return f"--recipe={tmp_path / 'mine.yaml'}"
+
+    return write
+
+
+def test_the_command_line_wins_over_the_recipe_and_that_over_defaults(recipe):
+    flag = recipe("model: resnet50\nbatch_size: 256\nfp16: true\nlearning_rate: 1e-3\ncrop_area: [0.25, 1]\nkeep: 5\n")
+    s = parse(Settings, ["-b", "32", flag, "--nofp16", "--seed=7"])
+    assert (s.model, s.batch_size, s.fp16, s.seed) == ("resnet50", 32, False, 7)
+    assert (s.learning_rate, s.crop_area, s.keep, s.num_batches) == (1e-3, (0.25, 1.0), 5, 50)
+    flags = [
+        "--model=resnet50",
+        "--batch_size=32",
+        "--seed=7",
+        "--learning_rate=0.001",
+        "--crop_area=0.25,1",
+        "--keep=5",
+    ]
+    spelled = parse(Settings, flags)
+    assert asdict(s) == asdict(spelled) | {"recipe": flag.partition("=")[2]}
+    assert differences(spelled, as_json(s)) == []  # a run goes on with the recipe, or with its flags
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch-size: 3", "mine.yaml, line 2: batch-size: is no flag; did you mean batch_size?"),
+        ("recipe: other", "mine.yaml, line 2: recipe: is no flag"),
+        ("model: vgg16", "mine.yaml, line 2: model: comes twice"),
+        ("fp16: yes", "mine.yaml, line 2: fp16: yes: must be true or false"),
+        ("keep: {3: 4}", "mine.yaml, line 2: keep: must be a value"),
+        ("keep: three", r"mine.yaml, line 2: .*--keep: invalid int value: 'three'"),
+        ("conv: fast", r"mine.yaml, line 2: .*--conv: invalid choice: 'fast'"),
+        ("keep: 0", r"--keep=0: must be at least 1 \(.*mine.yaml, line 2\)$"),
+        ("fp16: true", r"--fp16 and --bf16: choose one \(.*mine.yaml, line 2\)$"),
+        ("keep: [", "mine.yaml: is not YAML: .* line 3"),
+        ("seed: &a !!python/object/apply:os.abort []\nkeep: *a", "--seed: invalid int value: ''"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_file_and_line(recipe, text, message):
+    with pytest.raises(InputError, match=message) as error:
+        parse(Settings, [recipe(f"model: lenet\n{text}\n"), "--bf16"])
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_of_the_command_line_is_not_the_recipe_s(recipe):
+    with pytest.raises(InputError, match=r"^--keep=0: must be at least 1$"):
+        parse(Settings, [recipe("model: lenet\nkeep: 2"), "--keep=0"])
+
+
+def test_a_recipe_that_there_is_not(recipe, tmp_path):
+    with pytest.raises(InputError, match=f"--recipe=resnet: give one of {', '.join(recipes.names())}, or a FILE"):
+        parse(Settings, ["--recipe=resnet"])
+    with pytest.raises(InputError, match=r"no\.yaml: No such file"):
+        parse(Settings, [f"--recipe={tmp_path / 'no.yaml'}"])
+    with pytest.raises(InputError, match=r"mine\.yaml: must have a flag and its value on each line"):
+        parse(Settings, [recipe("- batch_size")])
+
+
+def test_an_installed_package_has_its_recipes(monkeypatch, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: lenet")
+    monkeypatch.setattr(recipes, "PLACES", (tmp_path / "none", tmp_path))
+    assert recipes.names() == ["mine"]
+    assert parse(Settings, ["--recipe=mine"]).model == "lenet"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_can_be_tried_without_its_data(name):
+    settings = parse(Settings, [f"--recipe={name}", "--dry_run"])
+    run = plan(settings, None, ranks=8)
+    assert run.steps == settings.num_epochs * (settings.num_images // (8 * settings.batch_size))
+    assert settings.learning_rate
