@@ -1,6 +1,5 @@
 """What a run will be: all that follows from its settings, its data and the number of ranks."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
 from nvcnn.optimizer.schedule import MOST_STEPS, RISE, learning_rates
 from nvcnn.program import InputError
-from nvcnn.roofline import META
+from nvcnn.roofline import GPUS, META
 from nvcnn.settings import MOST_PIXELS, Settings, as_json
 from nvcnn.weights import Weights, fit
 
@@ -212,10 +211,9 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
         model = build().eval()
     counts = ", ".join(f"{macs(model, size) / 1e9:.3g} G of {size} x {size}" for size in run.sizes)
     rates = learning_rates(settings.schedule, run.learning_rate, run.steps, run.warmup)
-    floors = Counter[str]()  # seconds of a step, the mean of all epochs
-    for size, share in run.shares.items():
-        algorithm, seconds = step_floors(build, size, batch_size, run.dtype, settings.conv)
-        floors.update({gpu: share * of_size for gpu, of_size in seconds.items()})
+    each = {size: step_floors(build, size, batch_size, run.dtype, settings.conv) for size in run.sizes}
+    algorithm = each[run.sizes[0]][0]
+    floors = {gpu.name: sum(share * each[size][1][gpu.name] for size, share in run.shares.items()) for gpu in GPUS}
     place = settings.model, run.sizes[0], batch_size
     known = MEASURED.get(place, {}) if run.dtype == torch.float16 and len(run.sizes) == 1 else {}
     source = "as measured: by such steps on synthetic images" if known else "no such step was measured"

@@ -1,6 +1,8 @@
 """A recipe is a file of flags, weaker than the command line and stronger than the defaults."""
 
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,8 @@ from nvcnn import recipes
 from nvcnn.plan import plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json, differences, parse
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -88,3 +92,21 @@ def test_every_recipe_can_be_tried_without_its_data(name):
     run = plan(settings, None, ranks=8)
     assert run.steps == settings.num_epochs * (settings.num_images // (8 * settings.batch_size))
     assert settings.learning_rate
+
+
+def test_make_train_its_page_and_the_recipe_are_the_same():
+    """Beside directories, and what a dry run asks for."""
+    directories = ["--data_dir=d", "--log_dir=l"]
+    from_recipe = parse(Settings, ["--recipe=fashion-mnist", *directories])
+    for page in ("Makefile", "README.md"):
+        text = re.sub(r"\\\n", "", (ROOT / page).read_text())
+        (command,) = re.findall(r"mpiexec .*launch/train\.py (--model=lenet .*)$", text, re.MULTILINE)
+        command = [flag for flag in command.split() if "_dir=" not in flag] + directories
+        spelled = parse(Settings, [*command, "--num_classes=10", "--num_images=60000", "--recipe=fashion-mnist"])
+        assert spelled == from_recipe, page
+
+
+def test_the_page_has_every_recipe():
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \|", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)
+    epochs = {name: parse(Settings, [f"--recipe={name}", "--dry_run"]).num_epochs for name in recipes.names()}
+    assert {name: int(n) for name, n in rows} == epochs
