@@ -85,7 +85,7 @@ def test_dry_run_says_how_long_it_takes_at_least(capsys):
     dry_run(settings, plan(settings, None, ranks=1))
     out = capsys.readouterr().out
     assert "Num images:  1281167, assumed" in out
-    assert "MACs:        4.09 G of 224 x 224" in out
+    assert "MACs:        4.089 G (224 x 224) forward" in out
     assert re.search(r"H100 as measured +9,056 +3 h 32 min +27 min\n", out)  # 90 epochs x 1 281 167 / 9 056 / s
     # docs/performance.md, "What a step must take": 12 290 images/s at most on a H100, 220 MB an image
     assert 12_200 < int(re.search(r"H100 at least +([\d,]+) ", out)[1].replace(",", "")) < 12_400
