@@ -69,7 +69,8 @@ train: env  ## fetch Fashion-MNIST, train LeNet on it with all GPUs, or two rank
 	@$(activate) python launch/prepare.py fashion-mnist --out $(DATA)
 	@$(activate) launcher=$$(python -m nvcnn.doctor --launcher); PS4=; set -x; \
 	$$launcher python launch/train.py --model=lenet --data_dir=$(DATA) --log_dir=$(RUN) --batch_size=64 \
-	  --num_epochs=3 --learning_rate=0.05 --crop_area=0.9,1 --eval_crop=1 --display_every=100
+	  --num_epochs=3 --schedule=onecycle --warmup_epochs=0.5 --learning_rate=0.1 --crop_area=0.9,1 --eval_crop=1 \
+	  --display_every=100 --save_interval=10
 	@$(activate) python launch/eval.py --log_dir=$(RUN) --data_dir=$(DATA)
 
 lint: env  ## ruff and mypy

@@ -1,8 +1,6 @@
 """What a run will be: all that follows from its settings, its data and the number of ranks."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
 from nvcnn.optimizer.schedule import MOST_STEPS, RISE, learning_rates
 from nvcnn.program import InputError
-from nvcnn.roofline import META
+from nvcnn.roofline import GPUS, META
 from nvcnn.settings import MOST_PIXELS, Settings, as_json
 from nvcnn.weights import Weights, fit
 
@@ -207,15 +205,20 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
 def estimates(settings: Settings, run: Plan) -> list[str]:
     """Returns the lines of a dry run for what is computed: MACs, the learning rates, how long it takes at least."""
     batch_size = settings.batch_size
-    build = partial(build_model, settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
+
+    def build() -> nn.Module:
+        model = build_model(settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
+        if settings.freeze == "backbone":
+            freeze_backbone(model)
+        return model
+
     with META:
         model = build().eval()
-    counts = ", ".join(f"{macs(model, size) / 1e9:.3g} G of {size} x {size}" for size in run.sizes)
+    counts = ", ".join(f"{macs(model, size) / 1e9:.4g} G ({size} x {size})" for size in run.sizes)
     rates = learning_rates(settings.schedule, run.learning_rate, run.steps, run.warmup)
-    floors = Counter[str]()  # seconds of a step, the mean of all epochs
-    for size, share in run.shares.items():
-        algorithm, seconds = step_floors(build, size, batch_size, run.dtype, settings.conv)
-        floors.update({gpu: share * of_size for gpu, of_size in seconds.items()})
+    each = {size: step_floors(build, size, batch_size, run.dtype, settings.conv) for size in run.sizes}
+    algorithm = each[run.sizes[0]][0]
+    floors = {gpu.name: sum(share * each[size][1][gpu.name] for size, share in run.shares.items()) for gpu in GPUS}
     place = settings.model, run.sizes[0], batch_size
     known = MEASURED.get(place, {}) if run.dtype == torch.float16 and len(run.sizes) == 1 else {}
     source = "as measured: by such steps on synthetic images" if known else "no such step was measured"
@@ -226,7 +229,7 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
         return batch_size * gpus * (epochs * (run.images // (batch_size * gpus)) if epochs else settings.num_batches)
 
     return [
-        f"MACs:        {counts}, an image, forward",
+        f"MACs:        {counts} forward, an image",
         "Learning rate",
         *picture(rates, run.steps / run.steps_per_epoch),
         f"Time:        at least: by the bytes and FLOPs of a step with --conv={algorithm}; {source}.",

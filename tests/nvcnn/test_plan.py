@@ -7,7 +7,7 @@ import torch
 
 from nvcnn.data.dataset import find_dataset
 from nvcnn.models import MODELS
-from nvcnn.plan import dry_run, initial_model, plan
+from nvcnn.plan import dry_run, estimates, initial_model, plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings
 
@@ -85,11 +85,17 @@ def test_dry_run_says_how_long_it_takes_at_least(capsys):
     dry_run(settings, plan(settings, None, ranks=1))
     out = capsys.readouterr().out
     assert "Num images:  1281167, assumed" in out
-    assert "MACs:        4.09 G of 224 x 224" in out
+    assert "MACs:        4.089 G (224 x 224) forward" in out
     assert re.search(r"H100 as measured +9,056 +3 h 32 min +27 min\n", out)  # 90 epochs x 1 281 167 / 9 056 / s
     # docs/performance.md, "What a step must take": 12 290 images/s at most on a H100, 220 MB an image
     assert 12_200 < int(re.search(r"H100 at least +([\d,]+) ", out)[1].replace(",", "")) < 12_400
     assert out.index("A100 at least") < out.index("H100 at least") < out.index("H200 at least") < out.index("B200 at")
+
+
+def test_what_is_frozen_takes_less():
+    both = [Settings(model="lenet", **flags) for flags in ({}, {"freeze": "backbone", "init": "w.pth"})]
+    rates = [int(estimates(s, plan(s, None, ranks=1))[-1].split()[3].replace(",", "")) for s in both]
+    assert rates[1] > 1.5 * rates[0]
 
 
 def test_a_dry_run_of_epochs_needs_to_know_the_images():

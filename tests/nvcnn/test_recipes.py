@@ -1,6 +1,8 @@
 """A recipe is a file of flags, weaker than the command line and stronger than the defaults."""
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,8 @@ from nvcnn import recipes
 from nvcnn.plan import plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json, differences, parse
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -88,3 +92,16 @@ def test_every_recipe_can_be_tried_without_its_data(name):
     run = plan(settings, None, ranks=8)
     assert run.steps == settings.num_epochs * (settings.num_images // (8 * settings.batch_size))
     assert settings.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("page", "name"), [("Makefile", "fashion-mnist"), ("README.md", "fashion-mnist"), ("README.md", "resnet50")]
+)
+def test_the_commands_that_are_shown_are_the_recipes(page, name):
+    """They differ in directories, and in what a dry run asks for."""
+    asked = parse(Settings, [f"--recipe={name}", "--data_dir=d"])
+    text = re.sub(r"\\\n", "", (ROOT / page).read_text())
+    (command,) = re.findall(rf"mpiexec .*launch/train\.py (--model={asked.model} .*)$", text, re.MULTILINE)
+    shown = parse(Settings, command.split())
+    own = {key: getattr(asked, key) for key in ("data_dir", "log_dir", "num_classes", "num_images", "recipe")}
+    assert replace(shown, **own) == asked
