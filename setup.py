@@ -22,7 +22,8 @@ setup(
         ("share/nvcnn", ["constraints.txt"]),
         ("share/nvcnn/recipes", [f"recipes/{file.name}" for file in sorted((here / "recipes").glob("*.yaml"))]),
     ],
-    install_requires=["torch>=2.11,<2.16", "triton>=3.6,<3.10"],
+    # torch warns at each start without numpy, and objects of several ranks are gathered through it.
+    install_requires=["numpy>=1.26", "torch>=2.11,<2.16", "triton>=3.6,<3.10"],
     extras_require={
         # real images: the reader, and what launch/prepare.py writes records with
         "dali": ["nvidia-dali-cuda130>=2.0,<3", "google-crc32c>=1.5", "pillow>=10", "scipy>=1.10"],

@@ -85,8 +85,8 @@ def test_the_declared_range_is_the_one_that_make_range_runs(metadata):
             assert declared[name] in (ROOT / page).read_text(), f"{page}: {declared[name]}"
 
 
-def test_one_process_needs_torch_and_triton_alone(metadata):
-    assert {Requirement(text).name for text in metadata["install_requires"]} == {"torch", "triton"}
+def test_one_process_needs_torch_triton_and_numpy_alone(metadata):
+    assert {Requirement(text).name for text in metadata["install_requires"]} == {"numpy", "torch", "triton"}
     assert metadata["python_requires"] == ">=3.11"
 
 

@@ -22,8 +22,8 @@ def choose_backend(asked: str | None, device: torch.device) -> str:
         raise InputError("--data_backend=dali_gpu: there is no GPU here: give dali_cpu, or leave the flag out")
     if backend != "torch" and not (find_spec("nvidia") and find_spec("nvidia.dali")):
         raise InputError(
-            f"--data_dir needs NVIDIA DALI{f' (--data_backend={backend})' if asked else ''}: pip install nvcnn[dali]; "
-            "or --data_backend=torch, which is slower and needs only Pillow"
+            f"--data_dir needs NVIDIA DALI{f' (--data_backend={backend})' if asked else ''}: "
+            "pip install nvidia-dali-cuda130; or --data_backend=torch, which is slower and needs only Pillow"
         )
     return backend
 

@@ -65,8 +65,8 @@ class Pipeline:
             import nvidia.dali as dali
         except ImportError as error:
             raise InputError(
-                f"--data_dir needs NVIDIA DALI ({error}): pip install nvcnn[dali]; or --data_backend=torch, which is "
-                "slower and needs only Pillow"
+                f"--data_dir needs NVIDIA DALI ({error}): pip install nvidia-dali-cuda130; or --data_backend=torch, "
+                "which is slower and needs only Pillow"
             ) from None
         self.dataset = dataset
         self.split = split

@@ -25,7 +25,7 @@ def require_pillow() -> None:
     try:
         import PIL.Image
     except ImportError:
-        raise InputError("reading images needs Pillow: pip install nvcnn[images]") from None
+        raise InputError("reading images needs Pillow: pip install pillow") from None
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # MAX_PIXELS decides
 
 

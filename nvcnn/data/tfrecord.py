@@ -24,7 +24,7 @@ def masked_crc(data: bytes) -> int:
     try:
         import google_crc32c
     except ImportError:
-        raise InputError("TFRecord files need google-crc32c: pip install nvcnn[images]") from None
+        raise InputError("TFRecord files need google-crc32c: pip install google-crc32c pillow") from None
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 

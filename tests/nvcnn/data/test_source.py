@@ -206,15 +206,17 @@ def test_the_backend_is_dalis_and_never_pillow_unasked(monkeypatch):
     monkeypatch.setattr("nvcnn.data.backend.find_spec", lambda name: None)
     assert choose_backend("torch", CPU) == "torch"
     for asked in (None, "dali_cpu"):
-        with pytest.raises(InputError, match=r"needs NVIDIA DALI.*pip install nvcnn\[dali\].*--data_backend=torch"):
+        with pytest.raises(
+            InputError, match=r"needs NVIDIA DALI.*pip install nvidia-dali-cuda130.*--data_backend=torch"
+        ):
             choose_backend(asked, CPU)
 
 
 @pytest.mark.parametrize(
     ("module", "backend", "said"),
     [
-        ("nvidia.dali", "dali_cpu", r"--data_dir needs .* pip install nvcnn\[dali\].*--data_backend=torch"),
-        ("PIL.Image", "torch", r"pip install nvcnn\[images\]"),
+        ("nvidia.dali", "dali_cpu", r"--data_dir needs .* pip install nvidia-dali-cuda130.*--data_backend=torch"),
+        ("PIL.Image", "torch", r"pip install pillow"),
     ],
 )
 def test_without_the_library_that_decodes(dataset, monkeypatch, module, backend, said):
@@ -229,5 +231,5 @@ def test_only_records_need_google_crc32c(sources, monkeypatch):
         data = training(sources[kind], "torch")
         next(data)
         data.close()
-    with pytest.raises(InputError, match=r"google-crc32c: pip install nvcnn\[images\]"):
+    with pytest.raises(InputError, match=r"google-crc32c: pip install google-crc32c pillow"):
         find(sources["records"].directory)
