@@ -136,6 +136,12 @@ class Metrics:
             self.say(f"  {shown['skipped']} step(s) skipped: gradients not finite {scale}")
         self.write("train", step=step, epoch=epoch, **shown)
 
+    def evaluation(self, step: int, epoch: int, *words: str, **result: Any) -> None:
+        """A line of the table, TensorBoard's scalars, a line of metrics.jsonl."""
+        self.say(f"{step:6d} {epoch:5d} Validation {', '.join(words)}")
+        self.summarize(step, **{f"validation/{name}": result[name] for name in ("top1", "top5")})
+        self.write("eval", step=step, epoch=epoch, **result)
+
     def summarize(self, step: int, **scalars: float) -> None:
         if self.board:
             with optional(self.tensorboard, self.said):

@@ -217,6 +217,12 @@ class Settings(Images):
     )
     skip_bad_images: bool = image(False, "decode all images before training, leave out those that cannot be used")
 
+    eval_every: int | None = run(
+        None,
+        "epochs between evaluations on the validation images, of which the last is at the end; 0: never; none: 1 with "
+        "--data_dir",
+        may_differ=True,
+    )
     resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
     seed: int = run(1, "weights, crops, order")
     keep: int = run(3, "checkpoints to keep", may_differ=True)
@@ -239,6 +245,7 @@ class Settings(Images):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_epochs", "num_classes"):
             check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+        check(self, self.eval_every is None or 0 <= self.eval_every < 2**62, "eval_every", "0 or more, below 2^62")
         for name in ("learning_rate", "larc_eta"):
             value = getattr(self, name)
             check(self, value is None or SMALLEST <= value <= LARGEST, name, f"a number from {SMALLEST} to {LARGEST}")
@@ -263,6 +270,8 @@ class Settings(Images):
             raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
         if self.num_epochs is not None and self.data_dir is None:
             raise InputError("--num_epochs needs --data_dir; on synthetic data give --num_batches")
+        if self.eval_every and self.data_dir is None:
+            raise InputError(f"--eval_every={self.eval_every} needs --data_dir, where the validation images are")
         if self.eval and self.data_dir is None:
             raise InputError("--eval needs --data_dir")
         if self.eval and not self.log_dir:

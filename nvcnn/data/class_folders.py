@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.source import is_utf_8
+from nvcnn.data.source import NoSplit, is_utf_8
 from nvcnn.files import to_read
 from nvcnn.program import InputError
 
@@ -143,7 +143,7 @@ def open_class_folders(directory: Path, split: str, classes: list[str]) -> Class
     """Returns the source of a split. Raises InputError for a class without images: most likely a copy broke off."""
     folder = split_folder(directory, split)
     if folder is None:
-        raise InputError(f"--data_dir={directory}: no folder {' or '.join(FOLDERS[split])} there")
+        raise NoSplit(f"--data_dir={directory}: no folder {' or '.join(FOLDERS[split])} there")
     paths, labels = [], []
     for label, name in enumerate(classes):
         found, _ = image_files(folder, name, SUFFIXES)

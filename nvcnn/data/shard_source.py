@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from nvcnn.data.source import for_dali
+from nvcnn.data.source import NoSplit, for_dali
 from nvcnn.files import to_read
 from nvcnn.program import InputError
 
@@ -60,7 +60,7 @@ class ShardSource:
             shards = shards or sorted(p for p in directory.glob(pattern) if p.suffix != ".idx" and not p.is_dir())
         if not shards:
             names = " or ".join(cls.patterns[split])
-            raise InputError(f"--data_dir={directory}: no {names} files: prepare the data set, or correct the path")
+            raise NoSplit(f"--data_dir={directory}: no {names} files: prepare the data set, or correct the path")
         for shard in shards:
             to_read(shard).stat()  # a link that leads nowhere is an error even if `lenient`
             if not to_read(index_path(shard)).exists():

@@ -6,6 +6,10 @@ from typing import Any, Protocol
 from nvcnn.program import InputError
 
 
+class NoSplit(InputError):
+    """A data directory has no samples for training, or none for validation."""
+
+
 class Source(Protocol):
     """The samples of one split, 0 .. len - 1, in the order of their files."""
 
