@@ -69,7 +69,8 @@ train: env  ## fetch Fashion-MNIST, train LeNet on it with MPI ranks, evaluate
 	@$(activate) python launch/prepare.py fashion-mnist --out $(DATA)
 	@$(activate) flags=$$(python -m nvcnn.doctor --mpi-flags); PS4=; set -x; \
 	mpiexec $$flags python launch/train.py --model=lenet --data_dir=$(DATA) --log_dir=$(RUN) --batch_size=64 \
-	  --num_epochs=3 --learning_rate=0.05 --crop_area=0.9,1 --eval_crop=1 --display_every=100
+	  --num_epochs=3 --learning_rate=0.05 --crop_area=0.9,1 --eval_crop=1 --display_every=100 \
+	  --save_interval=10
 	@$(activate) python launch/eval.py --log_dir=$(RUN) --data_dir=$(DATA)
 
 lint: env  ## ruff and mypy

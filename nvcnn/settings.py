@@ -223,6 +223,7 @@ class Settings(Images):
         "--data_dir",
         may_differ=True,
     )
+    save_every: int = run(1, "epochs between checkpoints, whatever --save_interval is; 0: never", may_differ=True)
     resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
     seed: int = run(1, "weights, crops, order")
     keep: int = run(3, "checkpoints to keep", may_differ=True)
@@ -249,7 +250,7 @@ class Settings(Images):
         for name in ("learning_rate", "larc_eta"):
             value = getattr(self, name)
             check(self, value is None or SMALLEST <= value <= LARGEST, name, f"a number from {SMALLEST} to {LARGEST}")
-        for name in ("save_interval", "summary_interval", "seed"):
+        for name in ("save_interval", "save_every", "summary_interval", "seed"):
             check(self, 0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
         for name, top in (("crop_area", 1.0), ("crop_aspect", LARGEST)):
             low, high = getattr(self, name)

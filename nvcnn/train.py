@@ -232,13 +232,14 @@ class Run:
                     throughput.lap(self.step)
                 save, stop = vote(rank == 0 and until_save.over(), bool(signals))
                 stopped = stop and not last
-                save = save or stop or last
+                save = save or stop or last or self.epochs_end(settings.save_every)
                 evaluates = self.validation and (last or self.epochs_end(eval_every)) and not stopped
                 if save or evaluates:
                     self.train_step.read()  # the device is done: what follows is saving and evaluation alone
                     with throughput.left_out():
                         if save:
                             self.save(metrics)
+                            until_save = Timer(settings.save_interval)
                         if evaluates and not self.evaluate(metrics, signals):
                             stopped = True
                             if not save:

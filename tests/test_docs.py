@@ -47,3 +47,11 @@ def test_the_model_of_the_page_is_one(tmp_path):
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_command_of_make_train_is_that_of_the_readme():
+    makefile, readme = ((ROOT / name).read_text() for name in ("Makefile", "README.md"))
+    command = " ".join(re.search(r"mpiexec \$\$flags (python .*?)\n\t@", makefile, re.DOTALL)[1].split()).replace("\\ ", "")
+    for name, value in re.findall(r"^(DATA|RUN) := (.*)$", makefile, re.MULTILINE):
+        command = command.replace(f"$({name})", value)
+    assert f"    mpiexec -np 2 --bind-to none {command}\n" in readme

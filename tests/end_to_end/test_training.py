@@ -163,7 +163,7 @@ def test_a_run_of_more_ranks_is_not_resumed(launch, records, undisturbed):
 
 def test_what_a_log_directory_holds(undisturbed):
     names = sorted(re.sub(r"tfevents.*", "tfevents", path.name) for path in undisturbed.iterdir())
-    checkpoints = [f"checkpoint-{STEPS:08d}.pt", "checkpoint-best.pt"]
+    checkpoints = [f"checkpoint-{STEPS // 2:08d}.pt", f"checkpoint-{STEPS:08d}.pt", "checkpoint-best.pt"]
     assert names == [".lock", *checkpoints, "config.json", "curve.png", "events.out.tfevents", "metrics.jsonl"]
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["settings"]["model"] == "lenet"

@@ -156,6 +156,12 @@ def test_a_signal_ends_an_evaluation_with_everything_saved(evaluated_run, monkey
     assert events == []
 
 
+@pytest.mark.parametrize(("save_every", "steps"), [(1, [6, 4, 2]), (2, [6, 4]), (0, [6])])
+def test_the_end_of_an_epoch_is_saved(evaluated_run, tmp_path, save_every, steps):
+    evaluated_run("run", save_every=save_every, eval_every=0)
+    assert [checkpoint.step_of(path) for path in checkpoint.in_directory(tmp_path / "run")] == steps
+
+
 def test_without_validation_images_there_is_no_evaluation_unless_it_is_asked_for(small_dataset):
     settings = {"model": "lenet", "data_dir": str(small_dataset)}
     assert find_validation_data(Settings(**settings)) is None
