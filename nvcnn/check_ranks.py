@@ -19,11 +19,20 @@ MAY_DIFFER = ("python", "gpu")  # of the versions: neither changes which images 
 SHOWN = 3  # differences
 
 
-def check_ranks(transport: Transport, settings: Settings | Evaluation, dataset: Dataset | None, split: str) -> None:
-    """Raises InputError, which says what differs, unless all ranks are to do the same. All ranks must call it."""
+def check_ranks(
+    transport: Transport,
+    settings: Settings | Evaluation,
+    dataset: Dataset | None,
+    split: str,
+    validation: Dataset | None = None,
+) -> None:
+    """Raises InputError, which says what differs, unless all ranks are to do the same. All ranks must call it.
+
+    validation: what training evaluates on.
+    """
     if transport.size == 1:
         return
-    mine = facts(settings, dataset, split)
+    mine = facts(settings, dataset, split, validation)
     # Of a thousand classes it is long, and there may be thousands of ranks.
     if len(set(transport.gather(hashlib.sha256(repr(mine).encode()).digest()))) == 1:
         return
@@ -35,16 +44,19 @@ def check_ranks(transport: Transport, settings: Settings | Evaluation, dataset: 
     raise InputError(f"rank {rank} differs: {'; '.join(shown)}{more}: give all ranks the same flags, data and versions")
 
 
-def facts(settings: Settings | Evaluation, dataset: Dataset | None, split: str) -> dict[str, Any]:
+def facts(
+    settings: Settings | Evaluation, dataset: Dataset | None, split: str, validation: Dataset | None = None
+) -> dict[str, Any]:
     """Returns what must be the same on all ranks, by the name that a message calls it; the most telling first."""
     found: dict[str, Any] = {"the program": "train.py" if split == "train" else "eval.py"}
     for name, value in asdict(settings).items():
         found[f"--{name}"] = ("given" if value else "not given") if name in PLACES else value
-    if dataset:
-        source = dataset.source(split)
-        found[f"the number of {split} images"] = len(source)
-        found |= {"num_classes": dataset.num_classes, "label_base": dataset.label_base}
-        found |= {f"class {n}": repr(name) for n, name in enumerate(dataset.class_names or ())}
-        found[f"the digest of the names of the {split} images"] = source.digest()[:8]
+    for data, images in ((dataset, split), (validation, "validation")):
+        if data:
+            source = data.source(images)
+            found[f"the number of {images} images"] = len(source)
+            found |= {"num_classes": data.num_classes, "label_base": data.label_base}
+            found |= {f"class {n}": repr(name) for n, name in enumerate(data.class_names or ())}
+            found[f"the digest of the names of the {images} images"] = source.digest()[:8]
     found["NVCNN_KERNELS"] = chosen_kernels()
     return found | {name: version for name, version in versions().items() if name not in MAY_DIFFER}

@@ -13,11 +13,13 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, ends in its d
     preprocessing          how images are prepared: the fields of `nvcnn.models.Preprocessing`
     options                what the model is built with, beside its number of classes
     class_names, kernels, loss_average
+    evaluation             of `BEST` alone: top1 and top5 in percent, images
 """
 
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sys
 import warnings
@@ -38,6 +40,7 @@ from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json, differences
 
 FORMAT, VERSION = "nvcnn checkpoint", 1
+BEST = "checkpoint-best.pt"  # of the highest top-1; it is never the newest, and is not removed
 DIGEST = "sha256"
 MARK = f"nvcnn {DIGEST} ".encode()
 COMMENT = len(MARK) + 64  # bytes: the mark, and the digest in hexadecimal digits
@@ -70,8 +73,8 @@ def written_whole(path: Path, part: str = ".part") -> Iterator[BufferedRandom]:
     os.close(directory)
 
 
-def save(path: Path, state: dict[str, Any], keep: int) -> None:
-    """Writes `state` to `path` and removes all but the `keep` newest up to it.
+def save(path: Path, state: dict[str, Any], keep: int | None) -> None:
+    """Writes `state` to `path` and removes all but the `keep` newest up to it; None: removes none.
 
     Raises InputError when it cannot be written, with the checkpoint that there is then.
     """
@@ -85,6 +88,8 @@ def save(path: Path, state: dict[str, Any], keep: int) -> None:
         if cause is None:
             raise
         raise InputError(f"{path}: cannot be written ({cause.strerror}); {last_good(path.parent)}") from None
+    if keep is None:
+        return
     # A newer one that is damaged, over which a resumed run went back, does not count.
     there = in_directory(path.parent)
     for old in there[there.index(path) + keep :]:
@@ -239,6 +244,21 @@ def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
     if ranks > 1 and before != settings.transport:
         print(f"  {before} summed over the ranks until there, {settings.transport} does now: sums may round otherwise")
     return state
+
+
+def best_so_far(settings: Settings, ranks: int) -> float:
+    """Returns the top-1, in percent, of the best checkpoint of the log directory; minus infinity without one.
+
+    Raises InputError unless it is this run's, since a better one would replace it.
+    """
+    path = Path(settings.log_dir) / BEST
+    if not settings.log_dir or not path.exists():
+        return -math.inf
+    state = load(path)
+    if "evaluation" not in state:
+        raise InputError(f"{path} was not written there by a run, which would replace it: give it another name")
+    check_same_run(settings, ranks, path, state)
+    return state["evaluation"]["top1"]
 
 
 def check_same_run(settings: Settings, ranks: int, path: Path, state: dict[str, Any]) -> None:

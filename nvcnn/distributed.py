@@ -264,8 +264,8 @@ class Vote:
     Clocks and signals differ by a step between ranks; acting on the answer, all of them act at the same step.
     """
 
-    def __init__(self, transport: Transport, questions: int):
-        self.transport, self.questions = transport, questions
+    def __init__(self, transport: Transport, questions: int, name: str = "vote"):
+        self.transport, self.name = transport, name  # of the votes under way at a time each has its own
         self.asked = torch.zeros(questions, dtype=torch.int32)
         self.wait: Callable[[], None] = lambda: None
 
@@ -274,5 +274,5 @@ class Vote:
         self.wait()
         answer = [bool(n) for n in self.asked]
         self.asked = torch.tensor(asks, dtype=torch.int32)
-        self.wait = self.transport.all_reduce(self.asked, "vote")
+        self.wait = self.transport.all_reduce(self.asked, self.name)
         return answer

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_evaluation
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.data.dataset import find_dataset
-from nvcnn.distributed import Transport, connect
+from nvcnn.distributed import Transport, Vote, connect
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import use_device
 from nvcnn.metrics import add_evaluation
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
-from nvcnn.program import InputError, watched
+from nvcnn.program import InputError, Signals, watched
 from nvcnn.settings import Chosen, Evaluation
 from nvcnn.weights import Weights, load_model, of_checkpoint, read
 
@@ -52,15 +52,39 @@ def accuracy(counts: Tensor) -> dict[str, Any]:
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
 
 
+def in_words(result: dict[str, Any], name: str) -> str:
+    """Returns what a line says of "Top-1" or "Top-5", with the standard error of a share of that many images."""
+    percent = result[name.lower().replace("-", "")]
+    error = math.sqrt(percent * (100 - percent) / result["images"])
+    return f"{name}: {percent:.3f} % +/- {error:.2f}"
+
+
 def lines(result: dict[str, Any]) -> list[str]:
-    """Returns the original's two lines; the uncertainty is the standard error of a share of that many images."""
+    """Returns the original's two lines."""
+    return ["-" * 64, *(f"Validation {in_words(result, name)}" for name in ("Top-1", "Top-5")), "-" * 64]
 
-    def line(name: str) -> str:
-        percent = result[name.lower().replace("-", "")]
-        error = math.sqrt(percent * (100 - percent) / result["images"])
-        return f"Validation {name}: {percent:.3f} % +/- {error:.2f}"
 
-    return ["-" * 64, line("Top-1"), line("Top-5"), "-" * 64]
+class UntilStopped:
+    """Iterates over a rank's batches, until a signal comes to any rank: then all ranks are `stopped` at the same one.
+
+    most: batches of the rank that has the most.
+    """
+
+    def __init__(self, data: Iterable[Batch], most: int, transport: Transport, signals: Signals):
+        self.data, self.most, self.transport, self.signals = data, most, transport, signals
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        vote, batches = Vote(self.transport, 1, "evaluation.vote"), iter(self.data)
+        for _ in range(self.most):
+            with self.signals.waiting():
+                batch = next(batches, None)
+            if batch is not None:
+                yield batch
+            (self.stopped,) = vote(bool(self.signals))
+            if self.stopped:
+                break
+        vote.wait()
 
 
 def find_weights(asked: Chosen) -> Weights:

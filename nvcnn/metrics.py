@@ -146,11 +146,11 @@ class Metrics:
         if step in (1, self.steps) or self.until_point.over():
             self.summarize(step, {f"train/{name}": value for name, value in shown.items()})
 
-    def evaluation(self, step: int, epoch: int, result: dict[str, Any]) -> None:
+    def evaluation(self, step: int, epoch: int, *words: str, **result: Any) -> None:
         """The same of an evaluation during training; the curve is drawn anew."""
-        self.say(f"  Validation after epoch {epoch}: top-1 {result['top1']:.3f} %, top-5 {result['top5']:.3f} %")
+        self.say(f"{step:6d} {epoch:5d} Validation {', '.join(words)}")
         self.write("eval", step=step, epoch=epoch, **result)
-        self.summarize(step, {f"eval/{name}": value for name, value in result.items() if isinstance(value, float)})
+        self.summarize(step, {f"eval/{name}": result[name] for name in ("top1", "top5")})
         self.draw_curve()
 
     def input(self, pictures: Tensor, names: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from kernels.cross_entropy import MAX_CLASSES
 from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset, find_dataset
+from nvcnn.data.source import NoSplit
 from nvcnn.estimate import MEASURED, picture, step_floors, times
 from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype
@@ -64,6 +65,27 @@ def find_training_data(settings: Settings) -> Dataset | None:
         split="train",
         lenient=settings.skip_bad_images,
     )
+
+
+def find_validation_data(settings: Settings) -> Dataset | None:
+    """Returns the data set on which training evaluates; None if it does not, or by default where there is none.
+
+    Raises as `find_dataset`.
+    """
+    if settings.data_dir is None or settings.eval_every == 0:
+        return None
+    try:
+        return find_dataset(
+            settings.data_dir,
+            num_classes=settings.num_classes,
+            label_base=settings.label_base,
+            split="validation",
+            lenient=settings.skip_bad_images,
+        )
+    except NoSplit as error:
+        if settings.eval_every is None:
+            return None
+        raise InputError(f"{error}; or give --eval_every=0") from None
 
 
 def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin | None = None) -> Plan:

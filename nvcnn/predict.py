@@ -28,7 +28,7 @@ from nvcnn.models import ORIGINS
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
 from nvcnn.program import InputError, Launch
-from nvcnn.settings import Prediction, check_image_size
+from nvcnn.settings import Prediction
 from nvcnn.weights import Weights, load_model
 
 Classes = list[tuple[int, float]]  # numbers and probabilities, the likeliest first
@@ -39,7 +39,7 @@ def predict(asked: Prediction) -> int:
     with redirect_stdout(sys.stderr):  # a checkpoint that is passed over is no result
         weights = find_weights(asked)
     preprocessing = asked.prepared(weights.origin.preprocessing)
-    check_image_size(weights.model, preprocessing.image_size)
+    asked.check_images(weights.model)
     require_pillow()
     model, notes = load_model(weights)
     device, threads = use_device(Transport(Launch()))

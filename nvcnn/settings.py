@@ -280,6 +280,13 @@ class Settings(Images):
         "nvcnn's recipes",
         may_differ=True,
     )
+    eval_every: int | None = run(
+        None,
+        "epochs between evaluations on the validation images, of which the last is at the end; 0: never; none: 1 with "
+        "--data_dir",
+        may_differ=True,
+    )
+    save_every: int = run(1, "epochs between checkpoints, whatever --save_interval is; 0: never", may_differ=True)
     resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
     seed: int = run(1, "weights, crops, order")
     keep: int = run(3, "checkpoints to keep", may_differ=True)
@@ -306,10 +313,11 @@ class Settings(Images):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_epochs", "num_classes", "num_images"):
             check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+        check(self, self.eval_every is None or 0 <= self.eval_every < 2**62, "eval_every", "0 or more, below 2^62")
         for name in ("learning_rate", "larc_eta", "clip_norm"):
             value = getattr(self, name)
             check(self, value is None or SMALLEST <= value <= LARGEST, name, f"a number from {SMALLEST} to {LARGEST}")
-        for name in ("save_interval", "summary_interval", "seed"):
+        for name in ("save_interval", "save_every", "summary_interval", "seed"):
             check(self, 0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
         check(self, 0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
         decay = self.weight_decay
@@ -339,6 +347,8 @@ class Settings(Images):
         if self.num_epochs is not None and self.data_dir is None and not (self.dry_run and self.num_images):
             dry = ", and a --dry_run --num_images" if self.dry_run else ""
             raise InputError(f"--num_epochs needs --data_dir; on synthetic data give --num_batches{dry}")
+        if self.eval_every and self.data_dir is None:
+            raise InputError(f"--eval_every={self.eval_every} needs --data_dir, where the validation images are")
         if self.eval and self.data_dir is None:
             raise InputError("--eval needs --data_dir")
         if self.eval and not self.log_dir:

@@ -1,6 +1,7 @@
 """One training step: from a batch of pixels to new weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -121,6 +122,21 @@ class Step:
         before = Snapshot(self.state().values(), device)
         self.replay = capture(partial(self.train, self.images, self.labels))
         before.restore()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[nn.Module]:
+        """Yields the model to evaluate, as a checkpoint has it: BatchNorm's statistics are rank 0's.
+
+        All ranks must call it. Afterwards each goes on with its own, and all other state is as it was.
+        """
+        running = self.arena.running
+        own = running.clone()
+        self.transport.broadcast(running)
+        try:
+            yield self.model.eval()
+        finally:
+            self.model.train()
+            running.copy_(own)
 
     def close(self) -> None:
         """Lets go of the graph: it may hold collectives, and must end before the transport does."""

@@ -1,6 +1,7 @@
 """The training run, from settings to exit code: opens everything, and has the loop around `Step`."""
 
 import math
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,20 @@ import torch
 from nvcnn import checkpoint
 from nvcnn.check_data import check_data
 from nvcnn.check_ranks import check_ranks
-from nvcnn.data.backend import choose_backend, open_training
+from nvcnn.data.backend import choose_backend, open_evaluation, open_training
 from nvcnn.data.batch import Batch, pixels
-from nvcnn.data.dali import TrainingData
+from nvcnn.data.dali import EvaluationData, TrainingData
 from nvcnn.data.dataset import Dataset
-from nvcnn.data.pillow_workers import WorkerTrainingData
+from nvcnn.data.pillow_workers import WorkerEvaluationData, WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect
-from nvcnn.evaluate import check_classes, evaluate
+from nvcnn.evaluate import UntilStopped, check_classes, count_hits, evaluate, in_words, summed
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
 from nvcnn.optimizer.schedule import learning_rates
-from nvcnn.plan import describe, dry_run, find_training_data, initial_model, plan
-from nvcnn.program import SAVED_AND_STOPPED, caught, launched
+from nvcnn.plan import describe, dry_run, find_training_data, find_validation_data, initial_model, plan
+from nvcnn.program import SAVED_AND_STOPPED, Signals, caught, launched
 from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
 from nvcnn.weights import Weights, read
@@ -39,7 +40,7 @@ def train(settings: Settings) -> int:
     """
     if settings.eval:
         return evaluate(settings.evaluation())
-    dataset = find_training_data(settings)
+    dataset, validation = find_training_data(settings), find_validation_data(settings)
     expected = plan(settings, dataset, launched().size)
     if settings.dry_run:
         if launched().rank == 0:
@@ -50,12 +51,12 @@ def train(settings: Settings) -> int:
     transport = connect(settings.transport)
     if transport.size > 1:
         settings = replace(settings, transport=transport.name)
-    check_ranks(transport, settings, dataset, "train")
+    check_ranks(transport, settings, dataset, "train", validation)
     state = checkpoint.resume(settings, transport.size) if transport.rank == 0 else None
     if state:
         check_classes(settings.data_dir, expected.class_names, settings.log_dir, state["class_names"])
     weights = initial_weights(settings) if transport.rank == 0 and state is None else None
-    run = Run(settings, dataset, transport, state, weights)
+    run = Run(settings, dataset, transport, state, weights, validation)
     if run.step < run.plan.steps:
         return run.loop()
     if transport.rank == 0:
@@ -72,6 +73,7 @@ class Run:
     """Everything of one training run on one rank.
 
     On rank 0, `state`: the checkpoint it resumes from, or None; `weights`: those it begins with, None for random ones.
+    `validation`: what it evaluates on; None for no evaluation.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Run:
         transport: Transport,
         state: dict[str, Any] | None,
         weights: Weights | None = None,
+        validation: Dataset | None = None,
     ):
         self.settings, self.transport = settings, transport
         self.device, threads = use_device(transport)
@@ -97,6 +100,11 @@ class Run:
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
+        self.validation: EvaluationData | WorkerEvaluationData | None = None
+        if validation is not None:
+            best = checkpoint.best_so_far(settings, transport.size) if transport.rank == 0 else None
+            self.best = transport.gather(best)[0]
+            self.open_validation(validation, threads)
         images = settings.batch_size, self.plan.image_size
         stored = state and state["convolutions"]
         self.choices = choose_algorithms(model, settings.conv, images, self.plan.dtype, self.device, transport, stored)
@@ -149,6 +157,38 @@ class Run:
             state=state,
         )
 
+    def open_validation(self, dataset: Dataset, threads: int) -> None:
+        """Prepares evaluations. Each opens its reader, and closes it: it would hold memory, and worker processes."""
+        settings, preprocessing, transport = self.settings, self.plan.preprocessing, self.transport
+        dataset, self.validation_left_out = check_data(
+            dataset, "validation", settings.check_data, settings.skip_bad_images, transport, threads
+        )
+        self.validation_images = images = dataset.count("validation")
+        batch_size = min(settings.batch_size, images)
+        self.validation_batches = math.ceil(math.ceil(images / transport.size) / batch_size)  # of a rank, at most
+        self.validation = open_evaluation(
+            dataset,
+            self.backend,
+            batch_size=batch_size,
+            image_size=preprocessing.image_size,
+            crop=preprocessing.eval_crop,
+            aspect=preprocessing.eval_aspect,
+            interpolation=preprocessing.eval_interpolation,
+            rank=transport.rank,
+            ranks=transport.size,
+            device=self.device,
+            threads=threads,
+        )
+
+    @property
+    def epoch(self) -> int:
+        """The number of the latest step's epoch, from 1 on."""
+        return (self.step - 1) // self.plan.steps_per_epoch + 1
+
+    def epochs_end(self, epochs: int) -> bool:
+        """Returns whether a multiple of so many epochs ends with the latest step; never for 0."""
+        return epochs > 0 and self.step % (epochs * self.plan.steps_per_epoch) == 0
+
     def loop(self) -> int:
         """Trains to the last step, or until a signal stops it. Returns the exit code."""
         settings, rank = self.settings, self.transport.rank
@@ -165,6 +205,8 @@ class Run:
         throughput = Throughput(settings.batch_size * self.transport.size, self.step)
         until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
         skipped = self.step - int(self.train_step.optimizer.counters[1])
+        eval_every = 1 if settings.eval_every is None else settings.eval_every
+        stopped = False
         with caught() as signals:
             while self.step < self.plan.steps:
                 with signals.waiting():
@@ -188,7 +230,7 @@ class Run:
                         "skipped": self.step - int(updates) - skipped,
                     }
                     skipped = self.step - int(updates)
-                    metrics.train(self.step, (self.step - 1) // self.plan.steps_per_epoch + 1, **shown)
+                    metrics.train(self.step, self.epoch, **shown)
                     if tensors:
                         tensors.write(metrics, summarize=last or until_summary.over())
                         tensors.copy(self.step)
@@ -196,18 +238,26 @@ class Run:
                     self.train_step.read()
                     throughput.lap(self.step)
                 save, stop = vote(rank == 0 and until_save.over(), bool(signals))
-                if last or save or stop:
-                    self.train_step.read()  # the device is done: what follows is the saving alone
+                stopped = stop and not last
+                save = save or stop or last or self.epochs_end(settings.save_every)
+                evaluates = self.validation and (last or self.epochs_end(eval_every)) and not stopped
+                if save or evaluates:
+                    self.train_step.read()  # the device is done: what follows is saving and evaluation alone
                     with throughput.left_out():
-                        self.save(metrics)
-                if stop and not last:
+                        if save:
+                            self.save(metrics)
+                            until_save = Timer(settings.save_interval)
+                        if evaluates and not self.evaluate(metrics, signals):
+                            stopped = True
+                            if not save:
+                                self.save(metrics)
+                if stopped:
                     break
             vote.wait()
         if tensors:
             tensors.write(metrics, summarize=True)
         metrics.end(self.step, throughput)
         self.data.close()
-        stopped = self.step < self.plan.steps
         if stopped:
             kept = "saved" if settings.log_dir else "nothing saved, since there is no --log_dir"
             metrics.say(f"Stopped by a signal after step {self.step}: {kept}")
@@ -224,8 +274,32 @@ class Run:
         images = pixels(self.train_step.input(batch)[:PICTURES], self.plan.preprocessing.normalize).cpu()
         metrics.input(images, [names[label] if names else f"class {label}" for label in labels])
 
-    def save(self, metrics: Metrics) -> None:
-        """Gathers what is each rank's own to rank 0, whose BatchNorm statistics are those of the weights."""
+    def evaluate(self, metrics: Metrics, signals: Signals) -> bool:
+        """Evaluates on all ranks, and saves the best. Returns whether it came to its end, before any signal.
+
+        It takes nothing from the generators and readers of training, which goes on as if nothing had been.
+        """
+        assert self.validation is not None
+        start = time.monotonic()
+        with self.train_step.evaluation() as model:
+            batches = UntilStopped(self.validation, self.validation_batches, self.transport, signals)
+            counts = count_hits(model, batches, self.plan.dtype, self.plan.preprocessing.normalize)
+        if batches.stopped:
+            return False
+        result = summed(counts, self.transport) | {"seconds": round(time.monotonic() - start, 2)}
+        if self.validation_left_out:
+            result["left_out"] = len(self.validation_left_out)
+        metrics.evaluation(self.step, self.epoch, in_words(result, "Top-1"), in_words(result, "Top-5"), **result)
+        if result["top1"] > self.best:
+            self.best = result["top1"]
+            self.save(metrics, result)
+        return True
+
+    def save(self, metrics: Metrics, evaluation: dict[str, Any] | None = None) -> None:
+        """Gathers what is each rank's own to rank 0, whose BatchNorm statistics are those of the weights.
+
+        evaluation: its result, if this is the best one.
+        """
         settings, plan = self.settings, self.plan
         if not settings.log_dir:
             return
@@ -233,7 +307,8 @@ class Run:
         ranks = self.transport.gather(own | random_state(self.device))
         if self.transport.rank != 0:
             return
-        path = checkpoint.path_of(Path(settings.log_dir), self.step)
+        log_dir = Path(settings.log_dir)
+        path = log_dir / checkpoint.BEST if evaluation else checkpoint.path_of(log_dir, self.step)
         state = {
             "model": settings.model,
             "num_classes": plan.num_classes,
@@ -245,8 +320,9 @@ class Run:
             "convolutions": self.choices.algorithms,
             "ranks": ranks,
             **self.train_step.state_dict(),
+            **({"evaluation": evaluation} if evaluation else {}),
         }
-        checkpoint.save(path, state, settings.keep)
+        checkpoint.save(path, state, None if evaluation else settings.keep)
         metrics.write("checkpoint", step=self.step, path=str(path))
         metrics.say(f"Checkpoint written to {path}")
 
@@ -257,6 +333,10 @@ class Run:
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {transport}")
         if settings.data_dir:
             say(f"Input:       {self.backend}")
+        if self.validation:
+            say(f"Evaluation:  {self.validation_images} images")
+        elif settings.data_dir and settings.eval_every is None:
+            say(f"Evaluation:  none: there are no validation images in {settings.data_dir}")
         if self.choices.algorithms:
             say(f"Convolution: {self.choices}")
         if self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.source import NAMES, is_utf_8
+from nvcnn.data.source import NAMES, NoSplit, is_utf_8
 from nvcnn.files import to_read
 from nvcnn.program import InputError
 
@@ -165,7 +165,7 @@ def open_class_folders(directory: Path, split: str, classes: list[str]) -> Class
         what = f"--data_dir={directory}: no folder {' or '.join(NAMES[split])} there"
         if split == "train":
             raise InputError(f"{what}: prepare the data set, or correct the path")
-        raise InputError(f"{what}, with the classes of train/: {set_aside(directory / 'train', directory)}")
+        raise NoSplit(f"{what}, with the classes of train/: {set_aside(directory / 'train', directory)}")
     paths, labels = [], []
     for label, name in enumerate(classes):
         found, _ = image_files(folder, name, SUFFIXES)

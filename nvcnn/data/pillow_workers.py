@@ -231,7 +231,7 @@ class WorkerEvaluationData:
         mine = share(len(samples), options.rank, options.ranks)
         self.images = len(mine)
         batches = [[(0, i) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
-        self.open = lambda: Loader(samples, batches)
+        self.open = lambda: Loader(samples, batches, torch.Generator())
 
     def __iter__(self) -> Iterator[Batch]:
         return self.open() if self.images else iter(())

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from nvcnn.data.source import NAMES, for_dali
+from nvcnn.data.source import NAMES, NoSplit, for_dali
 from nvcnn.files import to_read
 from nvcnn.program import InputError
 
@@ -60,7 +60,7 @@ class ShardSource:
         for pattern in patterns:
             shards = shards or sorted(p for p in directory.glob(pattern) if p.suffix != ".idx" and not p.is_dir())
         if not shards:
-            raise InputError(
+            raise NoSplit(
                 f"--data_dir={directory}: no {' or '.join(patterns)} files: prepare the data set, or correct the path"
             )
         for shard in shards:

@@ -10,6 +10,10 @@ VALIDATION = ("val", "validation", "valid")
 NAMES = {"train": ("train",), "validation": (*VALIDATION, "test")}
 
 
+class NoSplit(InputError):
+    """A data directory has no samples for training, or none for validation."""
+
+
 class Source(Protocol):
     """The samples of one split, 0 .. len - 1, in the order of their files."""
 

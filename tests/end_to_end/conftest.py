@@ -134,7 +134,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def last_checkpoint(log_dir: Path) -> dict:
-    return torch.load(max(log_dir.glob("checkpoint-*.pt")), weights_only=True)
+    return torch.load(max(log_dir.glob("checkpoint-[0-9]*.pt")), weights_only=True)
 
 
 def assert_same_bits(one: Any, other: Any, where: str = "checkpoint") -> None:

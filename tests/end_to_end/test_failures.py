@@ -157,7 +157,7 @@ def test_a_bad_checkpoint_falls_back_to_the_one_before(launch, records, tmp_path
     arguments = (*LENET, f"--data_dir={records}", "--batch_size=8", "--num_batches=12")
     launch.train(*arguments, f"--log_dir={tmp_path}/run", "--save_interval=0", "--keep=100")
     whole = last_checkpoint(tmp_path / "run")
-    newest, second = sorted((tmp_path / "run").glob("checkpoint-*.pt"), reverse=True)[:2]
+    newest, second = sorted((tmp_path / "run").glob("checkpoint-[0-9]*.pt"), reverse=True)[:2]
     newest.write_bytes(newest.read_bytes()[:1000])
     torch.save({"state_dict": {}}, second)
     text = launch.train(*arguments, f"--log_dir={tmp_path}/run", "--keep=100")
@@ -165,7 +165,7 @@ def test_a_bad_checkpoint_falls_back_to_the_one_before(launch, records, tmp_path
     assert f"{second}: not a checkpoint of nvcnn" in text
     assert "Restored checkpoint" in text
     assert_same_bits(whole, last_checkpoint(tmp_path / "run"))
-    for path in (tmp_path / "run").glob("checkpoint-*.pt"):
+    for path in (tmp_path / "run").glob("checkpoint-[0-9]*.pt"):
         path.write_text("x")
     launch.run("launch/train.py", *arguments, f"--log_dir={tmp_path}/run", code=2)
 

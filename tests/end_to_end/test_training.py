@@ -98,7 +98,7 @@ def test_a_run_stopped_in_every_way_ends_with_the_same_bits(launch, records, und
         code = program.wait()
         assert code not in (0, 2, 3) if how == "SIGKILL" else code == 3, program.text()
         assert stopped_at == 0 or f"Restored checkpoint {log_dir}/checkpoint-{stopped_at:08d}.pt" in program.text()
-        assert len(list(log_dir.glob("checkpoint-*.pt"))) == (2 if how == "SIGKILL" else 3)
+        assert len(list(log_dir.glob("checkpoint-[0-9]*.pt"))) == (2 if how == "SIGKILL" else 3)
         stopped_at = int(last_checkpoint(log_dir)["optimizer"]["counters"][0])
         assert step - 1 <= stopped_at <= step + 3  # a rank hears of a signal a step later
     launch.train(*arguments, ranks=2)
@@ -151,7 +151,14 @@ def test_evaluation_counts_each_image_once(launch, records, undisturbed, tmp_pat
     assert results[0] == {"images": 101, "step": STEPS, "checkpoint": f"{log_dir}/checkpoint-{STEPS:08d}.pt"}
     text = launch.train(*UNTIL_THE_END, f"--data_dir={records}", f"--log_dir={log_dir}", "--eval", ranks=2)
     assert f"Validation Top-1: {results[1]['top1']:.3f} %" in text
-    assert len(events(log_dir, "eval")) == 3
+    during, at_the_end, *later = events(log_dir, "eval")
+    assert (during["step"], during["epoch"], len(later)) == (STEPS // 2, 1, 3)
+    assert {name: at_the_end[name] for name in ("top1", "top5", "images", "step")} == {
+        name: later[0][name] for name in ("top1", "top5", "images", "step")
+    }
+    best = max(during["top1"], at_the_end["top1"])
+    text = launch.run("launch/eval.py", f"--data_dir={records}", f"--checkpoint={log_dir}/checkpoint-best.pt")
+    assert f"Validation Top-1: {best:.3f} %" in text
 
 
 def test_a_run_of_more_ranks_is_not_resumed(launch, records, undisturbed):
@@ -161,9 +168,9 @@ def test_a_run_of_more_ranks_is_not_resumed(launch, records, undisturbed):
 
 def test_what_a_log_directory_holds(undisturbed):
     names = sorted(re.sub(r"tfevents.*", "tfevents", path.name) for path in undisturbed.iterdir())
-    checkpoint = f"checkpoint-{STEPS:08d}.pt"
+    checkpoints = [f"checkpoint-{STEPS // 2:08d}.pt", f"checkpoint-{STEPS:08d}.pt", "checkpoint-best.pt"]
     pictures, logs = ("curve.png", "input.png"), ("events.out.tfevents", "metrics.jsonl")
-    assert names == sorted([".lock", checkpoint, "config.json", *pictures, *logs])
+    assert names == sorted([".lock", *checkpoints, "config.json", *pictures, *logs])
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["settings"]["model"] == "lenet"
     assert {"nvcnn", "torch", "triton", "python"} <= config["versions"].keys()
@@ -218,6 +225,7 @@ def test_the_triton_kernels_follow_the_reference(launch, records, tmp_path, prec
             *("--model=tiny", "--num_classes=10", "--larc_eta=0.1", "--learning_rate=0.01", f"--conv={conv}"),
             *PRECISIONS[precision],
             *(f"--data_dir={records}", f"--log_dir={tmp_path}/{kernels}", "--batch_size=4", f"--num_batches={steps}"),
+            "--eval_every=0",
             environment={"NVCNN_KERNELS": kernels} | ({"TRITON_INTERPRET": "1"} if kernels == "triton" else {}),
         )
         losses[kernels] = [e["loss"] for e in events(tmp_path / kernels, "train")]
@@ -292,7 +300,7 @@ def test_the_originals_commands(launch, tmp_path, model, learning_rate, paramete
     lines = [re.findall(r"^Validation Top-.*$", text, re.MULTILINE) for text in texts]
     assert lines[0] == lines[1]
     assert len(lines[0]) == 2
-    assert [e["images"] for e in events(log_dir, "eval")] == [2, 2]
+    assert [e["images"] for e in events(log_dir, "eval")] == [2, 2, 2]
 
 
 def test_one_process_needs_torch_and_triton_alone(launch, tmp_path):

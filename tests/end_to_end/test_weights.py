@@ -115,7 +115,7 @@ def test_fine_tuning_is_ahead_of_a_fresh_start(launch, tmp_path):
     seen, others = half(tmp_path / "seen", range(1, 6), images), half(tmp_path / "others", range(6, 11), images)
     flags = ("--model=lenet", "--crop_area=0.9,1", "--eval_crop=1", "--learning_rate=0.05", "--batch_size=64")
     launch.train(*flags, f"--data_dir={seen}", f"--log_dir={tmp_path}/first", "--num_epochs=3")
-    first = max((tmp_path / "first").glob("checkpoint-*.pt"))
+    first = max((tmp_path / "first").glob("checkpoint-[0-9]*.pt"))
     top1 = {}
     for name, init in (("fresh", ()), ("fine", (f"--init={first}",))):
         said = launch.train(*flags, f"--data_dir={others}", f"--log_dir={tmp_path}/{name}", "--num_batches=60", *init)

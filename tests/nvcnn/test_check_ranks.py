@@ -76,6 +76,18 @@ def test_data_of_another_directory(tmp_path, kind, changes, said):
         check_ranks(transport, SETTINGS, here, "train")
 
 
+def test_the_images_that_training_evaluates_on(tmp_path):
+    for name, images in (("here", 12), ("there", 9)):
+        WRITERS["records"](tmp_path / name, "validation", images)
+    here, there = (
+        find_dataset(tmp_path / d, num_classes=None, label_base=None, split="validation") for d in ("here", "there")
+    )
+    for other, said in ((there, "9"), (None, "none")):
+        transport = WithAnother(facts(SETTINGS, None, "train", other))
+        with pytest.raises(InputError, match=f"the number of validation images is {said}, on rank 0 12"):
+            check_ranks(transport, SETTINGS, None, "train", here)
+
+
 def test_the_programs_compare_before_they_write(tmp_path, monkeypatch):
     for program in (train, evaluate):
         monkeypatch.setattr(program, "connect", lambda _: WithAnother({"torch": "0.1"}))

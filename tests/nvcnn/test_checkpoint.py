@@ -1,6 +1,7 @@
 """A checkpoint is written whole or not at all, and read whole or refused."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -188,6 +189,23 @@ def test_one_that_cannot_be_removed_is_said(tmp_path, capsys):
 
 def settings_of(log_dir, **options):
     return Settings(model="lenet", log_dir=str(log_dir), **options)
+
+
+def test_the_best_one_is_this_runs(tmp_path):
+    """It stays where it is, and one of another run, or of the user, is not written over."""
+    settings, best = settings_of(tmp_path), tmp_path / checkpoint.BEST
+    assert checkpoint.best_so_far(settings_of(""), ranks=1) == checkpoint.best_so_far(settings, ranks=1) == -math.inf
+    state = {"settings": as_json(settings), "ranks": [{}], "kernels": chosen_kernels(), "evaluation": {"top1": 61.5}}
+    checkpoint.save(best, state, None)
+    write(tmp_path, 2, keep=1)
+    assert checkpoint.best_so_far(settings, ranks=1) == 61.5
+    assert checkpoint.newest(tmp_path)[0] == checkpoint.path_of(tmp_path, 2)
+    with pytest.raises(InputError, match=r"checkpoint-best.pt is of another run \(--seed: there 1, here 2"):
+        checkpoint.best_so_far(settings_of(tmp_path, seed=2), ranks=1)
+    del state["evaluation"]
+    checkpoint.save(best, state, None)
+    with pytest.raises(InputError, match="was not written there by a run"):
+        checkpoint.best_so_far(settings, ranks=1)
 
 
 def test_a_directory_without_a_checkpoint_protects_nothing(tmp_path):

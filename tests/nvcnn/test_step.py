@@ -188,6 +188,22 @@ def test_all_ranks_begin_as_rank_0_does(device, dtype):
     torch.testing.assert_close(*(step.model.eval()(images) for step in steps), rtol=0, atol=0)
 
 
+def test_evaluation_has_rank_0s_statistics_and_leaves_each_its_own(device):
+    relay, steps, held = Relay(), [make(device), make(device)], []
+    for number, step in enumerate(steps):
+        step(batch(number, device))
+        step.transport = relay
+    assert not torch.equal(*(step.arena.running for step in steps))
+    for step, relay.sends in zip(steps, (True, False), strict=True):
+        own = step.arena.running.clone()
+        with step.evaluation() as model:
+            assert not any(module.training for module in model.modules())
+            held.append(model.bn.running_mean.clone())
+        assert all(module.training for module in model.modules())
+        assert torch.equal(step.arena.running, own)
+    assert torch.equal(*held)
+
+
 def test_averages_are_debiased_and_pass_over_a_loss_that_is_not_finite(device):
     step = make(device)
     losses, weights = [], []

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nvcnn import checkpoint
+from nvcnn import checkpoint, metrics
 from nvcnn.distributed import Transport
 from nvcnn.metrics import Metrics
 from nvcnn.models import MODELS, Model, constant
-from nvcnn.plan import find_training_data
+from nvcnn.plan import find_training_data, find_validation_data
 from nvcnn.program import SAVED_AND_STOPPED, InputError, Launch
 from nvcnn.settings import Settings
 from nvcnn.step import Step
 from nvcnn.train import Run, train
+from tests.end_to_end.conftest import assert_same_bits
 from tests.nvcnn.test_step import CLASSES, SIZE, Net
 from tests.samples import write_folders
 
@@ -114,6 +115,82 @@ def test_a_run_does_not_go_on_with_other_classes(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"its class 0 is 'n00001', but in .*run that is 'n00000': give its data"):
         train(settings)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.fixture
+def evaluated_run(tmp_path, monkeypatch):
+    """Returns a function that trains three epochs of a net with dropout and BatchNorm, and what the run left."""
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
+    for split, images in (("train", 8), ("validation", 6)):
+        write_folders(tmp_path / "data", split, images=images, label=lambda i: i % 2)
+
+    def trained(name, code=0, **options):
+        options = {"data_backend": "torch", "num_epochs": 3, "batch_size": 4} | options
+        options |= {"data_dir": str(tmp_path / "data"), "log_dir": str(tmp_path / name)}
+        settings = Settings(model="net", conv="torch", **options)
+        datasets = find_training_data(settings), find_validation_data(settings)
+        state = checkpoint.resume(settings, 1)
+        assert Run(settings, datasets[0], Transport(Launch()), state, None, datasets[1]).loop() == code
+        events = [event for event in metrics.read(tmp_path / name) if event["event"] == "eval"]
+        return checkpoint.newest(tmp_path / name)[1], events
+
+    return trained
+
+
+@pytest.mark.parametrize("backend", ["dali_cpu", "torch"])
+def test_training_goes_on_as_if_it_had_not_been_evaluated(evaluated_run, tmp_path, backend):
+    if backend == "dali_cpu":
+        pytest.importorskip("nvidia.dali")
+    one, _ = evaluated_run("without", eval_every=0, data_backend=backend)
+    other, events = evaluated_run("with", data_backend=backend)
+    for state in (one, other):
+        del state["settings"]
+    assert_same_bits(one, other)
+    assert [(e["step"], e["epoch"], e["images"]) for e in events] == [(2, 1, 6), (4, 2, 6), (6, 3, 6)]
+    assert not (tmp_path / "without" / checkpoint.BEST).exists()
+
+
+def test_the_best_is_kept_by_a_run_that_goes_on(evaluated_run, tmp_path, monkeypatch):
+    """It does not take the second best for the best."""
+    hits = iter([2, 4, 3])
+
+    def count_hits(*_):
+        if (top1 := next(hits)) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return torch.tensor([6, top1, 6])
+
+    monkeypatch.setattr("nvcnn.train.count_hits", count_hits)
+    evaluated_run("run", SAVED_AND_STOPPED, num_epochs=6, eval_every=2)
+    _, events = evaluated_run("run", num_epochs=6, eval_every=4)
+    assert [e["step"] for e in events] == [4, 8, 12]
+    best = checkpoint.load(tmp_path / "run" / checkpoint.BEST)
+    assert (int(best["optimizer"]["counters"][0]), best["evaluation"]["top1"]) == (8, 100 * 4 / 6)
+
+
+def test_a_signal_ends_an_evaluation_with_everything_saved(evaluated_run, monkeypatch):
+    def stopped(model, batches, *_):
+        signal.raise_signal(signal.SIGTERM)
+        batches.most = 9
+        assert len(list(batches)) < 9
+        return torch.tensor([6, 6, 6])
+
+    monkeypatch.setattr("nvcnn.train.count_hits", stopped)
+    state, events = evaluated_run("run", code=SAVED_AND_STOPPED)
+    assert int(state["optimizer"]["counters"][0]) == 2
+    assert events == []
+
+
+@pytest.mark.parametrize(("save_every", "steps"), [(1, [6, 4, 2]), (2, [6, 4]), (0, [6])])
+def test_the_end_of_an_epoch_is_saved(evaluated_run, tmp_path, save_every, steps):
+    evaluated_run("run", save_every=save_every, eval_every=0)
+    assert [checkpoint.step_of(path) for path in checkpoint.in_directory(tmp_path / "run")] == steps
+
+
+def test_without_validation_images_there_is_no_evaluation_unless_it_is_asked_for(small_dataset):
+    settings = {"model": "lenet", "data_dir": str(small_dataset)}
+    assert find_validation_data(Settings(**settings)) is None
+    with pytest.raises(InputError, match=r"no validation-\* files.*; or give --eval_every=0"):
+        find_validation_data(Settings(**settings, eval_every=1))
 
 
 class Gathering(Transport):
