@@ -101,7 +101,9 @@ def test_the_commands_that_are_shown_are_the_recipes(page, name):
     """They differ in directories, and in what a dry run asks for."""
     asked = parse(Settings, [f"--recipe={name}", "--data_dir=d"])
     text = re.sub(r"\\\n", "", (ROOT / page).read_text())
-    (command,) = re.findall(rf"(?:mpiexec|\$launcher) .*launch/train\.py (--model={asked.model} .*)$", text, re.MULTILINE)
+    (command,) = re.findall(
+        rf"(?:mpiexec|\$launcher) .*launch/train\.py (--model={asked.model} .*)$", text, re.MULTILINE
+    )
     shown = parse(Settings, command.split())
     own = {key: getattr(asked, key) for key in ("data_dir", "log_dir", "num_classes", "num_images", "recipe")}
     assert replace(shown, **own) == asked
