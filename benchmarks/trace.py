@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import configurations, conv_shape
 from kernels.operators import hash_callees_first, operators
-from nvcnn.data.batch import Batch
+from nvcnn.data.batch import Batch, MixedBatch
 from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.models import MODELS, build_model
@@ -159,9 +159,16 @@ def meta_step(
 
 
 def step_calls(
-    model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16, conv: str = "torch"
+    model: str = "resnet50",
+    batch: int = 256,
+    dtype: torch.dtype = torch.float16,
+    conv: str = "torch",
+    mixed: bool = False,
 ) -> list[Call]:
-    """Returns all calls of one training step of the model with --conv, from uint8 images to new weights."""
+    """Returns all calls of one training step of the model with --conv, from uint8 images to new weights.
+
+    mixed: the batch is, as with --mixup or --cutmix.
+    """
     step, size = meta_step(model, batch, dtype, conv=conv), MODELS[model].image_size
     empty = partial(torch.empty, device=META)
     data = Batch(
@@ -170,7 +177,7 @@ def step_calls(
         empty(batch, dtype=torch.bool),
     )
     with recorded() as calls:
-        step(data)
+        step(MixedBatch(*data, empty(6)) if mixed else data)
     return calls
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import kernels
 from nvcnn.cuda_graph import Snapshot, capture
-from nvcnn.data.batch import Batch, prepare_input
+from nvcnn.data.batch import Batch, MixedBatch, prepare_input
 from nvcnn.distributed import Transport
 from nvcnn.meta import gradient_order
 from nvcnn.models.layers import image_channels, outputs
@@ -69,50 +69,57 @@ class Step:
         self.gradients = Gradients(self.arena, transport)
         # Of a captured step: its launch, and what it reads.
         self.replay: Callable[[], None] | None = None
-        self.images: Tensor | None = None
-        self.labels: Tensor
+        self.inputs: tuple[Tensor, ...] = ()
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch | MixedBatch) -> Tensor:
         """One step. Returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for.
 
         The next step overwrites what is returned.
         """
-        images = self.prepare_input(batch.images, batch.flip, into=self.images)
+        pixels, labels, flip, *mix = batch
+        images = self.prepare_input(pixels, flip, *mix, into=self.inputs[0] if self.inputs else None)
+        targets = labels, *(each[:1] for each in mix)
         if self.replay is None:
-            self.train(images, batch.labels)
+            self.train(images, *targets)
         else:
-            self.labels.copy_(batch.labels)
+            for its, given in zip(self.inputs[1:], targets, strict=True):
+                its.copy_(given)
             self.replay()
         return self.optimizer.latest
 
-    def train(self, images: Tensor, labels: Tensor) -> None:
-        """Computes new weights from the network's input: this is what a CUDA graph holds."""
+    def train(self, images: Tensor, labels: Tensor, *share: Tensor) -> None:
+        """Computes new weights from the network's input: this is what a CUDA graph holds.
+
+        share: of a mixed batch alone, (1,) fp32, that of an image's own label.
+        """
         logits, *heads = outputs(self.model(images))
-        rows, gradient = self.loss(logits, labels)
-        auxiliary = [self.loss(head, labels)[1].mul_(self.aux_weight) for head in heads]
+        rows, gradient = self.loss(logits, labels, *share)
+        auxiliary = [self.loss(head, labels, *share)[1].mul_(self.aux_weight) for head in heads]
         torch.autograd.backward([logits, *heads], [gradient, *auxiliary])
         self.gradients.finish()
         self.optimizer.step(rows)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, logits: Tensor, labels: Tensor, *share: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rows of losses and hits, and the gradient of the mean loss times the loss scale."""
-        return kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing)
+        return kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing, *share)
 
-    def capture(self, batch_size: int) -> None:
+    def capture(self, batch_size: int, mixed: bool = False) -> None:
         """Makes each step from now on the replay of a CUDA graph. All state, also that of the generators, stays.
 
-        All ranks must call it. The bits are those of a step that is not captured; a batch of another size is refused.
+        All ranks must call it. mixed: the batches to come are. The bits are those of a step that is not captured; a
+        batch of another size is refused.
         """
         shape, device = (batch_size, self.channels, self.image_size, self.image_size), self.arena.weight.device
-        self.images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
-        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.inputs = images, labels, *[torch.ones(1, device=device)] * mixed
         before = Snapshot(self.state().values(), device)
-        self.replay = capture(partial(self.train, self.images, self.labels))
+        self.replay = capture(partial(self.train, *self.inputs))
         before.restore()
 
     def close(self) -> None:
         """Lets go of the graph: it may hold collectives, and must end before the transport does."""
-        self.replay = self.images = None
+        self.replay, self.inputs = None, ()
 
     def state(self) -> dict[str, Tensor]:
         """Returns all tensors that steps write or read, by name. They are written in place: their addresses stay."""

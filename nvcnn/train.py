@@ -13,6 +13,7 @@ from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_training
 from nvcnn.data.dali import TrainingData
 from nvcnn.data.dataset import Dataset
+from nvcnn.data.mixing import Mixing
 from nvcnn.data.pillow_workers import WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect
@@ -93,6 +94,9 @@ class Run:
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
+        self.mixing: Mixing | None = None
+        if settings.mixup or settings.cutmix:
+            self.mixing = Mixing(settings.mixup, settings.cutmix, settings.seed, transport.rank)
         image_size = self.plan.preprocessing.image_size
         images = settings.batch_size, image_size
         stored = state and state["convolutions"]
@@ -150,7 +154,7 @@ class Run:
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=rank)
         self.announce(metrics)
         if not self.plan.no_graph:
-            self.train_step.capture(settings.batch_size)
+            self.train_step.capture(settings.batch_size, mixed=self.mixing is not None)
         metrics.say("Training")
         metrics.table_head()
         tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
@@ -162,7 +166,7 @@ class Run:
             while self.step < self.plan.steps:
                 with signals.waiting():
                     batch = next(self.data)
-                self.train_step(batch)
+                self.train_step(self.mixing(batch, self.step) if self.mixing else batch)
                 self.step += 1
                 metrics.step()
                 last = self.step == self.plan.steps

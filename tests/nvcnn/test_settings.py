@@ -27,6 +27,8 @@ ORIGINAL = {
 }
 NEWER = {
     "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
     "larc_exclude": "none",
     "bf16": False,
     "conv": "auto",
@@ -154,6 +156,9 @@ def test_short_and_negative_forms():
         ("--crop_aspect=2,1", "--crop_aspect"),
         ("--eval_crop=1.5", "--eval_crop"),
         ("--label_smoothing=1", "--label_smoothing"),
+        ("--mixup=-1", "--mixup=-1.0: must be 0, or from"),
+        ("--cutmix=nan", "--cutmix=nan"),
+        ("--cutmix=1 --batch_size=1", "--cutmix=1.0: mixes images of a batch"),
         ("--seed=-1", "--seed"),
         ("--keep=0", "--keep"),
         ("--fp16 --bf16", "--fp16 and --bf16"),
