@@ -2,13 +2,13 @@
 
 python -m benchmarks.codegen [--list short|all] [--json FILE] [NAME ...]    NAME: only rows whose name contains one
 
-`short` is what the tests compile: the steps of two small models, the optimizer's options, the convolutions and poolings
-that have the most fused into them, some Gram matrices with what follows, slices of channels, and what the tables of
-kernels/configs/ change in ResNet-50's step. `all` adds ResNet-50's steps with every --conv, its evaluation, and the
-convolutions of ResNeXt-50 that have groups, in fp16 and bf16, launched without a table and with each table of
-kernels/configs/ (on its own GPU); and in fp16, on sm_90, the convolutions and poolings of the models of OTHERS and what
-concatenates Inception v3's branches. Equal launches are compiled once; `calls` says how often they occur in ResNet-50's
-steps.
+`short` is what the tests compile: the steps of two small models, mixed batches, the optimizer's options, the
+convolutions and poolings that have the most fused into them, some Gram matrices with what follows, slices of channels,
+and what the tables of kernels/configs/ change in ResNet-50's step. `all` adds ResNet-50's steps with every --conv, its
+evaluation, and the convolutions of ResNeXt-50 that have groups, in fp16 and bf16, launched without a table and with
+each table of kernels/configs/ (on its own GPU); and in fp16, on sm_90, the convolutions and poolings of the models of
+OTHERS and what concatenates Inception v3's branches. Equal launches are compiled once; `calls` says how often they
+occur in ResNet-50's steps.
 
 Convolutions are compiled with TMA, too, and those of 1 x 1 with programs of several tiles. These are breaches, which
 make the exit code 1:
@@ -82,6 +82,7 @@ def short_calls() -> Iterator[Call]:
     half, bfloat16, single = torch.float16, torch.bfloat16, torch.float32
     for model, dtype in (("resnet18", half), ("resnet18", bfloat16), ("lenet", single)):
         yield from step_calls(model, 32, dtype)
+        yield from of_mixed_batches(model, dtype)
     runs = [meta_step("lenet", 32, dtype) for dtype in (half, bfloat16, single)]
     staged = meta_step("lenet", 32, bfloat16, bfloat16_transport=False)
     with recorded() as calls:
@@ -106,6 +107,12 @@ def short_calls() -> Iterator[Call]:
     yield from {call.name: call for call in of_slices(half)}.values()
     few = (64, 512)  # channels: one block, and several
     yield from (call for call in of_gram_matrices(half) if (call["weight"] or call["x"]).shape[1] in few)
+
+
+def of_mixed_batches(model: str, dtype: torch.dtype) -> list[Call]:
+    """Returns the calls of a step that are others where the batch is mixed: the input's and the loss's."""
+    calls = step_calls(model, 32, dtype, mixed=True)
+    return [call for call in calls if call["mix"] is not None or call["share"] is not None]
 
 
 def of_gram_matrices(dtype: torch.dtype) -> list[Call]:

@@ -131,6 +131,7 @@ def layer_calls(model: str, batch: int, dtype: torch.dtype, *convs: str) -> Coun
     calls: Counter[Call] = Counter()
     for conv in convs:
         calls |= Counter(step_calls(model, batch, dtype, conv))
+    calls |= Counter(step_calls(model, batch, dtype, convs[0], mixed=True))  # others are the input and the loss
     ours = {call: n for call, n in calls.items() if call.name.startswith("nvcnn::") and call.name not in optimizer_ops}
     return Counter(ours)
 

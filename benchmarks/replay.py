@@ -132,7 +132,7 @@ def describe(call: Call) -> str:
     words = [call.name.removeprefix("nvcnn::")]
     shape = next((v.shape for v in values.values() if isinstance(v, Layout)), ())
     words.append(" x ".join(map(str, shape[1:])))
-    fused = ["residual", "y"]
+    fused = ["residual", "y", "mix", "share"]
     if "max_pool" in call.name:
         fused.append("norm")
     if call.name in CONVOLUTIONS:

@@ -46,10 +46,17 @@ def meta_step(
 
 
 def step_calls(
-    model: str = "resnet50", batch: int = 256, dtype: torch.dtype = torch.float16, conv: str = "torch"
+    model: str = "resnet50",
+    batch: int = 256,
+    dtype: torch.dtype = torch.float16,
+    conv: str = "torch",
+    mixed: bool = False,
 ) -> list[Call]:
-    """Returns all calls of one training step of the model with --conv, from uint8 images to new weights."""
-    return calls_of(meta_step(model, batch, dtype, conv=conv), batch)
+    """Returns all calls of one training step of the model with --conv, from uint8 images to new weights.
+
+    mixed: the batch is, as with --mixup or --cutmix.
+    """
+    return calls_of(meta_step(model, batch, dtype, conv=conv), batch, mixed)
 
 
 def evaluation_calls(

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kernels.configurations import cdiv
-from nvcnn.data.batch import Batch
+from nvcnn.data.batch import Batch, MixedBatch
 from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.program import Launch
@@ -148,8 +148,8 @@ def meta_step(
     )
 
 
-def calls_of(step: Step, batch: int) -> list[Call]:
-    """Returns all calls of one training step, from uint8 images to new weights."""
+def calls_of(step: Step, batch: int, mixed: bool = False) -> list[Call]:
+    """Returns all calls of one training step, from uint8 images to new weights. mixed: the batch is."""
     empty, size = partial(torch.empty, device=META), step.image_size
     data = Batch(
         empty((batch, size, size, 3), dtype=torch.uint8),
@@ -157,7 +157,7 @@ def calls_of(step: Step, batch: int) -> list[Call]:
         empty(batch, dtype=torch.bool),
     )
     with recorded() as calls:
-        step(data)
+        step(MixedBatch(*data, empty(6)) if mixed else data)
     return calls
 
 

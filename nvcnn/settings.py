@@ -249,6 +249,12 @@ class Settings(Images):
         "none", "parameters LARC leaves to plain SGD: none, or those of one dimension (1d)", choices=("none", "1d")
     )
     label_smoothing: float = training(0.0, "share of the target spread over all classes")
+    mixup: float = training(0.0, "blend each image with another, by shares of Beta(MIXUP, MIXUP); 0: do not")
+    cutmix: float = training(
+        0.0,
+        "put a box of another image into each, of a share of Beta(CUTMIX, CUTMIX); 0: do not. With --mixup each batch "
+        "has one of both",
+    )
     aux: bool = training(False, "the auxiliary heads of googlenet and inception3, with their papers' weights")
     zero_gamma: bool = training(False, "the last BatchNorm of each residual block begins with gamma 0")
     init: str | None = training(None, "weights to begin with: a checkpoint, or published ones (.pth, .safetensors)")
@@ -353,6 +359,11 @@ class Settings(Images):
             low, high = getattr(self, name)
             check(self, SMALLEST <= low <= high <= top, name, f"LO,HI with {SMALLEST} <= LO <= HI <= {top}")
         check(self, 0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            check(self, alpha == 0 or SMALLEST <= alpha <= LARGEST, name, f"0, or from {SMALLEST} to {LARGEST}")
+            if alpha and self.batch_size == 1:
+                raise InputError(f"--{name}={alpha}: mixes images of a batch, and --batch_size=1 has no other")
         scale = self.loss_scale
         right = scale == "dynamic" if isinstance(scale, str) else SMALLEST <= scale <= LARGEST
         check(self, right, "loss_scale", f"a number from {SMALLEST} to {LARGEST}, or 'dynamic'")

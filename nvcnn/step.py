@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import kernels
 from nvcnn.cuda_graph import Snapshot, capture
-from nvcnn.data.batch import Batch, prepare_input
+from nvcnn.data.batch import Batch, MixedBatch, prepare_input
 from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import use
 from nvcnn.meta import gradient_order
@@ -60,7 +60,7 @@ class Step:
         # Of captured steps, by image size: what each reads, and its launch; of the current size, the same.
         self.captured: dict[int, tuple[Tensor, Callable[[], None]]] = {}
         self.images: Tensor | None
-        self.labels: Tensor
+        self.targets: tuple[Tensor, ...] = ()
         self.replay: Callable[[], None] | None
         self.algorithms = algorithms or {}
         self.change_size(image_size)
@@ -87,24 +87,28 @@ class Step:
         )
         self.gradients = Gradients(self.arena, transport)
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch | MixedBatch) -> Tensor:
         """One step. Returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for.
 
         The next step overwrites what is returned.
         """
+        _, labels, _, *mix = batch
+        targets = labels, *(each[:1] for each in mix)
         if batch.images.shape[1] != self.image_size:
             self.change_size(batch.images.shape[1])
         images = self.input(batch)
         if self.replay is None:
-            self.train(images, batch.labels)
+            self.train(images, *targets)
         else:
-            self.labels.copy_(batch.labels)
+            for its, given in zip(self.targets, targets, strict=True):
+                its.copy_(given)
             self.replay()
         return self.optimizer.latest
 
-    def input(self, batch: Batch) -> Tensor:
+    def input(self, batch: Batch | MixedBatch) -> Tensor:
         """Returns what the network gets of a batch. In a graph, the next one's overwrites it."""
-        return self.prepare_input(batch.images, batch.flip, into=self.images)
+        pixels, _, flip, *mix = batch
+        return self.prepare_input(pixels, flip, *mix, into=self.images)
 
     def change_size(self, image_size: int) -> None:
         """Has the next steps take images of that size, by its algorithms, and as its graph where steps are graphs."""
@@ -114,29 +118,33 @@ class Step:
         self.images, self.replay = self.captured.get(image_size, (None, None))
         use(self.model, self.algorithms.get(image_size, {}))
 
-    def train(self, images: Tensor, labels: Tensor) -> None:
-        """Computes new weights from the network's input: this is what a CUDA graph holds."""
+    def train(self, images: Tensor, labels: Tensor, *share: Tensor) -> None:
+        """Computes new weights from the network's input: this is what a CUDA graph holds.
+
+        share: of a mixed batch alone, (1,) fp32, that of an image's own label.
+        """
         logits, *heads = outputs(self.model(images))
-        rows, gradient = self.loss(logits, labels)
-        auxiliary = [self.loss(head, labels)[1].mul_(self.aux_weight) for head in heads]
+        rows, gradient = self.loss(logits, labels, *share)
+        auxiliary = [self.loss(head, labels, *share)[1].mul_(self.aux_weight) for head in heads]
         torch.autograd.backward([logits, *heads], [gradient, *auxiliary])
         self.gradients.finish()
         self.optimizer.step(rows)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, logits: Tensor, labels: Tensor, *share: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rows of losses and hits, and the gradient of the mean loss times the loss scale."""
-        return kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing)
+        return kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing, *share)
 
-    def capture(self, batch_size: int, sizes: Sequence[int] = ()) -> None:
+    def capture(self, batch_size: int, sizes: Sequence[int] = (), mixed: bool = False) -> None:
         """Makes each step from now on the replay of a CUDA graph. All state, also that of the generators, stays.
 
         All ranks must call it. The bits are those of a step that is not captured; a batch of another size is refused.
-        sizes: of images, each of which gets a graph; none: the current one.
+        sizes: of images, each of which gets a graph; none: the current one. mixed: the batches to come are.
         """
         current, device = self.image_size, self.arena.weight.device
         ordered = sorted({current, *sizes}, reverse=True)  # the largest comes first: its memory is enough for all
         values = torch.zeros(batch_size * self.channels * ordered[0] ** 2, dtype=self.dtype, device=device)
-        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.targets = labels, *[torch.ones(1, device=device)] * mixed
 
         def images(size: int) -> Tensor:  # channels-last
             mine = values[: batch_size * self.channels * size**2]
@@ -144,7 +152,7 @@ class Step:
 
         def train(size: int) -> None:
             self.change_size(size)
-            self.train(inputs[size], self.labels)
+            self.train(inputs[size], *self.targets)
 
         inputs = {size: images(size) for size in ordered}
         before = Snapshot(self.state().values(), device)

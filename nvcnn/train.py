@@ -13,9 +13,10 @@ from nvcnn import checkpoint
 from nvcnn.check_data import check_data
 from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_evaluation, open_training
-from nvcnn.data.batch import Batch, pixels
+from nvcnn.data.batch import Batch, MixedBatch, pixels
 from nvcnn.data.dali import EvaluationData, TrainingData
 from nvcnn.data.dataset import Dataset
+from nvcnn.data.mixing import Mixing
 from nvcnn.data.pillow_workers import WorkerEvaluationData, WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect
@@ -106,6 +107,9 @@ class Run:
             best = checkpoint.best_so_far(settings, transport.size) if transport.rank == 0 else None
             self.best = transport.gather(best)[0]
             self.open_validation(validation, threads)
+        self.mixing: Mixing | None = None
+        if settings.mixup or settings.cutmix:
+            self.mixing = Mixing(settings.mixup, settings.cutmix, settings.seed, transport.rank)
         self.choices = self.choose_algorithms(model, state["convolutions"] if state else {})
         self.schedule = learning_rates(settings.schedule, self.plan.learning_rate, self.plan.steps, self.plan.warmup)
         self.train_step = Step(
@@ -214,7 +218,7 @@ class Run:
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=rank)
         self.announce(metrics)
         if not self.plan.no_graph:
-            self.train_step.capture(settings.batch_size, self.plan.sizes)
+            self.train_step.capture(settings.batch_size, self.plan.sizes, mixed=self.mixing is not None)
         metrics.say("Training")
         metrics.table_head()
         tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
@@ -227,7 +231,9 @@ class Run:
         with caught() as signals:
             while self.step < self.plan.steps:
                 with signals.waiting():
-                    batch = next(self.data)
+                    batch: Batch | MixedBatch = next(self.data)
+                if self.mixing:
+                    batch = self.mixing(batch, self.step)
                 if self.step == 0 and rank == 0 and settings.log_dir:
                     with throughput.left_out():
                         self.show_input(batch, metrics)
@@ -284,12 +290,14 @@ class Run:
         self.transport.close()
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
 
-    def show_input(self, batch: Batch, metrics: Metrics) -> None:
+    def show_input(self, batch: Batch | MixedBatch, metrics: Metrics) -> None:
         """Has some images of a batch drawn as the network sees them, with their classes."""
-        names = self.plan.class_names
-        labels = batch.labels[:PICTURES].tolist()
+        names, labels = self.plan.class_names, batch.labels.tolist()
+        shown = [names[label] if names else f"class {label}" for label in labels]
+        if isinstance(batch, MixedBatch):
+            shown = [f"{one}, {other}" for one, other in zip(shown, reversed(shown), strict=True)]
         images = pixels(self.train_step.input(batch)[:PICTURES], self.plan.preprocessing.normalize).cpu()
-        metrics.input(images, [names[label] if names else f"class {label}" for label in labels])
+        metrics.input(images, shown[:PICTURES])
 
     def evaluate(self, metrics: Metrics, signals: Signals) -> bool:
         """Evaluates on all ranks, and saves the best. Returns whether it came to its end, before any signal.

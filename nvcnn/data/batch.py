@@ -26,6 +26,18 @@ class Batch(NamedTuple):
     flip: Tensor
 
 
+class MixedBatch(NamedTuple):
+    """A Batch whose images are to be mixed with those of the batch in reverse order, and so are its labels.
+
+    mix: (6,) fp32: the share of an image's own label, then what `kernels.prepare_input` mixes pixels by.
+    """
+
+    images: Tensor
+    labels: Tensor
+    flip: Tensor
+    mix: Tensor
+
+
 @cache
 def scale_shift(normalize: str, device: torch.device) -> list[Tensor]:
     """Returns scale and shift of the channels, each (3,) fp32, copied from the host once."""
@@ -33,17 +45,26 @@ def scale_shift(normalize: str, device: torch.device) -> list[Tensor]:
 
 
 def prepare_input(
-    images: Tensor, flip: Tensor, *, dtype: torch.dtype, normalize: str, channels: int = 3, into: Tensor | None = None
+    images: Tensor,
+    flip: Tensor,
+    mix: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    normalize: str,
+    channels: int = 3,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Returns the network's input, (N, channels, H, W) channels-last: mirrored where `flip`, normalised in fp32, cast.
 
-    images: (N, H, W, 3) uint8. flip: (N,) bool. normalize: "signed", to [-1, 1], or "imagenet", by mean and deviation.
-    channels: 3, or 4 or 8 of which the last are zero. into: a tensor for it, instead of a new one.
+    images: (N, H, W, 3) uint8. flip: (N,) bool. mix: of a MixedBatch. normalize: "signed", to [-1, 1], or "imagenet",
+    by mean and deviation. channels: 3, or 4 or 8 of which the last are zero. into: a tensor for it, instead of a new
+    one.
     """
     scale, shift = scale_shift(normalize, images.device)
+    mixed = () if mix is None else (mix[1:],)
     if into is None:
-        return kernels.prepare_input(images, flip, scale, shift, dtype, channels)
-    kernels.prepare_input_into(images, flip, scale, shift, into)
+        return kernels.prepare_input(images, flip, scale, shift, dtype, channels, *mixed)
+    kernels.prepare_input_into(images, flip, scale, shift, into, *mixed)
     return into
 
 

@@ -24,6 +24,7 @@ def test_the_short_list_for_all_chips(tmp_path):
         convolutions_multiply_with_the_chips_own_instruction,
         instructions_of_a_step_and_outside_of_it_are_counted,
         poolings_normalise,
+        mixed_batches_are_compiled,
         tiles_of_convolutions_are_loaded_by_tma,
         every_kernel_is_compiled_for_every_chip_in_every_dtype_of_its_streams,
         both_gradients_in_one_kernel_fit_an_sm_of_hopper,
@@ -88,6 +89,12 @@ def poolings_normalise(rows):
     functions = ("max_pool_norm", "max_pool_backward_norm")
     expected = {(name, f"sm_{chip}", dtype) for name in functions for chip in CHIPS for dtype in ("fp16", "bf16")}
     assert {row for row in raw if row[0] in functions} == expected
+
+
+def mixed_batches_are_compiled(rows):
+    for op, tensor in (("prepare_input", "mix"), ("cross_entropy", "share")):
+        names = [row["name"] for row in rows if row["name"].startswith(f"{op}.kernel ")]
+        assert {f"{tensor}=None" in name for name in names} == {True, False}, op
 
 
 def tiles_of_convolutions_are_loaded_by_tma(rows):

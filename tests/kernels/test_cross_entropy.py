@@ -33,6 +33,12 @@ def random_targets(soft, n, classes, device):
     return (pair * torch.rand(2, n, 1, device=device)).sum(0)
 
 
+def mixed_targets(labels, classes, share):
+    """Returns, in float64, the soft targets of a mixed batch."""
+    own = F.one_hot(labels, classes).double()
+    return share * own + (1 - share) * own.flip(0)
+
+
 def label_of(targets):
     return targets.argmax(1) if targets.dim() == 2 else targets
 
@@ -79,24 +85,31 @@ SHAPES = st.one_of(
     label_smoothing=st.sampled_from([0.0, 0.1, 0.75]),
     spread=st.sampled_from([1.0, 30.0]),
     loss_scale=st.sampled_from([0.5, 1.0, 1000.0]),
+    share=st.sampled_from([None, 0.0, 0.3, 0.5, 1.0]),
     seed=st.integers(0, 2**32),
 )
 def test_is_as_close_as_its_dtypes_allow(
-    implementation, device, shape, dtype, soft, label_smoothing, spread, loss_scale, seed
+    implementation, device, shape, dtype, soft, label_smoothing, spread, loss_scale, share, seed
 ):
     torch.manual_seed(seed)
     n, classes = shape
     logits = (spread * torch.randn(shape, device=device)).to(dtype)
     targets = random_targets(soft, n, classes, device)
+    if share is not None:
+        targets = random_targets(False, n, classes, device)
     arguments = logits, targets, torch.tensor([loss_scale], device=device), label_smoothing
-    rows, gradient = cross_entropy(*arguments)
-    check_closeness(rows, gradient, arguments, unit(dtype, implementation))
+    rows, gradient = cross_entropy(*arguments, None if share is None else torch.tensor([share], device=device))
+    check_closeness(rows, gradient, arguments, unit(dtype, implementation), share)
 
 
-def check_closeness(rows, gradient, arguments, rounding):
+def check_closeness(rows, gradient, arguments, rounding, share=None):
     logits, targets, loss_scale, label_smoothing = arguments
     classes = logits.shape[1]
-    losses, exact_gradient = exact(*arguments)
+    label = targets
+    if share is not None:
+        label = targets if share >= 0.5 else targets.flip(0)
+        targets = mixed_targets(targets, classes, torch.tensor(share, dtype=torch.float32).double().item())
+    losses, exact_gradient = exact(logits, targets, loss_scale, label_smoothing)
     p, information = logits.double().softmax(1), -logits.double().log_softmax(1)
     target = targets.double() if targets.dim() == 2 else F.one_hot(targets, classes).double()
     q = (1 - label_smoothing) * target + label_smoothing / classes
@@ -110,7 +123,7 @@ def check_closeness(rows, gradient, arguments, rounding):
     bound = p * q.sum(1, keepdim=True) * (of_exp + of_total + (classes + 12) * U) + 6 * U * q + 2.0**-126
     bound = bound * (loss_scale / len(logits)) + rounding * exact_gradient.abs() + SMALLEST[gradient.dtype] + 2.0**-126
     assert ((gradient - exact_gradient).abs() <= bound).all()
-    assert torch.equal(rows[:, 1:], hits(logits, targets))
+    assert torch.equal(rows[:, 1:], hits(logits, label))
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -166,6 +179,7 @@ def test_infinities_and_nan_give_what_torch_gives(implementation, device, dtype,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_a_label_that_is_no_class_shows_in_its_row_alone(implementation, device, dtype, label_smoothing):
+    """Of a mixed batch in the row that has a share of it, too."""
     logits = torch.randn(9, 3, device=device).to(dtype)
     good = torch.tensor([0, 1, 2] * 3, device=device)
     bad = good.clone()
@@ -177,6 +191,11 @@ def test_a_label_that_is_no_class_shows_in_its_row_alone(implementation, device,
     assert gradient[bad != good].isnan().all()
     for got, wanted in zip((rows, gradient), expected, strict=True):
         assert torch.equal(got[bad == good], wanted[bad == good])
+    rows, gradient = cross_entropy(logits, bad, ONE.to(device), label_smoothing, ONE.to(device) / 4)
+    either = (bad != good) | (bad != good).flip(0)
+    assert torch.equal(rows[:, 0].isnan(), either)
+    assert torch.equal(gradient.isnan().all(1), either)
+    assert torch.equal(gradient.isnan().any(1), either)
 
 
 @pytest.mark.parametrize(("dtype", "top"), [(torch.float16, 65504.0), (torch.float32, 1e4), (torch.bfloat16, 2.0**16)])
@@ -256,6 +275,8 @@ LOGITS, LABELS = torch.randn(2, 3), torch.tensor([0, 1])
         ((LOGITS, LOGITS.half(), ONE, 0.0), r"targets must be \(2, 3\), torch.float32.*got \(2, 3\), torch.float16"),
         ((LOGITS, LABELS, torch.tensor(1.0), 0.0), r"loss_scale must be \(1,\), torch.float32"),
         ((LOGITS, LABELS, ONE, 1.0), "label_smoothing must be at least 0 and below 1, got 1.0"),
+        ((LOGITS, LABELS, ONE, 0.0, LOGITS), r"share must be \(1,\), torch.float32"),
+        ((LOGITS, LOGITS, ONE, 0.0, ONE), "share is for classes"),
         ((LOGITS, LABELS, ONE, -0.1), "label_smoothing must be at least 0 and below 1, got -0.1"),
     ],
 )

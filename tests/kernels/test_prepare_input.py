@@ -16,23 +16,38 @@ def pixels(n, h, w, device):
     return torch.randint(256, (n, h, w, 3), device=device, dtype=torch.uint8), flip
 
 
-def formula(images, flip, scale, shift):
+def formula(images, flip, scale, shift, mix=None):
     """Returns (N, 3, H, W) in float64, and the products alone."""
     mirrored = torch.stack([image.flip(1) if f else image for image, f in zip(images, flip.tolist(), strict=True)])
-    product = mirrored.double() * scale.double()
+    mirrored = mirrored.double()
+    if mix is not None:
+        weight, *box = mix.tolist()
+        top, bottom, left, right = map(int, box)
+        other = mirrored.flip(0)
+        mirrored = weight * mirrored + (1 - weight) * other
+        mirrored[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+    product = mirrored * scale.double()
     return (product + shift.double()).permute(0, 3, 1, 2), product.permute(0, 3, 1, 2)
+
+
+# Weight and box: nothing mixed; blended; a box inside; one up to the last row and column; all of the other image.
+MIXES = [None, (0.25, 0, 0, 0, 0), (1, 2, 5, 1, 6), (1, 0, 9, 3, 24), (0, 0, 0, 0, 0), (0.5, 1, 3, 0, 2)]
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [*zip(CHANNELS, DTYPES, strict=True)])
 @pytest.mark.parametrize("size", [(3, 9, 24), (2, 5, 7), (1, 1, 1)])
-def test_is_exact_where_nothing_is_rounded(implementation, device, size, dtype, channels):
+@pytest.mark.parametrize("mix", MIXES)
+def test_is_exact_where_nothing_is_rounded(implementation, device, size, dtype, channels, mix):
     images, flip = pixels(*size, device)
+    if mix is not None:
+        mix = torch.tensor(mix, dtype=torch.float32, device=device)
+        images &= 252  # a quarter of it is an integer
     scale, shift = torch.tensor([[2**-7, 2**-6, 2**-5], [-1, -2, -4]], device=device)
     before = images.clone()
-    x = prepare_input(images, flip, scale, shift, dtype, channels)
+    x = prepare_input(images, flip, scale, shift, dtype, channels, mix)
     n, h, w = size
     assert (x.shape, x.dtype, x.stride()) == ((n, channels, h, w), dtype, (channels * h * w, 1, channels * w, channels))
-    assert torch.equal(x[:, :3].double(), formula(images, flip, scale, shift)[0])
+    assert torch.equal(x[:, :3].double(), formula(images, flip, scale, shift, mix)[0])
     assert not x[:, 3:].any()
     assert torch.equal(images, before)
 
@@ -41,17 +56,20 @@ def test_is_exact_where_nothing_is_rounded(implementation, device, size, dtype, 
     size=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 40)),
     dtype=st.sampled_from(DTYPES),
     channels=st.sampled_from(CHANNELS),
+    mixed=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_is_as_close_as_its_dtypes_allow(implementation, device, size, dtype, channels, seed):
+def test_is_as_close_as_its_dtypes_allow(implementation, device, size, dtype, channels, mixed, seed):
     torch.manual_seed(seed)
     images, flip = pixels(*size, device)
     scale, shift = torch.randn(3, device=device) / 64, torch.randn(3, device=device)
-    exact, product = formula(images, flip, scale, shift)
-    x = prepare_input(images, flip, scale, shift, dtype, channels)
-    # The product is rounded or, in a fused multiply-add, is not; then the sum, then the result.
+    mix = torch.tensor([torch.rand(1).item(), 1, 4, 2, 9], device=device) if mixed else None
+    exact, product = formula(images, flip, scale, shift, mix)
+    x = prepare_input(images, flip, scale, shift, dtype, channels, mix)
+    # The product is rounded or, in a fused multiply-add, is not; then the sum, then the result. Of a mixed pixel so are
+    # the other's weight, both products and their sum.
     rounding = unit(dtype, implementation)
-    bound = 2.0**-24 * product.abs() + (2.0**-24 + rounding) * exact.abs()
+    bound = (5 if mixed else 1) * 2.0**-24 * product.abs() + (2.0**-24 + rounding) * exact.abs()
     bound = bound * (1 + 2 * rounding) + SMALLEST[dtype]
     assert ((x[:, :3].double() - exact).abs() <= bound).all()
     assert not x[:, 3:].any()
@@ -86,10 +104,11 @@ def test_two_runs_give_the_same_bits(implementation, device):
 def test_is_the_same_where_it_is_asked_to_be(implementation, device, dtype, channels):
     images, flip = pixels(3, 9, 24, device)
     scale, shift = torch.randn(2, 3, device=device)
-    expected = prepare_input(images, flip, scale, shift, dtype, channels)
+    mix = torch.tensor([0.7, 1, 4, 2, 9], device=device)
+    expected = prepare_input(images, flip, scale, shift, dtype, channels, mix)
     x = torch.full_like(expected, torch.nan)
     at = x.data_ptr()
-    assert prepare_input_into(images, flip, scale, shift, x) is None
+    assert prepare_input_into(images, flip, scale, shift, x, mix) is None
     assert torch.equal(x, expected)
     assert x.data_ptr() == at
 
@@ -117,6 +136,7 @@ GOOD = {"images": IMAGES, "flip": torch.zeros(2).bool(), "scale": torch.ones(3),
         ({"flip": torch.zeros(3).bool()}, r"flip must be \(2,\), torch.bool.*got \(3,\)"),
         ({"scale": torch.ones(1)}, r"scale must be \(3,\), torch.float32"),
         ({"shift": torch.ones(3).double()}, r"shift must be \(3,\), torch.float32.*got .* torch.float64"),
+        ({"mix": torch.ones(4)}, r"mix must be \(5,\), torch.float32.*got \(4,\)"),
         ({"dtype": torch.float64}, "dtype must be one of torch.float16.*got torch.float64, 3"),
         ({"channels": 5}, "channels 3, 4 or 8; got torch.float16, 5"),
     ],

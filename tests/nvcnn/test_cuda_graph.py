@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.trace import meta_step
-from nvcnn import checkpoint, metrics
+from nvcnn import checkpoint, plot
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.distributed import Torch, Transport, connect
@@ -29,7 +29,7 @@ from nvcnn.roofline import META, call_of
 from nvcnn.settings import Settings
 from nvcnn.step import Step
 from nvcnn.train import Run
-from tests.nvcnn.test_step import CLASSES, SIZE, Headed, Net, batch, make
+from tests.nvcnn.test_step import CLASSES, SIZE, Headed, Net, batch, make, mixed
 
 HOST_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -101,6 +101,7 @@ OPTIONS = {
     "bf16, no LARC": {"dtype": torch.bfloat16, "larc_eta": None, "momentum_dtype": torch.bfloat16},
     "fp16, cudnn": {"conv": "cudnn", "dtype": torch.float16},
     "auxiliary heads": {"net": Headed},
+    "auxiliary heads, mixed": {"net": Headed},
 }
 
 
@@ -112,10 +113,14 @@ def test_a_graph_has_the_bits_of_a_step(device, capturing, case, monkeypatch):
     monkeypatch.setattr("nvcnn.step.image_channels", lambda model, device: 4 if padded else 3)
     batches = [batch(seed, device) for seed in range(6)]
     batches[2] = batches[2]._replace(labels=torch.full_like(batches[2].labels, CLASSES))  # no such class: NaN
+    mixes = case.endswith("mixed")
+    if mixes:
+        batches = [mixed(data) for data in batches]
+        batches[3].mix[:2] = 1
     eager, graph = make(device, **options), make(device, **options)
     torch.manual_seed(3)
     start = bits(graph)
-    graph.capture(4)
+    graph.capture(4, mixed=mixes)
     assert_same(bits(graph), start)
     states = []
     for step in (eager, graph):
@@ -128,14 +133,14 @@ def test_a_graph_has_the_bits_of_a_step(device, capturing, case, monkeypatch):
                 step.load_state_dict(saved)  # what is captured reads it
                 step = make(device, **options)
                 step.load_state_dict(saved)
-                step.capture(4)
+                step.capture(4, mixed=mixes)
             latest = step(data)
             states[-1].append(bits(step) | {"returned": latest.clone(), "read": torch.tensor(step.read())})
     for one, other in zip(*states, strict=True):
         assert_same(one, other)
     assert [int(state["optimizer.counters"][1]) for state in states[0]] == [1, 2, 2, 3, 4, 5]
     with pytest.raises(ValueError, match="images must be"):
-        step(Batch(*(t[:3] for t in batches[0])))
+        step(Batch(*(t[:3] for t in batches[0][:3])))
 
 
 def test_each_size_has_its_graph_and_algorithms(device, capturing):
@@ -170,7 +175,7 @@ def test_a_run_is_the_same_with_a_graph(tmp_path, capturing, monkeypatch, device
     """The loop around the graph prints the same lines, saves the same checkpoint, and ends."""
     lines, weights = [], []
     taken, whole = [], Step.capture
-    monkeypatch.setattr(Step, "capture", lambda step, *given: taken.append(given) or whole(step, *given))
+    monkeypatch.setattr(Step, "capture", lambda *given, **mixed: taken.append(given[1:]) or whole(*given, **mixed))
     for name, reason in (("eager", "--cuda_graph=off"), ("graph", "")):
         monkeypatch.setattr("nvcnn.plan.why_not", lambda *_, reason=reason, **__: reason)
         settings = Settings(model="lenet", batch_size=4, num_batches=4, num_classes=9, log_dir=str(tmp_path / name))
@@ -179,7 +184,7 @@ def test_a_run_is_the_same_with_a_graph(tmp_path, capturing, monkeypatch, device
         assert taken == ([(4, [28])] if name == "graph" else [])
         assert run.train_step.replay is None  # a graph must end before the transport
         weights.append(checkpoint.newest(tmp_path / name)[1]["weights"])
-        events = [event for event in metrics.read(tmp_path / name) if event["event"] == "train"]
+        events = [event for event in plot.read(tmp_path / name) if event["event"] == "train"]
         lines.append([{k: v for k, v in e.items() if k not in ("time", "images_per_second")} for e in events])
     assert lines[0] == lines[1]
     assert len(lines[0]) == 4

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nvcnn.data.batch import DEVIATION, MEAN, Batch
+from nvcnn.data.batch import DEVIATION, MEAN, Batch, MixedBatch
 from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import use
 from nvcnn.meta import places
@@ -81,8 +81,14 @@ class Twice(Transport):
         return lambda: None
 
 
+def mixed(data: Batch) -> MixedBatch:
+    """Returns the batch with a box in each image, and a weight for what is outside of it."""
+    return MixedBatch(*data, torch.tensor([0.3, 0.625, 1, 5, 2, 8], device=data.images.device))
+
+
+@pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("transport", [Transport(Launch()), Twice()], ids=["one rank", "two ranks"])
-def test_a_step_does_what_pytorch_does(transport, device):
+def test_a_step_does_what_pytorch_does(transport, mixes, device):
     model = nn.Sequential(nn.Flatten(), Classifier(3 * SIZE * SIZE, CLASSES))
     plain, data = copy.deepcopy(model).to(device), batch(0, device)
     options = {"normalize": "imagenet", "label_smoothing": 0.1, "loss_scale": 8.0}
@@ -90,7 +96,12 @@ def test_a_step_does_what_pytorch_does(transport, device):
     sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, DEVIATION))
     images = torch.where(data.flip[:, None, None, None], data.images.flip(2), data.images).permute(0, 3, 1, 2)
-    loss = F.cross_entropy(plain((images / 255 - mean) / deviation), data.labels, label_smoothing=0.1)
+    images, targets = images / 255, F.one_hot(data.labels, CLASSES).float()
+    if mixes:
+        blended = 0.625 * images + 0.375 * images.flip(0)
+        blended[:, :, 1:5, 2:8] = images.flip(0)[:, :, 1:5, 2:8]
+        images, targets, data = blended, 0.3 * targets + 0.7 * targets.flip(0), mixed(data)
+    loss = F.cross_entropy(plain((images - mean) / deviation), targets, label_smoothing=0.1)
     loss.backward()
     sgd.step()
     assert step(data)[0].item() == pytest.approx(loss.item(), rel=1e-5)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from nvcnn import checkpoint, metrics
+from nvcnn import checkpoint, plot
 from nvcnn.distributed import Transport
 from nvcnn.kernel_choices import Choices
 from nvcnn.meta import places
@@ -37,9 +37,11 @@ def run(rank: int = 0, **settings) -> Run:
 
 def test_flags_reach_the_step():
     flags = {"larc_mode": "scale", "larc_eta": 0.01, "larc_exclude": "1d", "loss_scale": 64.0, "learning_rate": 0.5}
-    flags |= {"momentum": 0.8, "weight_decay": 5e-5, "no_decay": "1d", "clip_norm": 2.0}
-    step = run(label_smoothing=0.1, normalize="imagenet", momentum_dtype="bf16", bf16=True, **flags).train_step
+    flags |= {"momentum": 0.8, "weight_decay": 5e-5, "no_decay": "1d", "clip_norm": 2.0, "cutmix": 0.5}
+    whole = run(label_smoothing=0.1, normalize="imagenet", momentum_dtype="bf16", bf16=True, **flags)
+    step, mixing = whole.train_step, whole.mixing
     optimizer, arena = step.optimizer, step.arena
+    assert (mixing.mixup, mixing.cutmix, mixing.seed, mixing.rank) == (0.0, 0.5, 1, 0)
     assert (step.label_smoothing, step.prepare_input.keywords["normalize"]) == (0.1, "imagenet")
     assert (arena.momentum.dtype, step.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (optimizer.mode, optimizer.eta, optimizer.excluded_from) == ("scale", 0.01, arena.matrices)
@@ -60,7 +62,7 @@ def test_weights_are_those_of_the_seed_and_images_of_the_rank_too():
 
 @pytest.mark.parametrize("backend", [None, "torch"], ids=["synthetic", "torch"])
 def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch, small_dataset, backend):
-    """The generators' state is in the checkpoint: bits are those of a run that nobody stopped."""
+    """The generators' state is in the checkpoint: bits are those of a run that nobody stopped. So are mixed batches."""
     monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
     stop_at, whole = -1, Step.__call__
 
@@ -71,6 +73,7 @@ def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch, 
 
     def trained(name) -> int:
         options = {"conv": "torch", "batch_size": 4, "num_batches": 4, "num_classes": CLASSES}
+        options |= {"mixup": 0.2, "cutmix": 1.0}
         data = {"data_dir": str(small_dataset), "data_backend": backend} if backend else {}
         settings = Settings(model="net", log_dir=str(tmp_path / name), **options, **data)
         dataset = find_training_data(settings)
@@ -177,7 +180,7 @@ def evaluated_run(tmp_path, monkeypatch):
         datasets = find_training_data(settings), find_validation_data(settings)
         state = checkpoint.resume(settings, 1)
         assert Run(settings, datasets[0], Transport(Launch()), state, None, datasets[1]).loop() == code
-        events = [event for event in metrics.read(tmp_path / name) if event["event"] == "eval"]
+        events = [event for event in plot.read(tmp_path / name) if event["event"] == "eval"]
         return checkpoint.newest(tmp_path / name)[1], events
 
     return trained
