@@ -231,9 +231,8 @@ class Run:
         with caught() as signals:
             while self.step < self.plan.steps:
                 with signals.waiting():
-                    batch: Batch | MixedBatch = next(self.data)
-                if self.mixing:
-                    batch = self.mixing(batch, self.step)
+                    given = next(self.data)
+                batch = self.mixing(given, self.step) if self.mixing else given
                 if self.step == 0 and rank == 0 and settings.log_dir:
                     with throughput.left_out():
                         self.show_input(batch, metrics)
