@@ -10,7 +10,7 @@ from kernels.cross_entropy import MAX_CLASSES
 from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.kernel_choices import use
-from nvcnn.machine import chosen_kernels, compute_dtype
+from nvcnn.machine import chosen_kernels, compute_dtype, slowness
 from nvcnn.meta import activation_bytes
 from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
@@ -107,7 +107,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
 def describe(settings: Settings, run: Plan) -> list[str]:
     """Returns the lines a run starts with, as the original's."""
     dtype = str(run.dtype).removeprefix("torch.")
-    slow = run.dtype != torch.float32 and not torch.cuda.is_available()
+    low = run.dtype != torch.float32 and not torch.cuda.is_available()
     return [
         f"Num ranks:   {run.ranks}",
         f"Num images:  {run.images if settings.data_dir else 'Synthetic'}",
@@ -115,7 +115,7 @@ def describe(settings: Settings, run: Plan) -> list[str]:
         *describe_images(settings.model, run.preprocessing, run.options),
         f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
         f"Data type:   {dtype}",
-        *[f"  {dtype} on a CPU is for trying things out: it can be slow"] * slow,
+        *[f"  {dtype} on this CPU: a convolution takes {slowness(run.dtype):.1f} times as long as in float32"] * low,
         f"Steps:       {run.steps}",
         f"CUDA graph:  {f'none: {run.no_graph}' if run.no_graph else 'the whole step'}",
     ]
