@@ -109,7 +109,7 @@ class Torch(Transport):
         except (dist.DistError, socket.gaierror) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(
-                f"--transport=torch: the ranks do not meet at {address}:{port} ({reason}): set MASTER_ADDR and "
+                f"the ranks do not meet at {address}:{port} ({reason}): set MASTER_ADDR and "
                 "MASTER_PORT to an address of rank 0's machine that the others reach, and a free port"
             ) from None
 

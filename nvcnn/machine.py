@@ -5,8 +5,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -49,6 +51,30 @@ def use_device(transport: Transport) -> tuple[torch.device, int]:
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True  # the fastest of the deterministic
     return device, min(threads, MOST_INPUT_THREADS)
+
+
+def slowness(dtype: torch.dtype) -> float:
+    """Returns how many times as long as in fp32 a convolution takes on this CPU, forward and backward, measured now.
+
+    On one thread, by its own time: what else the machine does does not count.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        options: dict[str, Any] = {"dtype": dtype, "device": "cpu", "requires_grad": True}
+        x, weight = (torch.full(shape, 0.5, **options) for shape in ((2, 32, 14, 14), (32, 32, 3, 3)))
+        times = []
+        for _ in range(3):
+            start = time.thread_time()
+            torch.nn.functional.conv2d(x, weight, padding=1).sum().backward()
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return seconds(dtype) / seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def unused_gpu() -> str:

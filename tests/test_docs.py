@@ -47,3 +47,13 @@ def test_the_model_of_the_page_is_one(tmp_path):
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(("code", "queued"), [(0, ""), (3, "requeue 42\n"), (2, "")])
+def test_the_batch_script_goes_on_where_its_time_was_over(tmp_path, code, queued):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"srun() {{ return {code}; }}\nscontrol() {{ echo $*; }}\n")
+    environment = os.environ | {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8"}
+    command = ["bash", ROOT / "docs" / "train.sbatch"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (code, queued, "")

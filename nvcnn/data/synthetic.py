@@ -9,7 +9,11 @@ from nvcnn.program import InputError
 
 
 class SyntheticData:
-    """One random batch without end, with the interface of TrainingData. An epoch is `images` images of all ranks."""
+    """One random batch without end, with the interface of TrainingData. An epoch is `images` images of all ranks.
+
+    Images carry their class, so that there is something to learn: of each pixel seven bits are random, and the highest
+    is one of the class's number. Each bit of that has rows of its own, which a mirror leaves as they are.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,9 @@ class SyntheticData:
             torch.randint(num_classes, (batch_size,), device=device, generator=generator),
             torch.randint(2, (batch_size,), device=device, generator=generator).bool(),
         )
+        row = torch.arange(image_size, device=device) * num_classes.bit_length() // image_size
+        bits = (self.batch.labels[:, None] >> row & 1).to(torch.uint8)
+        self.batch.images.bitwise_and_(127).bitwise_or_(bits[:, :, None, None] << 7)
 
     def __iter__(self) -> "SyntheticData":
         return self

@@ -100,7 +100,7 @@ BOTTLENECK = ("resnet_v1", "zero_gamma")
 
 MODELS: dict[str, Model] = {
     "trivial": Model(network("trivial", "Trivial"), 224, constant(0.001)),
-    "lenet": Model(network("lenet", "LeNet"), 28, constant(0.001)),
+    "lenet": Model(network("lenet", "LeNet"), 28, constant(0.05)),  # 0.001 there: 50 steps learn nothing
     "alexnet": Model(network("alexnet", "AlexNet"), 227, constant(0.03), 67),
     "overfeat": Model(network("overfeat", "OverFeat"), 231, constant(0.001)),
     "googlenet": Model(network("googlenet", "GoogLeNet"), 224, constant(0.04), 32, ("aux",)),
@@ -111,7 +111,7 @@ MODELS: dict[str, Model] = {
     "inception3": Model(network("inception3", "Inception3"), 299, constant(0.2), 75, ("aux",)),
     "inception4": Model(network("inception4", "Inception4"), 299, constant(0.045), 75),
     "inception-resnet2": Model(network("inception_resnet2", "InceptionResNet2"), 299, constant(0.045), 75),
-    "resnet18": Model(network("resnet", "resnet", depth=18), 224, constant(0.5), 32, ("zero_gamma",)),
+    "resnet18": Model(network("resnet", "resnet", depth=18), 224, per_image(1 / 1024), 32, ("zero_gamma",)),  # 0.5 there
     "resnet34": Model(network("resnet", "resnet", depth=34), 224, per_image(1 / 1024), 32, ("zero_gamma",)),
     "resnet50": Model(network("resnet", "resnet", depth=50), 224, per_image(1 / 1024), 32, BOTTLENECK),
     "resnet101": Model(network("resnet", "resnet", depth=101), 224, per_image(1 / 1024), 32, BOTTLENECK),

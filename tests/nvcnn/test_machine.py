@@ -52,3 +52,13 @@ def test_where_there_is_none_or_it_is_hidden_nothing_is_said(gpu, monkeypatch):
     gpu("13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert machine.unused_gpu() == ""
+
+
+def test_slowness_is_measured_on_one_thread_and_leaves_things_as_they_were(monkeypatch):
+    clock, used = iter([0, 8, 8, 14, 14, 21, 0, 2, 2, 5, 5, 9]), []
+    monkeypatch.setattr(machine.time, "thread_time", lambda: used.append(torch.get_num_threads()) or next(clock))
+    threads, drawn = torch.get_num_threads(), torch.get_rng_state()
+    assert machine.slowness(torch.float16) == 3  # the quickest of three: 6 and 2
+    assert set(used) == {1}
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), drawn)

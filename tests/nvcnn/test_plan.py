@@ -22,7 +22,8 @@ def test_epochs_are_whole_batches(tmp_path, small_dataset):
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks", "rate"), [("resnet50", 8, 2.0), ("resnet18", 8, 0.5), ("lenet", 8, 0.001), ("resnet34", 1, 0.25)]
+    ("model", "ranks", "rate"),
+    [("resnet50", 8, 2.0), ("resnet18", 8, 2.0), ("lenet", 8, 0.05), ("overfeat", 8, 0.001), ("resnet34", 1, 0.25)],
 )
 def test_default_learning_rates(model, ranks, rate):
     assert plan(Settings(model=model, batch_size=256), None, ranks).learning_rate == rate

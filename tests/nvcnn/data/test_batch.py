@@ -64,6 +64,15 @@ def test_synthetic_data_follows_its_seed(device):
     assert not torch.equal(images, next(synthetic(device, seed=2, **wide)).images)
 
 
+def test_synthetic_images_carry_their_class(device):
+    images, labels, _ = next(synthetic(device, num_classes=1000, batch_size=100))
+    assert labels.unique().numel() > 90
+    rows = images[:, :, 0, 0].long() >> 7  # ten rows, ten bits
+    assert torch.equal((rows << torch.arange(10, device=device)).sum(1), labels)
+    assert torch.equal(images >> 7, (rows.byte()[:, :, None, None]).expand_as(images))
+    assert (images & 127).unique().numel() == 128
+
+
 def test_synthetic_data_smaller_than_a_batch(device):
     with pytest.raises(InputError, match="--batch_size=8: a total batch of 24 is more than the 20 images"):
         synthetic(device, images=20, ranks=3)
