@@ -1,6 +1,12 @@
 """Evaluate a checkpoint on the validation images: `python launch/eval.py --help`."""
 
-from nvcnn.program import run
+import sys
+
+try:
+    from nvcnn.program import run
+except ModuleNotFoundError:
+    how = "activate its environment, or `pip install -e .` in the checkout"
+    sys.exit(f"eval.py: {sys.executable} has no nvcnn: {how}")
 from nvcnn.settings import Evaluation, parse
 
 

@@ -1,6 +1,12 @@
 """Write a checkpoint's weights for other programs: `python launch/export.py --help`."""
 
-from nvcnn.program import run
+import sys
+
+try:
+    from nvcnn.program import run
+except ModuleNotFoundError:
+    how = "activate its environment, or `pip install -e .` in the checkout"
+    sys.exit(f"export.py: {sys.executable} has no nvcnn: {how}")
 from nvcnn.settings import Export, parse
 
 

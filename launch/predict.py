@@ -1,6 +1,12 @@
 """Say what pictures show, by a trained network: `python launch/predict.py --help`."""
 
-from nvcnn.program import run
+import sys
+
+try:
+    from nvcnn.program import run
+except ModuleNotFoundError:
+    how = "activate its environment, or `pip install -e .` in the checkout"
+    sys.exit(f"predict.py: {sys.executable} has no nvcnn: {how}")
 from nvcnn.settings import Prediction, parse
 
 

@@ -3,8 +3,12 @@
 import signal
 import sys
 
+try:
+    from nvcnn.program import SAVED_AND_STOPPED, run
+except ModuleNotFoundError:
+    how = "activate its environment, or `pip install -e .` in the checkout"
+    sys.exit(f"prepare.py: {sys.executable} has no nvcnn: {how}")
 from nvcnn.prepare.flags import parse, prepare
-from nvcnn.program import SAVED_AND_STOPPED, run
 
 
 def main(arguments: list[str] | None = None) -> int:

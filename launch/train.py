@@ -1,6 +1,12 @@
 """Train a convolutional network: `python launch/train.py --help`."""
 
-from nvcnn.program import run
+import sys
+
+try:
+    from nvcnn.program import run
+except ModuleNotFoundError:
+    how = "activate its environment, or `pip install -e .` in the checkout"
+    sys.exit(f"train.py: {sys.executable} has no nvcnn: {how}")
 from nvcnn.settings import Settings, parse
 
 

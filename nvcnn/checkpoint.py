@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from nvcnn.files import to_read
+from nvcnn.files import to_read, what_is
 from nvcnn.machine import chosen_kernels, versions
 from nvcnn.models import Origin, Preprocessing
 from nvcnn.program import InputError
@@ -176,6 +176,8 @@ def read(path: Path, mmap: bool = False) -> Any:
     except InputError:
         raise
     except Exception as error:  # a foreign file can fail in any way
+        if kind := what_is(path):
+            raise InputError(f"{path}: is {kind}, not a checkpoint; give one, or weights") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, UnpicklingError):
             reason = "damaged, or more than tensors, numbers and words; save the state_dict alone"

@@ -93,7 +93,8 @@ def find_weights(asked: Chosen) -> Weights:
         return read("checkpoint", asked.checkpoint, asked.model, asked.weights_from)
     log_dir = Path(asked.log_dir)
     if not log_dir.is_dir():
-        raise InputError(f"--log_dir={log_dir}: no such directory")
+        what = f"is a file; give --checkpoint={log_dir}" if log_dir.exists() else "no such directory"
+        raise InputError(f"--log_dir={log_dir}: {what}")
     if found := checkpoint.newest(log_dir):
         path, state = found
         if asked.model not in (None, state["model"]):

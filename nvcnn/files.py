@@ -1,7 +1,9 @@
 """Files that are read."""
 
 import os
+import re
 import stat
+import zipfile
 from pathlib import Path
 
 from nvcnn.program import InputError
@@ -20,3 +22,32 @@ def to_read(path: Path) -> Path:
         return path
     kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
     raise InputError(f"{path}: is {kind}, not a file: remove it, or give another path")
+
+
+SAFETENSORS = "a safetensors file"
+KINDS = {  # how a file begins: what it is
+    rb"$": "an empty file",
+    rb"\xff\xd8\xff": "a JPEG",
+    rb"\x89PNG": "a PNG",
+    rb"GIF8": "a GIF",
+    rb"RIFF.{4}WEBP": "a WebP",
+    rb"\x89HDF": "an HDF5 file",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "a compressed file",
+    rb".{257}ustar": "a tar",
+    rb".{5}\0{3}\{": SAFETENSORS,
+    rb"version https://git-lfs": "a pointer of Git LFS (`git lfs pull` fetches the file)",
+    rb"\s*<": "a web page",
+    rb"\s*[{\[]": "a JSON file",
+    rb"[\t\n\r -~]+$": "a text file",
+}
+
+
+def what_is(path: Path) -> str:
+    """Returns what a file is by its name or its first bytes; an empty text if neither tells."""
+    if path.suffix == ".onnx":
+        return "an ONNX model"
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "a zip archive that is cut short"
+    return next((kind for begin, kind in KINDS.items() if re.match(begin, start, re.DOTALL)), "")

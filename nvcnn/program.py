@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TextIO
 BAD_INPUT = 2
 SAVED_AND_STOPPED = 3
 STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+NEEDED = ("numpy", "torch", "triton")  # packages without which nothing works
 AGAIN = 1.0  # seconds; a signal that comes sooner after another is the same, passed on by a launcher
 PATIENCE = 30.0  # seconds of waiting for input after a signal; schedulers often kill after as long
 
@@ -132,7 +133,12 @@ def run(program: Callable[[], int]) -> NoReturn:
         wait_for_rank_0()
         print(f"{name}: interrupted", file=sys.stderr, flush=True)
         abort(1)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in NEEDED:
+            wait_for_rank_0()
+            how = "activate its environment, or `pip install -e .` in the checkout"
+            print(f"{name}: {sys.executable} has no {error.name}: {how}", file=sys.stderr, flush=True)
+            abort(1)
         launch = launched_if_known()
         rank = f"rank {launch.rank}: " if launch.size > 1 else ""
         print(f"{rank}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)

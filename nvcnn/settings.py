@@ -5,6 +5,7 @@ launch/eval.py, launch/predict.py and launch/export.py. Importing this file does
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import nvcnn
 from nvcnn import recipes
-from nvcnn.models import ALGORITHMS, FLAGS, ORIGINS, Preprocessing, find_model
+from nvcnn.models import ALGORITHMS, FLAGS, MODELS, ORIGINS, Preprocessing, find_model
+from nvcnn.near_misses import check_words
 from nvcnn.program import InputError
 
 T = TypeVar("T")
@@ -110,10 +112,18 @@ def training_sizes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(sizes)
 
 
+def in_lower_case(settings: Any) -> None:
+    """Takes --model=ResNet50 for resnet50, and leaves what is no model for `find_model` to say."""
+    if settings.model and settings.model.lower() in MODELS:
+        object.__setattr__(settings, "model", settings.model.lower())  # the dataclass is frozen for others
+
+
 def check(settings: Any, right: bool, name: str, must: str) -> None:
     """Raises InputError, which names the flag, unless `right`."""
     if not right:
-        raise InputError(f"--{name}={getattr(settings, name)}: must be {must}")
+        value = getattr(settings, name)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        raise InputError(f"--{name}={text}: must be {must}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +136,7 @@ class Chosen(Images):
     weights_from: str | None = run(None, "who published the weights, where they do not tell", choices=ORIGIN_NAMES)
 
     def __post_init__(self) -> None:
+        in_lower_case(self)
         if bool(self.log_dir) == bool(self.checkpoint):
             raise InputError("give one of --log_dir (its newest checkpoint) and --checkpoint=FILE")
         if self.weights_from and not self.checkpoint:
@@ -203,7 +214,7 @@ class Settings(Images):
     Names, meanings and defaults of the first group are those of NVIDIA's `nvcnn_hvd.py` 1.1.
     """
 
-    model: str = original(MISSING, "network to train, e.g. resnet50", short="-m")
+    model: str = original(MISSING, f"network to train: {', '.join(MODELS)}", short="-m")
     data_dir: str | None = original(
         None, "images: TFRecord files, WebDataset tars or class folders; none: synthetic", may_differ=True
     )
@@ -335,6 +346,7 @@ class Settings(Images):
     )
 
     def __post_init__(self) -> None:
+        in_lower_case(self)
         find_model(self.model, zero_gamma=self.zero_gamma, **self.model_flags)
         self.check_images(self.model)
         for _, size in training_sizes(self.train_size) if self.train_size is not None else ():
@@ -442,7 +454,28 @@ def pair(text: str) -> tuple[float, float]:
 
 
 READERS: dict[Any, Any] = {float | str: number_or_dynamic, tuple[float, float]: pair}
-READERS |= {kind | None: kind for kind in (str, int, float)}
+READERS |= {int | None: int, float | None: float}
+READERS |= {str: os.path.expanduser, str | None: os.path.expanduser}  # of --data_dir=~/x a shell leaves the ~
+
+
+METAVARS = {int: "N", int | None: "N", float: "X", float | None: "X", tuple[float, float]: "LO,HI"}
+
+
+def in_words(default: Any, help: str) -> str:
+    """Returns what --help says of a flag's default, behind its other words."""
+    if default is MISSING:
+        return " (required)"
+    if default in (None, ""):
+        return "" if "none:" in help else " (default none)"
+    texts = [str(value) for value in (default if isinstance(default, tuple) else (default,))]
+    return f" (default {'off' if default is False else ','.join(texts)})"
+
+
+def usage(settings: type) -> str:
+    """Returns the shortest command line."""
+    needed = [f for f in fields(settings) if f.default is MISSING]
+    words = [f.name.upper() if f.type == tuple[str, ...] else f"--{f.name}={f.name.upper()}" for f in needed]
+    return " ".join(["%(prog)s", *words, "[--FLAG=VALUE ...]"])
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type, *, whole: bool = True) -> None:
@@ -458,11 +491,12 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, *, whole: bool = 
         kind, meta, group = kinds[f.name], f.metadata, groups[f.metadata["group"]]
         names = [n for n in (meta["short"], f"--{f.name}") if n]
         if kind is bool:
-            group.add_argument(*names, dest=f.name, action="store_true", default=f.default, help=meta["help"])
+            help = meta["help"] + in_words(f.default, meta["help"])
+            group.add_argument(*names, dest=f.name, action="store_true", default=f.default, help=help)
             group.add_argument(f"--no{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
             continue
         if kind == tuple[str, ...]:
-            group.add_argument(f.name, nargs="+", metavar=f.name.upper(), help=meta["help"])
+            group.add_argument(f.name, nargs="+", type=READERS[str], metavar=f.name.upper(), help=meta["help"])
             continue
         required = f.default is MISSING
         group.add_argument(
@@ -471,8 +505,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, *, whole: bool = 
             default=None if required else f.default,
             required=required and whole,
             choices=meta["choices"] or None,
-            metavar="LO,HI" if kind == tuple[float, float] else None if meta["choices"] else f.name.upper(),
-            help=meta["help"] + ("" if required or f.default is None else f" (default {f.default})"),
+            metavar=None if meta["choices"] else METAVARS.get(kind, f.name.upper()),
+            help=meta["help"] + in_words(f.default, meta["help"]),
         )
 
 
@@ -498,8 +532,10 @@ def parse(settings: type[T], arguments: Sequence[str] | None = None) -> T:
     Raises InputError for anything that is not a valid one.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    check_words(settings, arguments)
     recipe = read_recipe(settings, arguments) if hasattr(settings, "recipe") else {}
-    parser = Parser(description=(settings.__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    description = (settings.__doc__ or "").partition("\n")[0]
+    parser = Parser(usage=usage(settings), description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")
     add_flags(parser, settings)
     # Files may stand between flags.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nvcnn import checkpoint
-from nvcnn.files import to_read
+from nvcnn.files import SAFETENSORS, to_read, what_is
 from nvcnn.machine import compute_dtype
 from nvcnn.models import MODELS, ORIGINS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Classifier
@@ -53,8 +53,12 @@ def read(flag: str, file: str, model: str | None, weights_from: str | None) -> W
     path = Path(file)
     try:
         if path.is_dir():
-            raise InputError(f"{path}: is a directory; give a file in it")
-        content, told = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+            run = f", or --log_dir={path} for its newest checkpoint" * (flag == "checkpoint")
+            raise InputError(f"{path}: is a directory; give a file in it{run}")
+        if path.suffix == ".safetensors" or (path.exists() and what_is(to_read(path)) == SAFETENSORS):
+            content, told = read_safetensors(path)
+        else:
+            content, told = read_torch(path)
         if told is None:
             return foreign(path, content, model, weights_from)
         if weights_from not in (None, "nvcnn"):

@@ -31,6 +31,7 @@ class Dataset:
     class_names: tuple[str, ...] | None
     open: Callable[[str], Source] = field(repr=False, compare=False)
     opened: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
+    weights: Path | None = field(default=None, compare=False)  # whose classes these are, if not those of flags
 
     def source(self, split: str) -> Source:
         """Returns the samples of a split. Raises InputError for files that are missing or cannot be trained on."""
@@ -53,10 +54,10 @@ class Dataset:
             raise InputError(f"{name}: {wrong}: make the file again")
         if not 0 <= label - self.label_base < self.num_classes:
             last = self.label_base + self.num_classes - 1
-            raise InputError(
-                f"{name}: label {label} is outside {self.label_base} .. {last}: "
-                "set --num_classes and --label_base to those of the data"
-            )
+            advice = "set --num_classes and --label_base to those of the data"
+            if self.weights:
+                advice = f"those are the classes of {self.weights}, give the data of these weights"
+            raise InputError(f"{name}: label {label} is outside {self.label_base} .. {last}: {advice}")
         return label - self.label_base
 
 
@@ -97,11 +98,13 @@ def find_dataset(
             open_split = partial((Tars if kind == "tars" else Records).find, directory, lenient=lenient)
         for name, value in (("num_classes", num_classes), ("label_base", label_base)):
             if value is not None and value != declared.get(name, value):
-                where = " has" if kind == "class folders" else "/dataset.json says"
-                said = f"{directory}{where} {declared[name]}"
                 if weights:
-                    raise InputError(f"{weights}: {name} {value}, but {said}: give the data of these weights")
-                raise InputError(f"--{name}={value}: {said}: leave the flag out")
+                    raise InputError(
+                        f"{flag}: its {name} is {declared[name]}, but that of {weights} is {value}: "
+                        "give the data of these weights"
+                    )
+                where = " has" if kind == "class folders" else "/dataset.json says"
+                raise InputError(f"--{name}={value}: {directory}{where} {declared[name]}: leave the flag out")
         names = declared.get("class_names")
         dataset = Dataset(
             directory,
@@ -109,6 +112,7 @@ def find_dataset(
             declared.get("label_base", 1 if label_base is None else label_base),
             None if names is None else tuple(names),
             open_split,
+            weights=weights,
         )
         source = dataset.source(split)
         for i in () if lenient else source.firsts():  # a wrong range of labels is found before training starts
@@ -168,9 +172,8 @@ def find_kind(directory: Path) -> str:
 def instead(directory: Path, names: list[str]) -> str:
     """Returns what to do with a directory that holds those names and is no data set."""
     folders = [name for name in names if not name.startswith(".") and (directory / name).is_dir()]
-    for name in folders:
-        if (directory / name / "train").is_dir():
-            return f"give --data_dir={directory / name}"
+    if below := [directory / name for name in folders if (directory / name / "train").is_dir()]:
+        return f"give --data_dir={' or --data_dir='.join(map(str, below[:3]))}"
     if folders and directory.name in NAMES["train"] + NAMES["validation"]:
         return f"{folders[0]} is most likely a class, give the directory above {directory.name}/"
     if any(holds_images(directory / name) for name in folders):

@@ -8,6 +8,7 @@ Reading flags needs the names, so torch is imported only once a model is built.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -157,7 +158,9 @@ ORIGINS: dict[str, dict[str, Origin]] = {
 def find_model(name: str, **flags: bool) -> Model:
     """Returns the model of that name. Raises InputError for an unknown one, and for a flag of FLAGS that it lacks."""
     if name not in MODELS:
-        raise InputError(f"--model={name}: unknown, choose one of {', '.join(MODELS)}")
+        near = difflib.get_close_matches(name.lower(), MODELS, cutoff=0.7)
+        meant = f"did you mean {' or '.join(near)}? All are" if near else "choose one of"
+        raise InputError(f"--model={name}: unknown, {meant} {', '.join(MODELS)}")
     for flag, what in FLAGS.items():
         if flags.get(flag) and flag not in MODELS[name].flags:
             having = ", ".join(n for n, model in MODELS.items() if flag in model.flags)

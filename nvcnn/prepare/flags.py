@@ -10,6 +10,7 @@ from typing import Any
 
 from nvcnn.data.pillow import require_pillow
 from nvcnn.data.tfrecord import masked_crc
+from nvcnn.near_misses import check_words
 from nvcnn.prepare import cifar10, fashion_mnist, folder, imagenet
 from nvcnn.prepare.blueprint import Blueprint
 from nvcnn.prepare.encode import Encoding
@@ -189,10 +190,15 @@ def parse(arguments: Sequence[str] | None = None) -> Output:
         description="Makes a data directory for --data_dir: shards, their indexes, dataset.json, manifest.json.",
         allow_abbrev=False,
     )
-    parser.add_argument("--verify", metavar="DIR", dest="existing", help="compare DIR with its manifest")
+    parser.add_argument(
+        "--verify", metavar="DIR", type=os.path.expanduser, dest="existing", help="compare DIR with its manifest"
+    )
     commands = parser.add_subparsers(dest="dataset", metavar="DATASET")
     for name, flags in DATASETS.items():
         add_flags(commands.add_parser(name, help=flags.__doc__, description=flags.__doc__, allow_abbrev=False), flags)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if named := next((word for word in arguments if word in DATASETS), None):
+        check_words(DATASETS[named], arguments[arguments.index(named) + 1 :])
     given = vars(parser.parse_args(arguments))
     existing, dataset = given.pop("existing"), given.pop("dataset")
     if existing is not None:

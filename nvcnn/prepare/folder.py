@@ -15,6 +15,7 @@ from nvcnn.prepare.blueprint import Blueprint, Sample, read_sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding, standard
 from nvcnn.program import InputError
 
+FLAGS = {"train": "train", "val": "validation"}  # and the split that it is of
 SPLITS = {*NAMES["train"], *NAMES["validation"]}  # names of the folders above class folders
 SHARD_BYTES = 1 << 27  # source files of a shard, unless --shards is given
 
@@ -45,9 +46,10 @@ def scan_folders(directory: Path, flag: str, workers: int) -> dict[str, list[tup
     if not classes:
         raise InputError(f"{flag}={directory}: holds no class folders: give the directory above them")
     if set(classes) <= SPLITS:
+        first = {to: [name for name in NAMES[split] if name in classes][:1] for to, split in FLAGS.items()}
+        give = " and ".join(f"--{to}={directory}/{name}" for to, names in first.items() for name in names)
         raise InputError(
-            f"{flag}={directory}: holds {' and '.join(classes)}, whose folders are the classes: "
-            f"give them as --train={directory}/... and --val={directory}/..."
+            f"{flag}={directory}: holds {' and '.join(classes)}, whose folders are the classes: give {give}"
         )
     print(f"{directory}: listing {len(classes)} class folders", flush=True)
     with worker_pool(workers) as pool:

@@ -161,7 +161,7 @@ def test_a_bad_checkpoint_falls_back_to_the_one_before(launch, records, tmp_path
     newest.write_bytes(newest.read_bytes()[:1000])
     torch.save({"state_dict": {}}, second)
     text = launch.train(*arguments, f"--log_dir={tmp_path}/run", "--keep=100")
-    assert f"{newest}: not a readable checkpoint" in text
+    assert f"{newest}: is a zip archive that is cut short, not a checkpoint" in text
     assert f"{second}: not a checkpoint of nvcnn" in text
     assert "Restored checkpoint" in text
     assert_same_bits(whole, last_checkpoint(tmp_path / "run"))

@@ -83,14 +83,14 @@ def test_published_weights_are_evaluated_and_exported(launch, records, tmp_path)
     assert again | {"checkpoint": ""} == result | {"checkpoint": ""}
 
     text = launch.run(*evaluate, f"--checkpoint={tmp_path}/nine.pth", "--image_size=32", code=2)
-    assert "label 10 is outside 1 .. 9" in text
+    assert f"label 10 is outside 1 .. 9: those are the classes of {tmp_path}/nine.pth, give the data of" in text
     (tmp_path / "data").mkdir()
     for shard in records.iterdir():
         (tmp_path / "data" / shard.name).symlink_to(shard)
     (tmp_path / "data" / "dataset.json").write_text(json.dumps({"num_classes": 10, "label_base": 1}))
     evaluate = ("launch/eval.py", f"--data_dir={tmp_path}/data", *evaluate[2:])
     text = launch.run(*evaluate, f"--checkpoint={tmp_path}/nine.pth", "--image_size=32", code=2)
-    assert f"{tmp_path}/nine.pth: num_classes 9, but {tmp_path}/data/dataset.json says 10" in text
+    assert f"--data_dir={tmp_path}/data: its num_classes is 10, but that of {tmp_path}/nine.pth is 9: give" in text
 
 
 def half(directory: Path, labels: range, images: dict[str, int]) -> Path:

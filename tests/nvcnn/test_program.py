@@ -132,6 +132,7 @@ def test_what_no_launcher_sets(wrong, message):
         ("return 3", 3, ""),
         ("raise InputError('--flag=1: must be 2')", 2, "train.py: --flag=1: must be 2\n"),
         ("raise PermissionError(13, 'Permission denied', 'a/b')", 2, "train.py: a/b: Permission denied\n"),
+        ("raise ModuleNotFoundError(name='torch')", 1, f"train.py: {sys.executable} has no torch: activate its env"),
         ("raise KeyboardInterrupt", 1, "train.py: interrupted\n"),
         ("os.environ |= {'RANK': '0', 'WORLD_SIZE': ''}; launched()", 2, "train.py: WORLD_SIZE=: must be a number"),
     ],
@@ -190,6 +191,16 @@ def test_any_name_can_be_said_in_any_locale(locale):
     assert program.stderr == f"train.py: {name}\n"
 
 
+@pytest.mark.parametrize("program", sorted((REPOSITORY / "launch").glob("*.py")), ids=lambda path: path.name)
+def test_a_checkout_that_is_not_installed(program, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", program, "--help"]  # -S: without site-packages
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    what = f"{program.name}: {sys.executable} has no nvcnn: "
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == f"{what}activate its environment, or `pip install -e .` in the checkout\n"
+
+
 def test_what_nobody_expects_has_a_traceback():
     program = subprocess.run([sys.executable, "-c", PROGRAM.format("1 / 0")], capture_output=True, text=True)
     assert program.returncode == 1
@@ -200,7 +211,7 @@ BAD = ["--flag", "--batch_size=x", "--model=resnet51", "--conv=fast"]
 
 
 @pytest.mark.parametrize("flags", ["--help", "--version", *BAD])
-@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("name", ["train", "eval", "predict"])
 def test_flags_are_read_without_torch(name, flags):
     arguments = [flags, "--data_dir=d", "--log_dir=l"] + ["--model=lenet"] * (not flags.startswith("--model"))
     program = subprocess.run(

@@ -1,6 +1,7 @@
 """Flags have the original's names and defaults, and every bad value has its own line."""
 
 import json
+import re
 from dataclasses import asdict, fields
 
 import pytest
@@ -222,6 +223,25 @@ def test_bad_flags_are_named_in_one_line(arguments, names):
         parse(Settings, ["--model=alexnet", *arguments.split()])
     assert names in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_meant_is_taken_for_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = parse(Settings, ["--model=ResNet50", "--data_dir=~/data", "--init", "~/w.pth", "-b7", "--log_dir=a/~"])
+    assert (settings.model, settings.data_dir, settings.init) == ("resnet50", "/home/me/data", "/home/me/w.pth")
+    assert (settings.batch_size, settings.log_dir) == (7, "a/~")
+    asked = parse(Prediction, ["~/a.jpg", "--log_dir", "~/run", "-m", "VGG16"])
+    assert (asked.images, asked.log_dir, asked.model) == (("/home/me/a.jpg",), "/home/me/run", "vgg16")
+
+
+@pytest.mark.parametrize("program", [Settings, Evaluation, Prediction, Export])
+def test_help_has_the_default_of_each_flag(program, capsys):
+    with pytest.raises(SystemExit):
+        parse(program, ["--help"])
+    entries = re.split(r"\n\s*\n|\n  (?=-)", capsys.readouterr().out)
+    said = {found[1]: entry for entry in entries if (found := re.match(r"(?:-\w.*, )?--(\w+)", entry))}
+    for name in {f.name for f in fields(program)} - {"images"}:
+        assert re.search(r"\(default\s.+\)|\(required\)|none:", said[name], re.DOTALL), said[name]
 
 
 def test_model_is_required():

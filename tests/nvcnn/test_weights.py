@@ -70,7 +70,9 @@ def test_logits_are_the_publishers(who, model, size, tmp_path):
     assert lines == []
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "timm", "torchvision", "ddp", "safetensors", "fp16", "bf16", "fp64"])
+@pytest.mark.parametrize(
+    "kind", ["zip", "legacy", "timm", "torchvision", "ddp", "safetensors", "renamed", "fp16", "bf16", "fp64"]
+)
 def test_the_file_may_be_of_any_kind(kind, tmp_path):
     expected, path = lenet(), tmp_path / "weights.pth"
     if kind == "legacy":
@@ -79,8 +81,8 @@ def test_the_file_may_be_of_any_kind(kind, tmp_path):
         torch.save({"epoch": 3, {"timm": "state_dict", "torchvision": "model"}[kind]: expected}, path)
     elif kind == "ddp":
         torch.save({f"module.{name}": tensor for name, tensor in expected.items()}, path)
-    elif kind == "safetensors":
-        path = tmp_path / "weights.safetensors"
+    elif kind in ("safetensors", "renamed"):
+        path = path if kind == "renamed" else tmp_path / "weights.safetensors"
         save_file(expected, path, metadata={"format": "pt"})
     else:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}.get(kind, torch.float32)

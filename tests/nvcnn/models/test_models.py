@@ -146,7 +146,8 @@ def test_the_head_of_inception3_needs_its_size():
 
 def test_unknown_model():
     with pytest.raises(
-        InputError, match=r"--model=resnet49: unknown, choose one of trivial, lenet, alexnet, .*resnext152"
+        InputError,
+        match=r"--model=resnet49: unknown, did you mean resnet34 or .*\? All are trivial, lenet, .*resnext152",
     ):
         build_model("resnet49", num_classes=10, seed=1)
 
