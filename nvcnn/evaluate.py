@@ -16,20 +16,25 @@ from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_evaluation
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.data.dataset import find_dataset
+from nvcnn.data.epochs import share
 from nvcnn.distributed import Transport, Vote, connect
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import use_device
 from nvcnn.metrics import add_evaluation
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
-from nvcnn.program import InputError, Signals, watched
+from nvcnn.program import InputError, Signals, launched, watched
+from nvcnn.report import MISTAKES, Tally, check_directory, findings, table
+from nvcnn.report import write as write_report
 from nvcnn.settings import Chosen, Evaluation
 from nvcnn.weights import Weights, load_model, of_checkpoint, read
 
 
 @torch.no_grad()
-def count_hits(model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, normalize: str) -> Tensor:
-    """Returns images, top-1 hits, top-5 hits of this rank's shard, int64 (3,) on the CPU.
+def count_hits(
+    model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, normalize: str, tally: Tally | None = None
+) -> Tensor:
+    """Returns images, top-1 hits, top-5 hits of this rank's shard, int64 (3,) on the CPU. tally: sees them all, too.
 
     An image whose logits are not all finite is no hit; among equal logits topk decides, so that a model that says the
     same of every class does not hit them all.
@@ -41,6 +46,8 @@ def count_hits(model: nn.Module, data: Iterable[Batch], dtype: torch.dtype, norm
         logits = model(prepare_input(images, flip, dtype=dtype, normalize=normalize, channels=channels))
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = (best == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
+        if tally:
+            tally.add(images, labels, logits, best[:, 0])
         seen += len(labels)
         counts = counts.to(hits.device) + torch.stack([hits[:, 0].sum(), hits.sum()])
     return torch.tensor([seen, *counts.tolist()])
@@ -105,6 +112,8 @@ def find_weights(asked: Chosen) -> Weights:
 
 def evaluate(asked: Evaluation) -> int:
     """Evaluates weights, prints the result, appends it to metrics.jsonl of --log_dir. Returns the exit code."""
+    if asked.report and launched().rank == 0:
+        check_directory(Path(asked.report))
     weights = find_weights(asked)
     path, dtype = weights.path, weights.dtype
     preprocessing = asked.prepared(weights.origin.preprocessing)
@@ -144,6 +153,10 @@ def evaluate(asked: Evaluation) -> int:
         choices = choose_algorithms(model, asked.conv, images, dtype, device, transport)
         if choices.algorithms and transport.rank == 0:
             print(f"Convolution: {choices}")
+    tally = None
+    if asked.report or asked.per_class:
+        first = share(dataset.count("validation"), transport.rank, transport.size).start
+        tally = Tally(first, MISTAKES if asked.report else 0)
     data = open_evaluation(
         dataset,
         backend,
@@ -158,18 +171,32 @@ def evaluate(asked: Evaluation) -> int:
         threads=threads,
     )
     with watched(lambda: 0.0):  # there is nothing to save, so nothing else to wait for
-        counts = count_hits(model, data, dtype, preprocessing.normalize)
+        counts = count_hits(model, data, dtype, preprocessing.normalize, tally)
+    tallies = transport.gather(tally) if tally else []
     result = summed(counts, transport)
     if left_out:
         result["left_out"] = len(left_out)
     result |= {"step": weights.step, "checkpoint": str(path)}
     transport.close()
     if transport.rank == 0:
+        extra = {}
+        if tally:
+            by_class = findings(tallies, dataset.class_names or weights.class_names, dataset.num_classes)
+        if asked.per_class:
+            extra["classes"] = by_class.as_json()
+            print(*table(by_class), sep="\n")
         print(*lines(result), sep="\n")
         if asked.log_dir:
             add_evaluation(path.parent, result)
+        if asked.report:
+            size = f"{preprocessing.image_size} x {preprocessing.image_size}"
+            about = {"Network": weights.model, "Weights": str(path), "Data": asked.data_dir}
+            about |= {"Top-1": f"{result['top1']:.3f} %", "Top-5": f"{result['top5']:.3f} %"}
+            about |= {"Images": f"{result['images']} of {size} pixels", "Left out": str(len(left_out))}
+            report = write_report(Path(asked.report), by_class, about, dataset.source("validation").name)
+            print(f"Report written to {report}")
         if asked.json:
-            print(json.dumps(result))
+            print(json.dumps(result | extra))
     return 0
 
 

@@ -159,12 +159,17 @@ class Evaluation(Chosen):
 
     batch_size: int = run(64, "images per device", short="-b")
     conv: str = run("auto", "what computes convolutions, as in training", choices=CONV)
-    json: bool = run(False, "print a JSON object as the last line")
+    json: bool = run(False, "print a JSON object as the last line; with --per_class accuracy by class is in it")
+    per_class: bool = run(False, "print accuracy by class, the worst last")
+    report: str | None = run(
+        None, "write report.html to this directory: accuracy by class, what is confused, the most confident mistakes"
+    )
     transport: str = run("auto", HOW_RANKS_TALK, choices=TRANSPORTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, self.batch_size >= 1, "batch_size", "at least 1")
+        check(self, self.report != "", "report", "a directory")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,8 @@ MODELS: dict[str, Model] = {
     "inception3": Model(network("inception3", "Inception3"), 299, constant(0.2), 75, ("aux",)),
     "inception4": Model(network("inception4", "Inception4"), 299, constant(0.045), 75),
     "inception-resnet2": Model(network("inception_resnet2", "InceptionResNet2"), 299, constant(0.045), 75),
-    "resnet18": Model(network("resnet", "resnet", depth=18), 224, per_image(1 / 1024), 32, ("zero_gamma",)),  # 0.5 there
+    # The original has 0.5 for resnet18, whatever the batch.
+    "resnet18": Model(network("resnet", "resnet", depth=18), 224, per_image(1 / 1024), 32, ("zero_gamma",)),
     "resnet34": Model(network("resnet", "resnet", depth=34), 224, per_image(1 / 1024), 32, ("zero_gamma",)),
     "resnet50": Model(network("resnet", "resnet", depth=50), 224, per_image(1 / 1024), 32, BOTTLENECK),
     "resnet101": Model(network("resnet", "resnet", depth=101), 224, per_image(1 / 1024), 32, BOTTLENECK),

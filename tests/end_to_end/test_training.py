@@ -140,12 +140,18 @@ def test_evaluation_counts_each_image_once(launch, records, undisturbed, tmp_pat
                 f"--log_dir={log_dir}",
                 f"--batch_size={batch_size}",
                 "--json",
+                "--per_class",
+                f"--report={tmp_path}/{ranks}",
             ),
             ranks=ranks,
         )
         results.append(json.loads(text.splitlines()[-1]))
         assert re.search(rf"^Validation Top-1: {results[-1]['top1']:.3f} % \+/- \d", text, re.MULTILINE)
     assert results[0] == results[1]
+    assert (tmp_path / "1/report.html").read_text() == (tmp_path / "3/report.html").read_text()
+    classes = results[0].pop("classes")
+    assert len(classes) == 10
+    assert sum(row["top1"] * row["images"] for row in classes) / 101 == pytest.approx(results[0]["top1"])
     assert results[0].pop("top1") > 80
     assert results[0].pop("top5") > 80
     assert results[0] == {"images": 101, "step": STEPS, "checkpoint": f"{log_dir}/checkpoint-{STEPS:08d}.pt"}

@@ -95,6 +95,7 @@ def test_lines():
         ({"log_dir": "a", "checkpoint": "b"}, "one of --log_dir"),
         ({"log_dir": "a", "batch_size": 0}, "--batch_size=0"),
         ({"log_dir": "a", "model": "resnet51"}, "--model=resnet51"),
+        ({"log_dir": "a", "report": ""}, "--report="),
         ({"log_dir": "a", "weights_from": "timm"}, "--weights_from=timm needs --checkpoint"),
     ],
 )

@@ -95,6 +95,8 @@ def test_names_and_defaults_of_an_evaluation_are_frozen():
         "batch_size": 64,
         "conv": "auto",
         "json": False,
+        "per_class": False,
+        "report": None,
         "transport": "auto",
         "data_backend": None,
         "skip_bad_images": False,
