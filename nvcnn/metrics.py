@@ -2,10 +2,10 @@
 
 A log never decides how a run ends: one that cannot be written is said, and half a line is passed over.
 
-metrics.jsonl: one JSON object a line, `event` is "start", "train", "tensors", "checkpoint", "eval" or "end". A resumed
-run appends; where steps come twice, the later line holds. "tensors" (with --log_tensors) has by a parameter's name what
-the optimizer found in that step: trust_ratio, and the norms of the gradient (averaged, unscaled, decayed) and of the
-weight before its update. A value that is not finite is null.
+metrics.jsonl: one JSON object a line, `event` is "start", "train", "tensors", "checkpoint", "eval", "diverged" or
+"end". A resumed run appends; where steps come twice, the later line holds. "tensors" (with --log_tensors) has by a
+parameter's name what the optimizer found in that step: trust_ratio, and the norms of the gradient (averaged, unscaled,
+decayed) and of the weight before its update. A value that is not finite is null.
 """
 
 import json

@@ -51,7 +51,8 @@ def test_links_lead_somewhere(page):
 
 def test_the_command_of_make_train_is_that_of_the_readme():
     makefile, readme = ((ROOT / name).read_text() for name in ("Makefile", "README.md"))
-    command = " ".join(re.search(r"mpiexec \$\$flags (python .*?)\n\t@", makefile, re.DOTALL)[1].split()).replace("\\ ", "")
+    makefile = re.sub(r"\\\n\s*", "", makefile)
+    command = re.search(r"mpiexec \$\$flags (python .*)", makefile)[1]
     for name, value in re.findall(r"^(DATA|RUN) := (.*)$", makefile, re.MULTILINE):
         command = command.replace(f"$({name})", value)
     assert f"    mpiexec -np 2 --bind-to none {command}\n" in readme
