@@ -33,7 +33,7 @@ class Throughput:
 
     def __init__(self, images_per_step: int, first_step: int = 0):
         self.images_per_step = images_per_step
-        self.step = first_step
+        self.step = self.first_step = first_step
         self.burnt_in = first_step + BURN_IN
         self.spans: list[tuple[int, float]] = []  # steps, images per second; after burn-in
         self.mark = time.perf_counter()
@@ -45,8 +45,14 @@ class Throughput:
         speed = steps * self.images_per_step / (now - self.mark)
         if self.step >= self.burnt_in:
             self.spans.append((steps, speed))
-        self.step, self.mark = step, now
+        self.step, self.mark, self.speed = step, now, speed
         return speed
+
+    def known_to_take(self, steps: int) -> float:
+        """Returns the seconds of so many steps at the speed of the latest span; 0 while that had the start in it."""
+        if self.step <= self.first_step + 1:
+            return 0.0
+        return steps * self.images_per_step / self.speed
 
     @contextmanager
     def left_out(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
 from nvcnn.weights import Weights, read
 
+LONG = 60.0  # seconds; a run that takes longer and keeps nothing says so
 Data = TrainingData | WorkerTrainingData | SyntheticData
 
 
@@ -201,6 +202,7 @@ class Run:
         until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
         skipped = self.step - int(self.train_step.optimizer.counters[1])
         eval_every = 1 if settings.eval_every is None else settings.eval_every
+        told = bool(settings.log_dir)
         due, stopped, diverged = False, False, ""  # a checkpoint is due
         with caught() as signals:
             while self.step < self.plan.steps:
@@ -232,6 +234,9 @@ class Run:
                 elif self.step == throughput.burnt_in:
                     self.train_step.read()
                     throughput.lap(self.step)
+                if not told and (seconds := throughput.known_to_take(self.plan.steps - self.step)) > LONG:
+                    metrics.say(f"  this takes {seconds / 60:.0f} min more, and nothing will be kept: give --log_dir")
+                    told = True
                 if self.step % divergence.every == 0:
                     divergence.read()
                     divergence.copy()

@@ -33,6 +33,16 @@ def test_throughput_leaves_the_burn_in_out(clock):
     assert jitter == 0
 
 
+def test_what_the_rest_takes_is_known_after_the_start(clock):
+    throughput = Throughput(images_per_step=64, first_step=5)
+    found = []
+    for step, seconds in ((6, 100.0), (7, 2.0), (9, 8.0)):
+        clock[0] += seconds
+        throughput.lap(step)
+        found.append(throughput.known_to_take(10))
+    assert found == pytest.approx([0, 20, 40])
+
+
 def test_time_for_a_checkpoint_is_left_out(clock):
     throughput = Throughput(images_per_step=10)
     clock[0] += 1

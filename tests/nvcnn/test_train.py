@@ -192,6 +192,13 @@ def test_a_run_that_diverges_stops_and_keeps_its_good_checkpoints(tmp_path, monk
     assert event["step"] == 7 + max_skipped
 
 
+@pytest.mark.parametrize(("long", "times"), [(0.0, 1), (9999.0, 0)])
+def test_a_long_run_that_keeps_nothing_says_so_once(monkeypatch, capsys, long, times):
+    monkeypatch.setattr("nvcnn.train.LONG", long)
+    Run(Settings(model="trivial", batch_size=2, num_batches=5, num_classes=9), None, Transport(Launch()), None).loop()
+    assert capsys.readouterr().out.count("nothing will be kept: give --log_dir") == times
+
+
 class Gathering(Transport):
     """Is one of two ranks of one process; rank 0 gathers what rank 1 handed over before."""
 
