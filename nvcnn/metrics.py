@@ -2,10 +2,10 @@
 
 A log never decides how a run ends: one that cannot be written is said, and half a line is passed over.
 
-metrics.jsonl: one JSON object a line, `event` is "start", "train", "tensors", "checkpoint", "eval" or "end". A resumed
-run appends; `nvcnn.plot.read` says which lines hold. "tensors" (with --log_tensors) has by a parameter's name what
-the optimizer found in that step: trust_ratio, and the norms of the gradient (averaged, unscaled, decayed) and of the
-weight before its update. A value that is not finite is null.
+metrics.jsonl: one JSON object a line, `event` is "start", "train", "tensors", "checkpoint", "eval", "diverged" or
+"end". A resumed run appends; `nvcnn.plot.read` says which lines hold. "tensors" (with --log_tensors) has by a
+parameter's name what the optimizer found in that step: trust_ratio, and the norms of the gradient (averaged, unscaled,
+decayed) and of the weight before its update. A value that is not finite is null.
 """
 
 import json
@@ -37,9 +37,10 @@ class Throughput:
 
     def __init__(self, images_per_step: int, first_step: int = 0):
         self.images_per_step = images_per_step
-        self.step = first_step
+        self.step = self.first_step = first_step
         self.burnt_in = first_step + BURN_IN
-        self.spans: list[tuple[int, float]] = []  # steps, images per second; after burn-in
+        self.early: list[tuple[int, float]] = []  # steps, images per second; in burn-in
+        self.spans: list[tuple[int, float]] = []  # the same, after it
         self.mark = time.perf_counter()
 
     def lap(self, step: int) -> float:
@@ -49,8 +50,16 @@ class Throughput:
         speed = steps * self.images_per_step / (now - self.mark)
         if self.step >= self.burnt_in:
             self.spans.append((steps, speed))
-        self.step, self.mark = step, now
+        else:
+            self.early.append((steps, speed))
+        self.step, self.mark, self.speed = step, now, speed
         return speed
+
+    def known_to_take(self, steps: int) -> float:
+        """Returns the seconds of so many steps at the speed of the latest span; 0 while that had the start in it."""
+        if self.step <= self.first_step + 1:
+            return 0.0
+        return steps * self.images_per_step / self.speed
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
@@ -59,14 +68,31 @@ class Throughput:
         yield
         self.mark += time.perf_counter() - start
 
-    def summary(self) -> tuple[float, float, float] | None:
-        """Returns mean, standard error, and jitter (1.4826 x median absolute deviation) of the spans after burn-in."""
+    def summary(self) -> tuple[float, float | None, float | None] | None:
+        """Returns mean, standard error, and jitter (1.4826 x median absolute deviation) of the spans after burn-in.
+
+        Of one span there is but the mean, and of none None.
+        """
         if not self.spans:
             return None
         steps, speeds = zip(*self.spans, strict=True)
         middle = median(speeds)
-        error = stdev(speeds) / math.sqrt(len(speeds)) if len(speeds) > 1 else math.nan
+        if len(speeds) == 1:
+            return middle, None, None
+        error = stdev(speeds) / math.sqrt(len(speeds))
         return fmean(speeds, steps), error, 1.4826 * median(abs(s - middle) for s in speeds)
+
+    def in_words(self) -> str:
+        """Returns the closing line. A run that is too short for the summary has the speed of what steps it did."""
+        summary = self.summary()
+        if summary and len(self.spans) > 1:
+            return "Images/sec: {:.1f} +/- {:.1f} (jitter = {:.1f})".format(*summary)
+        later = self.spans or self.early[1:]  # the first span has the start in it
+        if not (later or self.early):
+            return "Images/sec: not known, no table line was reached"
+        steps, speeds = zip(*(later or self.early), strict=True)
+        what = f"the last {sum(steps)} step(s)" if later else f"{sum(steps)} step(s), with the start"
+        return f"Images/sec: {fmean(speeds, steps):.1f} (of {what})"
 
 
 class Timer:
@@ -182,10 +208,7 @@ class Metrics:
             self.bar = None
         summary = throughput.summary()
         self.say("-" * 64)
-        if summary:
-            self.say("Images/sec: {:.1f} +/- {:.1f} (jitter = {:.1f})".format(*summary))
-        else:
-            self.say(f"No throughput: the run did not get past its first {BURN_IN} steps")
+        self.say(throughput.in_words())
         self.say("-" * 64)
         speeds = dict(zip(("images_per_second", "uncertainty", "jitter"), summary or (None,) * 3, strict=True))
         self.write("end", step=step, **speeds)

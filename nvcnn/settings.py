@@ -331,6 +331,9 @@ class Settings(Images):
         may_differ=True,
     )
     save_every: int = run(1, "epochs between checkpoints, whatever --save_interval is; 0: never", may_differ=True)
+    max_skipped: int = run(
+        50, "steps in a row that may be skipped, for gradients that are not finite, before a run stops", may_differ=True
+    )
     resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
     seed: int = run(1, "weights, crops, order")
     keep: int = run(3, "checkpoints to keep", may_differ=True)
@@ -356,7 +359,7 @@ class Settings(Images):
         self.check_images(self.model)
         for _, size in training_sizes(self.train_size) if self.train_size is not None else ():
             check_image_size(self.model, size, "train_size")
-        for name in ("batch_size", "num_batches", "display_every", "keep"):
+        for name in ("batch_size", "num_batches", "display_every", "max_skipped", "keep"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_epochs", "num_classes", "num_images"):
             check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")

@@ -20,6 +20,7 @@ from nvcnn.data.mixing import Mixing
 from nvcnn.data.pillow_workers import WorkerEvaluationData, WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect
+from nvcnn.divergence import Divergence
 from nvcnn.evaluate import UntilStopped, check_classes, count_hits, evaluate, in_words, summed
 from nvcnn.kernel_choices import Choices, choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
@@ -32,6 +33,7 @@ from nvcnn.step import Step
 from nvcnn.weights import Weights, read
 
 PICTURES = 16  # of the first batch, in input.png
+LONG = 60.0  # seconds; a run that takes longer and keeps nothing says so
 Data = TrainingData | WorkerTrainingData | SyntheticData
 
 
@@ -222,12 +224,14 @@ class Run:
         metrics.say("Training")
         metrics.table_head()
         tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
-        vote = Vote(self.transport, questions=2)
+        vote = Vote(self.transport, questions=3)
+        divergence = Divergence(self.train_step.optimizer, settings.max_skipped)
         throughput = Throughput(settings.batch_size * self.transport.size, self.step)
         until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
         skipped = self.step - int(self.train_step.optimizer.counters[1])
         eval_every = 1 if settings.eval_every is None else settings.eval_every
-        stopped = False
+        told = bool(settings.log_dir)
+        due, stopped, diverged = False, False, ""  # a checkpoint is due
         with caught() as signals:
             while self.step < self.plan.steps:
                 with signals.waiting():
@@ -259,19 +263,29 @@ class Run:
                 elif self.step == throughput.burnt_in:
                     self.train_step.read()
                     throughput.lap(self.step)
-                save, stop = vote(rank == 0 and until_save.over(), bool(signals))
+                if not told and (seconds := throughput.known_to_take(self.plan.steps - self.step)) > LONG:
+                    metrics.say(f"  this takes {seconds / 60:.0f} min more, and nothing will be kept: give --log_dir")
+                    told = True
+                if self.step % divergence.every == 0:
+                    divergence.read()
+                    divergence.copy()
+                save, stop, diverges = vote(rank == 0 and until_save.over(), bool(signals), bool(divergence.reason))
                 stopped = stop and not last
-                save = save or stop or last or self.epochs_end(settings.save_every)
+                due = due or save or stop or last or self.epochs_end(settings.save_every)
                 evaluates = self.validation and (last or self.epochs_end(eval_every)) and not stopped
-                if save or evaluates:
+                if due or evaluates or diverges:
                     self.train_step.read()  # the device is done: what follows is saving and evaluation alone
                     with throughput.left_out():
-                        if save:
+                        diverged, good = self.agree(divergence)
+                        if diverged:
+                            break
+                        saves = due and (good or stop or last)
+                        if saves:
                             self.save(metrics)
-                            until_save = Timer(settings.save_interval)
+                            due, until_save = False, Timer(settings.save_interval)
                         if evaluates and not self.evaluate(metrics, signals):
                             stopped = True
-                            if not save:
+                            if not saves:
                                 self.save(metrics)
                 if stopped:
                     break
@@ -280,13 +294,18 @@ class Run:
             tensors.write(metrics, summarize=True)
         metrics.end(self.step, throughput)
         self.data.close()
-        if stopped:
+        if diverged and rank == 0:
+            metrics.write("diverged", step=self.step, reason=diverged)
+            metrics.say(f"Diverged {diverged}: {self.remedy()}")
+        elif stopped:
             kept = "saved" if settings.log_dir else "nothing saved, since there is no --log_dir"
             metrics.say(f"Stopped by a signal after step {self.step}: {kept}")
         metrics.close()
         self.transport.barrier()
         self.train_step.close()
         self.transport.close()
+        if diverged:
+            return 1
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
 
     def show_input(self, batch: Batch | MixedBatch, metrics: Metrics) -> None:
@@ -318,6 +337,25 @@ class Run:
             self.best = result["top1"]
             self.save(metrics, result)
         return True
+
+    def agree(self, divergence: Divergence) -> tuple[str, bool]:
+        """Returns why the run must stop, empty if it need not, and whether the latest step is one to save.
+
+        All ranks get the same, though each has a loss of its own.
+        """
+        divergence.look()
+        found = self.transport.gather((divergence.reason, divergence.good))
+        return next((reason for reason, _ in found if reason), ""), all(good for _, good in found)
+
+    def remedy(self) -> str:
+        """Returns what to do about a run that has diverged."""
+        settings = self.settings
+        scale = "--loss_scale=dynamic, or " if settings.fp16 and settings.loss_scale != "dynamic" else ""
+        again = f"give {scale}a --learning_rate below {self.plan.learning_rate:g}"
+        if not settings.log_dir:
+            return again
+        kept = checkpoint.last_good(Path(settings.log_dir))
+        return f"{again}, and another --log_dir, where --init=FILE goes on from weights; {kept}"
 
     def save(self, metrics: Metrics, evaluation: dict[str, Any] | None = None) -> None:
         """Gathers what is each rank's own to rank 0, whose BatchNorm statistics are those of the weights.

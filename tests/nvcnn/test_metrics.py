@@ -34,6 +34,38 @@ def test_throughput_leaves_the_burn_in_out(clock):
     assert jitter == 0
 
 
+@pytest.mark.parametrize(
+    ("first", "laps", "line"),
+    [
+        (0, [], "not known, no table line was reached"),
+        (0, [1], "10.0 (of 1 step(s), with the start)"),
+        (0, [1, 3], "20.0 (of the last 2 step(s))"),
+        (4, [10, 24], "140.0 (of the last 14 step(s))"),
+        (0, [1, 20, 21], "10.0 (of the last 1 step(s))"),
+        (0, [1, 10, 20, 24], "40.0 (of the last 4 step(s))"),
+        (0, [*range(1, 24), 25], "14.0 +/- 2.5 (jitter = 0.0)"),
+    ],
+)
+def test_the_closing_line_of_a_short_run(clock, first, laps, line):
+    throughput = Throughput(10, first)
+    for step in laps:
+        clock[0] += 1
+        throughput.lap(step)
+    assert throughput.in_words() == f"Images/sec: {line}"
+    summary = throughput.summary()
+    assert summary is None or not any(value is not None and math.isnan(value) for value in summary)
+
+
+def test_what_the_rest_takes_is_known_after_the_start(clock):
+    throughput = Throughput(images_per_step=64, first_step=5)
+    found = []
+    for step, seconds in ((6, 100.0), (7, 2.0), (9, 8.0)):
+        clock[0] += seconds
+        throughput.lap(step)
+        found.append(throughput.known_to_take(10))
+    assert found == pytest.approx([0, 20, 40])
+
+
 def test_time_for_a_checkpoint_is_left_out(clock):
     throughput = Throughput(images_per_step=10)
     clock[0] += 1

@@ -242,6 +242,36 @@ def test_without_validation_images_there_is_no_evaluation_unless_it_is_asked_for
         find_validation_data(Settings(**settings, eval_every=1))
 
 
+@pytest.mark.parametrize("max_skipped", [4, 30])
+def test_a_run_that_diverges_stops_and_keeps_its_good_checkpoints(tmp_path, monkeypatch, capsys, max_skipped):
+    """Also while it is not known yet, although each step saves, and no line of the table is due."""
+    whole = Step.__call__
+
+    def poisoned(step, batch):
+        bad = int(step.optimizer.counters[0]) >= 7
+        return whole(step, batch._replace(labels=torch.full_like(batch.labels, 9)) if bad else batch)  # no such class
+
+    monkeypatch.setattr(Step, "__call__", poisoned)
+    options = {"num_batches": 99, "save_interval": 0, "keep": 2, "display_every": 1000, "max_skipped": max_skipped}
+    settings = Settings(
+        model="lenet", conv="torch", batch_size=2, num_classes=9, log_dir=str(tmp_path), learning_rate=0.01, **options
+    )
+    assert Run(settings, None, Transport(Launch()), None).loop() == 1
+    assert [checkpoint.step_of(path) for path in checkpoint.in_directory(tmp_path)] == [7, 6]
+    said = capsys.readouterr().out
+    assert f"{max_skipped} steps in a row were skipped, since gradients were not finite: give a --learning_rate" in said
+    assert f"the last good checkpoint is {checkpoint.path_of(tmp_path, 7)}" in said
+    (event,) = [event for event in plot.read(tmp_path) if event["event"] == "diverged"]
+    assert event["step"] == 7 + max_skipped
+
+
+@pytest.mark.parametrize(("long", "times"), [(0.0, 1), (9999.0, 0)])
+def test_a_long_run_that_keeps_nothing_says_so_once(monkeypatch, capsys, long, times):
+    monkeypatch.setattr("nvcnn.train.LONG", long)
+    Run(Settings(model="trivial", batch_size=2, num_batches=5, num_classes=9), None, Transport(Launch()), None).loop()
+    assert capsys.readouterr().out.count("nothing will be kept: give --log_dir") == times
+
+
 class Gathering(Transport):
     """Is one of two ranks of one process; rank 0 gathers what rank 1 handed over before."""
 
