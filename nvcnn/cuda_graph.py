@@ -7,8 +7,9 @@ chosen before: the warm-up does both, and is undone by a `Snapshot`.
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -81,44 +82,48 @@ def quick_captures() -> Iterator[None]:
         gc.unfreeze()
 
 
-def record(function: Callable[[], object], warm_up: int) -> Callable[[], None]:
-    """Runs `function` some times, which loads kernels and lets cuDNN choose, then returns its replay as a CUDA graph.
+def record(functions: Sequence[Callable[[], object]], warm_up: int) -> list[Callable[[], None]]:
+    """Runs each function some times, which loads kernels and lets cuDNN choose; returns their replays as CUDA graphs.
 
     Warm-up and capture call from one thread, on one stream: cuDNN's choices are kept by thread, and backward's leaves
     must be on the stream it runs on; where they are not, PyTorch warns, which is an error here. Other threads (DALI's,
-    NCCL's) go on meanwhile. What is made inside is in the graph's own memory, and Triton's kernels stay loaded: their
-    functions hold them. What `function` holds stays where it is as long as the replay is there.
+    NCCL's) go on meanwhile. What is made inside is in memory of the graphs, which they take in turn: no function may
+    read what another has made there. The first should need most, as others fit in. Triton's kernels stay loaded: their
+    functions hold them. What a function holds stays where it is as long as its replay is there.
     """
-    graph, stream, before = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    stream, pool, before = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+    graphs = [torch.cuda.CUDAGraph() for _ in functions]
     stream.wait_stream(before)
     # Around the capture as well: one that fails would leave its stream the current one.
     with torch.cuda.stream(stream), warnings.catch_warnings(), without_garbage_collection():
         warnings.filterwarnings("error", message=".*AccumulateGrad node's stream")
-        for _ in range(warm_up):
-            function()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            function()
+        for function in functions:  # all before any capture, since they are in other memory
+            for _ in range(warm_up):
+                function()
+        for graph, function in zip(graphs, functions, strict=True):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                function()
     before.wait_stream(stream)
 
-    def replay(inputs: object = function) -> None:  # a graph holds addresses, and not the tensors that are there
+    def replay(graph: torch.cuda.CUDAGraph, inputs: object) -> None:  # it holds addresses, not the tensors there
         graph.replay()
 
-    return replay
+    return [partial(replay, graph, function) for graph, function in zip(graphs, functions, strict=True)]
 
 
-def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """Returns a function that replays `function`, at most AHEAD calls ahead of the device."""
+def capture(functions: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
+    """Returns functions that replay these, as `record` has it, together at most AHEAD calls ahead of the device."""
     try:
-        launch = record(function, WARM_UP)
+        launches = record(functions, WARM_UP)
     except Exception as error:
         error.add_note("This was a CUDA graph in the making: --cuda_graph=off goes without.")
         raise
     turns = cycle([torch.cuda.Event(blocking=True) for _ in range(AHEAD)])
 
-    def replay() -> None:
+    def replay(launch: Callable[[], None]) -> None:
         done = next(turns)
         done.synchronize()
         launch()
         done.record()
 
-    return replay
+    return [partial(replay, launch) for launch in launches]

@@ -584,8 +584,10 @@ def show(log_dir: str | None) -> int:
             raise InputError(f"--log_dir={log_dir}: no checkpoint there")
         path, state = found
         print(path)
-        for name, algorithm in state["convolutions"].items():
-            print(f"{algorithm:21}{name}")
+        found = state["convolutions"]
+        for size, algorithms in found.items() if all(isinstance(size, int) for size in found) else [(None, found)]:
+            for name, algorithm in algorithms.items():
+                print(f"{algorithm:21}{name}" + f", at {size} x {size}" * (len(found) > 1))
         return 0
     measurements = read_cache(lambda line: print(line, file=sys.stderr))
     if not measurements:

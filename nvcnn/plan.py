@@ -18,7 +18,7 @@ from nvcnn.models.layers import Conv2d, freeze_backbone
 from nvcnn.optimizer.schedule import MOST_STEPS, RISE, learning_rates
 from nvcnn.program import InputError
 from nvcnn.roofline import GPUS, META
-from nvcnn.settings import MOST_PIXELS, Settings, as_json
+from nvcnn.settings import MOST_PIXELS, Settings, as_json, training_sizes
 from nvcnn.weights import Weights, fit
 
 SYNTHETIC_CLASSES = 1000
@@ -34,7 +34,7 @@ class Plan:
     num_classes: int
     class_names: tuple[str, ...] | None
     preprocessing: Preprocessing
-    image_size: int  # in training
+    image_sizes: tuple[tuple[int, int], ...]  # in training: an epoch, counted from 0, and the size from then on
     options: dict[str, Any]  # what the model is built with, beside its number of classes
     learning_rate: float
     warmup: float  # steps in which it rises
@@ -44,13 +44,18 @@ class Plan:
 
     @property
     def sizes(self) -> list[int]:
-        """Returns the sizes of training's images, each once."""
-        return [self.image_size]
+        """Returns the sizes of training's images, the first one first, each once."""
+        return list(dict.fromkeys(size for _, size in self.image_sizes))
 
     @property
     def shares(self) -> dict[int, float]:
-        """Returns the share of the steps that each size has."""
-        return {self.image_size: 1.0}
+        """Returns the share of the steps that has images of each size."""
+        epochs = self.steps / self.steps_per_epoch
+        ends = [*(first for first, _ in self.image_sizes[1:]), epochs]
+        found = dict.fromkeys(self.sizes, 0.0)
+        for (first, size), end in zip(self.image_sizes, ends, strict=True):
+            found[size] += (end - first) / epochs
+        return found
 
 
 def find_training_data(settings: Settings) -> Dataset | None:
@@ -104,10 +109,13 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     if num_classes > MAX_CLASSES:
         where = f"--data_dir={settings.data_dir}" if dataset else f"--num_classes={num_classes}"
         raise InputError(f"{where}: {num_classes} classes: must be at most {MAX_CLASSES}")
-    image_size = preprocessing.train_size or preprocessing.image_size
-    if settings.batch_size * image_size**2 >= MOST_PIXELS:
+    image_sizes = training_sizes(settings.train_size) if settings.train_size else ((0, preprocessing.training_size),)
+    image_sizes = tuple((first, size) for first, size in image_sizes if first * steps_per_epoch < steps)
+    preprocessing = preprocessing.trained_at(image_sizes[-1][1])
+    largest = max(size for _, size in image_sizes)
+    if settings.batch_size * largest**2 >= MOST_PIXELS:
         raise InputError(
-            f"--batch_size={settings.batch_size}: too many images of {image_size} x {image_size} pixels: lower it"
+            f"--batch_size={settings.batch_size}: too many images of {largest} x {largest} pixels: lower it"
         )
     return Plan(
         ranks=ranks,
@@ -118,7 +126,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
         num_classes=num_classes,
         class_names=dataset.class_names if dataset else None,
         preprocessing=preprocessing,
-        image_size=image_size,
+        image_sizes=image_sizes,
         options=options | {flag: True for flag, given in settings.model_flags.items() if given},
         learning_rate=settings.learning_rate or model.learning_rate(total_batch),
         warmup=warmup,
@@ -146,12 +154,23 @@ def describe(settings: Settings, run: Plan) -> list[str]:
         f"Num images:  {images}",
         f"Model:       {settings.model}",
         *describe_images(settings.model, run.preprocessing, run.options),
+        *[f"Sizes:       {describe_sizes(run)}"] * (len(run.image_sizes) > 1),
         f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
         f"Data type:   {dtype}",
         *[f"  {dtype} on a CPU is for trying things out: it can be slow"] * slow,
         f"Steps:       {run.steps}",
         f"CUDA graph:  {f'none: {run.no_graph}' if run.no_graph else 'the whole step'}",
     ]
+
+
+def describe_sizes(run: Plan) -> str:
+    """Returns the sizes of training's images, each with its epochs, counted from 1."""
+    epochs = -(-run.steps // run.steps_per_epoch)
+    ends = [*(first for first, _ in run.image_sizes[1:]), epochs]
+    return ", ".join(
+        f"{size} x {size} in epochs {first + 1} to {end}" if end > first + 1 else f"{size} x {size} in epoch {end}"
+        for (first, size), end in zip(run.image_sizes, ends, strict=True)
+    )
 
 
 def describe_images(model: str, preprocessing: Preprocessing, options: dict[str, Any]) -> list[str]:
@@ -189,9 +208,10 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Master weight, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
     state = trained * (4 + run.momentum_dtype.itemsize + 4) + (parameters - trained) * (4 + run.dtype.itemsize)
-    activations = activation_bytes(model, settings.batch_size, run.image_size, run.dtype)
+    activations = max(activation_bytes(model, settings.batch_size, size, run.dtype) for size in run.sizes)
     resolved = as_json(settings) | {"learning_rate": run.learning_rate, "num_classes": run.num_classes}
-    resolved |= asdict(run.preprocessing)
+    train_size = settings.train_size or run.sizes[0]
+    resolved |= asdict(run.preprocessing) | {"train_size": train_size, "eval_size": run.preprocessing.image_size}
     print(*(f"--{name}={value}" for name, value in resolved.items()), sep="\n")
     print(*describe(settings, run), *lines, sep="\n")
     print(f"Parameters:  {parameters:,}" + (f", of which {trained:,} are trained" if trained < parameters else ""))

@@ -29,6 +29,7 @@ ORIGIN_NAMES = ("nvcnn", *ORIGINS)
 FORMATS = ("safetensors", "torch", "onnx")
 SMALLEST, LARGEST = 1e-30, 1e30  # of the numbers that are computed with: fp32 holds them, and their reciprocals
 LARGEST_SIDE = 2**15  # of an image
+SIZES = re.compile(r"([1-9][0-9]{0,8}:[1-9][0-9]{0,8},)*[1-9][0-9]{0,8}")  # of --train_size
 MOST_PIXELS = 2**31  # of a batch: some kernels count no further, and no GPU holds what a network makes of so many
 
 
@@ -75,7 +76,7 @@ class Images:
     def prepared(self, preprocessing: Preprocessing) -> Preprocessing:
         """Returns `preprocessing` with what was asked for in its place."""
         asked = {f.name: value for f in fields(Images) if (value := getattr(self, f.name)) is not None}
-        in_training = self.image_size or preprocessing.train_size or preprocessing.image_size
+        in_training = self.image_size or preprocessing.training_size
         if eval_size := asked.pop("eval_size", None):
             asked["image_size"] = eval_size
         return replace(preprocessing, **asked).trained_at(in_training)
@@ -90,6 +91,22 @@ def check_image_size(model: str, size: int, name: str) -> None:
         raise InputError(f"--{name}={size}: --model={model} takes {least} and more")
     if size > LARGEST_SIDE:
         raise InputError(f"--{name}={size}: must be at most {LARGEST_SIDE}")
+
+
+def training_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """Returns the sizes of --train_size, each behind the epoch, counted from 0, from which on it is used.
+
+    Raises InputError for what is no such list.
+    """
+    if not SIZES.fullmatch(text):
+        raise InputError(
+            f"--train_size={text}: must be SIZE, or SIZE:EPOCHS,...,SIZE, where the last is for the rest of the epochs"
+        )
+    sizes, first = [], 0
+    for size, _, epochs in (part.partition(":") for part in text.split(",")):
+        sizes.append((first, int(size)))
+        first += int(epochs or 0)
+    return tuple(sizes)
 
 
 def check(settings: Any, right: bool, name: str, must: str) -> None:
@@ -230,6 +247,11 @@ class Settings(Images):
 
     crop_area: tuple[float, float] = image((0.1, 1.0), "training crop, share of the image's area: LO,HI")
     crop_aspect: tuple[float, float] = image((0.8, 1.25), "training crop, width / height: LO,HI")
+    train_size: str | None = image(
+        None,
+        "height and width in training alone: SIZE, or SIZE:EPOCHS,...,SIZE, each for so many epochs, the last for the "
+        "rest; none: --image_size",
+    )
     num_classes: int | None = image(None, "classes; none: from the data's dataset.json, else 1000")
     num_images: int | None = image(
         None, "training images that --dry_run counts with where there is no --data_dir", may_differ=True
@@ -277,6 +299,8 @@ class Settings(Images):
     def __post_init__(self) -> None:
         find_model(self.model, zero_gamma=self.zero_gamma, **self.model_flags)
         self.check_images(self.model)
+        for _, size in training_sizes(self.train_size) if self.train_size is not None else ():
+            check_image_size(self.model, size, "train_size")
         for name in ("batch_size", "num_batches", "display_every", "keep"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_epochs", "num_classes", "num_images"):
@@ -311,9 +335,12 @@ class Settings(Images):
             raise InputError("--zero_gamma is for random weights: --init brings others, leave one of them out")
         if self.log_tensors and not self.log_dir:
             raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
-        if self.num_epochs is not None and self.data_dir is None and not (self.dry_run and self.num_images):
+        if self.data_dir is None and not (self.dry_run and self.num_images):
             dry = ", and a --dry_run --num_images" if self.dry_run else ""
-            raise InputError(f"--num_epochs needs --data_dir; on synthetic data give --num_batches{dry}")
+            if self.num_epochs is not None:
+                raise InputError(f"--num_epochs needs --data_dir; on synthetic data give --num_batches{dry}")
+            if "," in (self.train_size or ""):
+                raise InputError(f"--train_size={self.train_size} needs --data_dir: synthetic data has no epochs")
         if self.eval and self.data_dir is None:
             raise InputError("--eval needs --data_dir")
         if self.eval and not self.log_dir:

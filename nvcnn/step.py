@@ -1,6 +1,6 @@
 """One training step: from a batch of pixels to new weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import kernels
 from nvcnn.cuda_graph import Snapshot, capture
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.distributed import Transport
+from nvcnn.kernel_choices import use
 from nvcnn.meta import gradient_order
 from nvcnn.models.layers import image_channels, outputs
 from nvcnn.optimizer.arena import Arena
@@ -24,8 +25,9 @@ class Step:
     Backward hands each gradient to the arena, and each bucket's allreduce starts as soon as it is full; three launches
     then update everything, or nothing if a gradient was not finite.
 
-    `image_size` is that of the (square) images that the model gets. `larc_eta`: None for no LARC;
-    `clip_norm`: None for no clipping. For the other options of the optimizer see `Larc`.
+    `image_size` is that of the (square) images that the model gets first; a batch may have another. `algorithms`: by
+    size, that of each convolution, where sizes have their own. `larc_eta`: None for no LARC; `clip_norm`: None for no
+    clipping. For the other options of the optimizer see `Larc`.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Step:
         model: nn.Module,
         *,
         image_size: int,
+        algorithms: dict[int, dict[str, str]] | None = None,
         device: torch.device,
         schedule: Tensor,
         transport: Transport,
@@ -53,6 +56,13 @@ class Step:
         self.image_size, self.channels, self.dtype = image_size, image_channels(model, device), dtype
         self.prepare_input = partial(prepare_input, dtype=dtype, normalize=normalize, channels=self.channels)
         self.label_smoothing, self.aux_weight = label_smoothing, getattr(model, "aux_weight", 0.0)
+        # Of captured steps, by image size: what each reads, and its launch; of the current size, the same.
+        self.captured: dict[int, tuple[Tensor, Callable[[], None]]] = {}
+        self.images: Tensor | None
+        self.labels: Tensor
+        self.replay: Callable[[], None] | None
+        self.algorithms = algorithms or {}
+        self.change_size(image_size)
         self.arena = Arena(
             model,
             gradient_order(model, image_size),
@@ -75,16 +85,14 @@ class Step:
             clip_norm=clip_norm or 0.0,
         )
         self.gradients = Gradients(self.arena, transport)
-        # Of a captured step: its launch, and what it reads.
-        self.replay: Callable[[], None] | None = None
-        self.images: Tensor | None = None
-        self.labels: Tensor
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step. Returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for.
 
         The next step overwrites what is returned.
         """
+        if batch.images.shape[1] != self.image_size:
+            self.change_size(batch.images.shape[1])
         images = self.prepare_input(batch.images, batch.flip, into=self.images)
         if self.replay is None:
             self.train(images, batch.labels)
@@ -92,6 +100,14 @@ class Step:
             self.labels.copy_(batch.labels)
             self.replay()
         return self.optimizer.latest
+
+    def change_size(self, image_size: int) -> None:
+        """Has the next steps take images of that size, by its algorithms, and as its graph where steps are graphs."""
+        if self.captured and image_size not in self.captured:
+            raise ValueError(f"images of {image_size}: steps were captured for {', '.join(map(str, self.captured))}")
+        self.image_size = image_size
+        self.images, self.replay = self.captured.get(image_size, (None, None))
+        use(self.model, self.algorithms.get(image_size, {}))
 
     def train(self, images: Tensor, labels: Tensor) -> None:
         """Computes new weights from the network's input: this is what a CUDA graph holds."""
@@ -106,20 +122,35 @@ class Step:
         """Returns the rows of losses and hits, and the gradient of the mean loss times the loss scale."""
         return kernels.cross_entropy(logits.detach(), labels, self.optimizer.loss_scale, self.label_smoothing)
 
-    def capture(self, batch_size: int) -> None:
+    def capture(self, batch_size: int, sizes: Sequence[int] = ()) -> None:
         """Makes each step from now on the replay of a CUDA graph. All state, also that of the generators, stays.
 
         All ranks must call it. The bits are those of a step that is not captured; a batch of another size is refused.
+        sizes: of images, each of which gets a graph; none: the current one.
         """
-        shape, device = (batch_size, self.channels, self.image_size, self.image_size), self.arena.weight.device
-        self.images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
+        current, device = self.image_size, self.arena.weight.device
+        ordered = sorted({current, *sizes}, reverse=True)  # the largest comes first: its memory is enough for all
+        values = torch.zeros(batch_size * self.channels * ordered[0] ** 2, dtype=self.dtype, device=device)
         self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+        def images(size: int) -> Tensor:  # channels-last
+            mine = values[: batch_size * self.channels * size**2]
+            return mine.view(batch_size, size, size, self.channels).permute(0, 3, 1, 2)
+
+        def train(size: int) -> None:
+            self.change_size(size)
+            self.train(inputs[size], self.labels)
+
+        inputs = {size: images(size) for size in ordered}
         before = Snapshot(self.state().values(), device)
-        self.replay = capture(partial(self.train, self.images, self.labels))
+        replays = capture([partial(train, size) for size in ordered])
         before.restore()
+        self.captured = dict(zip(ordered, zip(inputs.values(), replays, strict=True), strict=True))
+        self.change_size(current)
 
     def close(self) -> None:
-        """Lets go of the graph: it may hold collectives, and must end before the transport does."""
+        """Lets go of the graphs: they may hold collectives, and must end before the transport does."""
+        self.captured = {}
         self.replay = self.images = None
 
     def state(self) -> dict[str, Tensor]:

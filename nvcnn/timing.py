@@ -51,7 +51,7 @@ def captured(step: Step, device: torch.device) -> Step:
     Backward passes may be in it, if nothing is alive of one that ran on another stream. Its memory, and what `step`
     holds, are kept until what is returned is dropped.
     """
-    return step if device.type == "cpu" else record(step, 1)
+    return step if device.type == "cpu" else record([step], 1)[0]
 
 
 def alternate(

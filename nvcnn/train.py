@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nvcnn import checkpoint
 from nvcnn.check_data import check_data
@@ -17,7 +18,7 @@ from nvcnn.data.pillow_workers import WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect
 from nvcnn.evaluate import check_classes, evaluate
-from nvcnn.kernel_choices import choose_algorithms
+from nvcnn.kernel_choices import Choices, choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
 from nvcnn.optimizer.schedule import learning_rates
@@ -93,13 +94,12 @@ class Run:
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
-        images = settings.batch_size, self.plan.image_size
-        stored = state and state["convolutions"]
-        self.choices = choose_algorithms(model, settings.conv, images, self.plan.dtype, self.device, transport, stored)
+        self.choices = self.choose_algorithms(model, state["convolutions"] if state else {})
         self.schedule = learning_rates(settings.schedule, self.plan.learning_rate, self.plan.steps, self.plan.warmup)
         self.train_step = Step(
             model,
-            image_size=self.plan.image_size,
+            image_size=self.plan.sizes[0],
+            algorithms={size: choices.algorithms for size, choices in self.choices.items()},
             device=self.device,
             schedule=self.schedule,
             transport=transport,
@@ -125,10 +125,26 @@ class Run:
             if "running" in mine:  # an older checkpoint has rank 0's alone
                 self.train_step.arena.running.copy_(mine["running"])
 
+    def choose_algorithms(self, model: nn.Module, stored: dict[Any, Any]) -> dict[int, Choices]:
+        """Returns what computes the convolutions, by the size of images. stored: the checkpoint's algorithms."""
+        settings, plan = self.settings, self.plan
+        return {
+            size: choose_algorithms(
+                model,
+                settings.conv,
+                (settings.batch_size, size),
+                plan.dtype,
+                self.device,
+                self.transport,
+                stored.get(size, stored),  # an older checkpoint has those of its one size alone
+            )
+            for size in plan.sizes
+        }
+
     def open_data(self, dataset: Dataset | None, threads: int, state: dict | None) -> Data:
         """Returns the source of batches. `state`: where this rank's reader was in the run to resume."""
         settings, plan, rank = self.settings, self.plan, self.transport.rank
-        common: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": plan.image_size}
+        common: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": plan.sizes[0]}
         common |= {"device": self.device, "ranks": plan.ranks}
         if dataset is None:
             common |= {"images": plan.images, "num_classes": plan.num_classes}
@@ -139,6 +155,7 @@ class Run:
             **common,
             crop_area=settings.crop_area,
             crop_aspect=settings.crop_aspect,
+            later_sizes=plan.image_sizes[1:],
             seed=settings.seed,
             rank=rank,
             threads=threads,
@@ -153,7 +170,7 @@ class Run:
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=rank)
         self.announce(metrics)
         if not self.plan.no_graph:
-            self.train_step.capture(settings.batch_size)
+            self.train_step.capture(settings.batch_size, self.plan.sizes)
         metrics.say("Training")
         metrics.table_head()
         tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
@@ -231,7 +248,7 @@ class Run:
             "options": plan.options,
             "settings": as_json(settings),
             "kernels": chosen_kernels(),
-            "convolutions": self.choices.algorithms,
+            "convolutions": {size: choices.algorithms for size, choices in self.choices.items()},
             "ranks": ranks,
             **self.train_step.state_dict(),
         }
@@ -246,8 +263,10 @@ class Run:
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {transport}")
         if settings.data_dir:
             say(f"Input:       {self.backend}")
-        if self.choices.algorithms:
-            say(f"Convolution: {self.choices}")
+        chosen = {size: str(choices) for size, choices in self.choices.items() if choices.algorithms}
+        for line in dict.fromkeys(chosen.values()):
+            sizes = ", ".join(f"{size} x {size}" for size, text in chosen.items() if text == line)
+            say(f"Convolution: {line}" + f", for images of {sizes}" * (len(set(chosen.values())) > 1))
         if self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:
             say(f"  {transport} has no bfloat16: gradients travel in fp32")
         metrics.write("start", step=self.step, steps=self.plan.steps, ranks=self.transport.size)

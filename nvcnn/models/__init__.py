@@ -60,6 +60,10 @@ class Preprocessing:
     eval_interpolation: str = "bilinear"
     train_size: int | None = None
 
+    @property
+    def training_size(self) -> int:
+        return self.train_size or self.image_size
+
     def trained_at(self, size: int) -> Preprocessing:
         """Returns the same with that size in training."""
         return replace(self, train_size=None if size == self.image_size else size)

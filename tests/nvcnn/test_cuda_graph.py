@@ -20,6 +20,8 @@ from nvcnn import checkpoint, metrics
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.distributed import Torch, Transport, connect
+from nvcnn.kernel_choices import use
+from nvcnn.meta import places
 from nvcnn.models import MODELS
 from nvcnn.plan import describe, plan
 from nvcnn.program import InputError, Launch
@@ -27,7 +29,7 @@ from nvcnn.roofline import META, call_of
 from nvcnn.settings import Settings
 from nvcnn.step import Step
 from nvcnn.train import Run
-from tests.nvcnn.test_step import CLASSES, Headed, batch, make
+from tests.nvcnn.test_step import CLASSES, SIZE, Headed, Net, batch, make
 
 HOST_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -58,13 +60,16 @@ class Tape(TorchDispatchMode):
         return [call_of(func, *args, outputs=result, **kwargs) for func, args, kwargs, result in self.calls]
 
 
-def on_tape(function):
+def on_tape(functions):
     """Stands in for `capture` on a machine without a GPU."""
-    for _ in range(WARM_UP):
-        function()
-    with Tape() as tape:
-        function()
-    return torch.no_grad()(tape.replay)
+    tapes = [Tape() for _ in functions]
+    for function in functions:
+        for _ in range(WARM_UP):
+            function()
+    for tape, function in zip(tapes, functions, strict=True):
+        with tape:
+            function()
+    return [torch.no_grad()(tape.replay) for tape in tapes]
 
 
 @pytest.fixture
@@ -133,17 +138,45 @@ def test_a_graph_has_the_bits_of_a_step(device, capturing, case, monkeypatch):
         step(Batch(*(t[:3] for t in batches[0])))
 
 
+def test_each_size_has_its_graph_and_algorithms(device, capturing):
+    """Phases may come back to a size. What is the input of one graph is where that of another is."""
+    sizes, names = (SIZE, 12, 12, SIZE, 6), places(Net(), 4, SIZE, torch.float32)
+    algorithms = {size: dict.fromkeys(names, how) for size, how in ((SIZE, "torch"), (12, "triton"), (6, "torch"))}
+    eager, graph = (make(device, algorithms=algorithms) for _ in range(2))
+    plain = make(device)
+    torch.manual_seed(3)
+    start = bits(graph)
+    graph.capture(4, [SIZE, 12, 6])
+    assert_same(bits(graph), start)
+    states = []
+    for step in (plain, eager, graph):
+        torch.manual_seed(3)
+        states.append([])
+        for number, size in enumerate(sizes):
+            if step is plain:
+                use(step.model, algorithms[size])
+            step(batch(number, device, size))
+            assert step.model.conv.algorithm == algorithms[size]["conv"]
+            states[-1].append(bits(step))
+    for expected, one, other in zip(*states, strict=True):
+        assert_same(expected, one)
+        assert_same(expected, other)
+    assert len({images.data_ptr() for images, _ in graph.captured.values()}) == 1
+    with pytest.raises(ValueError, match="images of 10: steps were captured for 12, 8, 6"):
+        graph(batch(0, device, 10))
+
+
 def test_a_run_is_the_same_with_a_graph(tmp_path, capturing, monkeypatch, device):
     """The loop around the graph prints the same lines, saves the same checkpoint, and ends."""
     lines, weights = [], []
     taken, whole = [], Step.capture
-    monkeypatch.setattr(Step, "capture", lambda step, size: taken.append(size) or whole(step, size))
+    monkeypatch.setattr(Step, "capture", lambda step, *given: taken.append(given) or whole(step, *given))
     for name, reason in (("eager", "--cuda_graph=off"), ("graph", "")):
         monkeypatch.setattr("nvcnn.plan.why_not", lambda *_, reason=reason, **__: reason)
         settings = Settings(model="lenet", batch_size=4, num_batches=4, num_classes=9, log_dir=str(tmp_path / name))
         run = Run(settings, None, connect("torch"), None)
         assert run.loop() == 0
-        assert taken == ([4] if name == "graph" else [])
+        assert taken == ([(4, [28])] if name == "graph" else [])
         assert run.train_step.replay is None  # a graph must end before the transport
         weights.append(checkpoint.newest(tmp_path / name)[1]["weights"])
         events = [event for event in metrics.read(tmp_path / name) if event["event"] == "train"]
@@ -261,7 +294,7 @@ class Fake:
 
     def __init__(self, monkeypatch):
         self.done, self.streams, self.fails = [], [], False
-        for name in ("CUDAGraph", "Stream", "Event", "current_stream", "stream", "graph"):
+        for name in ("CUDAGraph", "Stream", "Event", "current_stream", "stream", "graph", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     def CUDAGraph(self):
@@ -285,8 +318,13 @@ class Fake:
         yield
         self.streams.pop()
 
+    def graph_pool_handle(self):
+        assert not self.done, "all graphs share one"
+        return "pool"
+
     @contextmanager
-    def graph(self, graph, stream, capture_error_mode):
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert pool == "pool"
         assert stream is self.streams[-1], "warm-up and capture are on one stream"
         self.done.append(capture_error_mode)
         yield
@@ -301,13 +339,13 @@ class Fake:
 
 def test_the_order_of_a_capture(monkeypatch):
     fake = Fake(monkeypatch)
-    replay = capture(fake.step)
-    captured = ["the side stream waits", *["step"] * WARM_UP, "thread_local", "step", "captured"]
-    assert fake.done == [*captured, "the first stream waits", "event", "event"]
+    replays = capture([fake.step, fake.step])
+    captured = [*["step"] * 2 * WARM_UP, *["thread_local", "step", "captured"] * 2]
+    assert fake.done == ["the side stream waits", *captured, "the first stream waits", "event", "event"]
     assert gc.isenabled()
     assert not fake.streams
     fake.done.clear()
-    for _ in range(3):
+    for replay in (*replays, replays[0]):
         replay()
     # Never more than two steps ahead: a step waits for the end of the one before the last.
     assert fake.done == [x for n in (0, 1, 0) for x in (("wait", n), "replay", ("record", n))]
@@ -318,7 +356,7 @@ def test_a_leaf_on_another_stream_ends_the_capture(monkeypatch):
     fake = Fake(monkeypatch)
     fake.fails = True
     with pytest.raises(UserWarning, match="AccumulateGrad") as error:
-        capture(fake.step)
+        capture([fake.step])
     assert error.value.__notes__ == ["This was a CUDA graph in the making: --cuda_graph=off goes without."]
     assert gc.isenabled()
 

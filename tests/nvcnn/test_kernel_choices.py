@@ -644,3 +644,8 @@ def test_shows_what_a_run_computes_with(tmp_path, capsys):
     checkpoint.save(checkpoint.path_of(tmp_path, 3), {"convolutions": {"conv1": "cudnn"}}, keep=1)
     assert show(str(tmp_path)) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["cudnn", "conv1"]
+    of_sizes = {160: {"conv1": "cudnn"}, 192: {"conv1": "triton"}}
+    checkpoint.save(checkpoint.path_of(tmp_path, 4), {"convolutions": of_sizes}, keep=1)
+    assert show(str(tmp_path)) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == ["cudnn conv1, at 160 x 160", "triton conv1, at 192 x 192"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvcnn.data.dataset import find_dataset
-from nvcnn.models import MODELS
+from nvcnn.models import MODELS, Preprocessing
 from nvcnn.plan import dry_run, estimates, initial_model, plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings
@@ -53,6 +53,35 @@ def test_zero_gamma_is_how_a_model_begins_and_not_what_it_is():
 def test_synthetic_data_is_one_epoch():
     run = plan(Settings(model="resnet50", batch_size=16, num_batches=30, fp16=True), None, ranks=4)
     assert (run.steps, run.steps_per_epoch, run.num_classes, run.dtype) == (30, 30, 1000, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "sizes", "trained_at", "line"),
+    [
+        (6, ((0, 32), (2, 48), (5, 40)), 40, "32 x 32 in epochs 1 to 2, 48 x 48 in epochs 3 to 5, 40 x 40 in epoch 6"),
+        (5, ((0, 32), (2, 48)), 48, "32 x 32 in epochs 1 to 2, 48 x 48 in epochs 3 to 5"),
+        (1, ((0, 32),), 32, None),
+    ],
+)
+def test_sizes_by_epochs(small_dataset, capsys, monkeypatch, epochs, sizes, trained_at, line):
+    """The dry run says them, and memory for the largest. Those that the run does not come to are none of it."""
+    data = {"data_dir": str(small_dataset), "batch_size": 10, "num_epochs": epochs}
+    settings = Settings(model="resnet18", train_size="32:2,48:3,40", image_size=40, **data)
+    dataset = find_dataset(small_dataset, num_classes=10, label_base=None, split="train")
+    run = plan(settings, dataset, ranks=1)
+    assert (run.image_sizes, run.preprocessing) == (sizes, Preprocessing(40).trained_at(trained_at))
+    largest = max(run.sizes)
+    monkeypatch.setattr("nvcnn.plan.MOST_PIXELS", 10 * largest**2)
+    with pytest.raises(InputError, match=f"too many images of {largest} x {largest} pixels"):
+        plan(settings, dataset, ranks=1)
+    monkeypatch.undo()
+    dry_run(settings, run)
+    lines = capsys.readouterr().out.splitlines()
+    assert [text for text in lines if text.startswith("Sizes:")] == [f"Sizes:       {line}"] * bool(line)
+    assert {"--train_size=32:2,48:3,40", "--image_size=40", "--eval_size=40"} <= set(lines)
+    settings = Settings(model="resnet18", image_size=largest, **data)
+    dry_run(settings, plan(settings, dataset, ranks=1))
+    assert next(text for text in lines if text.startswith("Memory:")) in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,9 @@ def make(device, conv="torch", net=Net, **options) -> Step:
     return Step(model, image_size=SIZE, device=device, schedule=poly(0.1, 20), **options)
 
 
-def batch(seed, device) -> Batch:
+def batch(seed, device, size=SIZE) -> Batch:
     g, n = torch.Generator().manual_seed(seed), 4
-    images = torch.randint(256, (n, SIZE, SIZE, 3), dtype=torch.uint8, generator=g)
+    images = torch.randint(256, (n, size, size, 3), dtype=torch.uint8, generator=g)
     labels, flip = torch.randint(CLASSES, (n,), generator=g), torch.randint(2, (n,), generator=g).bool()
     return Batch(*(t.to(device) for t in (images, labels, flip)))
 

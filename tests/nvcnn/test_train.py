@@ -2,14 +2,17 @@
 
 import signal
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from nvcnn import checkpoint
 from nvcnn.distributed import Transport
+from nvcnn.kernel_choices import Choices
+from nvcnn.meta import places
 from nvcnn.metrics import Metrics
-from nvcnn.models import MODELS, Model, constant
+from nvcnn.models import MODELS, Model, Preprocessing, constant
 from nvcnn.plan import find_training_data
 from nvcnn.program import SAVED_AND_STOPPED, InputError, Launch
 from nvcnn.settings import Settings
@@ -81,6 +84,50 @@ def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch, 
     assert torch.equal(one["ranks"][0]["torch_rng"], other["ranks"][0]["torch_rng"])
     for name, weight in one["weights"].items():
         assert torch.equal(weight, other["weights"][name]), name
+
+
+@pytest.mark.parametrize(("backend", "stop_at"), [("torch", 4), ("torch", 6), ("dali_cpu", 5)])
+def test_a_run_whose_images_grow_goes_on(tmp_path, monkeypatch, small_dataset, backend, stop_at):
+    """In the middle of a size, and where one begins; with the algorithms that were chosen for each."""
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1), least_size=4))
+    algorithms = {8: "torch", 12: "triton", 6: "torch"}
+    whole, seen, stored = Step.__call__, [], []
+
+    def chosen(model, asked, images, dtype, device, transport, of_checkpoint):
+        stored.append(of_checkpoint)
+        return Choices(dict.fromkeys(places(model, *images, dtype), algorithms[images[1]]), "as the test says")
+
+    def watched(step, batch):
+        seen.append(batch.images.shape[1])
+        if len(seen) == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(step, batch)
+
+    def trained(name) -> int:
+        options = {"batch_size": 10, "num_epochs": 4, "num_classes": CLASSES, "train_size": "8:1,12:2,6"}
+        data = {"data_dir": str(small_dataset), "data_backend": backend}
+        settings = Settings(model="net", log_dir=str(tmp_path / name), **options, **data)
+        dataset = find_training_data(settings)
+        return Run(settings, dataset, Transport(Launch()), checkpoint.resume(settings, 1)).loop()
+
+    monkeypatch.setattr(Step, "__call__", watched)
+    monkeypatch.setattr("nvcnn.train.choose_algorithms", chosen)
+    assert trained("stopped") == SAVED_AND_STOPPED
+    assert stored == [{}, {}, {}]
+    stored.clear()
+    assert trained("stopped") == 0
+    _, state = checkpoint.newest(tmp_path / "stopped")
+    assert seen == [8] * 3 + [12] * 6 + [6] * 3
+    assert stored == [state["convolutions"][size] for size in algorithms]
+    assert {size: set(names.values()) for size, names in state["convolutions"].items()} == {
+        size: {algorithm} for size, algorithm in algorithms.items()
+    }
+    assert state["preprocessing"] == asdict(Preprocessing(SIZE, train_size=6))
+    stop_at = -1
+    assert trained("whole") == 0
+    expected = checkpoint.newest(tmp_path / "whole")[1]["weights"]
+    for name, weight in state["weights"].items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def test_a_run_does_not_go_on_with_other_classes(tmp_path, monkeypatch):

@@ -172,13 +172,16 @@ def test_heads_are_this_run_s_own():
         ({"eval_size": 256}, Preprocessing(224), (224, 256)),
         ({"eval_size": 256, "image_size": 160}, Preprocessing(224), (160, 256)),
         ({"eval_size": 192}, Preprocessing(256, train_size=192), (192, 192)),
+        ({"train_size": "160"}, Preprocessing(224), (160, 224)),
+        ({"train_size": "160"}, Preprocessing(256, train_size=192), (160, 256)),
+        ({"train_size": "160", "image_size": 128, "eval_size": 256}, Preprocessing(224), (160, 256)),
     ],
 )
 def test_sizes_in_training_and_evaluation(flags, begun_with, sizes):
-    """--image_size is both, --eval_size one. A resumed run, which begins with what it said itself, has the same."""
+    """--image_size is both, the others one. A resumed run, which begins with what it said itself, has the same."""
     for _ in range(2):
         run = plan(Settings(model="resnet18", **flags), None, 1, Origin(begun_with, {}))
-        assert (run.image_size, run.preprocessing.image_size) == sizes
+        assert (*run.sizes, run.preprocessing.image_size) == sizes
         begun_with = run.preprocessing
 
 
