@@ -79,7 +79,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) < 17:
             raise InputError(
-                "--aux: the head of --model=inception3 needs images of 299 and more: leave --image_size out"
+                "--aux: the head of --model=inception3 needs images of 299 and more: give no smaller size, or no --aux"
             )
         x = self.conv1(self.conv0(F.avg_pool2d(x, 5, stride=3)))
         return self.fc(kernels.global_average(activation(x)))

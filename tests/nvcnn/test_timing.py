@@ -64,7 +64,7 @@ class Cuda:
                 cuda.done.append("replay")
 
         @contextmanager
-        def graph(graph, stream, capture_error_mode):
+        def graph(graph, pool, stream, capture_error_mode):
             """Captures as torch does: where the capture fails, its stream stays the current one."""
             assert (cuda.current, stream.name, capture_error_mode) == ("side", "side", "thread_local")
             cuda.done.append("capture")
@@ -81,6 +81,7 @@ class Cuda:
 
         for name, value in {
             "CUDAGraph": Graph, "Stream": Stream, "current_stream": Main, "graph": graph, "stream": stream,
+            "graph_pool_handle": lambda: "pool",
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
 
