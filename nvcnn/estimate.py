@@ -68,7 +68,7 @@ def picture(rates: Tensor, epochs: float, columns: int = 64, rows: int = 8) -> l
     top = rates.max().item() or 1.0
     at = ((torch.arange(columns) + 0.5) * len(rates) / columns).long()
     eighths = (rates[at] * (8 * rows / top)).round().int().tolist()
-    left = f"{top:.4g}"
+    left = f"{top:.3g}"
     lines = [
         f"{left if row == rows - 1 else '':>8} |" + "".join(BLOCKS[min(max(n - 8 * row, 0), 8)] for n in eighths)
         for row in reversed(range(rows))
