@@ -1,5 +1,6 @@
 """What a dry run says of time and learning rates: how long GPUs that need not be here take at least, and a picture."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -21,18 +22,19 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 def step_floors(
     build: Callable[[], nn.Module], image_size: int, batch_size: int, dtype: torch.dtype, conv: str
-) -> tuple[str, dict[str, float]]:
-    """Returns how a step's convolutions are computed, and the seconds that it takes each of `GPUS` at least.
+) -> dict[str, float]:
+    """Returns the seconds that a step takes each of `GPUS` at least. `build` returns the model.
 
-    `build` returns the model. With --conv=auto it is the algorithm with which the first of them could be the fastest.
+    With --conv=auto it is the least of the algorithms `LEAST`, each in all convolutions.
     """
-    found = []
+    floors = {gpu.name: math.inf for gpu in GPUS}
     for algorithm in LEAST if conv == "auto" else (conv,):
         with META:
             model = build()
         calls = Counter(calls_of(meta_step(model, image_size, batch_size, dtype, conv=algorithm), batch_size))
-        found.append((algorithm, {gpu.name: sum(n * floor(call, gpu) for call, n in calls.items()) for gpu in GPUS}))
-    return min(found, key=lambda one: next(iter(one[1].values())))
+        for gpu in GPUS:
+            floors[gpu.name] = min(floors[gpu.name], sum(n * floor(call, gpu) for call, n in calls.items()))
+    return floors
 
 
 def times(
@@ -63,10 +65,10 @@ def duration(seconds: float) -> str:
 
 def picture(rates: Tensor, epochs: float, columns: int = 64, rows: int = 8) -> list[str]:
     """Returns the lines of a bar chart of the learning rates, (steps,), from 0 to the highest."""
-    top = rates.max().item()
+    top = rates.max().item() or 1.0
     at = ((torch.arange(columns) + 0.5) * len(rates) / columns).long()
     eighths = (rates[at] * (8 * rows / top)).round().int().tolist()
-    left = f"{top:.4g}"
+    left = f"{top:.3g}"
     lines = [
         f"{left if row == rows - 1 else '':>8} |" + "".join(BLOCKS[min(max(n - 8 * row, 0), 8)] for n in eighths)
         for row in reversed(range(rows))

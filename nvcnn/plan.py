@@ -10,7 +10,7 @@ from kernels.cross_entropy import MAX_CLASSES
 from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.data.source import NoSplit
-from nvcnn.estimate import MEASURED, picture, step_floors, times
+from nvcnn.estimate import LEAST, MEASURED, picture, step_floors, times
 from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype, slowness
 from nvcnn.meta import activation_bytes, macs
@@ -50,12 +50,13 @@ class Plan:
 
     @property
     def shares(self) -> dict[int, float]:
-        """Returns the share of the steps that each size has."""
-        ends = [*(first * self.steps_per_epoch for first, _ in self.image_sizes[1:]), self.steps]
-        shares = dict.fromkeys(self.sizes, 0.0)
+        """Returns the share of the steps that has images of each size."""
+        epochs = self.steps / self.steps_per_epoch
+        ends = [*(first for first, _ in self.image_sizes[1:]), epochs]
+        found = dict.fromkeys(self.sizes, 0.0)
         for (first, size), end in zip(self.image_sizes, ends, strict=True):
-            shares[size] += (end - first * self.steps_per_epoch) / self.steps
-        return shares
+            found[size] += (end - first) / epochs
+        return found
 
 
 def find_training_data(settings: Settings) -> Dataset | None:
@@ -258,11 +259,11 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
     counts = ", ".join(f"{macs(model, size) / 1e9:.4g} G ({size} x {size})" for size in run.sizes)
     rates = learning_rates(settings.schedule, run.learning_rate, run.steps, run.warmup)
     each = {size: step_floors(build, size, batch_size, run.dtype, settings.conv) for size in run.sizes}
-    algorithm = each[run.sizes[0]][0]
-    floors = {gpu.name: sum(share * each[size][1][gpu.name] for size, share in run.shares.items()) for gpu in GPUS}
-    place = settings.model, run.sizes[0], batch_size
-    known = MEASURED.get(place, {}) if run.dtype == torch.float16 and len(run.sizes) == 1 else {}
-    source = "as measured: by such steps on synthetic images" if known else "no such step was measured"
+    floors = {gpu.name: sum(share * each[size][gpu.name] for size, share in run.shares.items()) for gpu in GPUS}
+    plain = settings.conv == "auto" and settings.freeze == "none" and not any(settings.model_flags.values())
+    as_measured = plain and run.dtype == torch.float16 and len(run.sizes) == 1
+    known = MEASURED.get((settings.model, run.sizes[0], batch_size), {}) if as_measured else {}
+    algorithm = f"{' or '.join(LEAST)} throughout, whichever is less" if settings.conv == "auto" else settings.conv
 
     def images(gpus: int) -> int:
         """Returns how many images that many GPUs train on."""
@@ -273,7 +274,8 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
         f"MACs:        {counts} forward, an image",
         "Learning rate",
         *picture(rates, run.steps / run.steps_per_epoch),
-        f"Time:        at least: by the bytes and FLOPs of a step with --conv={algorithm}; {source}.",
+        f"Time:        at least: by the bytes and FLOPs of a step with --conv={algorithm}",
+        f"             as measured: {'by such steps on synthetic images' if known else 'no such step was'}",
         "             Reading data, allreduce, evaluation and saving come on top",
         *times(images, batch_size, floors, known),
     ]

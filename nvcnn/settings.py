@@ -399,13 +399,14 @@ class Settings(Images):
             raise InputError("--zero_gamma is for random weights: --init brings others, leave one of them out")
         if self.log_tensors and not self.log_dir:
             raise InputError("--log_tensors needs --log_dir, where metrics.jsonl is")
-        if self.num_epochs is not None and self.data_dir is None and not (self.dry_run and self.num_images):
+        if self.data_dir is None and not (self.dry_run and self.num_images):
             dry = ", and a --dry_run --num_images" if self.dry_run else ""
-            raise InputError(f"--num_epochs needs --data_dir; on synthetic data give --num_batches{dry}")
+            if self.num_epochs is not None:
+                raise InputError(f"--num_epochs needs --data_dir; on synthetic data give --num_batches{dry}")
+            if "," in (self.train_size or ""):
+                raise InputError(f"--train_size={self.train_size} needs --data_dir: synthetic data has no epochs")
         if self.eval_every and self.data_dir is None:
             raise InputError(f"--eval_every={self.eval_every} needs --data_dir, where the validation images are")
-        if "," in (self.train_size or "") and self.data_dir is None and not self.dry_run:
-            raise InputError(f"--train_size={self.train_size} needs --data_dir: synthetic data has no epochs")
         if self.eval and self.data_dir is None:
             raise InputError("--eval needs --data_dir")
         if self.eval and not self.log_dir:

@@ -30,6 +30,10 @@ def test_the_picture_is_of_the_rates():
     ]
 
 
+def test_a_rate_that_stays_0_has_a_picture():
+    assert len(picture(torch.zeros(1), epochs=1)) == 10
+
+
 def test_eight_gpus_share_the_images():
     floors = {gpu.name: 0.5 for gpu in GPUS}
     lines = times(lambda gpus: 8000 - gpus, 100, floors, {"H200": 50})

@@ -122,6 +122,13 @@ def test_dry_run_says_how_long_it_takes_at_least(capsys):
     assert out.index("A100 at least") < out.index("H100 at least") < out.index("H200 at least") < out.index("B200 at")
 
 
+def test_each_size_has_its_share_of_the_steps():
+    asked = {"num_epochs": 8, "train_size": "160:3,192:3,160", "num_images": 256, "dry_run": True}
+    run = plan(Settings(model="resnet50", **asked), None, ranks=2)
+    assert run.shares == {160: 5 / 8, 192: 3 / 8}
+    assert plan(Settings(model="resnet50"), None, ranks=2).shares == {224: 1}
+
+
 def test_what_is_frozen_takes_less():
     both = [Settings(model="lenet", **flags) for flags in ({}, {"freeze": "backbone", "init": "w.pth"})]
     rates = [int(estimates(s, plan(s, None, ranks=1))[-1].split()[3].replace(",", "")) for s in both]

@@ -107,3 +107,9 @@ def test_the_commands_that_are_shown_are_the_recipes(page, name):
     shown = parse(Settings, command.split())
     own = {key: getattr(asked, key) for key in ("data_dir", "log_dir", "num_classes", "num_images", "recipe")}
     assert replace(shown, **own) == asked
+
+
+def test_the_page_has_every_recipe():
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \|", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)
+    epochs = {name: parse(Settings, [f"--recipe={name}", "--dry_run"]).num_epochs for name in recipes.names()}
+    assert {name: int(n) for name, n in rows} == epochs
