@@ -91,9 +91,14 @@ def short_calls() -> Iterator[Call]:
         for larc, mode in ((runs[0].optimizer, "off"), (runs[2].optimizer, "scale")):
             larc.mode, larc.weight_decay = mode, 0.0
             larc.step()
-        for larc, mode in ((runs[1].optimizer, "clip"), (runs[2].optimizer, "off")):
+        for larc, mode in zip((run.optimizer for run in runs), ("scale", "clip", "off"), strict=True):
             larc.mode, larc.weight_decay, larc.decay_vectors, larc.clip_norm = mode, 1e-4, False, 1.0
             larc.square_sums = larc.square_sums.new_empty(3, *larc.square_sums.shape)
+            larc.step()
+        for run in runs:
+            arena, larc = run.arena, run.optimizer
+            arena.ema_weight, arena.ema_running = torch.empty_like(arena.weight), torch.empty_like(arena.running)
+            larc.ema_decay, larc.scalars, larc.decay_vectors = 0.999, larc.scalars.new_empty(4), True
             larc.step()
         staged.optimizer.step()
     yield from calls

@@ -12,8 +12,11 @@ step's own, set to zero for the next; the step counters; and the dynamic loss sc
 torch.amp.GradScaler (doubled after `growth_interval` finite steps in a row, halved by an overflow), kept between 1 and
 MAX_LOSS_SCALE.
 
+If an exponential moving average is kept (Polyak and Juditsky 1992, SIAM J. Control Optim. 30(4)), it moves towards the
+new weights and statistics by the share a that `trust_ratio` gives: e = e + a (v - e), by a finite step only.
+
 Bytes: 20 per parameter with fp16 gradients and model weights: reads g, v, m, writes v, m and the copy. 16 with momentum
-in bf16.
+in bf16. 8 more with an average.
 """
 
 from typing import Any
@@ -36,14 +39,14 @@ MAX_LOSS_SCALE = tl.constexpr(2.0**24)  # lifts fp16's smallest number, 2^-24, t
 
 def reference(
     matrix_gradient, vector_gradient, weight, momentum, model_weight, tensor_of_block, ratio, scalars,
-    weight_square_sums, running, batch, counters, loss_scale,
+    weight_square_sums, running, batch, counters, loss_scale, ema_weight=None, ema_running=None,
     *, momentum_factor, weight_decay, statistics_momentum, growth_interval, decay_vectors=True,
 ):  # fmt: skip
     """Computes the step in plain PyTorch, in the precision of `weight`. Arguments as in `larc_update`.
 
     Waits for the finite flag, which costs nothing on the CPU.
     """
-    learning_rate, inverse, finite = scalars.tolist()
+    learning_rate, inverse, finite, *share = scalars.tolist()
     counters[0] += 1
     if finite:
         weights, momenta = weight.view(-1, BLOCK), momentum.view(-1, BLOCK)
@@ -58,6 +61,9 @@ def reference(
             w.sub_(d.add_(m, alpha=momentum_factor), alpha=learning_rate)
         refresh_reference(weight, model_weight, weight_square_sums)
         running.mul_(1 - statistics_momentum).add_(batch, alpha=statistics_momentum)
+        if ema_weight is not None:
+            ema_weight.lerp_(weight, *share)
+            ema_running.lerp_(running, *share)
         counters[1:] += 1
     else:
         counters[2] = 0
@@ -137,7 +143,7 @@ def kernel(
     # written from weight
     weight_square_sums,
     # read and written
-    running, batch, counters, loss_scale,
+    running, batch, counters, loss_scale, ema_weight, ema_running,
     # sizes
     matrix_blocks, blocks, statistics,
     # factors
@@ -156,26 +162,35 @@ def kernel(
             kept = tl.load(running + index, mask=inside) * (1 - statistics_momentum)
             new = statistics_momentum * tl.load(batch + index, mask=inside)
             tl.store(running + index, kept + new, mask=inside)
+            if ema_running is not None:
+                average = tl.load(ema_running + index, mask=inside)
+                average += tl.load(scalars + 3) * (kept + new - average)
+                tl.store(ema_running + index, average, mask=inside)
         tl.store(batch + index, tl.zeros((BLOCK,), tl.float32), mask=inside)
     else:
         # Loaded before the flag is known: an overflow is rare, and waiting for it would cost every step.
         at = block.to(tl.int64) * BLOCK + element
         w = tl.load(weight + at)
         m = tl.load(momentum + at).to(tl.float32)
+        if ema_weight is not None:
+            average = tl.load(ema_weight + at)
+            share = tl.load(scalars + 3)
         if block < matrix_blocks:
             g = tl.load(matrix_gradient + at).to(tl.float32)
         else:
             g = tl.load(vector_gradient + (block - matrix_blocks).to(tl.int64) * BLOCK + element)
+            if not VECTORS:
+                weight_decay *= 0
         r = tl.load(ratio + tl.load(tensor_of_block + block))
         learning_rate, inverse = tl.load(scalars), tl.load(scalars + 1)
-        if not VECTORS:
-            weight_decay = tl.where(block < matrix_blocks, weight_decay, 0.0)
         if finite:
             d = r * (g * inverse + weight_decay * w)
             kept = (momentum_factor * m + d).to(momentum.dtype.element_ty)
             w -= learning_rate * (d + momentum_factor * kept.to(tl.float32))
             tl.store(momentum + at, kept)
             tl.store(weight + at, w)
+            if ema_weight is not None:
+                tl.store(ema_weight + at, average + share * (w - average))
             store_derived(w, model_weight, weight_square_sums, block, matrix_blocks, BLOCK)
         if block == 0:
             advance(counters, loss_scale, finite, growth_interval)
@@ -187,7 +202,10 @@ def kernel(
 CONFIG = {"num_warps": 8, "enable_fp_fusion": False}
 
 
-WRITTEN = ("weight", "momentum", "model_weight", "weight_square_sums", "running", "batch", "counters", "loss_scale")
+WRITTEN = (
+    *("weight", "momentum", "model_weight", "weight_square_sums", "running", "batch", "counters", "loss_scale"),
+    *("ema_weight", "ema_running"),
+)
 
 
 @operator("larc_update", mutates_args=WRITTEN)
@@ -205,6 +223,8 @@ def larc_update(
     batch: Tensor,
     counters: Tensor,
     loss_scale: Tensor,
+    ema_weight: Tensor | None = None,
+    ema_running: Tensor | None = None,
     *,
     momentum_factor: float,
     weight_decay: float,
@@ -219,7 +239,8 @@ def larc_update(
     bf16, or None where the model computes in fp32; matrix_gradient has its dtype or fp32. tensor_of_block: (B,), int32,
     values below T. ratio: (T,), and scalars: (3,), fp32, from `trust_ratio`. weight_square_sums: (B,), fp32, written.
     running, batch: (R,), fp32, any R. counters: (3,), int64: steps, applied updates, finite steps since the loss scale
-    last changed. loss_scale: (1,), fp32.
+    last changed. loss_scale: (1,), fp32. ema_weight: (M + V,), and ema_running: (R,), fp32: their moving averages, or
+    None where there are none; with them scalars is (4,).
     decay_vectors: whether the decay is that of vectors, too.
     growth_interval: finite steps after which the loss scale doubles; 0 keeps it as it is. statistics_momentum: the
     weight of `batch` in the new running statistics. Raises ValueError for other shapes, dtypes or devices.
@@ -238,18 +259,22 @@ def larc_update(
         vector_gradient=(vector_gradient, (elements - matrix,)),
         weight=(weight, (elements,)),
         ratio=(ratio, (ratio.numel(),)),
-        scalars=(scalars, (3,)),
+        scalars=(scalars, (3,) if ema_weight is None else (4,)),
         weight_square_sums=(weight_square_sums, (blocks,)),
         running=(running, (statistics,)),
         batch=(batch, (statistics,)),
         loss_scale=(loss_scale, (1,)),
+        ema_weight=(ema_weight, (elements,)),
+        ema_running=(ema_running, (statistics,)),
     )
+    if (ema_weight is None) != (ema_running is None):
+        raise ValueError(f"{op}: give both of ema_weight and ema_running, or none")
     check_tensors(op, device, torch.int32, tensor_of_block=(tensor_of_block, (blocks,)))
     check_tensors(op, device, torch.int64, counters=(counters, (3,)))
     if growth_interval < 0:
         raise ValueError(f"{op}: growth_interval must be 0 (a static loss scale) or more, got {growth_interval}")
     inputs = (matrix_gradient, vector_gradient, weight, momentum, model_weight, tensor_of_block, ratio, scalars)
-    arguments = (*inputs, weight_square_sums, running, batch, counters, loss_scale)
+    arguments = (*inputs, weight_square_sums, running, batch, counters, loss_scale, ema_weight, ema_running)
     factors: dict[str, Any] = {
         "momentum_factor": momentum_factor,
         "weight_decay": weight_decay,

@@ -12,6 +12,9 @@ tensors, without decay), as torch.nn.utils.clip_grad_norm_ does (Pascanu, Mikolo
 ||c g + d v||^2 = c (c G + C) + W, of which `gradient_statistics` has stored the three terms; nothing cancels but what
 does in c g + d v. c goes into the factor by which the update unscales g.
 
+With `ema_decay` the share of new weights in their moving average is 1 - min(ema_decay, (1 + n) / (10 + n)) after n
+updates, as TensorFlow's ExponentialMovingAverage has it: so the first weights, which are random, do not linger.
+
 LARC is LARS (You, Gitman and Ginsburg 2017, arXiv:1708.03888) with the clip; this is nvcnn_hvd.py's. Others differ:
 apex and timm add the decay to the denominator after the norms.
 
@@ -40,7 +43,7 @@ SMALLEST = tl.constexpr(2.0**-126)  # of the normal numbers of fp32
 def reference(
     gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule,
     rows, ratio, gradient_norm, weight_norm, scalars, latest, average,
-    *, ranks, larc_mode, eta, excluded_from, clip_norm=0.0,
+    *, ranks, larc_mode, eta, excluded_from, clip_norm=0.0, ema_decay=0.0,
 ):  # fmt: skip
     """Computes the results in plain PyTorch, in the precision of `scalars`. Arguments as in `trust_ratio`."""
     learning_rate = schedule[counters[:1].clamp(max=len(schedule) - 1)]
@@ -51,7 +54,8 @@ def reference(
         clip = (clip_norm / first.sum().sqrt()).clamp(max=1)
         gradient_square_sums = clip * (clip * first + second) + third
         inverse = (inverse * clip).clamp(min=SMALLEST.value)
-    scalars.copy_(torch.cat((learning_rate, inverse, finite)))
+    share = (9 / (10 + counters[1:2])).clamp(min=1 - ema_decay)[: len(scalars) - 3]
+    scalars.copy_(torch.cat((learning_rate, inverse, finite, share)))
 
     offsets = first_block.long()
     for norm, square_sums in ((gradient_norm, gradient_square_sums), (weight_norm, weight_square_sums)):
@@ -114,9 +118,9 @@ def kernel(
     # sizes
     tensors, steps, N,
     # factors
-    ranks, eta, excluded_from, clip_norm,
+    ranks, eta, excluded_from, clip_norm, ema_share,
     # what is compiled in
-    MODE: tl.constexpr, CLIP: tl.constexpr, CHUNK: tl.constexpr,
+    MODE: tl.constexpr, CLIP: tl.constexpr, EMA: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tensor; then one the scalars, one the loss. None reads what another writes."""
     t = tl.program_id(0)
@@ -134,6 +138,9 @@ def kernel(
         tl.store(scalars, learning_rate)
         tl.store(scalars + 1, inverse)
         tl.store(scalars + 2, finite)
+        if EMA:
+            updates = tl.load(counters + 1).to(tl.float32)
+            tl.store(scalars + 3, tl.maximum(tl.div_rn(9.0, 10 + updates), ema_share))
     elif t > tensors:
         average_rows(rows, latest, average, N, CHUNK)
     else:
@@ -183,11 +190,12 @@ def trust_ratio(
     eta: float,
     excluded_from: int,
     clip_norm: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> None:
     """Stores each tensor's LARC ratio and norms, the scalars, and the averages of the loss.
 
     scalars: learning rate; what the update multiplies the gradient by, 1 / (loss scale x ranks), where it is clipped
-    less; finite (1 or 0).
+    less; finite (1 or 0); with ema_decay, which is 0 where there is no average, the share of new weights in it.
 
     gradient_square_sums, weight_square_sums: (B,), fp32, sums of squares per block; with clip_norm, which is 0 where
     nothing is clipped, the first is (3, B), as `gradient_statistics` has it. first_block: (T + 1,), int32, the
@@ -195,10 +203,10 @@ def trust_ratio(
     loss_scale: (1,), fp32. schedule: (steps,), fp32, the learning rate of every step; later steps keep the last one.
     rows: (N, 3), fp32, from `cross_entropy`; N may be 0. larc_mode: off, clip or scale. excluded_from: the number of
     the first tensor whose ratio is always 1; T for none.
-    ratio, gradient_norm, weight_norm: (T,), fp32, and scalars: (3,), fp32, are written. Where the step is not finite,
-    ratio and gradient_norm may not be either. latest: (3,), fp32, is written: the mean row. average: (4,), fp64, the
-    exponential averages of latest and of 1, moves on, unless the mean loss is not finite (or N is 0). Raises ValueError
-    for anything else.
+    ratio, gradient_norm, weight_norm: (T,), fp32, and scalars: (3,), or with ema_decay (4,), fp32, are written. Where
+    the step is not finite, ratio and gradient_norm may not be either. latest: (3,), fp32, is written: the mean row.
+    average: (4,), fp64, the exponential averages of latest and of 1, moves on, unless the mean loss is not finite (or N
+    is 0). Raises ValueError for anything else.
     """
     op, device = "trust_ratio", scalars.device
     blocks, tensors, steps = gradient_square_sums.shape[-1], first_block.numel() - 1, schedule.numel()
@@ -214,7 +222,7 @@ def trust_ratio(
         ratio=(ratio, (tensors,)),
         gradient_norm=(gradient_norm, (tensors,)),
         weight_norm=(weight_norm, (tensors,)),
-        scalars=(scalars, (3,)),
+        scalars=(scalars, (4,) if ema_decay else (3,)),
         latest=(latest, (3,)),
     )
     check_tensors(op, device, torch.int32, first_block=(first_block, (tensors + 1,)))
@@ -227,13 +235,16 @@ def trust_ratio(
         )
     if not clip_norm >= 0:
         raise ValueError(f"{op}: clip_norm must be 0 (nothing is clipped) or more, got {clip_norm}")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"{op}: ema_decay must be at least 0 (nothing is averaged) and below 1, got {ema_decay}")
     if excluded_from < 0:
         raise ValueError(f"{op}: excluded_from must be the number of a tensor, 0 or more, got {excluded_from}")
     inputs = (gradient_square_sums, weight_square_sums, first_block, counters, loss_scale, schedule, rows)
     arguments = (*inputs, ratio, gradient_norm, weight_norm, scalars, latest, average)
     factors: dict[str, Any] = {"ranks": ranks, "eta": eta, "excluded_from": excluded_from, "clip_norm": clip_norm}
+    compiled = {"MODE": larc_mode, "CLIP": clip_norm > 0, "EMA": ema_decay > 0}
     if runs_triton(scalars.device):
         sizes = {"tensors": tensors, "steps": steps, "N": len(rows)}
-        launch(kernel, (tensors + 2,), *arguments, **sizes, **factors, MODE=larc_mode, CLIP=clip_norm > 0, **CONFIG)
+        launch(kernel, (tensors + 2,), *arguments, **sizes, **factors, ema_share=1 - ema_decay, **compiled, **CONFIG)
     elif not state.silent:  # the reference reads values
-        reference(*arguments, larc_mode=larc_mode, **factors)
+        reference(*arguments, larc_mode=larc_mode, ema_decay=ema_decay, **factors)

@@ -7,6 +7,7 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, ends in its d
     model                  its name
     settings               what config.json holds
     weights                state_dict by torchvision's names, fp32
+    ema                    the same of the moving averages, where there are any
     optimizer              momentum by the same names, in its dtype, counters (step, updates, good steps), loss_scale
     ranks                  per rank: the data reader's position, the random generators, BatchNorm's running statistics
     convolutions           the algorithm of each that has a choice, by its name

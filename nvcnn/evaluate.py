@@ -97,7 +97,7 @@ class UntilStopped:
 def find_weights(asked: Chosen) -> Weights:
     """Returns the weights to evaluate, or to export. Raises InputError if there are none."""
     if asked.checkpoint:
-        return read("checkpoint", asked.checkpoint, asked.model, asked.weights_from)
+        return read("checkpoint", asked.checkpoint, asked.model, asked.weights_from, asked.ema)
     log_dir = Path(asked.log_dir)
     if not log_dir.is_dir():
         what = f"is a file; give --checkpoint={log_dir}" if log_dir.exists() else "no such directory"
@@ -106,7 +106,7 @@ def find_weights(asked: Chosen) -> Weights:
         path, state = found
         if asked.model not in (None, state["model"]):
             raise InputError(f"--model={asked.model}: {path} holds {state['model']}")
-        return of_checkpoint(path, state)
+        return of_checkpoint(path, state, asked.ema)
     raise InputError(f"--log_dir={log_dir}: no checkpoint there; train first, with the same --log_dir")
 
 
@@ -176,6 +176,8 @@ def evaluate(asked: Evaluation) -> int:
     result = summed(counts, transport)
     if left_out:
         result["left_out"] = len(left_out)
+    if weights.averaged is not None:
+        result["ema"] = weights.averaged
     result |= {"step": weights.step, "checkpoint": str(path)}
     transport.close()
     if transport.rank == 0:

@@ -228,8 +228,9 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
         use(model, {name: settings.conv for name, module in model.named_modules() if isinstance(module, Conv2d)})
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Master weight, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
-    state = trained * (4 + run.momentum_dtype.itemsize + 4) + (parameters - trained) * (4 + run.dtype.itemsize)
+    # Master weight and its average, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
+    state = trained * (4 + 4 * (settings.ema is not None) + run.momentum_dtype.itemsize + 4)
+    state += (parameters - trained) * (4 + run.dtype.itemsize)
     activations = max(activation_bytes(model, settings.batch_size, size, run.dtype) for size in run.sizes)
     resolved = as_json(settings) | {"learning_rate": run.learning_rate, "num_classes": run.num_classes}
     train_size = settings.train_size or run.sizes[0]

@@ -133,6 +133,7 @@ class Chosen(Images):
     log_dir: str = run("", "a training's directory: its newest checkpoint is taken")
     checkpoint: str | None = run(None, "take this file: a checkpoint, or published weights (.pth, .safetensors)")
     model: str | None = run(None, "network of published weights; a checkpoint's is checked against it", short="-m")
+    ema: bool = run(True, "take the averaged weights where a checkpoint has them; --noema: those that are trained")
     weights_from: str | None = run(None, "who published the weights, where they do not tell", choices=ORIGIN_NAMES)
 
     def __post_init__(self) -> None:
@@ -261,6 +262,9 @@ class Settings(Images):
     clip_norm: float | None = training(
         None, "largest norm of the whole gradient, without decay: a larger one is scaled down; none: any"
     )
+    ema: float | None = training(
+        None, "decay of a moving average of the weights, e.g. 0.9999, which is what is evaluated; none: no average"
+    )
     larc_exclude: str = training(
         "none", "parameters LARC leaves to plain SGD: none, or those of one dimension (1d)", choices=("none", "1d")
     )
@@ -370,6 +374,7 @@ class Settings(Images):
         for name in ("save_interval", "save_every", "summary_interval", "seed"):
             check(self, 0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
         check(self, 0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
+        check(self, self.ema is None or 0 < self.ema < 1, "ema", "above 0 and below 1")
         decay = self.weight_decay
         right = decay == 0 or SMALLEST <= decay <= LARGEST
         check(self, right, "weight_decay", f"0, or a number from {SMALLEST} to {LARGEST}")
@@ -419,7 +424,7 @@ class Settings(Images):
 
     def evaluation(self) -> Evaluation:
         """Returns what --eval asks for: launch/eval.py with the flags that both programs have."""
-        both = {f.name for f in fields(Settings)} & {f.name for f in fields(Evaluation)} - {"weights_from"}
+        both = {f.name for f in fields(Settings)} & {f.name for f in fields(Evaluation)} - {"weights_from", "ema"}
         return Evaluation(**{name: getattr(self, name) for name in both})
 
 

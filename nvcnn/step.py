@@ -28,7 +28,8 @@ class Step:
 
     `image_size` is that of the (square) images that the model gets first; a batch may have another. `algorithms`: by
     size, that of each convolution, where sizes have their own. `larc_eta`: None for no LARC; `clip_norm`: None for no
-    clipping. For the other options of the optimizer see `Larc`.
+    clipping; `ema`: the decay of a moving average, None for no average. For the other options of the optimizer see
+    `Larc`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Step:
         weight_decay: float = WEIGHT_DECAY,
         no_decay: str = "none",
         clip_norm: float | None = None,
+        ema: float | None = None,
     ):
         self.model, self.transport = model.train(), transport
         self.image_size, self.channels, self.dtype = image_size, image_channels(model, device), dtype
@@ -70,6 +72,7 @@ class Step:
             device=device,
             dtype=dtype,
             momentum_dtype=momentum_dtype,
+            ema=ema is not None,
             gradient_dtype=None if dtype != torch.bfloat16 or transport.bfloat16 else torch.float32,
         )
         self.optimizer = Larc(
@@ -84,6 +87,7 @@ class Step:
             weight_decay=weight_decay,
             no_decay=no_decay,
             clip_norm=clip_norm or 0.0,
+            ema_decay=ema or 0.0,
         )
         self.gradients = Gradients(self.arena, transport)
 
@@ -196,7 +200,8 @@ class Step:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint holds of this rank's step, copied to the CPU."""
-        return {
+        averages = {} if self.arena.ema_weight is None else {"ema": self.arena.state_dict(averaged=True)}
+        return averages | {
             "weights": self.arena.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "loss_average": self.optimizer.average.cpu().clone(),
@@ -205,13 +210,18 @@ class Step:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies in what `state_dict` returned. Raises InputError unless the weights fit."""
         self.arena.load_state_dict(state["weights"])
+        if self.arena.ema_weight is not None and "ema" in state:
+            self.arena.load_state_dict(state["ema"], averaged=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.average.copy_(state["loss_average"])
 
     def broadcast(self) -> int:
         """Gives all ranks rank 0's state, once it stands. Returns the number of steps that were done."""
         a, o = self.arena, self.optimizer
-        for tensor in (a.weight, a.momentum, a.running, *a.frozen.values(), o.average, o.counters, o.loss_scale):
+        averages = [average for average in (a.ema_weight, a.ema_running) if average is not None]
+        for tensor in (a.weight, a.momentum, a.running, *averages, *a.frozen.values()):
+            self.transport.broadcast(tensor)
+        for tensor in (o.average, o.counters, o.loss_scale):
             self.transport.broadcast(tensor)
         a.refresh()
         return int(o.counters[0])

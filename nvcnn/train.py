@@ -133,6 +133,7 @@ class Run:
             weight_decay=settings.weight_decay,
             no_decay=settings.no_decay,
             clip_norm=settings.clip_norm,
+            ema=settings.ema,
         )
         torch.manual_seed(settings.seed + transport.rank)
         if state:
@@ -140,8 +141,9 @@ class Run:
         self.step = self.train_step.broadcast()
         if mine:
             set_random_state(mine, self.device)
-            if "running" in mine:  # an older checkpoint has rank 0's alone
-                self.train_step.arena.running.copy_(mine["running"])
+            for name in ("running", "ema_running"):
+                if name in mine:  # an older checkpoint has rank 0's statistics alone
+                    getattr(self.train_step.arena, name).copy_(mine[name])
 
     def choose_algorithms(self, model: nn.Module, stored: dict[Any, Any]) -> dict[int, Choices]:
         """Returns what computes the convolutions, by the size of images. stored: the checkpoint's algorithms."""
@@ -365,7 +367,10 @@ class Run:
         settings, plan = self.settings, self.plan
         if not settings.log_dir:
             return
-        own = {"reader": self.data.state_dict(), "running": self.train_step.arena.running.cpu()}
+        arena = self.train_step.arena
+        own = {"reader": self.data.state_dict(), "running": arena.running.cpu()}
+        if arena.ema_running is not None:
+            own["ema_running"] = arena.ema_running.cpu()
         ranks = self.transport.gather(own | random_state(self.device))
         if self.transport.rank != 0:
             return

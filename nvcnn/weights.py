@@ -39,16 +39,18 @@ class Weights:
     label_base: int | None = None
     dtype: torch.dtype = torch.float32  # in which evaluation computes
     step: int | None = None
+    averaged: bool | None = None  # whether they are the moving averages of a checkpoint that has them
 
     def __str__(self) -> str:
-        return f"{self.path}, {self.publisher}'s {self.model}"
+        which = {None: "", True: ", the averaged weights", False: ", not the averaged weights"}[self.averaged]
+        return f"{self.path}, {self.publisher}'s {self.model}{which}"
 
 
-def read(flag: str, file: str, model: str | None, weights_from: str | None) -> Weights:
+def read(flag: str, file: str, model: str | None, weights_from: str | None, ema: bool = True) -> Weights:
     """Returns the weights in a file. model: as its flag says; what a file of nvcnn says is checked against it.
 
-    Raises InputError, which names the flag and the file, for what cannot be read, and where it is not told whose the
-    weights are.
+    ema: see `of_checkpoint`. Raises InputError, which names the flag and the file, for what cannot be read, and where
+    it is not told whose the weights are.
     """
     path = Path(file)
     try:
@@ -65,7 +67,9 @@ def read(flag: str, file: str, model: str | None, weights_from: str | None) -> W
             raise InputError(f"{path}: is nvcnn's own, not --weights_from={weights_from}; leave that flag out")
         try:
             own = (
-                of_checkpoint(path, told) if told.get("format") == checkpoint.FORMAT else exported(path, told, content)
+                of_checkpoint(path, told, ema)
+                if told.get("format") == checkpoint.FORMAT
+                else exported(path, told, content)
             )
         except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{path}: its description is damaged; write the file anew") from None
@@ -104,20 +108,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
         raise InputError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from None
 
 
-def of_checkpoint(path: Path, state: dict[str, Any]) -> Weights:
-    """Returns the weights of a checkpoint."""
+def of_checkpoint(path: Path, state: dict[str, Any], ema: bool = True) -> Weights:
+    """Returns the weights of a checkpoint. ema: where it has moving averages of them, these."""
     settings = state["settings"]
     return Weights(
         path,
         "nvcnn",
         state["model"],
         checkpoint.origin(state),
-        state["weights"],
+        state["ema" if ema and "ema" in state else "weights"],
         state["num_classes"],
         tuple(state["class_names"]),
         settings["label_base"],
         compute_dtype(settings["fp16"], settings["bf16"]),
         int(state["optimizer"]["counters"][0]),
+        ema if "ema" in state else None,
     )
 
 

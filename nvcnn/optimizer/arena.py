@@ -3,7 +3,8 @@
 docs/architecture.md has the table of buffers and how a gradient gets into its slice.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -36,6 +37,7 @@ class Arena:
 
     `dtype` is the compute dtype: parameters of two or more dimensions get model weights of it, the others stay fp32.
     `gradient_dtype` (default: `dtype`) is that of the first kind's gradients; `momentum_dtype` is fp32 or bf16.
+    `ema`: whether there is an exponential moving average of weights and running statistics, which begins with them.
     `order` is that in which backward finishes the gradients: `nvcnn.meta.gradient_order`.
     """
 
@@ -48,6 +50,7 @@ class Arena:
         dtype: torch.dtype = torch.float32,
         gradient_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype = torch.float32,
+        ema: bool = False,
     ):
         self.model = model.to(device)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -103,14 +106,18 @@ class Arena:
         self.statistics_momentum = momenta.pop()
         statistics = 2 * sum(bn.num_features for bn in self.batch_norms)
         self.running, self.batch = zeros(statistics), zeros(statistics)
+        self.statistics: dict[str, slice] = {}  # where in `running` they lie, by name
         offset = 0
-        for bn in self.batch_norms:
-            for kind in ("mean", "var"):
+        for name, bn in batch_norms:
+            for kind in () if bn.frozen else ("mean", "var"):
                 at = slice(offset, offset + bn.num_features)
                 offset += bn.num_features
+                self.statistics[f"{name}.running_{kind}"] = at
                 self.running[at] = getattr(bn, f"running_{kind}")
                 setattr(bn, f"running_{kind}", self.running[at])
                 setattr(bn, f"batch_{kind}", self.batch[at])
+        self.ema_weight: Tensor | None = self.weight.clone() if ema else None
+        self.ema_running: Tensor | None = self.running.clone() if ema else None
         self.refresh()
 
     @staticmethod
@@ -135,22 +142,56 @@ class Arena:
             p.data.copy_(self.frozen[name])
         kernels.refresh(self.weight, self.model_weight, self.weight_square_sums)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the model's state_dict with fp32 master weights, on the CPU, each tensor contiguous and alone."""
-        state = dict(self.model.state_dict())
-        state |= self.frozen | {slot.name: self.view(self.weight, slot) for slot in self.slots}
-        return {name: value.to("cpu", copy=True).contiguous() for name, value in state.items()}
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the averages are in the place of the model's weights and of this rank's running statistics.
+
+        Behind it all has its bits of before. Without averages nothing changes. No step may be made inside. The weights
+        are in memory once more.
+        """
+        if self.ema_weight is None or self.ema_running is None:
+            yield
+            return
+        kept = self.weight.clone(), self.running.clone()
+        try:
+            self.put(self.ema_weight, self.ema_running)
+            yield
+        finally:
+            self.put(*kept)
+
+    def put(self, weight: Tensor, running: Tensor) -> None:
+        """Copies these into the place of weights and running statistics."""
+        self.weight.copy_(weight)
+        self.running.copy_(running)
+        self.refresh()
+
+    def named(self, *, averaged: bool = False) -> dict[str, Tensor]:
+        """Returns the model's state_dict, with fp32 master weights or their averages, as they lie in the buffers."""
+        weight, running = (self.ema_weight, self.ema_running) if averaged else (self.weight, self.running)
+        assert weight is not None
+        assert running is not None
+        state = self.model.state_dict() | self.frozen | {slot.name: self.view(weight, slot) for slot in self.slots}
+        return state | {name: running[at] for name, at in self.statistics.items()}
+
+    def state_dict(self, *, averaged: bool = False) -> dict[str, Tensor]:
+        """Returns what `named` does, on the CPU, each tensor contiguous and alone."""
+        return {name: value.to("cpu", copy=True).contiguous() for name, value in self.named(averaged=averaged).items()}
 
     @torch.no_grad()
-    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
-        """Copies weights and statistics in by name. Raises InputError unless names and shapes fit."""
-        own = self.model.state_dict()
-        own |= self.frozen | {slot.name: self.view(self.weight, slot) for slot in self.slots}
+    def load_state_dict(self, weights: dict[str, Tensor], *, averaged: bool = False) -> None:
+        """Copies weights and statistics, or their averages, in by name; averages begin with weights that come in.
+
+        Raises InputError unless names and shapes fit.
+        """
+        own = self.named(averaged=averaged)
         if problem := misfit(own, weights):
             raise InputError(f"these weights are not this model's: {problem}")
         for name, value in own.items():
             value.copy_(weights[name])
         self.refresh()
+        if self.ema_weight is not None and self.ema_running is not None and not averaged:
+            self.ema_weight.copy_(self.weight)
+            self.ema_running.copy_(self.running)
 
     def momentum_dict(self) -> dict[str, Tensor]:
         """Returns the momentum of each parameter by its name, on the CPU."""

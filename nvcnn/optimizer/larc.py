@@ -24,8 +24,9 @@ class Larc:
 
     `schedule`: (steps,) learning rates. `mode`: "off", "clip" or "scale". `exclude`: "none", or "1d": parameters of
     fewer than two dimensions get plain SGD. `no_decay`: the same, of parameters without weight decay. `loss_scale`: a
-    number, or "dynamic". `clip_norm`: the largest norm of the whole gradient (averaged, unscaled, without decay), to
-    which one that is larger is scaled down before all else, LARC included; 0 for none.
+    number, or "dynamic". `clip_norm`: the largest norm of the whole gradient (averaged, unscaled, without decay); a
+    larger one is scaled down before all else, LARC included; 0 for none. `ema_decay`: that of the arena's averages,
+    lower in the first steps (see `kernels.trust_ratio`); 0 if it has none.
     """
 
     def __init__(
@@ -42,18 +43,19 @@ class Larc:
         weight_decay: float = WEIGHT_DECAY,
         no_decay: str = "none",
         clip_norm: float = 0.0,
+        ema_decay: float = 0.0,
     ):
         device, tensors = arena.weight.device, len(arena.slots)
         dynamic = loss_scale == "dynamic"
         self.arena, self.ranks, self.mode, self.eta = arena, ranks, mode, eta
         self.excluded_from = arena.matrices if exclude == "1d" else tensors
-        self.clip_norm = clip_norm
+        self.clip_norm, self.ema_decay = clip_norm, ema_decay
         self.momentum, self.weight_decay, self.decay_vectors = momentum, weight_decay, no_decay == "none"
         self.growth_interval = GROWTH_INTERVAL if dynamic else 0
         self.schedule = schedule.to(device)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
         self.loss_scale = torch.full((1,), FIRST_DYNAMIC_SCALE if dynamic else float(loss_scale), device=device)
-        self.scalars = torch.zeros(3, device=device)
+        self.scalars = torch.zeros(4 if ema_decay else 3, device=device)
         blocks = len(arena.weight_square_sums)
         self.square_sums = torch.zeros((3, blocks) if clip_norm else blocks, device=device)
         self.ratio, self.gradient_norm, self.weight_norm = torch.zeros(3, tensors, device=device)
@@ -91,6 +93,7 @@ class Larc:
             eta=self.eta,
             excluded_from=self.excluded_from,
             clip_norm=self.clip_norm,
+            ema_decay=self.ema_decay,
             ratio=self.ratio,
             gradient_norm=self.gradient_norm,
             weight_norm=self.weight_norm,
@@ -112,6 +115,8 @@ class Larc:
             a.batch,
             self.counters,
             self.loss_scale,
+            a.ema_weight,
+            a.ema_running,
             momentum_factor=self.momentum,
             weight_decay=self.weight_decay,
             decay_vectors=self.decay_vectors,

@@ -91,9 +91,13 @@ def statistics_call() -> tuple:
     return images(24, 26), *(torch.ones(24) for _ in range(4)), 1e-4
 
 
-def larc_update_call(model_weight: bool) -> dict:
+def larc_update_call(model_weight: bool, ema: bool = False) -> dict:
+    tensors = optimizer_tensors(model_weight)
+    if ema:
+        tensors |= {"ema_weight": torch.randn(7 * BLOCK), "ema_running": torch.zeros(24)}
+        tensors["scalars"] = torch.tensor([0.1, 1.0, 1.0, 0.5])
     factors = {"momentum_factor": 0.9, "weight_decay": 1e-4, "statistics_momentum": 0.1, "growth_interval": 10}
-    return optimizer_tensors(model_weight) | factors
+    return tensors | factors
 
 
 def gradient_statistics_call(decay: float) -> dict:
@@ -222,6 +226,7 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
     "gradient_statistics": ("gradient_statistics", lambda: gradient_statistics_call(1e-4)),
     "larc_update": ("larc_update", lambda: larc_update_call(True)),
     "larc_update, fp32": ("larc_update", lambda: larc_update_call(False)),
+    "larc_update, with an average": ("larc_update", lambda: larc_update_call(True, ema=True)),
     "refresh": (
         "refresh",
         lambda: {name: optimizer_tensors(True)[name] for name in ("weight", "model_weight", "weight_square_sums")},

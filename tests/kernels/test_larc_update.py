@@ -18,14 +18,16 @@ dtypes = pytest.mark.parametrize(
 )
 FACTORS = {"momentum_factor": 0.9, "weight_decay": 1e-4, "statistics_momentum": 0.1, "growth_interval": 0}
 UNTOUCHED_BY_OVERFLOW = ("weight", "momentum", "model_weight", "weight_square_sums", "running")
+UNTOUCHED_BY_OVERFLOW += ("ema_weight", "ema_running")
 
 
 def arguments(
-    device, matrices=2, vectors=1, dtype=torch.float16, statistics=5, values=torch.randn, momentum_dtype=torch.float32
-):
+    device, matrices=2, vectors=1, dtype=torch.float16, statistics=5, values=torch.randn, momentum_dtype=torch.float32,
+    ema=False,
+):  # fmt: skip
     """Returns random ones, by name, for a model of `dtype`; every second block begins a tensor. The rate is 1/2.
 
-    matrices, vectors: how many blocks of each there are.
+    matrices, vectors: how many blocks of each there are. ema: whether there is an average; its share is 1/4.
     """
     m, v, blocks = matrices * BLOCK, vectors * BLOCK, matrices + vectors
     floats = {"matrix_gradient": m, "vector_gradient": v, "weight": m + v, "momentum": m + v}
@@ -38,6 +40,9 @@ def arguments(
         "counters": torch.tensor([7, 6, 5], device=device),
         "loss_scale": torch.tensor([4.0], device=device),
     }
+    if ema:
+        tensors |= {"ema_weight": values(m + v, device=device), "ema_running": values(statistics, device=device)}
+        tensors["scalars"] = torch.tensor([0.5, 0.25, 1.0, 0.25], device=device)
     tensors["momentum"] = tensors["momentum"].to(momentum_dtype)
     tensors["matrix_gradient"] = tensors["matrix_gradient"].to(dtype)
     return {name: tensors[name] for name in inspect.signature(larc_update).parameters if name in tensors}
@@ -91,6 +96,22 @@ def test_is_exact_on_integers(implementation, device, dtype, momentum_dtype, blo
     assert not new["batch"].any()
     if dtype != torch.float32:
         assert torch.equal(new["model_weight"], rounded(weight[: blocks[0] * BLOCK], dtype, implementation))
+
+
+@dtypes
+@pytest.mark.parametrize("blocks", [(2, 2), (3, 0), (0, 3)])
+def test_the_average_moves_by_its_share(implementation, device, dtype, momentum_dtype, blocks):
+    """All else has the bits that it has without an average."""
+    options = {"statistics": BLOCK + 3, "values": integers, "momentum_dtype": momentum_dtype}
+    old = arguments(device, *blocks, dtype, **options, ema=True)
+    factors = {"momentum_factor": 2.0, "weight_decay": 0.5, "statistics_momentum": 0.25}
+    new = updated(old, **factors)
+    without = old | {"ema_weight": None, "ema_running": None, "scalars": old["scalars"][:3].clone()}
+    for name, value in updated(without, **factors).items():
+        assert name in ("ema_weight", "ema_running", "scalars") or same_bits(new[name], value), name
+    for name in ("weight", "running"):
+        before = old[f"ema_{name}"]
+        assert torch.equal(new[f"ema_{name}"], before + 0.25 * (new[name] - before)), name
 
 
 @given(
@@ -160,8 +181,8 @@ def test_the_weight_moves_by_the_momentum_that_is_kept(implementation, device):
 def test_an_overflow_changes_nothing_but_step_and_loss_scale(
     implementation, device, dtype, momentum_dtype, growth_interval, poison
 ):
-    old = arguments(device, dtype=dtype, statistics=BLOCK + 1, momentum_dtype=momentum_dtype)
-    old["scalars"][2] = 0
+    old = arguments(device, dtype=dtype, statistics=BLOCK + 1, momentum_dtype=momentum_dtype, ema=True)
+    old["scalars"][2:] = torch.tensor([0, poison])
     old["ratio"].fill_(poison)
     old["matrix_gradient"][3], old["vector_gradient"][5], old["batch"][1] = poison, poison, poison
     new = updated(old, growth_interval=growth_interval)
@@ -236,7 +257,8 @@ def test_two_runs_give_the_same_bits(implementation, device, dtype, momentum_dty
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # with a copy of the weights for the model, without
 def test_opcheck(implementation, device, dtype):
-    old = {name: None if t is None else t.nan_to_num() for name, t in arguments(device, dtype=dtype).items()}
+    tensors = arguments(device, dtype=dtype, ema=dtype == torch.float16)
+    old = {name: None if t is None else t.nan_to_num() for name, t in tensors.items()}
     torch.library.opcheck(torch.ops.nvcnn.larc_update.default, tuple(old.values()), FACTORS)
     derived = tuple(old[name] for name in ("weight", "model_weight", "weight_square_sums"))
     torch.library.opcheck(torch.ops.nvcnn.refresh.default, derived)
@@ -315,6 +337,18 @@ def test_refuses(device, name, change, message):
     tensors = arguments(device)
     with pytest.raises(ValueError, match=message):
         larc_update(**(tensors | {name: change(tensors[name])}), **FACTORS)
+
+
+def test_refuses_half_an_average(device):
+    tensors = arguments(device, ema=True)
+    for change, message in (
+        ({"ema_running": None}, "give both of ema_weight and ema_running"),
+        ({"ema_weight": tensors["ema_weight"].half()}, "ema_weight must be .*float16"),
+        ({"ema_running": tensors["ema_running"][1:]}, r"ema_running must be \(5,\)"),
+        ({"scalars": tensors["scalars"][:3]}, r"scalars must be \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            updated(tensors | change)
 
 
 def test_refuses_a_negative_growth_interval(device):

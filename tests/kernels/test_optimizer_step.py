@@ -32,6 +32,7 @@ class Optimizer:
         if clip_norm:
             self.square_sums = self.square_sums.repeat(3, 1)
         self.gradient_square_sums, self.clip_norm = self.square_sums, clip_norm
+        self.ema_weight, self.ema_running, self.ema_decay = None, None, 0.0
         self.first_block = first_block.to(device, torch.int32)
         self.tensor_of_block = tensor_of_block.repeat_interleave(blocks).to(device, torch.int32)
         self.ratio, self.gradient_norm, self.weight_norm = torch.zeros(3, len(SHAPES), device=device)

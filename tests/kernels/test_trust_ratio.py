@@ -117,6 +117,17 @@ def test_scalars(implementation, device):
         assert tensors[3].tolist() == [step, 3, 5]
 
 
+@pytest.mark.parametrize(
+    ("decay", "updates", "share"), [(0.75, 0, 0.9), (0.75, 8, 0.5), (0.75, 26, 0.25), (0.75, 10**6, 0.25)]
+)
+def test_the_share_of_an_average_falls_to_what_its_decay_leaves(implementation, device, decay, updates, share):
+    tensors = inputs(device, [1.0], [1.0], [1])
+    tensors[3][1] = updates
+    out = outputs(1, device) | {"scalars": torch.full((4,), torch.nan, device=device)}
+    trust_ratio(*tensors, ranks=1, larc_mode="off", eta=1.0, excluded_from=0, ema_decay=decay, **out)
+    assert out["scalars"].tolist() == [0.5, 1, 1, pytest.approx(share, rel=U)]
+
+
 @pytest.mark.parametrize("sums", [[1, torch.nan], [torch.inf, 1], [torch.inf, -torch.inf], [3e38, 3e38]])
 def test_finite_is_that_of_the_sum_of_all(implementation, device, sums):
     tensors = inputs(device, sums, [1, 1], [1, 1])
@@ -243,6 +254,14 @@ def test_refuses_to_clip_a_gradient_without_its_terms(device):
     for clip_norm in (-1.0, torch.nan):
         with pytest.raises(ValueError, match="clip_norm must be 0"):
             ratios(inputs(device, [[1], [1], [1]], [1], [1]), clip_norm=clip_norm)
+
+
+def test_refuses_an_average_without_a_place_or_of_nothing(device):
+    tensors, options = inputs(device, [1], [1], [1]), {"ranks": 1, "larc_mode": "off", "eta": 1.0, "excluded_from": 0}
+    for decay, size, message in ((0.5, 3, r"scalars must be \(4,\)"), (1.0, 4, "ema_decay must be at least 0")):
+        out = outputs(1, device) | {"scalars": torch.empty(size, device=device)}
+        with pytest.raises(ValueError, match=message):
+            trust_ratio(*tensors, **out, **options, ema_decay=decay)
 
 
 def test_refuses_a_tensor_of_negative_number(device):

@@ -189,10 +189,10 @@ def test_dry_run_of_every_model(capsys, model):
         assert re.findall(r"\d+\.\d+", memory) == [gib(state + activations), gib(state), gib(activations)]
 
 
-@pytest.mark.parametrize(("momentum", "size"), [("fp32", 12), ("bf16", 10)])
+@pytest.mark.parametrize(("momentum", "ema", "size"), [("fp32", None, 12), ("bf16", None, 10), ("fp32", 0.9, 16)])
 @pytest.mark.usefixtures("without_estimates")
-def test_dry_run_counts_momentum_in_its_dtype(capsys, momentum, size):
-    settings = Settings(model="resnet152", batch_size=1, fp16=True, momentum_dtype=momentum)
+def test_dry_run_counts_momentum_in_its_dtype_and_the_average(capsys, momentum, ema, size):
+    settings = Settings(model="resnet152", batch_size=1, fp16=True, momentum_dtype=momentum, ema=ema)
     dry_run(settings, plan(settings, None, ranks=1))
     out = capsys.readouterr().out
     parameters = int(re.search(r"Parameters:  ([\d,]+)", out)[1].replace(",", ""))

@@ -33,6 +33,7 @@ NEWER = {
     "weight_decay": 1e-4,
     "no_decay": "none",
     "clip_norm": None,
+    "ema": None,
     "label_smoothing": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,
@@ -85,6 +86,7 @@ def test_names_and_defaults_of_an_evaluation_are_frozen():
         "data_dir": "d",
         "log_dir": "l",
         "checkpoint": None,
+        "ema": True,
         "model": None,
         "weights_from": None,
         "image_size": None,
@@ -122,7 +124,7 @@ def test_names_and_defaults_of_a_prediction_are_frozen():
 def test_eval_is_the_evaluation_of_the_same_flags():
     flags = "--data_dir=d --log_dir=l -m lenet -b 3 --conv=torch --transport=torch --data_backend=torch"
     flags = [*flags.split(), "--skip_bad_images"]
-    training = [*flags, "--seed=7", "--init=w.pth", "--weights_from=timm", "--freeze=backbone"]
+    training = [*flags, "--seed=7", "--init=w.pth", "--weights_from=timm", "--ema=0.9", "--freeze=backbone"]
     assert parse(Settings, [*training, "--eval"]).evaluation() == parse(Evaluation, flags)
 
 
@@ -192,6 +194,7 @@ def test_short_and_negative_forms():
         ("--weight_decay=1e-46", "--weight_decay"),
         ("--no_decay=bias", "--no_decay"),
         ("--clip_norm=0", "--clip_norm=0.0: must be a number from 1e-30 to 1e+30"),
+        ("--ema=1", "--ema=1.0: must be above 0 and below 1"),
         ("--schedule=linear", "--schedule"),
         ("--warmup_epochs=-1", "--warmup_epochs=-1.0: must be a number of epochs, 0 or more"),
         ("--warmup_epochs=nan", "--warmup_epochs=nan"),

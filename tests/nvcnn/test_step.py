@@ -186,16 +186,17 @@ def test_all_ranks_begin_as_rank_0_does(device, dtype):
             model = Net()
             nn.init.uniform_(model.bn.running_mean)
         freeze_backbone(model)
-        options = {"image_size": SIZE, "device": device, "schedule": poly(0.1, 20), "dtype": dtype}
+        options = {"image_size": SIZE, "device": device, "schedule": poly(0.1, 20), "dtype": dtype, "ema": 0.5}
         steps.append(Step(model, transport=relay, **options))
     steps[0](batch(0, device))
     images = torch.randn(2, 3, SIZE, SIZE, device=device).to(dtype, memory_format=torch.channels_last)
     for step, relay.sends in zip(steps, (True, False), strict=True):
         assert step.broadcast() == 1
     assert not relay.sent
-    one, other = (step.state_dict()["weights"] for step in steps)
-    for name, weight in one.items():
-        assert torch.equal(weight, other[name]), name
+    one, other = (step.state_dict() for step in steps)
+    for kind in ("weights", "ema"):
+        for name, weight in one[kind].items():
+            assert torch.equal(weight, other[kind][name]), name
     torch.testing.assert_close(*(step.model.eval()(images) for step in steps), rtol=0, atol=0)
 
 
@@ -235,7 +236,7 @@ def test_averages_are_debiased_and_pass_over_a_loss_that_is_not_finite(device):
 
 
 def test_state_goes_from_one_step_to_another(device):
-    one, other = make(device), make(device)
+    one, other = make(device, ema=0.9), make(device, ema=0.9)
     for number in range(3):
         one(batch(number, device))
     saved = one.state_dict()
@@ -246,4 +247,6 @@ def test_state_goes_from_one_step_to_another(device):
         step(batch(3, device))
     assert other.read() == one.read()
     assert torch.equal(one.arena.weight, other.arena.weight)
+    assert torch.equal(one.arena.ema_weight, other.arena.ema_weight)
+    assert not torch.equal(one.arena.ema_weight, one.arena.weight)
     assert other.broadcast() == 4

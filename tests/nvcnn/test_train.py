@@ -37,7 +37,7 @@ def run(rank: int = 0, **settings) -> Run:
 
 def test_flags_reach_the_step():
     flags = {"larc_mode": "scale", "larc_eta": 0.01, "larc_exclude": "1d", "loss_scale": 64.0, "learning_rate": 0.5}
-    flags |= {"momentum": 0.8, "weight_decay": 5e-5, "no_decay": "1d", "clip_norm": 2.0, "cutmix": 0.5}
+    flags |= {"momentum": 0.8, "weight_decay": 5e-5, "no_decay": "1d", "clip_norm": 2.0, "ema": 0.99, "cutmix": 0.5}
     whole = run(label_smoothing=0.1, normalize="imagenet", momentum_dtype="bf16", bf16=True, **flags)
     step, mixing = whole.train_step, whole.mixing
     optimizer, arena = step.optimizer, step.arena
@@ -47,6 +47,7 @@ def test_flags_reach_the_step():
     assert (optimizer.mode, optimizer.eta, optimizer.excluded_from) == ("scale", 0.01, arena.matrices)
     assert run(schedule="onecycle", warmup_epochs=0.5).schedule.argmax() == 5
     assert (optimizer.clip_norm, optimizer.square_sums.shape[0]) == (2.0, 3)
+    assert (optimizer.ema_decay, arena.ema_weight is None) == (0.99, False)
     assert (optimizer.momentum, optimizer.weight_decay, optimizer.decay_vectors) == (0.8, 5e-5, False)
     assert (float(optimizer.schedule[0]), optimizer.loss_scale.item(), optimizer.ranks) == (0.5, 64.0, 2)
 
@@ -72,7 +73,7 @@ def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch, 
         return whole(step, batch)
 
     def trained(name) -> int:
-        options = {"conv": "torch", "batch_size": 4, "num_batches": 4, "num_classes": CLASSES}
+        options = {"conv": "torch", "batch_size": 4, "num_batches": 4, "num_classes": CLASSES, "ema": 0.5}
         options |= {"mixup": 0.2, "cutmix": 1.0}
         data = {"data_dir": str(small_dataset), "data_backend": backend} if backend else {}
         settings = Settings(model="net", log_dir=str(tmp_path / name), **options, **data)
@@ -88,6 +89,7 @@ def test_a_run_goes_on_with_the_dropout_of_its_next_step(tmp_path, monkeypatch, 
     assert torch.equal(one["ranks"][0]["torch_rng"], other["ranks"][0]["torch_rng"])
     for name, weight in one["weights"].items():
         assert torch.equal(weight, other["weights"][name]), name
+        assert torch.equal(one["ema"][name], other["ema"][name]), name
 
 
 def test_the_first_input_is_shown_and_changes_nothing(tmp_path, monkeypatch):
@@ -286,6 +288,7 @@ def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
     """Their sums are formed about the running mean: about another one, they are rounded otherwise."""
     monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
     options = {"model": "net", "conv": "torch", "batch_size": 4, "num_classes": CLASSES, "log_dir": str(tmp_path)}
+    options["ema"] = 0.5
     settings = Settings(**options)
 
     def runs(state) -> list[Run]:
@@ -299,8 +302,10 @@ def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
     running = [each.train_step.arena.running for each in before]
     assert not torch.equal(*running)
     assert torch.equal(state["weights"]["bn.running_mean"], before[0].train_step.model.bn.running_mean)
-    for each, own in zip(runs(state), running, strict=True):
+    for each, own, past in zip(runs(state), running, before, strict=True):
         assert torch.equal(each.train_step.arena.running, own)
+        assert torch.equal(each.train_step.arena.ema_running, past.train_step.arena.ema_running)
+        assert not torch.equal(each.train_step.arena.ema_running, own)
     for rank in state["ranks"]:
         del rank["running"]  # as an older one is, of which all ranks have rank 0's
     for each in runs(state):

@@ -109,6 +109,16 @@ def test_a_checkpoint_tells_everything(tmp_path):
         assert weights.dtype == torch.float16
 
 
+def test_the_averages_of_a_checkpoint_come_first(tmp_path):
+    path, other = tmp_path / "checkpoint-00000009.pt", lenet(seed=8)
+    torch.save(state_of("lenet", ema=other), path)
+    averaged, raw = (read("checkpoint", str(path), None, None, ema) for ema in (True, False))
+    assert torch.equal(averaged.tensors["conv1.weight"], other["conv1.weight"])
+    assert torch.equal(raw.tensors["conv1.weight"], weights_of("lenet", 10, 28)["conv1.weight"])
+    assert str(averaged) == f"{path}, nvcnn's lenet, the averaged weights"
+    assert str(raw) == f"{path}, nvcnn's lenet, not the averaged weights"
+
+
 def test_a_head_for_other_classes_is_made_anew(tmp_path):
     theirs = published("torchvision", "resnet18").state_dict()
     del theirs["bn1.num_batches_tracked"]  # as in old files

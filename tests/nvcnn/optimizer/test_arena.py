@@ -103,6 +103,40 @@ def test_state_dict_round_trip(dtype, momentum_dtype):
     assert all(v.is_contiguous() and v.dtype == plain[k].dtype for k, v in one.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_averages_take_the_weights_place_for_a_while(dtype):
+    model = tiny()
+    arena = Arena(model, gradient_order(model, 28), device=CPU, dtype=dtype, ema=True)
+    fresh = arena.state_dict(averaged=True)
+    assert all(torch.equal(value, arena.state_dict()[name]) for name, value in fresh.items())
+    for buffer in (arena.weight, arena.running, arena.ema_weight, arena.ema_running):
+        buffer.uniform_()
+    arena.refresh()
+    raw, averaged = arena.state_dict(), arena.state_dict(averaged=True)
+    before = {name: t.clone() for name, t in vars(arena).items() if isinstance(t, torch.Tensor)}
+    with arena.averaged():
+        assert all(torch.equal(value, averaged[name]) for name, value in arena.state_dict().items())
+        assert torch.equal(model[0].weight, averaged["0.weight"].to(dtype))
+        assert torch.equal(model[1].running_var, averaged["1.running_var"])
+    with pytest.raises(KeyboardInterrupt), arena.averaged():
+        raise KeyboardInterrupt
+    for name, value in before.items():
+        assert torch.equal(value, getattr(arena, name)), name
+    arena.load_state_dict(fresh)
+    assert torch.equal(arena.ema_weight, arena.weight)
+    arena.load_state_dict(averaged, averaged=True)
+    assert all(torch.equal(value, averaged[name]) for name, value in arena.state_dict(averaged=True).items())
+    assert not torch.equal(arena.ema_running, arena.running)
+    assert raw.keys() == averaged.keys()
+
+
+def test_without_averages_nothing_changes():
+    arena = Arena(tiny(), gradient_order(tiny(), 28), device=CPU)
+    before = arena.weight.clone()
+    with arena.averaged():
+        assert torch.equal(arena.weight, before)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -36,13 +36,14 @@ class Training:
         steps=20,
         learning_rate=0.1,
         momentum_dtype=torch.float32,
+        ema=0.0,
         **options,
     ):
         self.dtype = dtype
         self.model = build().train()
         dtypes = {"dtype": dtype, "momentum_dtype": momentum_dtype}
-        self.arena = Arena(self.model, gradient_order(self.model, 28), device=CPU, **dtypes)
-        self.optimizer = Larc(self.arena, schedule=poly(learning_rate, steps), **options)
+        self.arena = Arena(self.model, gradient_order(self.model, 28), device=CPU, **dtypes, ema=ema > 0)
+        self.optimizer = Larc(self.arena, schedule=poly(learning_rate, steps), ema_decay=ema, **options)
         self.gradients = Gradients(self.arena, Transport(Launch()))
 
     def step(self, x, y):
@@ -56,6 +57,8 @@ class Training:
         a = self.arena
         tensors = {"weight": a.weight, "momentum": a.momentum, "running": a.running, "sums": a.weight_square_sums}
         tensors |= {"updates": self.optimizer.counters[1:2]}
+        if a.ema_weight is not None:
+            tensors |= {"ema_weight": a.ema_weight, "ema_running": a.ema_running}
         if a.model_weight is not None:
             tensors["model_weight"] = a.model_weight
         return {name: t.clone() for name, t in tensors.items()}
@@ -109,6 +112,25 @@ def test_follows_larc_by_the_book(mode, exclude):
         assert (p.double() - q).norm() <= 1e-4 * q.norm() + 1e-7, name
 
 
+def test_the_average_is_tensorflows():
+    """Over the updates alone: an overflow between them leaves no trace."""
+    training, plain = Training(ema=0.3), Training()
+    a, averages = training.arena, [t.double() for t in (training.arena.weight, training.arena.running)]
+    for update, seed in enumerate((0, 1, None, 2, 3)):
+        if seed is None:
+            x, y = batch(0)
+            training.step(x * float("inf"), y)
+            plain.step(x * float("inf"), y)
+            continue
+        assert training.step(*batch(seed)) == plain.step(*batch(seed))
+        decay = min(0.3, (1 + update - (update > 2)) / (10 + update - (update > 2)))
+        for average, value in zip(averages, (a.weight, a.running), strict=True):
+            average.mul_(decay).add_(value.double(), alpha=1 - decay)
+    for own, average in zip((a.ema_weight, a.ema_running), averages, strict=True):
+        torch.testing.assert_close(own.double(), average, rtol=1e-6, atol=1e-7)
+    assert torch.equal(a.weight, plain.arena.weight)
+
+
 def test_momentum_in_bf16_follows_that_in_fp32():
     """Each step adds a rounding of 2^-9 of the momentum, which lives on for 1 / (1 - 0.9) = 10 steps."""
     trainings = [Training(momentum_dtype=dtype, learning_rate=0.01) for dtype in (torch.float32, torch.bfloat16)]
@@ -149,7 +171,7 @@ def test_running_statistics_are_pytorchs():
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_an_overflow_leaves_everything(dtype, momentum_dtype, poison):
-    training = Training(dtype=dtype, momentum_dtype=momentum_dtype, loss_scale="dynamic")
+    training = Training(dtype=dtype, momentum_dtype=momentum_dtype, loss_scale="dynamic", ema=0.5)
     training.optimizer.loss_scale.fill_(8.0)
     training.step(*batch(0))
     before, scale = training.state(), training.optimizer.loss_scale.item()
