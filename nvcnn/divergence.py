@@ -33,7 +33,7 @@ class Divergence:
         """Starts copying what the latest step has left."""
         larc = self.larc
         self.counters.copy_(larc.counters, non_blocking=True)
-        self.values.copy_(torch.cat([larc.latest, larc.scalars, larc.loss_scale]), non_blocking=True)
+        self.values.copy_(torch.cat([larc.latest, larc.scalars[:3], larc.loss_scale]), non_blocking=True)
         if self.copied is not None:
             self.copied.record()
         self.pending = True

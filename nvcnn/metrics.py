@@ -174,9 +174,10 @@ class Metrics:
 
     def evaluation(self, step: int, epoch: int, *words: str, **result: Any) -> None:
         """The same of an evaluation during training; the curve is drawn anew."""
-        self.say(f"{step:6d} {epoch:5d} Validation {', '.join(words)}")
+        average = result.get("ema", False)
+        self.say(f"{step:6d} {epoch:5d} Validation {', '.join(words)}" + ", of the averages" * average)
         self.write("eval", step=step, epoch=epoch, **result)
-        self.summarize(step, {f"eval/{name}": result[name] for name in ("top1", "top5")})
+        self.summarize(step, {f"eval{'_ema' * average}/{name}": result[name] for name in ("top1", "top5")})
         self.draw_curve()
 
     def input(self, pictures: Tensor, names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -325,17 +326,21 @@ class Run:
         It takes nothing from the generators and readers of training, which goes on as if nothing had been.
         """
         assert self.validation is not None
-        start = time.monotonic()
-        with self.train_step.evaluation() as model:
-            batches = UntilStopped(self.validation, self.validation_batches, self.transport, signals)
-            counts = count_hits(model, batches, self.plan.dtype, self.plan.preprocessing.normalize)
-        if batches.stopped:
-            return False
-        result = summed(counts, self.transport) | {"seconds": round(time.monotonic() - start, 2)}
-        if self.validation_left_out:
-            result["left_out"] = len(self.validation_left_out)
-        metrics.evaluation(self.step, self.epoch, in_words(result, "Top-1"), in_words(result, "Top-5"), **result)
-        if result["top1"] > self.best:
+        for averaged in (None,) if self.settings.ema is None else (False, True):
+            start = time.monotonic()
+            weights = self.train_step.arena.averaged() if averaged else nullcontext()
+            with weights, self.train_step.evaluation() as model:
+                batches = UntilStopped(self.validation, self.validation_batches, self.transport, signals)
+                counts = count_hits(model, batches, self.plan.dtype, self.plan.preprocessing.normalize)
+            if batches.stopped:
+                return False
+            result = summed(counts, self.transport) | {"seconds": round(time.monotonic() - start, 2)}
+            if averaged is not None:
+                result["ema"] = averaged
+            if self.validation_left_out:
+                result["left_out"] = len(self.validation_left_out)
+            metrics.evaluation(self.step, self.epoch, in_words(result, "Top-1"), in_words(result, "Top-5"), **result)
+        if result["top1"] > self.best:  # of the averages, where there are any: they are what eval.py takes
             self.best = result["top1"]
             self.save(metrics, result)
         return True
