@@ -43,11 +43,14 @@ KINDS = {  # how a file begins: what it is
 
 
 def what_is(path: Path) -> str:
-    """Returns what a file is by its name or its first bytes; an empty text if neither tells."""
+    """Returns what a file is by its name or its first bytes; an empty text if neither tells, or it cannot be read."""
+    try:
+        with to_read(path).open("rb") as file:
+            start = file.read(512)
+    except OSError:
+        return ""
     if path.suffix == ".onnx":
         return "an ONNX model"
-    with path.open("rb") as file:
-        start = file.read(512)
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         return "a zip archive that is cut short"
     return next((kind for begin, kind in KINDS.items() if re.match(begin, start, re.DOTALL)), "")

@@ -57,7 +57,7 @@ def read(flag: str, file: str, model: str | None, weights_from: str | None, ema:
         if path.is_dir():
             run = f", or --log_dir={path} for its newest checkpoint" * (flag == "checkpoint")
             raise InputError(f"{path}: is a directory; give a file in it{run}")
-        if path.suffix == ".safetensors" or (path.exists() and what_is(to_read(path)) == SAFETENSORS):
+        if path.suffix == ".safetensors" or what_is(path) == SAFETENSORS:
             content, told = read_safetensors(path)
         else:
             content, told = read_torch(path)

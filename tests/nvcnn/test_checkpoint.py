@@ -92,7 +92,7 @@ def test_one_without_a_digest_is_read_and_held_to_its_checksums(tmp_path):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "pipe", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "pipe", "unreadable", "text"])
 def test_a_bad_one_is_passed_over_with_a_word(tmp_path, damage):
     write(tmp_path, 1)
     write(tmp_path, 2)
@@ -108,6 +108,9 @@ def test_a_bad_one_is_passed_over_with_a_word(tmp_path, damage):
     elif damage == "pipe":
         path.unlink()
         os.mkfifo(path)
+    elif damage == "unreadable":
+        path.unlink()
+        path.symlink_to(path.name)
     elif damage == "foreign":
         torch.save({"state_dict": {}}, path)
     else:
