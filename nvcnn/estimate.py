@@ -37,7 +37,7 @@ def step_floors(
     return floors
 
 
-def times(
+def table_of_times(
     images: Callable[[int], int], batch_size: int, floors: dict[str, float], measured: dict[str, int]
 ) -> list[str]:
     """Returns a table of what a run takes by the floors of its step, and by measured images/s of one GPU.

@@ -10,7 +10,7 @@ from kernels.cross_entropy import MAX_CLASSES
 from nvcnn.cuda_graph import why_not
 from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.data.source import NoSplit
-from nvcnn.estimate import LEAST, MEASURED, picture, step_floors, times
+from nvcnn.estimate import LEAST, MEASURED, picture, step_floors, table_of_times
 from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype, slowness
 from nvcnn.meta import activation_bytes, macs
@@ -278,5 +278,5 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
         f"Time:        at least: by the bytes and FLOPs of a step with --conv={algorithm}",
         f"             as measured: {'by such steps on synthetic images' if known else 'no such step was'}",
         "             Reading data, allreduce, evaluation and saving come on top",
-        *times(images, batch_size, floors, known),
+        *table_of_times(images, batch_size, floors, known),
     ]

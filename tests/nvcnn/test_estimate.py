@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvcnn.estimate import MEASURED, duration, picture, times
+from nvcnn.estimate import MEASURED, duration, picture, table_of_times
 from nvcnn.roofline import GPUS
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -36,7 +36,7 @@ def test_a_rate_that_stays_0_has_a_picture():
 
 def test_eight_gpus_share_the_images():
     floors = {gpu.name: 0.5 for gpu in GPUS}
-    lines = times(lambda gpus: 8000 - gpus, 100, floors, {"H200": 50})
+    lines = table_of_times(lambda gpus: 8000 - gpus, 100, floors, {"H200": 50})
     assert lines[0].split() == ["images/s", "of", "one", "1", "GPU", "8", "GPUs"]
     assert lines[3].split() == ["H200", "at", "least", "200", "40", "s", "5", "s"]
     assert lines[4].split() == ["H200", "as", "measured", "50", "3", "min", "20", "s"]
