@@ -323,6 +323,16 @@ def test_two_real_ranks_meet():
     assert "ran two ranks" in doctor.check_mpi()
 
 
+@pytest.mark.parametrize(("gpu", "on_gpu", "runs"), [(False, False, [2]), (True, True, [2]), (True, False, [2, 1])])
+def test_nccl_sums_on_a_single_gpu_too(monkeypatch, gpu, on_gpu, runs):
+    said = {"size": 2, "sum": [1, 3, 5, 7], "mpi": True, "nccl": gpu, "gpu": gpu, "on_gpu": on_gpu}
+    ran = []
+    monkeypatch.setattr(doctor, "version", lambda name: "0.28.1")
+    monkeypatch.setattr(doctor, "run_ranks", lambda code, ranks=2: ran.append(ranks) or [said] * ranks)
+    assert doctor.check_horovod().endswith("summed over two ranks")
+    assert ran == runs
+
+
 def test_open_mpi_is_told_what_it_needs(monkeypatch, tmp_path):
     mpiexec = script(tmp_path / "mpiexec", "echo 'mpiexec (Open MPI) 5.0.11'")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
