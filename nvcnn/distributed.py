@@ -115,11 +115,11 @@ class Torch(Transport):
 
     def meet(self, launch: Launch) -> tuple[str, int] | None:
         """Returns rank 0's address and a free port of it, which MPI tells to all; None without an MPI."""
-        world, MPI = mpi_world(launch), mpi()
+        world = mpi_world(launch)
         if world is None:
             return None
         self.rank = world.Get_rank()
-        machine = world.Split_type(MPI.COMM_TYPE_SHARED)
+        machine = world.Split_type(mpi().COMM_TYPE_SHARED)
         self.local_rank = machine.Get_rank()
         place = None
         if self.rank == 0:

