@@ -54,7 +54,9 @@ original, training, numeric, image, run = (partial(flag, group=group) for group 
 class Images:
     """How images are prepared, for training and evaluation. What is not given belongs to the weights, or the model."""
 
-    image_size: int | None = image(None, "height and width; none: those that the model, or its weights, are made for")
+    image_size: int | None = image(
+        None, "height and width in training and evaluation; none: those that the model, or its weights, are made for"
+    )
     eval_size: int | None = image(None, "height and width in evaluation alone; none: --image_size")
     normalize: str | None = image(
         None, "pixels to [-1, 1] (signed) or by ImageNet's mean and deviation; none: signed", choices=NORMALIZE

@@ -208,7 +208,8 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch):
     refused(f"{path}: is there already", given, f"--out={path}")
     refused("there is no directory", given, f"--out={tmp_path}/absent/out")
     refused("no such file", f"--checkpoint={tmp_path}/absent.pt", out)
-    refused("--image_size=32: --model=lenet takes 28 alone", given, out, "--image_size=32")
+    for flag in ("--image_size=32", "--eval_size=32"):
+        refused(f"{flag}: --model=lenet takes 28 alone", given, out, flag)
     for format, package in (("onnx", "onnx"), ("safetensors", "safetensors")):
         for name in [name for name in sys.modules if name.startswith((package, "nvcnn.onnx_graph"))]:
             monkeypatch.delitem(sys.modules, name)

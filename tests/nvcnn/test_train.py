@@ -155,6 +155,13 @@ def test_a_run_whose_images_grow_goes_on(tmp_path, monkeypatch, small_dataset, b
         assert torch.equal(weight, expected[name]), name
 
 
+def test_an_older_checkpoint_has_the_algorithms_of_one_size(monkeypatch):
+    one, older = run(), {"conv1": "cudnn"}
+    monkeypatch.setattr("nvcnn.train.choose_algorithms", lambda *given: given[-1])
+    for stored in (older, {28: older}):
+        assert one.choose_algorithms(one.train_step.model, stored) == {28: older}
+
+
 def test_a_run_does_not_go_on_with_other_classes(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
     write_folders(tmp_path / "data", "train", images=CLASSES)
