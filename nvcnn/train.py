@@ -94,7 +94,7 @@ class Run:
         origin = checkpoint.origin(state) if state else weights and weights.origin
         self.plan = plan(settings, dataset, transport.size, transport.gather(origin)[0])
         model, self.beginning = initial_model(settings, self.plan, weights)
-        # By rank, from rank 0's checkpoint: the reader's position, the random generators, the running statistics.
+        # By rank, from rank 0's checkpoint: the reader's position, the generators, running statistics, average losses.
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
@@ -131,6 +131,8 @@ class Run:
             set_random_state(mine, self.device)
             if "running" in mine:  # an older checkpoint has rank 0's alone
                 self.train_step.arena.running.copy_(mine["running"])
+            if "average" in mine:
+                self.train_step.optimizer.average.copy_(mine["average"])
 
     def open_data(self, dataset: Dataset | None, threads: int, state: dict | None) -> Data:
         """Returns the source of batches. `state`: where this rank's reader was in the run to resume."""
@@ -328,6 +330,7 @@ class Run:
         if not settings.log_dir:
             return
         own = {"reader": self.data.state_dict(), "running": self.train_step.arena.running.cpu()}
+        own["average"] = self.train_step.optimizer.average.cpu()
         ranks = self.transport.gather(own | random_state(self.device))
         if self.transport.rank != 0:
             return

@@ -210,7 +210,10 @@ class Gathering(Transport):
 
 
 def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
-    """Their sums are formed about the running mean: about another one, they are rounded otherwise."""
+    """Their sums are formed about the running mean: about another one, they are rounded otherwise.
+
+    So is the mean of the ranks' average losses.
+    """
     monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
     options = {"model": "net", "conv": "torch", "batch_size": 4, "num_classes": CLASSES, "log_dir": str(tmp_path)}
     settings = Settings(**options)
@@ -226,8 +229,10 @@ def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
     running = [each.train_step.arena.running for each in before]
     assert not torch.equal(*running)
     assert torch.equal(state["weights"]["bn.running_mean"], before[0].train_step.model.bn.running_mean)
-    for each, own in zip(runs(state), running, strict=True):
-        assert torch.equal(each.train_step.arena.running, own)
+    for each, old in zip(runs(state), before, strict=True):
+        assert torch.equal(each.train_step.arena.running, old.train_step.arena.running)
+        assert torch.equal(each.train_step.optimizer.average, old.train_step.optimizer.average)
+    assert not torch.equal(*(each.train_step.optimizer.average for each in before))
     for rank in state["ranks"]:
         del rank["running"]  # as an older one is, of which all ranks have rank 0's
     for each in runs(state):
