@@ -9,7 +9,8 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, ends in its d
     weights                state_dict by torchvision's names, fp32
     ema                    the same of the moving averages, where there are any
     optimizer              momentum by the same names, in its dtype, counters (step, updates, good steps), loss_scale
-    ranks                  per rank: the data reader's position, the random generators, BatchNorm's running statistics
+    ranks                  per rank: the data reader's position, the random generators, BatchNorm's running statistics,
+                           the running averages of loss, top-1 and top-5
     convolutions           the algorithm of each that has a choice, by its name
     preprocessing          how images are prepared: the fields of `nvcnn.models.Preprocessing`
     options                what the model is built with, beside its number of classes

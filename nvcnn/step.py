@@ -193,10 +193,15 @@ class Step:
         return state
 
     def read(self) -> list[float]:
-        """Returns averages of loss, top-1, top-5, then the last loss, loss scale, updates. Only here the host waits."""
+        """Returns averages of loss, top-1, top-5, then the last loss, loss scale, updates. Only here the host waits.
+
+        Losses and hits are the mean over all ranks, which must all call it.
+        """
         o = self.optimizer
-        average = o.average[:3] / o.average[3:]
-        return torch.cat([average, *(t.double() for t in (o.latest[:1], o.loss_scale, o.counters[1:2]))]).tolist()
+        shown = torch.cat([o.average[:3] / o.average[3:], o.latest[:1].double()])
+        self.transport.all_reduce(shown, "shown")()
+        shown /= self.transport.size
+        return torch.cat([shown, o.loss_scale.double(), o.counters[1:2].double()]).tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint holds of this rank's step, copied to the CPU."""

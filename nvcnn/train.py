@@ -101,7 +101,7 @@ class Run:
         origin = checkpoint.origin(state) if state else weights and weights.origin
         self.plan = plan(settings, dataset, transport.size, transport.gather(origin)[0])
         model, self.beginning = initial_model(settings, self.plan, weights)
-        # By rank, from rank 0's checkpoint: the reader's position, the random generators, the running statistics.
+        # By rank, from rank 0's checkpoint: the reader's position, the generators, running statistics, average losses.
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
@@ -145,6 +145,8 @@ class Run:
             for name in ("running", "ema_running"):
                 if name in mine:  # an older checkpoint has rank 0's statistics alone
                     getattr(self.train_step.arena, name).copy_(mine[name])
+            if "average" in mine:
+                self.train_step.optimizer.average.copy_(mine["average"])
 
     def choose_algorithms(self, model: nn.Module, stored: dict[Any, Any]) -> dict[int, Choices]:
         """Returns what computes the convolutions, by the size of images. stored: the checkpoint's algorithms."""
@@ -374,6 +376,7 @@ class Run:
             return
         arena = self.train_step.arena
         own = {"reader": self.data.state_dict(), "running": arena.running.cpu()}
+        own["average"] = self.train_step.optimizer.average.cpu()
         if arena.ema_running is not None:
             own["ema_running"] = arena.ema_running.cpu()
         ranks = self.transport.gather(own | random_state(self.device))

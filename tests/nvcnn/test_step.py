@@ -216,6 +216,24 @@ def test_evaluation_has_rank_0s_statistics_and_leaves_each_its_own(device):
     assert torch.equal(*held)
 
 
+def test_what_is_shown_is_the_mean_over_all_ranks(device):
+    class Beside(Transport):
+        """Sums with a rank that shows other values."""
+
+        def all_reduce(self, tensor, name):
+            if name == "shown":
+                tensor += torch.tensor([3.0, 1.0, 1.0, 5.0], device=tensor.device)
+            return lambda: None
+
+    alone, beside = make(device), make(device, transport=Beside(Launch(2)))
+    for step in (alone, beside):
+        torch.manual_seed(5)
+        step(batch(0, device))
+    loss, top1, top5, latest, scale, updates = alone.read()
+    shown = [(loss + 3) / 2, (top1 + 1) / 2, (top5 + 1) / 2, (latest + 5) / 2, scale, updates]
+    assert beside.read() == pytest.approx(shown, rel=1e-6)
+
+
 def test_averages_are_debiased_and_pass_over_a_loss_that_is_not_finite(device):
     step = make(device)
     losses, weights = [], []

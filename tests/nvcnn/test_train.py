@@ -292,7 +292,10 @@ class Gathering(Transport):
 
 
 def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
-    """Their sums are formed about the running mean: about another one, they are rounded otherwise."""
+    """Their sums are formed about the running mean: about another one, they are rounded otherwise.
+
+    So is the mean of the ranks' average losses.
+    """
     monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
     options = {"model": "net", "conv": "torch", "batch_size": 4, "num_classes": CLASSES, "log_dir": str(tmp_path)}
     options["ema"] = 0.5
@@ -313,6 +316,8 @@ def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
         assert torch.equal(each.train_step.arena.running, own)
         assert torch.equal(each.train_step.arena.ema_running, past.train_step.arena.ema_running)
         assert not torch.equal(each.train_step.arena.ema_running, own)
+        assert torch.equal(each.train_step.optimizer.average, past.train_step.optimizer.average)
+    assert not torch.equal(*(each.train_step.optimizer.average for each in before))
     for rank in state["ranks"]:
         del rank["running"]  # as an older one is, of which all ranks have rank 0's
     for each in runs(state):
