@@ -95,14 +95,15 @@ def short_calls() -> Iterator[Call]:
         yield from step_calls(model, 32, dtype)
         yield from of_mixed_batches(model, dtype)
     runs = [meta_step("lenet", 32, dtype) for dtype in (half, bfloat16, single)]
-    staged = meta_step("lenet", 32, bfloat16, bfloat16_transport=False)
+    staged = meta_step("lenet", 32, bfloat16, bfloat16_transport=False), meta_step("lenet", 32, half, accumulate=2)
     with recorded() as calls:
         for run in runs:
             run.arena.refresh()
         for larc, mode in ((runs[0].optimizer, "off"), (runs[2].optimizer, "scale")):
             larc.mode, larc.weight_decay = mode, 0.0
             larc.step()
-        staged.optimizer.step()
+        for run in staged:  # their gradients are fp32
+            run.optimizer.step()
     yield from calls
     for dtype in (half, bfloat16):
         step = step_calls(dtype=dtype, conv="triton")

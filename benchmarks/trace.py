@@ -137,6 +137,7 @@ def meta_step(
     *,
     conv: str = "torch",
     aux: bool = False,
+    accumulate: int = 1,
     bfloat16_transport: bool = True,
 ) -> Step:
     """Returns the trainer's step on one rank, with LARC and a dynamic loss scale, on the meta device."""
@@ -154,6 +155,7 @@ def meta_step(
         transport=transport,
         dtype=dtype,
         loss_scale="dynamic",
+        accumulate=accumulate,
         larc_eta=1e-3,
     )
 

@@ -58,12 +58,12 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     Raises InputError when the data set is smaller than a total batch, for --cuda_graph=on where it cannot be, and for
     more classes, steps or pixels than there can be.
     """
-    total_batch = settings.batch_size * ranks
+    total_batch = settings.batch_size * ranks * settings.accumulate
     images = dataset.count("train") if dataset else settings.num_batches * total_batch
     if images < total_batch:
         raise InputError(
             f"--data_dir={settings.data_dir}: {images} training images are fewer than one total batch of {total_batch} "
-            f"({ranks} ranks x --batch_size={settings.batch_size}): lower --batch_size"
+            f"({ranks} ranks x --batch_size={settings.batch_size}{times(settings)}): lower --batch_size"
         )
     steps_per_epoch = images // total_batch
     model = MODELS[settings.model]
@@ -113,12 +113,17 @@ def describe(settings: Settings, run: Plan) -> list[str]:
         f"Num images:  {run.images if settings.data_dir else 'Synthetic'}",
         f"Model:       {settings.model}",
         *describe_images(settings.model, run.preprocessing, run.options),
-        f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
+        f"Batch size:  {settings.batch_size} per device{times(settings)}, {run.total_batch} total",
         f"Data type:   {dtype}",
         *[f"  {dtype} on a CPU is for trying things out: it can be slow"] * slow,
         f"Steps:       {run.steps}",
         f"CUDA graph:  {f'none: {run.no_graph}' if run.no_graph else 'the whole step'}",
     ]
+
+
+def times(settings: Settings) -> str:
+    """Returns in words how many batches a step has, if it is not one."""
+    return f" x --accumulate={settings.accumulate}" * (settings.accumulate > 1)
 
 
 def describe_images(model: str, preprocessing: Preprocessing, options: dict[str, Any]) -> list[str]:
@@ -154,8 +159,9 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
         use(model, {name: settings.conv for name, module in model.named_modules() if isinstance(module, Conv2d)})
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Master weight, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
-    state = trained * (4 + run.momentum_dtype.itemsize + 4) + (parameters - trained) * (4 + run.dtype.itemsize)
+    # Master weight, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight; and a sum of gradients.
+    state = trained * (4 + run.momentum_dtype.itemsize + 4 + 4 * (settings.accumulate > 1))
+    state += (parameters - trained) * (4 + run.dtype.itemsize)
     activations = activation_bytes(model, settings.batch_size, run.preprocessing.image_size, run.dtype)
     resolved = as_json(settings) | {"learning_rate": run.learning_rate, "num_classes": run.num_classes}
     resolved |= asdict(run.preprocessing)

@@ -179,6 +179,7 @@ class Settings(Images):
         "none", "parameters LARC leaves to plain SGD: none, or those of one dimension (1d)", choices=("none", "1d")
     )
     label_smoothing: float = training(0.0, "share of the target spread over all classes")
+    accumulate: int = training(1, "batches of --batch_size that make one step")
     mixup: float = training(0.0, "blend each image with another, by shares of Beta(MIXUP, MIXUP); 0: do not")
     cutmix: float = training(
         0.0,
@@ -242,7 +243,7 @@ class Settings(Images):
     def __post_init__(self) -> None:
         find_model(self.model, zero_gamma=self.zero_gamma, **self.model_flags)
         self.check_images(self.model)
-        for name in ("batch_size", "num_batches", "display_every", "keep"):
+        for name in ("batch_size", "num_batches", "accumulate", "display_every", "keep"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_epochs", "num_classes"):
             check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")

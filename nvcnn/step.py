@@ -1,6 +1,6 @@
 """One training step: from a batch of pixels to new weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,18 @@ from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients
 from nvcnn.optimizer.larc import Larc
 
+Inputs = tuple[Tensor, ...]  # of a batch: the network's input, labels, and if it is mixed the share of an own label
+
 
 class Step:
-    """A model in training with its arena, gradients and optimizer. Calling it is one step.
+    """A model in training with its arena, gradients and optimizer. Calling it, with a batch, is one step.
 
     Backward hands each gradient to the arena, and each bucket's allreduce starts as soon as it is full; three launches
     then update everything, or nothing if a gradient was not finite.
+
+    `accumulate`: with more than one a step has so many batches. Their gradients are summed in fp32 before ranks sum
+    theirs, so they count as the batch of all their images would; only BatchNorm sees each alone, and its running
+    statistics follow one batch after the other.
 
     `image_size` is that of the (square) images that the model gets. `larc_eta`: None for no LARC. For
     the other options of the optimizer see `Larc`.
@@ -41,6 +47,7 @@ class Step:
         normalize: str = "signed",
         label_smoothing: float = 0.0,
         loss_scale: float | str = 1.0,
+        accumulate: int = 1,
         larc_mode: str = "clip",
         larc_eta: float | None = None,
         larc_exclude: str = "none",
@@ -48,56 +55,72 @@ class Step:
         self.model, self.transport = model.train(), transport
         self.image_size, self.channels, self.dtype = image_size, image_channels(model, device), dtype
         self.prepare_input = partial(prepare_input, dtype=dtype, normalize=normalize, channels=self.channels)
+        self.accumulate = accumulate
         self.label_smoothing, self.aux_weight = label_smoothing, getattr(model, "aux_weight", 0.0)
+        summed, unknown = accumulate > 1, dtype == torch.bfloat16 and not transport.bfloat16
         self.arena = Arena(
             model,
             gradient_order(model, image_size),
             device=device,
             dtype=dtype,
             momentum_dtype=momentum_dtype,
-            gradient_dtype=None if dtype != torch.bfloat16 or transport.bfloat16 else torch.float32,
+            gradient_dtype=torch.float32 if summed or unknown else None,
         )
+        keep = 1 - self.arena.statistics_momentum
+        self.weights = [keep**later for later in reversed(range(accumulate))]  # of each batch's statistics
+        if summed:
+            self.arena.statistics_momentum = 1 - keep**accumulate
         self.optimizer = Larc(
             self.arena,
             schedule=schedule,
-            ranks=transport.size,
+            ranks=transport.size * accumulate,  # by which sums are divided
             mode=larc_mode if larc_eta else "off",
             eta=larc_eta or 0.0,
             exclude=larc_exclude,
             loss_scale=loss_scale,
         )
-        self.gradients = Gradients(self.arena, transport)
-        # Of a captured step: its launch, and what it reads.
+        self.gradients = Gradients(self.arena, transport, batches=accumulate)
+        # Of a captured step: its launch, and what it reads of each batch.
         self.replay: Callable[[], None] | None = None
-        self.inputs: tuple[Tensor, ...] = ()
+        self.inputs: list[Inputs] = []
 
-    def __call__(self, batch: Batch | MixedBatch) -> Tensor:
+    def __call__(self, *batches: Batch | MixedBatch) -> Tensor:
         """One step. Returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for.
 
-        The next step overwrites what is returned.
+        The next step overwrites what is returned. Raises ValueError unless there are as many batches as a step has.
         """
-        pixels, labels, flip, *mix = batch
-        images = self.prepare_input(pixels, flip, *mix, into=self.inputs[0] if self.inputs else None)
-        targets = labels, *(each[:1] for each in mix)
+        if len(batches) != self.accumulate:
+            raise ValueError(f"a step has accumulate={self.accumulate} batches, got {len(batches)}")
         if self.replay is None:
-            self.train(images, *targets)
+            self.train(map(self.inputs_of, batches))
         else:
-            for its, given in zip(self.inputs[1:], targets, strict=True):
-                its.copy_(given)
+            for batch, (images, *targets) in zip(batches, self.inputs, strict=True):
+                for its, given in zip(targets, self.inputs_of(batch, images)[1:], strict=True):
+                    its.copy_(given)
             self.replay()
         return self.optimizer.latest
 
-    def train(self, images: Tensor, labels: Tensor, *share: Tensor) -> None:
-        """Computes new weights from the network's input: this is what a CUDA graph holds.
+    def inputs_of(self, batch: Batch | MixedBatch, into: Tensor | None = None) -> Inputs:
+        """Returns what `train` takes of a batch. into: as in `prepare_input`."""
+        images, labels, flip, *mix = batch
+        return self.prepare_input(images, flip, *mix, into=into), labels, *(each[:1] for each in mix)
 
-        share: of a mixed batch alone, (1,) fp32, that of an image's own label.
-        """
-        logits, *heads = outputs(self.model(images))
-        rows, gradient = self.loss(logits, labels, *share)
-        auxiliary = [self.loss(head, labels, *share)[1].mul_(self.aux_weight) for head in heads]
-        torch.autograd.backward([logits, *heads], [gradient, *auxiliary])
-        self.gradients.finish()
-        self.optimizer.step(rows)
+    def train(self, batches: Iterable[Inputs]) -> None:
+        """Computes new weights from the network's inputs: this is what a CUDA graph holds."""
+        rows: list[Tensor] = []
+        statistics: list[Tensor] = []
+        for images, labels, *share in batches:
+            logits, *heads = outputs(self.model(images))
+            row, gradient = self.loss(logits, labels, *share)
+            auxiliary = [self.loss(head, labels, *share)[1].mul_(self.aux_weight) for head in heads]
+            torch.autograd.backward([logits, *heads], [gradient, *auxiliary])
+            self.gradients.finish()
+            rows.append(row)
+            if self.accumulate > 1:
+                statistics.append(self.arena.batch * (self.weights[len(statistics)] / sum(self.weights)))
+        if self.accumulate > 1:
+            torch.sum(torch.stack(statistics), 0, out=self.arena.batch)
+        self.optimizer.step(torch.cat(rows) if self.accumulate > 1 else rows[0])
 
     def loss(self, logits: Tensor, labels: Tensor, *share: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rows of losses and hits, and the gradient of the mean loss times the loss scale."""
@@ -110,16 +133,20 @@ class Step:
         batch of another size is refused.
         """
         shape, device = (batch_size, self.channels, self.image_size, self.image_size), self.arena.weight.device
-        images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
-        labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.inputs = images, labels, *[torch.ones(1, device=device)] * mixed
+
+        def inputs() -> Inputs:
+            images = torch.zeros(shape, dtype=self.dtype, device=device).to(memory_format=torch.channels_last)
+            labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            return images, labels, *[torch.ones(1, device=device)] * mixed
+
+        self.inputs = [inputs() for _ in range(self.accumulate)]
         before = Snapshot(self.state().values(), device)
-        self.replay = capture(partial(self.train, *self.inputs))
+        self.replay = capture(partial(self.train, self.inputs))
         before.restore()
 
     def close(self) -> None:
         """Lets go of the graph: it may hold collectives, and must end before the transport does."""
-        self.replay, self.inputs = None, ()
+        self.replay, self.inputs = None, []
 
     def state(self) -> dict[str, Tensor]:
         """Returns all tensors that steps write or read, by name. They are written in place: their addresses stay."""

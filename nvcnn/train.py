@@ -11,6 +11,7 @@ from nvcnn import checkpoint
 from nvcnn.check_data import check_data
 from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_training
+from nvcnn.data.batch import Batch, MixedBatch
 from nvcnn.data.dali import TrainingData
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.mixing import Mixing
@@ -113,6 +114,7 @@ class Run:
             normalize=self.plan.preprocessing.normalize,
             label_smoothing=settings.label_smoothing,
             loss_scale=settings.loss_scale,
+            accumulate=settings.accumulate,
             larc_mode=settings.larc_mode,
             larc_eta=settings.larc_eta,
             larc_exclude=settings.larc_exclude,
@@ -140,11 +142,19 @@ class Run:
             **common,
             crop_area=settings.crop_area,
             crop_aspect=settings.crop_aspect,
+            accumulate=settings.accumulate,
             seed=settings.seed,
             rank=rank,
             threads=threads,
             state=state,
         )
+
+    def batches(self) -> list[Batch | MixedBatch]:
+        """Returns those of the next step."""
+        count = self.settings.accumulate
+        numbers = range(self.step * count, (self.step + 1) * count)
+        mixing = self.mixing or (lambda batch, number: batch)
+        return [mixing(next(self.data), number) for number in numbers]
 
     def loop(self) -> int:
         """Trains to the last step, or until a signal stops it. Returns the exit code."""
@@ -159,14 +169,14 @@ class Run:
         metrics.table_head()
         tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
         vote = Vote(self.transport, questions=2)
-        throughput = Throughput(settings.batch_size * self.transport.size, self.step)
+        throughput = Throughput(self.plan.total_batch, self.step)
         until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
         skipped = self.step - int(self.train_step.optimizer.counters[1])
         with caught() as signals:
             while self.step < self.plan.steps:
                 with signals.waiting():
-                    batch = next(self.data)
-                self.train_step(self.mixing(batch, self.step) if self.mixing else batch)
+                    batches = self.batches()
+                self.train_step(*batches)
                 self.step += 1
                 metrics.step()
                 last = self.step == self.plan.steps
@@ -249,7 +259,7 @@ class Run:
             say(f"Input:       {self.backend}")
         if self.choices.algorithms:
             say(f"Convolution: {self.choices}")
-        if self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:
+        if settings.accumulate == 1 and self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:
             say(f"  {transport} has no bfloat16: gradients travel in fp32")
         metrics.write("start", step=self.step, steps=self.plan.steps, ranks=self.transport.size)
         if self.left_out:

@@ -20,6 +20,7 @@ class TrainingOptions(ReaderOptions):
     crop_area: tuple[float, float]  # range of a crop's share of the image's area
     crop_aspect: tuple[float, float]  # range of its width / height
     seed: int
+    accumulate: int = 1  # batches of a step, of which an epoch has whole ones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ ORIGINAL = {
 }
 NEWER = {
     "label_smoothing": 0.0,
+    "accumulate": 1,
     "mixup": 0.0,
     "cutmix": 0.0,
     "larc_exclude": "none",
@@ -156,6 +157,7 @@ def test_short_and_negative_forms():
         ("--crop_aspect=2,1", "--crop_aspect"),
         ("--eval_crop=1.5", "--eval_crop"),
         ("--label_smoothing=1", "--label_smoothing"),
+        ("--accumulate=0", "--accumulate=0"),
         ("--mixup=-1", "--mixup=-1.0: must be 0, or from"),
         ("--cutmix=nan", "--cutmix=nan"),
         ("--cutmix=1 --batch_size=1", "--cutmix=1.0: mixes images of a batch"),
