@@ -84,7 +84,7 @@ def short_calls() -> Iterator[Call]:
         yield from step_calls(model, 32, dtype)
         yield from of_mixed_batches(model, dtype)
     runs = [meta_step("lenet", 32, dtype) for dtype in (half, bfloat16, single)]
-    staged = meta_step("lenet", 32, bfloat16, bfloat16_transport=False)
+    staged = meta_step("lenet", 32, bfloat16, bfloat16_transport=False), meta_step("lenet", 32, half, accumulate=2)
     with recorded() as calls:
         for run in runs:
             run.arena.refresh()
@@ -100,7 +100,8 @@ def short_calls() -> Iterator[Call]:
             arena.ema_weight, arena.ema_running = torch.empty_like(arena.weight), torch.empty_like(arena.running)
             larc.ema_decay, larc.scalars, larc.decay_vectors = 0.999, larc.scalars.new_empty(4), True
             larc.step()
-        staged.optimizer.step()
+        for run in staged:  # their gradients are fp32
+            run.optimizer.step()
     yield from calls
     for dtype in (half, bfloat16):
         step = step_calls(dtype=dtype, conv="triton")

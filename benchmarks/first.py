@@ -83,7 +83,7 @@ def launched_by(model: str, n: int) -> list[Launch]:
 
 def calls_of(family: str, n: int = FEW) -> list[Call]:
     """Returns the distinct calls of the family in a step on n images, sorted by op."""
-    calls = ops.layer_calls(MODEL, n, DTYPE, *ops.CONVS)
+    calls = ops.layer_calls(MODEL, n, DTYPE, *ops.CONVS, mixed=True)
     own = {op: name for name, found in FAMILIES.items() for op in found}
     found = [call for call in calls if own.get(call.name.removeprefix("nvcnn::"), "other-layers") == family]
     return sorted(found, key=lambda call: call.name)

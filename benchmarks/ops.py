@@ -121,17 +121,18 @@ def rates(needed: int, flops: int, us: float) -> str:
     )
 
 
-def layer_calls(model: str, batch: int, dtype: torch.dtype, *convs: str) -> Counter[Call]:
+def layer_calls(model: str, batch: int, dtype: torch.dtype, *convs: str, mixed: bool = False) -> Counter[Call]:
     """Returns the calls of the project's ops in a step of the model, and how often each occurs.
 
     The optimizer's are left out. A call that occurs with several --conv of `convs` counts as with the one that has it
-    most often.
+    most often. mixed: with the calls of mixed batches, too.
     """
     optimizer_ops = {f"nvcnn::{op}" for op in OPS}
     calls: Counter[Call] = Counter()
     for conv in convs:
         calls |= Counter(step_calls(model, batch, dtype, conv))
-    calls |= Counter(step_calls(model, batch, dtype, convs[0], mixed=True))  # others are the input and the loss
+    if mixed:  # others are the input and the loss
+        calls |= Counter(step_calls(model, batch, dtype, convs[0], mixed=True))
     ours = {call: n for call, n in calls.items() if call.name.startswith("nvcnn::") and call.name not in optimizer_ops}
     return Counter(ours)
 
@@ -279,7 +280,7 @@ def main() -> int:
         add(measure_steps(OURS, PEERS, device, rounds=rounds, repeat=20 if gpu else 1))
     if gpu and arguments.which != "optimizer":
         tables.append([])
-        calls = layer_calls("resnet50", 256, dtypes[0], *CONVS)
+        calls = layer_calls("resnet50", 256, dtypes[0], *CONVS, mixed=True)
         with quick_captures():
             add(measure_layers(calls, device, dtypes[0], size=size, n=n, rounds=5))
     print(*(report.table(timing.shown(rows)) for rows in tables), sep="\n\n")

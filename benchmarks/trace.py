@@ -36,13 +36,14 @@ def meta_step(
     *,
     conv: str = "torch",
     aux: bool = False,
+    accumulate: int = 1,
     bfloat16_transport: bool = True,
 ) -> Step:
     """Returns the trainer's step on one rank, with LARC and a dynamic loss scale, on the meta device."""
     with META:
         network = build_model(model, num_classes=SYNTHETIC_CLASSES, seed=1, aux=aux)
-    size = MODELS[model].image_size
-    return roofline.meta_step(network, size, batch, dtype, conv=conv, bfloat16_transport=bfloat16_transport)
+    options: dict[str, Any] = {"conv": conv, "accumulate": accumulate, "bfloat16_transport": bfloat16_transport}
+    return roofline.meta_step(network, MODELS[model].image_size, batch, dtype, **options)
 
 
 def step_calls(

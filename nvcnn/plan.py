@@ -99,7 +99,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     Raises InputError when the data set is smaller than a total batch, for --cuda_graph=on where it cannot be, and for
     more classes, steps or pixels than there can be.
     """
-    total_batch = settings.batch_size * ranks
+    total_batch = settings.batch_size * ranks * settings.accumulate
     if dataset:
         images = dataset.count("train")
     else:
@@ -108,7 +108,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
         where = f"--data_dir={settings.data_dir}" if dataset else "--num_images"
         raise InputError(
             f"{where}: {images} training images are fewer than one total batch of {total_batch} "
-            f"({ranks} ranks x --batch_size={settings.batch_size}): lower --batch_size"
+            f"({ranks} ranks x --batch_size={settings.batch_size}{times(settings)}): lower --batch_size"
         )
     steps_per_epoch = images // total_batch
     model = MODELS[settings.model]
@@ -177,12 +177,17 @@ def describe(settings: Settings, run: Plan) -> list[str]:
         f"Model:       {settings.model}",
         *describe_images(settings.model, run.preprocessing, run.options),
         *[f"Sizes:       {describe_sizes(run)}"] * (len(run.image_sizes) > 1),
-        f"Batch size:  {settings.batch_size} per device, {run.total_batch} total",
+        f"Batch size:  {settings.batch_size} per device{times(settings)}, {run.total_batch} total",
         f"Data type:   {dtype}",
         *[f"  {dtype} on this CPU: a convolution takes {slowness(run.dtype):.1f} times as long as in float32"] * low,
         f"Steps:       {run.steps}",
         f"CUDA graph:  {f'none: {run.no_graph}' if run.no_graph else 'the whole step'}",
     ]
+
+
+def times(settings: Settings) -> str:
+    """Returns in words how many batches a step has, if it is not one."""
+    return f" x --accumulate={settings.accumulate}" * (settings.accumulate > 1)
 
 
 def describe_sizes(run: Plan) -> str:
@@ -228,8 +233,9 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
         use(model, {name: settings.conv for name, module in model.named_modules() if isinstance(module, Conv2d)})
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Master weight and its average, momentum, and 4 bytes of gradient, or 2 of gradient and 2 of model weight.
-    state = trained * (4 + 4 * (settings.ema is not None) + run.momentum_dtype.itemsize + 4)
+    # 4 bytes each: master weight; gradient, or 2 of it and 2 of model weight; average of weights; sum of gradients.
+    copies = 2 + (settings.ema is not None) + (settings.accumulate > 1)
+    state = trained * (4 * copies + run.momentum_dtype.itemsize)
     state += (parameters - trained) * (4 + run.dtype.itemsize)
     activations = max(activation_bytes(model, settings.batch_size, size, run.dtype) for size in run.sizes)
     resolved = as_json(settings) | {"learning_rate": run.learning_rate, "num_classes": run.num_classes}

@@ -130,6 +130,7 @@ def meta_step(
     dtype: torch.dtype,
     *,
     conv: str = "torch",
+    accumulate: int = 1,
     bfloat16_transport: bool = True,
 ) -> Step:
     """Returns the trainer's step of a network on the meta device, on one rank, with LARC and a dynamic loss scale."""
@@ -144,6 +145,7 @@ def meta_step(
         transport=transport,
         dtype=dtype,
         loss_scale="dynamic",
+        accumulate=accumulate,
         larc_eta=1e-3,
     )
 

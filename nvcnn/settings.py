@@ -271,6 +271,7 @@ class Settings(Images):
         "none", "parameters LARC leaves to plain SGD: none, or those of one dimension (1d)", choices=("none", "1d")
     )
     label_smoothing: float = training(0.0, "share of the target spread over all classes")
+    accumulate: int = training(1, "batches of --batch_size that make one step")
     mixup: float = training(0.0, "blend each image with another, by shares of Beta(MIXUP, MIXUP); 0: do not")
     cutmix: float = training(
         0.0,
@@ -365,7 +366,7 @@ class Settings(Images):
         self.check_images(self.model)
         for _, size in training_sizes(self.train_size) if self.train_size is not None else ():
             check_image_size(self.model, size, "train_size")
-        for name in ("batch_size", "num_batches", "display_every", "max_skipped", "keep"):
+        for name in ("batch_size", "num_batches", "accumulate", "display_every", "max_skipped", "keep"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_epochs", "num_classes", "num_images"):
             check(self, getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")

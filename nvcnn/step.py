@@ -1,6 +1,6 @@
 """One training step: from a batch of pixels to new weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,14 +19,20 @@ from nvcnn.optimizer.arena import Arena
 from nvcnn.optimizer.gradients import Gradients
 from nvcnn.optimizer.larc import MOMENTUM, WEIGHT_DECAY, Larc
 
+Inputs = tuple[Tensor, ...]  # of a batch: the network's input, labels, and if it is mixed the share of an own label
+
 
 class Step:
-    """A model in training with its arena, gradients and optimizer. Calling it is one step.
+    """A model in training with its arena, gradients and optimizer. Calling it, with a batch, is one step.
 
     Backward hands each gradient to the arena, and each bucket's allreduce starts as soon as it is full; three launches
     then update everything, or nothing if a gradient was not finite.
 
-    `image_size` is that of the (square) images that the model gets first; a batch may have another. `algorithms`: by
+    `accumulate`: with more than one a step has so many batches. Their gradients are summed in fp32 before ranks sum
+    theirs, so they count as the batch of all their images would; only BatchNorm sees each alone, and its running
+    statistics follow one batch after the other.
+
+    `image_size` is that of the (square) images that the model gets first; a step may have another. `algorithms`: by
     size, that of each convolution, where sizes have their own. `larc_eta`: None for no LARC; `clip_norm`: None for no
     clipping; `ema`: the decay of a moving average, None for no average. For the other options of the optimizer see
     `Larc`.
@@ -46,6 +52,7 @@ class Step:
         normalize: str = "signed",
         label_smoothing: float = 0.0,
         loss_scale: float | str = 1.0,
+        accumulate: int = 1,
         larc_mode: str = "clip",
         larc_eta: float | None = None,
         larc_exclude: str = "none",
@@ -58,14 +65,15 @@ class Step:
         self.model, self.transport = model.train(), transport
         self.image_size, self.channels, self.dtype = image_size, image_channels(model, device), dtype
         self.prepare_input = partial(prepare_input, dtype=dtype, normalize=normalize, channels=self.channels)
+        self.accumulate = accumulate
         self.label_smoothing, self.aux_weight = label_smoothing, getattr(model, "aux_weight", 0.0)
-        # Of captured steps, by image size: what each reads, and its launch; of the current size, the same.
-        self.captured: dict[int, tuple[Tensor, Callable[[], None]]] = {}
-        self.images: Tensor | None
-        self.targets: tuple[Tensor, ...] = ()
+        # Of captured steps, by image size: what each reads of its batches, and its launch. Of the current size, likewise.
+        self.captured: dict[int, tuple[list[Inputs], Callable[[], None]]] = {}
+        self.inputs: list[Inputs]
         self.replay: Callable[[], None] | None
         self.algorithms = algorithms or {}
         self.change_size(image_size)
+        summed, unknown = accumulate > 1, dtype == torch.bfloat16 and not transport.bfloat16
         self.arena = Arena(
             model,
             gradient_order(model, image_size),
@@ -73,12 +81,16 @@ class Step:
             dtype=dtype,
             momentum_dtype=momentum_dtype,
             ema=ema is not None,
-            gradient_dtype=None if dtype != torch.bfloat16 or transport.bfloat16 else torch.float32,
+            gradient_dtype=torch.float32 if summed or unknown else None,
         )
+        keep = 1 - self.arena.statistics_momentum
+        self.weights = [keep**later for later in reversed(range(accumulate))]  # of each batch's statistics
+        if summed:
+            self.arena.statistics_momentum = 1 - keep**accumulate
         self.optimizer = Larc(
             self.arena,
             schedule=schedule,
-            ranks=transport.size,
+            ranks=transport.size * accumulate,  # by which sums are divided
             mode=larc_mode if larc_eta else "off",
             eta=larc_eta or 0.0,
             exclude=larc_exclude,
@@ -89,50 +101,55 @@ class Step:
             clip_norm=clip_norm or 0.0,
             ema_decay=ema or 0.0,
         )
-        self.gradients = Gradients(self.arena, transport)
+        self.gradients = Gradients(self.arena, transport, batches=accumulate)
 
-    def __call__(self, batch: Batch | MixedBatch) -> Tensor:
+    def __call__(self, *batches: Batch | MixedBatch) -> Tensor:
         """One step. Returns this rank's mean loss and shares of top-1 and top-5 hits, (3,), not waited for.
 
-        The next step overwrites what is returned.
+        The next step overwrites what is returned. Raises ValueError unless there are as many batches as a step has.
         """
-        _, labels, _, *mix = batch
-        targets = labels, *(each[:1] for each in mix)
-        if batch.images.shape[1] != self.image_size:
-            self.change_size(batch.images.shape[1])
-        images = self.input(batch)
+        if len(batches) != self.accumulate:
+            raise ValueError(f"a step has accumulate={self.accumulate} batches, got {len(batches)}")
+        if (image_size := batches[0].images.shape[1]) != self.image_size:
+            self.change_size(image_size)
         if self.replay is None:
-            self.train(images, *targets)
+            self.train(map(self.inputs_of, batches))
         else:
-            for its, given in zip(self.targets, targets, strict=True):
-                its.copy_(given)
+            for batch, (images, *targets) in zip(batches, self.inputs, strict=True):
+                for its, given in zip(targets, self.inputs_of(batch, images)[1:], strict=True):
+                    its.copy_(given)
             self.replay()
         return self.optimizer.latest
 
-    def input(self, batch: Batch | MixedBatch) -> Tensor:
-        """Returns what the network gets of a batch. In a graph, the next one's overwrites it."""
-        pixels, _, flip, *mix = batch
-        return self.prepare_input(pixels, flip, *mix, into=self.images)
+    def inputs_of(self, batch: Batch | MixedBatch, into: Tensor | None = None) -> Inputs:
+        """Returns what `train` takes of a batch. into: as in `prepare_input`."""
+        images, labels, flip, *mix = batch
+        return self.prepare_input(images, flip, *mix, into=into), labels, *(each[:1] for each in mix)
 
     def change_size(self, image_size: int) -> None:
         """Has the next steps take images of that size, by its algorithms, and as its graph where steps are graphs."""
         if self.captured and image_size not in self.captured:
             raise ValueError(f"images of {image_size}: steps were captured for {', '.join(map(str, self.captured))}")
         self.image_size = image_size
-        self.images, self.replay = self.captured.get(image_size, (None, None))
+        self.inputs, self.replay = self.captured.get(image_size, ([], None))
         use(self.model, self.algorithms.get(image_size, {}))
 
-    def train(self, images: Tensor, labels: Tensor, *share: Tensor) -> None:
-        """Computes new weights from the network's input: this is what a CUDA graph holds.
-
-        share: of a mixed batch alone, (1,) fp32, that of an image's own label.
-        """
-        logits, *heads = outputs(self.model(images))
-        rows, gradient = self.loss(logits, labels, *share)
-        auxiliary = [self.loss(head, labels, *share)[1].mul_(self.aux_weight) for head in heads]
-        torch.autograd.backward([logits, *heads], [gradient, *auxiliary])
-        self.gradients.finish()
-        self.optimizer.step(rows)
+    def train(self, batches: Iterable[Inputs]) -> None:
+        """Computes new weights from the network's inputs: this is what a CUDA graph holds."""
+        rows: list[Tensor] = []
+        statistics: list[Tensor] = []
+        for images, labels, *share in batches:
+            logits, *heads = outputs(self.model(images))
+            row, gradient = self.loss(logits, labels, *share)
+            auxiliary = [self.loss(head, labels, *share)[1].mul_(self.aux_weight) for head in heads]
+            torch.autograd.backward([logits, *heads], [gradient, *auxiliary])
+            self.gradients.finish()
+            rows.append(row)
+            if self.accumulate > 1:
+                statistics.append(self.arena.batch * (self.weights[len(statistics)] / sum(self.weights)))
+        if self.accumulate > 1:
+            torch.sum(torch.stack(statistics), 0, out=self.arena.batch)
+        self.optimizer.step(torch.cat(rows) if self.accumulate > 1 else rows[0])
 
     def loss(self, logits: Tensor, labels: Tensor, *share: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rows of losses and hits, and the gradient of the mean loss times the loss scale."""
@@ -146,19 +163,22 @@ class Step:
         """
         current, device = self.image_size, self.arena.weight.device
         ordered = sorted({current, *sizes}, reverse=True)  # the largest comes first: its memory is enough for all
-        values = torch.zeros(batch_size * self.channels * ordered[0] ** 2, dtype=self.dtype, device=device)
-        labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.targets = labels, *[torch.ones(1, device=device)] * mixed
 
-        def images(size: int) -> Tensor:  # channels-last
+        def buffers() -> Inputs:
+            values = torch.zeros(batch_size * self.channels * ordered[0] ** 2, dtype=self.dtype, device=device)
+            labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            return values, labels, *[torch.ones(1, device=device)] * mixed
+
+        def images(values: Tensor, size: int) -> Tensor:  # channels-last
             mine = values[: batch_size * self.channels * size**2]
             return mine.view(batch_size, size, size, self.channels).permute(0, 3, 1, 2)
 
         def train(size: int) -> None:
             self.change_size(size)
-            self.train(inputs[size], *self.targets)
+            self.train(inputs[size])
 
-        inputs = {size: images(size) for size in ordered}
+        batches = [buffers() for _ in range(self.accumulate)]
+        inputs = {size: [(images(values, size), *targets) for values, *targets in batches] for size in ordered}
         before = Snapshot(self.state().values(), device)
         replays = capture([partial(train, size) for size in ordered])
         before.restore()
@@ -183,7 +203,7 @@ class Step:
     def close(self) -> None:
         """Lets go of the graphs: they may hold collectives, and must end before the transport does."""
         self.captured = {}
-        self.replay = self.images = None
+        self.inputs, self.replay = [], None
 
     def state(self) -> dict[str, Tensor]:
         """Returns all tensors that steps write or read, by name. They are written in place: their addresses stay."""

@@ -127,6 +127,7 @@ class Run:
             normalize=self.plan.preprocessing.normalize,
             label_smoothing=settings.label_smoothing,
             loss_scale=settings.loss_scale,
+            accumulate=settings.accumulate,
             larc_mode=settings.larc_mode,
             larc_eta=settings.larc_eta,
             larc_exclude=settings.larc_exclude,
@@ -179,11 +180,19 @@ class Run:
             crop_area=settings.crop_area,
             crop_aspect=settings.crop_aspect,
             later_sizes=plan.image_sizes[1:],
+            accumulate=settings.accumulate,
             seed=settings.seed,
             rank=rank,
             threads=threads,
             state=state,
         )
+
+    def batches(self) -> list[Batch | MixedBatch]:
+        """Returns those of the next step."""
+        count = self.settings.accumulate
+        numbers = range(self.step * count, (self.step + 1) * count)
+        mixing = self.mixing or (lambda batch, number: batch)
+        return [mixing(next(self.data), number) for number in numbers]
 
     def open_validation(self, dataset: Dataset, threads: int) -> None:
         """Prepares evaluations. Each opens its reader, and closes it: it would hold memory, and worker processes."""
@@ -231,7 +240,7 @@ class Run:
         tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
         vote = Vote(self.transport, questions=3)
         divergence = Divergence(self.train_step.optimizer, settings.max_skipped)
-        throughput = Throughput(settings.batch_size * self.transport.size, self.step)
+        throughput = Throughput(self.plan.total_batch, self.step)
         until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
         skipped = self.step - int(self.train_step.optimizer.counters[1])
         eval_every = 1 if settings.eval_every is None else settings.eval_every
@@ -240,12 +249,11 @@ class Run:
         with caught() as signals:
             while self.step < self.plan.steps:
                 with signals.waiting():
-                    given = next(self.data)
-                batch = self.mixing(given, self.step) if self.mixing else given
+                    batches = self.batches()
                 if self.step == 0 and rank == 0 and settings.log_dir:
                     with throughput.left_out():
-                        self.show_input(batch, metrics)
-                self.train_step(batch)
+                        self.show_input(batches[0], metrics)
+                self.train_step(*batches)
                 self.step += 1
                 metrics.step()
                 last = self.step == self.plan.steps
@@ -319,7 +327,7 @@ class Run:
         shown = [names[label] if names else f"class {label}" for label in labels]
         if isinstance(batch, MixedBatch):
             shown = [f"{one}, {other}" for one, other in zip(shown, reversed(shown), strict=True)]
-        images = pixels(self.train_step.input(batch)[:PICTURES], self.plan.preprocessing.normalize).cpu()
+        images = pixels(self.train_step.inputs_of(batch)[0][:PICTURES], self.plan.preprocessing.normalize).cpu()
         metrics.input(images, shown[:PICTURES])
 
     def evaluate(self, metrics: Metrics, signals: Signals) -> bool:
@@ -416,7 +424,7 @@ class Run:
         for line in dict.fromkeys(chosen.values()):
             sizes = ", ".join(f"{size} x {size}" for size, text in chosen.items() if text == line)
             say(f"Convolution: {line}" + f", for images of {sizes}" * (len(set(chosen.values())) > 1))
-        if self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:
+        if settings.accumulate == 1 and self.train_step.arena.matrix_gradient.dtype != self.plan.dtype:
             say(f"  {transport.name} has no bfloat16: gradients travel in fp32")
         plan = self.plan
         where = {"step": self.step, "steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch}

@@ -222,7 +222,7 @@ class TrainingData:
     """Endless batches of the split "train": shuffled, randomly cropped, resized. Mirroring is left to the caller.
 
     An epoch is `steps_per_epoch` = images // (batch_size * ranks) full batches on every rank, in which no image comes
-    twice. The few images left over are others in each epoch.
+    twice; with `accumulate` the largest multiple of it. The few images left over are others in each epoch.
     """
 
     def __init__(

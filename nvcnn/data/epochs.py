@@ -4,7 +4,7 @@ import hashlib
 from typing import Any
 
 from nvcnn.data.dataset import Dataset
-from nvcnn.data.options import ReaderOptions
+from nvcnn.data.options import TrainingOptions
 from nvcnn.program import InputError
 
 
@@ -18,18 +18,19 @@ def share(images: int, rank: int, ranks: int) -> range:
     return range(images * rank // ranks, images * (rank + 1) // ranks)
 
 
-def check_position(dataset: Dataset, options: ReaderOptions, state: dict[str, Any] | None, reader: str) -> int:
-    """Returns the steps of an epoch, which are full batches on all ranks.
+def check_position(dataset: Dataset, options: TrainingOptions, state: dict[str, Any] | None, reader: str) -> int:
+    """Returns the batches of an epoch, which are full on all ranks, and of whole steps.
 
     Raises InputError when there is not one, or when `state`, the position to resume at, belongs to other data or to
     another kind of reader ("dali" or "torch").
     """
-    images, total = dataset.count("train"), options.batch_size * options.ranks
+    images, total = dataset.count("train"), options.batch_size * options.ranks * options.accumulate
     flag = f"--data_dir={dataset.directory}"
     if images < total:
         raise InputError(
             f"{flag}: {images} training images are fewer than one total batch of {total} "
-            f"({options.ranks} ranks x --batch_size={options.batch_size}): lower --batch_size"
+            f"({options.ranks} ranks x --batch_size={options.batch_size}"
+            f"{f' x --accumulate={options.accumulate}' * (options.accumulate > 1)}): lower --batch_size"
         )
     if state is not None and state.get("images") != images:
         raise InputError(
@@ -41,4 +42,4 @@ def check_position(dataset: Dataset, options: ReaderOptions, state: dict[str, An
             f"--data_backend: the run to resume read its images by {state.get('backend', 'dali')}, this one by "
             f"{reader}: give its --data_backend, or another --log_dir"
         )
-    return images // total
+    return images // total * options.accumulate

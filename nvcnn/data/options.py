@@ -26,6 +26,8 @@ class TrainingOptions(ReaderOptions):
         """Returns the size of that epoch's images."""
         return [self.image_size, *(size for first, size in self.later_sizes if first <= epoch)][-1]
 
+    accumulate: int = 1  # batches of a step, of which an epoch has whole ones
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(ReaderOptions):

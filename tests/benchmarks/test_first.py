@@ -155,7 +155,7 @@ def test_few_images_are_launched_as_many(monkeypatch):
 
 def test_each_call_of_a_step_is_of_one_family(monkeypatch):
     calls = ops.layer_calls("resnet18", 8, torch.float16, *ops.CONVS)
-    monkeypatch.setattr(ops, "layer_calls", lambda *_: calls)
+    monkeypatch.setattr(ops, "layer_calls", lambda *_, **__: calls)
     by_family = {family: first.calls_of(family) for family in first.FAMILIES}
     found = [call for family, some in by_family.items() if family != first.OPTIMIZER for call in some]
     assert len(found) == len(set(found)) == len(calls)

@@ -223,6 +223,10 @@ CALLS: dict[str, tuple[str, Callable[[], tuple | dict]]] = {
             torch.float16,
         ),
     ),
+    "prepare_input, a box": (  # each pixel is read of one image
+        "prepare_input",
+        lambda: (*CALLS["prepare_input"][1](), 3, torch.tensor([1.0, 4, 20, 3, 33])),
+    ),
     "gradient_statistics": ("gradient_statistics", lambda: gradient_statistics_call(1e-4)),
     "larc_update": ("larc_update", lambda: larc_update_call(True)),
     "larc_update, fp32": ("larc_update", lambda: larc_update_call(False)),

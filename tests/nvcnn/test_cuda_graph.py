@@ -102,6 +102,7 @@ OPTIONS = {
     "fp16, cudnn": {"conv": "cudnn", "dtype": torch.float16},
     "auxiliary heads": {"net": Headed},
     "auxiliary heads, mixed": {"net": Headed},
+    "fp16, accumulated, mixed": {"conv": "triton", "dtype": torch.float16, "accumulate": 2},
 }
 
 
@@ -117,6 +118,8 @@ def test_a_graph_has_the_bits_of_a_step(device, capturing, case, monkeypatch):
     if mixes:
         batches = [mixed(data) for data in batches]
         batches[3].mix[:2] = 1
+    more = [batch(number, device) for number in range(6, 5 + options.get("accumulate", 1))]
+    more = [mixed(data) for data in more] if mixes else more
     eager, graph = make(device, **options), make(device, **options)
     torch.manual_seed(3)
     start = bits(graph)
@@ -134,13 +137,13 @@ def test_a_graph_has_the_bits_of_a_step(device, capturing, case, monkeypatch):
                 step = make(device, **options)
                 step.load_state_dict(saved)
                 step.capture(4, mixed=mixes)
-            latest = step(data)
+            latest = step(data, *more)
             states[-1].append(bits(step) | {"returned": latest.clone(), "read": torch.tensor(step.read())})
     for one, other in zip(*states, strict=True):
         assert_same(one, other)
     assert [int(state["optimizer.counters"][1]) for state in states[0]] == [1, 2, 2, 3, 4, 5]
     with pytest.raises(ValueError, match="images must be"):
-        step(Batch(*(t[:3] for t in batches[0][:3])))
+        step(Batch(*(t[:3] for t in batches[0][:3])), *more)
 
 
 def test_each_size_has_its_graph_and_algorithms(device, capturing):
@@ -166,7 +169,7 @@ def test_each_size_has_its_graph_and_algorithms(device, capturing):
     for expected, one, other in zip(*states, strict=True):
         assert_same(expected, one)
         assert_same(expected, other)
-    assert len({images.data_ptr() for images, _ in graph.captured.values()}) == 1
+    assert len({inputs[0][0].data_ptr() for inputs, _ in graph.captured.values()}) == 1
     with pytest.raises(ValueError, match="images of 10: steps were captured for 12, 8, 6"):
         graph(batch(0, device, 10))
 
@@ -199,7 +202,7 @@ def test_steps_are_alike_and_leave_state_where_it_is(device):
         data = batch(number, device)
         images = prepare_input(data.images, data.flip, dtype=torch.float16, normalize="signed")
         with Tape() as tape:
-            step.train(images, data.labels)
+            step.train([(images, data.labels)])
         tapes.append(tape.layouts())
         assert {name: (tensor.data_ptr(), tensor.shape) for name, tensor in step.state().items()} == before
         assert all(p.grad is None for p in step.model.parameters())
@@ -222,7 +225,8 @@ def test_a_gpus_step_takes_nothing_from_the_host(model, conv, dtype, aux):
     step, size = meta_step(model, 2, dtype, conv=conv, aux=aux), MODELS[model].image_size
     images = torch.empty(2, step.channels, size, size, dtype=dtype, device=META)
     with mock.patch.dict(os.environ, NVCNN_KERNELS="triton"), Tape() as tape:
-        step.train(images.to(memory_format=torch.channels_last), torch.empty(2, dtype=torch.int64, device=META))
+        images = images.to(memory_format=torch.channels_last)
+        step.train([(images, torch.empty(2, dtype=torch.int64, device=META))])
     assert "nvcnn::larc_update" in {call.name for call in tape.layouts()}
 
 

@@ -1,6 +1,7 @@
 """A plan follows from settings, data and ranks."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ def test_epochs_are_whole_batches(tmp_path, small_dataset):
     dataset = find_dataset(small_dataset, num_classes=10, label_base=None, split="train")
     run = plan(settings, dataset, ranks=2)
     assert (run.images, run.total_batch, run.steps_per_epoch, run.steps) == (30, 8, 3, 9)
+    several = plan(replace(settings, accumulate=3), dataset, ranks=1)
+    assert (several.total_batch, several.steps_per_epoch, several.steps) == (12, 2, 6)
+    with pytest.raises(InputError, match=r"total batch of 32 \(1 ranks x --batch_size=4 x --accumulate=8\)"):
+        plan(replace(settings, accumulate=8), dataset, ranks=1)
     with pytest.raises(InputError, match=r"30 training images .* 32 \(8 ranks x --batch_size=4\)"):
         plan(settings, dataset, ranks=8)
 
@@ -27,6 +32,7 @@ def test_epochs_are_whole_batches(tmp_path, small_dataset):
 )
 def test_default_learning_rates(model, ranks, rate):
     assert plan(Settings(model=model, batch_size=256), None, ranks).learning_rate == rate
+    assert plan(Settings(model=model, batch_size=64, accumulate=4), None, ranks).learning_rate == rate
     assert plan(Settings(model=model, learning_rate=0.7), None, ranks).learning_rate == 0.7
 
 

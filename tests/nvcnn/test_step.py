@@ -109,6 +109,42 @@ def test_a_step_does_what_pytorch_does(transport, mixes, device):
         torch.testing.assert_close(step.arena.state_dict()[name], value.cpu(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("transport", [Transport(Launch()), Twice()], ids=["one rank", "two ranks"])
+def test_batches_of_a_step_count_as_one_large_batch(transport, device):
+    data = [batch(seed, device) for seed in range(3)]
+    model = nn.Sequential(nn.Flatten(), Classifier(3 * SIZE * SIZE, CLASSES))
+    start = copy.deepcopy(model.state_dict())
+    options = {"image_size": SIZE, "device": device, "schedule": poly(0.1, 20), "transport": transport}
+    options |= {"loss_scale": 8.0, "larc_eta": 0.003}
+    one, three = Step(copy.deepcopy(model), **options), Step(model, accumulate=3, **options)
+    for _ in range(2):
+        latest = one(Batch(*map(torch.cat, zip(*data, strict=True))))
+        torch.testing.assert_close(three(*data), latest, rtol=1e-6, atol=0)
+    for name, weight in one.arena.state_dict().items():
+        assert not torch.equal(weight, start[name])
+        torch.testing.assert_close(
+            three.arena.state_dict()[name] - start[name], weight - start[name], rtol=1e-4, atol=1e-7
+        )
+    with pytest.raises(ValueError, match="a step has accumulate=3 batches, got 1"):
+        three(data[0])
+
+
+def test_running_statistics_follow_one_batch_after_the_other(device):
+    """As PyTorch's do; and not at all where one of the batches is skipped."""
+    step, data = make(device, accumulate=3), [batch(seed, device) for seed in range(3)]
+    bad = data[1]._replace(labels=torch.full_like(data[1].labels, CLASSES))  # no such class: NaN
+    state = {name: tensor.clone() for name, tensor in step.state_dict()["weights"].items()}
+    step(data[0], bad, data[2])
+    for name, tensor in step.state_dict()["weights"].items():
+        assert torch.equal(tensor, state[name]), name
+    plain, weight = nn.BatchNorm2d(16, device=device), step.model.conv.weight.detach().clone()
+    for images, _, flip in data:
+        plain(F.conv2d(step.prepare_input(images, flip), weight, padding=1))
+    step(*data)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(step.model.bn, name), getattr(plain, name))
+
+
 def test_auxiliary_heads_add_their_share_of_the_gradient(device):
     torch.manual_seed(0)
     model = Headed()

@@ -53,11 +53,11 @@ def test_labels_belong_to_their_images(sources, device, kind, backend):
 
 
 @orders
-@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 7), (2, 4), (3, 20), (5, 4)])
-def test_an_epoch_has_no_image_twice(sources, device, kind, backend, ranks, batch_size):
-    make = {"ranks": ranks, "batch_size": batch_size, "device": device}
+@pytest.mark.parametrize(("ranks", "batch_size", "accumulate"), [(1, 7, 1), (2, 4, 2), (3, 20, 1), (5, 4, 1)])
+def test_an_epoch_has_no_image_twice(sources, device, kind, backend, ranks, batch_size, accumulate):
+    make = {"ranks": ranks, "batch_size": batch_size, "accumulate": accumulate, "device": device}
     data = [training(sources[kind], backend, rank=rank, **make) for rank in range(ranks)]
-    steps = IMAGES // (batch_size * ranks)
+    steps = IMAGES // (batch_size * ranks * accumulate) * accumulate
     assert {d.steps_per_epoch for d in data} == {steps}
     seen, left_out = set(), set()
     for _ in range(3):

@@ -133,6 +133,25 @@ def test_a_kernel_may_store_its_gradient_itself(monkeypatch):
     assert [event for event, _ in recorder.events] == ["start", "wait"] * 2
 
 
+def test_batches_of_a_step_are_summed_in_fp32_and_reduced_once():
+    """Their sum leaves fp16, and nothing is left of it in the next step."""
+    model = torch.nn.Linear(3, 2)
+    options = {"dtype": torch.float16, "gradient_dtype": torch.float32}
+    arena, recorder = Arena(model, ["weight", "bias"], device=CPU, **options), Recorder()
+    gradients = Gradients(arena, recorder, batches=3)
+    assert model.weight.gradient_slice.dtype == torch.float16
+    for _ in range(2):
+        recorder.events.clear()
+        for number in range(3):
+            assert not recorder.events
+            x = torch.full((1, 3), 30000.0 + 16 * number, dtype=torch.float16)
+            (StoresItself.apply(x, model.weight) + model.bias).sum().backward()
+            gradients.finish()
+        assert [event for event, _ in recorder.events] == ["start"] * 2 + ["wait"] * 2
+        assert torch.equal(arena.gradient(arena.slots[0]), torch.full((2, 3), 90048.0))
+        assert torch.equal(arena.gradient(arena.slots[1]), torch.full((2,), 3.0))
+
+
 def test_kernels_store_the_gradients_of_convolutions_in_their_slices():
     """One launch a bucket copies the rest: in ResNet-18 the first convolution, which is padded, and other layers."""
     copies = [call for call in step_calls("resnet18", 2, torch.float16, "triton") if "copy_" in call.name]
