@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from nvcnn.data.backend import choose_backend, open_evaluation
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.data.dataset import find_dataset
 from nvcnn.data.epochs import share
-from nvcnn.distributed import Transport, Vote, connect
+from nvcnn.distributed import Transport, connect
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import use_device
 from nvcnn.metrics import add_evaluation
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
-from nvcnn.program import InputError, Signals, launched, watched
+from nvcnn.program import InputError, launched, watched
 from nvcnn.report import MISTAKES, Tally, check_directory, findings, table
 from nvcnn.report import write as write_report
 from nvcnn.settings import Chosen, Evaluation
@@ -69,29 +69,6 @@ def in_words(result: dict[str, Any], name: str) -> str:
 def lines(result: dict[str, Any]) -> list[str]:
     """Returns the original's two lines."""
     return ["-" * 64, *(f"Validation {in_words(result, name)}" for name in ("Top-1", "Top-5")), "-" * 64]
-
-
-class UntilStopped:
-    """Iterates over a rank's batches, until a signal comes to any rank: then all ranks are `stopped` at the same one.
-
-    most: batches of the rank that has the most.
-    """
-
-    def __init__(self, data: Iterable[Batch], most: int, transport: Transport, signals: Signals):
-        self.data, self.most, self.transport, self.signals = data, most, transport, signals
-        self.stopped = False
-
-    def __iter__(self) -> Iterator[Batch]:
-        vote, batches = Vote(self.transport, 1, "evaluation.vote"), iter(self.data)
-        for _ in range(self.most):
-            with self.signals.waiting():
-                batch = next(batches, None)
-            if batch is not None:
-                yield batch
-            (self.stopped,) = vote(bool(self.signals))
-            if self.stopped:
-                break
-        vote.wait()
 
 
 def find_weights(asked: Chosen) -> Weights:

@@ -67,7 +67,7 @@ class Step:
         self.prepare_input = partial(prepare_input, dtype=dtype, normalize=normalize, channels=self.channels)
         self.accumulate = accumulate
         self.label_smoothing, self.aux_weight = label_smoothing, getattr(model, "aux_weight", 0.0)
-        # Of captured steps, by image size: what each reads of its batches, and its launch. Of the current size, likewise.
+        # Of captured steps, by image size: the inputs that each reads, and its launch. Of the current size, likewise.
         self.captured: dict[int, tuple[list[Inputs], Callable[[], None]]] = {}
         self.inputs: list[Inputs]
         self.replay: Callable[[], None] | None

@@ -1,8 +1,6 @@
 """The training run, from settings to exit code: opens everything, and has the loop around `Step`."""
 
 import math
-import time
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,16 @@ from torch import nn
 from nvcnn import checkpoint
 from nvcnn.check_data import check_data
 from nvcnn.check_ranks import check_ranks
-from nvcnn.data.backend import choose_backend, open_evaluation, open_training
+from nvcnn.data.backend import choose_backend, open_training
 from nvcnn.data.batch import Batch, MixedBatch, pixels
-from nvcnn.data.dali import EvaluationData, TrainingData
+from nvcnn.data.dali import TrainingData
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.mixing import Mixing
-from nvcnn.data.pillow_workers import WorkerEvaluationData, WorkerTrainingData
+from nvcnn.data.pillow_workers import WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect
 from nvcnn.divergence import Divergence
-from nvcnn.evaluate import UntilStopped, check_classes, count_hits, evaluate, in_words, summed
+from nvcnn.evaluate import check_classes, evaluate, in_words
 from nvcnn.kernel_choices import Choices, choose_algorithms
 from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_device
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
@@ -31,6 +29,7 @@ from nvcnn.plan import describe, dry_run, find_training_data, find_validation_da
 from nvcnn.program import SAVED_AND_STOPPED, Signals, caught, launched
 from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
+from nvcnn.validation import Validation
 from nvcnn.weights import Weights, read
 
 PICTURES = 16  # of the first batch, in input.png
@@ -105,11 +104,6 @@ class Run:
         ranks = transport.gather(state and state["ranks"])[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
-        self.validation: EvaluationData | WorkerEvaluationData | None = None
-        if validation is not None:
-            best = checkpoint.best_so_far(settings, transport.size) if transport.rank == 0 else None
-            self.best = transport.gather(best)[0]
-            self.open_validation(validation, threads)
         self.mixing: Mixing | None = None
         if settings.mixup or settings.cutmix:
             self.mixing = Mixing(settings.mixup, settings.cutmix, settings.seed, transport.rank)
@@ -137,6 +131,10 @@ class Run:
             clip_norm=settings.clip_norm,
             ema=settings.ema,
         )
+        self.validation: Validation | None = None
+        if validation is not None:
+            ours: dict[str, Any] = {"backend": self.backend, "transport": transport, "threads": threads}
+            self.validation = Validation(validation, settings, self.plan.preprocessing, step=self.train_step, **ours)
         torch.manual_seed(settings.seed + transport.rank)
         if state:
             self.train_step.load_state_dict(state)
@@ -193,29 +191,6 @@ class Run:
         numbers = range(self.step * count, (self.step + 1) * count)
         mixing = self.mixing or (lambda batch, number: batch)
         return [mixing(next(self.data), number) for number in numbers]
-
-    def open_validation(self, dataset: Dataset, threads: int) -> None:
-        """Prepares evaluations. Each opens its reader, and closes it: it would hold memory, and worker processes."""
-        settings, preprocessing, transport = self.settings, self.plan.preprocessing, self.transport
-        dataset, self.validation_left_out = check_data(
-            dataset, "validation", settings.check_data, settings.skip_bad_images, transport, threads
-        )
-        self.validation_images = images = dataset.count("validation")
-        batch_size = min(settings.batch_size, images)
-        self.validation_batches = math.ceil(math.ceil(images / transport.size) / batch_size)  # of a rank, at most
-        self.validation = open_evaluation(
-            dataset,
-            self.backend,
-            batch_size=batch_size,
-            image_size=preprocessing.image_size,
-            crop=preprocessing.eval_crop,
-            aspect=preprocessing.eval_aspect,
-            interpolation=preprocessing.eval_interpolation,
-            rank=transport.rank,
-            ranks=transport.size,
-            device=self.device,
-            threads=threads,
-        )
 
     @property
     def epoch(self) -> int:
@@ -331,29 +306,15 @@ class Run:
         metrics.input(images, shown[:PICTURES])
 
     def evaluate(self, metrics: Metrics, signals: Signals) -> bool:
-        """Evaluates on all ranks, and saves the best. Returns whether it came to its end, before any signal.
-
-        It takes nothing from the generators and readers of training, which goes on as if nothing had been.
-        """
+        """Evaluates on all ranks, and saves the best. Returns whether it came to its end, before any signal."""
         assert self.validation is not None
-        for averaged in (None,) if self.settings.ema is None else (False, True):
-            start = time.monotonic()
-            weights = self.train_step.arena.averaged() if averaged else nullcontext()
-            with weights, self.train_step.evaluation() as model:
-                batches = UntilStopped(self.validation, self.validation_batches, self.transport, signals)
-                counts = count_hits(model, batches, self.plan.dtype, self.plan.preprocessing.normalize)
-            if batches.stopped:
-                return False
-            result = summed(counts, self.transport) | {"seconds": round(time.monotonic() - start, 2)}
-            if averaged is not None:
-                result["ema"] = averaged
-            if self.validation_left_out:
-                result["left_out"] = len(self.validation_left_out)
+        results = self.validation.evaluate(signals)
+        for result in results:
             metrics.evaluation(self.step, self.epoch, in_words(result, "Top-1"), in_words(result, "Top-5"), **result)
-        if result["top1"] > self.best:  # of the averages, where there are any: they are what eval.py takes
-            self.best = result["top1"]
-            self.save(metrics, result)
-        return True
+        if results and results[-1]["top1"] > self.validation.best:  # of the averages, if any: eval.py takes these
+            self.validation.best = results[-1]["top1"]
+            self.save(metrics, results[-1])
+        return bool(results)
 
     def agree(self, divergence: Divergence) -> tuple[str, bool]:
         """Returns why the run must stop, empty if it need not, and whether the latest step is one to save.
@@ -417,7 +378,7 @@ class Run:
         if settings.data_dir:
             say(f"Input:       {self.backend}")
         if self.validation:
-            say(f"Evaluation:  {self.validation_images} images")
+            say(f"Evaluation:  {self.validation.images} images")
         elif settings.data_dir and settings.eval_every is None:
             say(f"Evaluation:  none: there are no validation images in {settings.data_dir}")
         chosen = {size: str(choices) for size, choices in self.choices.items() if choices.algorithms}

@@ -8,8 +8,8 @@ from torch import nn
 
 from nvcnn.data.batch import Batch
 from nvcnn.distributed import Transport
-from nvcnn.evaluate import Evaluation, UntilStopped, accuracy, check_classes, count_hits, lines, summed
-from nvcnn.program import InputError, Launch, Signals
+from nvcnn.evaluate import Evaluation, accuracy, check_classes, count_hits, lines, summed
+from nvcnn.program import InputError, Launch
 
 
 class Fixed(nn.Module):
@@ -56,28 +56,6 @@ def test_fewer_than_five_classes(device):
 
 def test_a_rank_without_images_counts_nothing():
     assert count_hits(Fixed(), [], torch.float32, "signed").tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize(("mine", "signal", "seen"), [(3, None, 3), (1, None, 1), (9, 1, 2), (0, 0, 0)])
-def test_all_ranks_vote_until_the_one_with_most_batches_is_done_or_a_signal_comes(mine, signal, seen):
-    """Each rank must vote as often as the others, whatever it has to read."""
-    votes, signals = [], Signals()
-
-    class Counting(Transport):
-        def all_reduce(self, tensor, name):
-            votes.append(name)
-            return lambda: None
-
-    batches = UntilStopped(range(mine), max(mine, 3), Counting(Launch()), signals)
-    if signal == 0:
-        signals.append(15)
-    found = []
-    for batch in batches:
-        found.append(batch)
-        if batch == (signal or 1) - 1 and signal:
-            signals.append(15)
-    assert (len(found), batches.stopped) == (seen, signal is not None)
-    assert len(votes) == (max(mine, 3) if signal is None else 2)
 
 
 def test_lines():

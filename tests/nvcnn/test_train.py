@@ -221,12 +221,35 @@ def test_the_best_is_kept_by_a_run_that_goes_on(evaluated_run, tmp_path, monkeyp
             signal.raise_signal(signal.SIGTERM)
         return torch.tensor([6, top1, 6])
 
-    monkeypatch.setattr("nvcnn.train.count_hits", count_hits)
+    monkeypatch.setattr("nvcnn.validation.count_hits", count_hits)
     evaluated_run("run", SAVED_AND_STOPPED, num_epochs=6, eval_every=2)
     _, events = evaluated_run("run", num_epochs=6, eval_every=4)
     assert [e["step"] for e in events] == [4, 8, 12]
     best = checkpoint.load(tmp_path / "run" / checkpoint.BEST)
     assert (int(best["optimizer"]["counters"][0]), best["evaluation"]["top1"]) == (8, 100 * 4 / 6)
+
+
+def test_averages_are_evaluated_too_and_decide_the_best(evaluated_run, tmp_path, monkeypatch):
+    """The trained weights and the averages take turns, and come back to the same bits."""
+    hits, seen = iter([5, 2, 2, 4, 3, 3]), []
+
+    def count_hits(model, *_):
+        seen.append(model.bn.running_mean.clone())
+        return torch.tensor([6, next(hits), 6])
+
+    monkeypatch.setattr("nvcnn.validation.count_hits", count_hits)
+    state, events = evaluated_run("run", ema=0.5)
+    assert [(e["step"], e["ema"]) for e in events] == [
+        (step, average) for step in (2, 4, 6) for average in (False, True)
+    ]
+    assert torch.equal(seen[-2], state["weights"]["bn.running_mean"])
+    assert torch.equal(seen[-1], state["ema"]["bn.running_mean"])
+    assert not torch.equal(*seen[-2:])
+    assert checkpoint.load(tmp_path / "run" / checkpoint.BEST)["evaluation"]["top1"] == 100 * 4 / 6
+    before, _ = evaluated_run("without", ema=0.5, eval_every=0)
+    for each in (state, before):
+        del each["settings"]
+    assert_same_bits(state, before)
 
 
 def test_a_signal_ends_an_evaluation_with_everything_saved(evaluated_run, monkeypatch):
@@ -236,7 +259,7 @@ def test_a_signal_ends_an_evaluation_with_everything_saved(evaluated_run, monkey
         assert len(list(batches)) < 9
         return torch.tensor([6, 6, 6])
 
-    monkeypatch.setattr("nvcnn.train.count_hits", stopped)
+    monkeypatch.setattr("nvcnn.validation.count_hits", stopped)
     state, events = evaluated_run("run", code=SAVED_AND_STOPPED)
     assert int(state["optimizer"]["counters"][0]) == 2
     assert events == []
@@ -251,7 +274,7 @@ def test_the_end_of_an_epoch_is_saved(evaluated_run, tmp_path, save_every, steps
 def test_without_validation_images_there_is_no_evaluation_unless_it_is_asked_for(small_dataset):
     settings = {"model": "lenet", "data_dir": str(small_dataset)}
     assert find_validation_data(Settings(**settings)) is None
-    with pytest.raises(InputError, match=r"no validation-\* files.*; or give --eval_every=0"):
+    with pytest.raises(InputError, match=r"no .*validation-\* .*files.*; or give --eval_every=0"):
         find_validation_data(Settings(**settings, eval_every=1))
 
 

@@ -1,0 +1,106 @@
+"""Evaluation in the middle of training: on all ranks, and training goes on to the same bits as without it."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from nvcnn import checkpoint
+from nvcnn.check_data import check_data
+from nvcnn.data.backend import open_evaluation
+from nvcnn.data.batch import Batch
+from nvcnn.data.dataset import Dataset
+from nvcnn.distributed import Transport, Vote
+from nvcnn.evaluate import count_hits, summed
+from nvcnn.models import Preprocessing
+from nvcnn.program import Signals
+from nvcnn.settings import Settings
+from nvcnn.step import Step
+
+
+class Validation:
+    """The validation images of a run. `best`: the highest top-1 so far, in percent; minus infinity before the first.
+
+    All ranks make one, and evaluate together. Each evaluation opens its reader, and closes it: it would hold memory,
+    and worker processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        settings: Settings,
+        preprocessing: Preprocessing,
+        *,
+        backend: str,
+        transport: Transport,
+        step: Step,
+        threads: int,
+    ):
+        self.step, self.transport, self.normalize = step, transport, preprocessing.normalize
+        best = checkpoint.best_so_far(settings, transport.size) if transport.rank == 0 else None
+        self.best: float = transport.gather(best)[0]
+        dataset, self.left_out = check_data(
+            dataset, "validation", settings.check_data, settings.skip_bad_images, transport, threads
+        )
+        self.images = dataset.count("validation")
+        batch_size = min(settings.batch_size, self.images)
+        self.batches = math.ceil(math.ceil(self.images / transport.size) / batch_size)  # of the rank that has the most
+        self.data = open_evaluation(
+            dataset,
+            backend,
+            batch_size=batch_size,
+            image_size=preprocessing.image_size,
+            crop=preprocessing.eval_crop,
+            aspect=preprocessing.eval_aspect,
+            interpolation=preprocessing.eval_interpolation,
+            rank=transport.rank,
+            ranks=transport.size,
+            device=step.arena.weight.device,
+            threads=threads,
+        )
+
+    def evaluate(self, signals: Signals) -> list[dict[str, Any]]:
+        """Returns the result of each kind of weights: with --ema the trained ones', then the averages'.
+
+        None of them if a signal came to any rank before the end. Takes nothing from training's generators and readers.
+        """
+        results = []
+        for averaged in (None,) if self.step.arena.ema_weight is None else (False, True):
+            start = time.monotonic()
+            weights = self.step.arena.averaged() if averaged else nullcontext()
+            with weights, self.step.evaluation() as model:
+                batches = UntilStopped(self.data, self.batches, self.transport, signals)
+                counts = count_hits(model, batches, self.step.dtype, self.normalize)
+            if batches.stopped:
+                return []
+            result = summed(counts, self.transport) | {"seconds": round(time.monotonic() - start, 2)}
+            if averaged is not None:
+                result["ema"] = averaged
+            if self.left_out:
+                result["left_out"] = len(self.left_out)
+            results.append(result)
+        return results
+
+
+class UntilStopped:
+    """Iterates over a rank's batches, until a signal comes to any rank: then all ranks are `stopped` at the same one.
+
+    most: batches of the rank that has the most.
+    """
+
+    def __init__(self, data: Iterable[Batch], most: int, transport: Transport, signals: Signals):
+        self.data, self.most, self.transport, self.signals = data, most, transport, signals
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        vote, batches = Vote(self.transport, 1, "evaluation.vote"), iter(self.data)
+        for _ in range(self.most):
+            with self.signals.waiting():
+                batch = next(batches, None)
+            if batch is not None:
+                yield batch
+            (self.stopped,) = vote(bool(self.signals))
+            if self.stopped:
+                break
+        vote.wait()
