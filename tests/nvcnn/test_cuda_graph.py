@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.trace import META, call_of, meta_step
-from nvcnn import checkpoint, metrics
+from nvcnn import checkpoint, plot
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
 from nvcnn.data.batch import Batch, prepare_input
 from nvcnn.distributed import Torch, Transport, connect
@@ -145,7 +145,7 @@ def test_a_run_is_the_same_with_a_graph(tmp_path, capturing, monkeypatch, device
         assert taken == ([4] if name == "graph" else [])
         assert run.train_step.replay is None  # a graph must end before the transport
         weights.append(checkpoint.newest(tmp_path / name)[1]["weights"])
-        events = [event for event in metrics.read(tmp_path / name) if event["event"] == "train"]
+        events = [event for event in plot.read(tmp_path / name) if event["event"] == "train"]
         lines.append([{k: v for k, v in e.items() if k not in ("time", "images_per_second")} for e in events])
     assert lines[0] == lines[1]
     assert len(lines[0]) == 4
