@@ -19,7 +19,7 @@ LARC is LARS (You, Gitman and Ginsburg 2017, arXiv:1708.03888) with the clip; th
 apex and timm add the decay to the denominator after the norms.
 
 The finite flag is that of the sum of all gradients' square sums. Bytes: 8 per block, out of the L2 cache; to clip, 16,
-and 4 more a tensor.
+and each tensor's program reads 4 of every other block, too.
 """
 
 from typing import Any
@@ -54,8 +54,8 @@ def reference(
         clip = (clip_norm / first.sum().sqrt()).clamp(max=1)
         gradient_square_sums = clip * (clip * first + second) + third
         inverse = (inverse * clip).clamp(min=SMALLEST.value)
-    share = (9 / (10 + counters[1:2])).clamp(min=1 - ema_decay)[: len(scalars) - 3]
-    scalars.copy_(torch.cat((learning_rate, inverse, finite, share)))
+    share = [(9 / (10 + counters[1:2])).clamp(min=1 - ema_decay)] if ema_decay else []
+    scalars.copy_(torch.cat((learning_rate, inverse, finite, *share)))
 
     offsets = first_block.long()
     for norm, square_sums in ((gradient_norm, gradient_square_sums), (weight_norm, weight_square_sums)):

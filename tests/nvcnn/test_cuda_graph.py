@@ -98,7 +98,8 @@ def assert_same(one, other):
 OPTIONS = {
     "fp32": {},
     "fp16, fused": {"conv": "triton", "dtype": torch.float16},
-    "bf16, no LARC": {"dtype": torch.bfloat16, "larc_eta": None, "momentum_dtype": torch.bfloat16},
+    "bf16, no LARC": {"dtype": torch.bfloat16, "larc_eta": None, "momentum_dtype": torch.bfloat16}
+    | {"clip_norm": 0.1, "no_decay": "1d", "ema": 0.5},
     "fp16, cudnn": {"conv": "cudnn", "dtype": torch.float16},
     "auxiliary heads": {"net": Headed},
     "auxiliary heads, mixed": {"net": Headed},
