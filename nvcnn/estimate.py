@@ -21,7 +21,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def step_floors(
-    build: Callable[[], nn.Module], image_size: int, batch_size: int, dtype: torch.dtype, conv: str
+    build: Callable[[], nn.Module], image_size: int, batch_size: int, dtype: torch.dtype, conv: str, accumulate: int
 ) -> dict[str, float]:
     """Returns the seconds that a step takes each of `GPUS` at least. `build` returns the model.
 
@@ -31,14 +31,15 @@ def step_floors(
     for algorithm in LEAST if conv == "auto" else (conv,):
         with META:
             model = build()
-        calls = Counter(calls_of(meta_step(model, image_size, batch_size, dtype, conv=algorithm), batch_size))
+        step = meta_step(model, image_size, batch_size, dtype, conv=algorithm, accumulate=accumulate)
+        calls = Counter(calls_of(step, batch_size))
         for gpu in GPUS:
             floors[gpu.name] = min(floors[gpu.name], sum(n * floor(call, gpu) for call, n in calls.items()))
     return floors
 
 
 def table_of_times(
-    images: Callable[[int], int], batch_size: int, floors: dict[str, float], measured: dict[str, int]
+    images: Callable[[int], int], images_a_step: int, floors: dict[str, float], measured: dict[str, int]
 ) -> list[str]:
     """Returns a table of what a run takes by the floors of its step, and by measured images/s of one GPU.
 
@@ -46,7 +47,7 @@ def table_of_times(
     """
     lines = [f"  {'':24}{'images/s of one':>16}" + "".join(f"{f'{n} GPU' + 's' * (n > 1):>14}" for n in COUNTS)]
     for gpu in sorted(GPUS, key=lambda gpu: gpu.bandwidth):
-        rates = {"at least": batch_size / floors[gpu.name]}
+        rates = {"at least": images_a_step / floors[gpu.name]}
         if gpu.name in measured:
             rates["as measured"] = measured[gpu.name]
         for word, rate in rates.items():

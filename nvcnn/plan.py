@@ -253,7 +253,7 @@ def dry_run(settings: Settings, run: Plan, weights: Weights | None = None) -> No
 
 def estimates(settings: Settings, run: Plan) -> list[str]:
     """Returns the lines of a dry run for what is computed: MACs, the learning rates, how long it takes at least."""
-    batch_size = settings.batch_size
+    batch_size, accumulate = settings.batch_size, settings.accumulate
 
     def build() -> nn.Module:
         model = build_model(settings.model, num_classes=run.num_classes, seed=settings.seed, **run.options)
@@ -265,17 +265,22 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
         model = build().eval()
     counts = ", ".join(f"{macs(model, size) / 1e9:.4g} G ({size} x {size})" for size in run.sizes)
     rates = learning_rates(settings.schedule, run.learning_rate, run.steps, run.warmup)
-    each = {size: step_floors(build, size, batch_size, run.dtype, settings.conv) for size in run.sizes}
+    each = {size: step_floors(build, size, batch_size, run.dtype, settings.conv, accumulate) for size in run.sizes}
     floors = {gpu.name: sum(share * each[size][gpu.name] for size, share in run.shares.items()) for gpu in GPUS}
-    plain = settings.conv == "auto" and settings.freeze == "none" and not any(settings.model_flags.values())
+    plain = (
+        settings.conv == "auto"
+        and accumulate == 1
+        and settings.freeze == "none"
+        and not any(settings.model_flags.values())
+    )
     as_measured = plain and run.dtype == torch.float16 and len(run.sizes) == 1
     known = MEASURED.get((settings.model, run.sizes[0], batch_size), {}) if as_measured else {}
     algorithm = f"{' or '.join(LEAST)} throughout, whichever is less" if settings.conv == "auto" else settings.conv
 
     def images(gpus: int) -> int:
         """Returns how many images that many GPUs train on."""
-        epochs = settings.num_epochs
-        return batch_size * gpus * (epochs * (run.images // (batch_size * gpus)) if epochs else settings.num_batches)
+        total, epochs = batch_size * accumulate * gpus, settings.num_epochs
+        return total * (epochs * (run.images // total) if epochs else settings.num_batches)
 
     return [
         f"MACs:        {counts} forward, an image",
@@ -284,5 +289,5 @@ def estimates(settings: Settings, run: Plan) -> list[str]:
         f"Time:        at least: by the bytes and FLOPs of a step with --conv={algorithm}",
         f"             as measured: {'by such steps on synthetic images' if known else 'no such step was'}",
         "             Reading data, allreduce, evaluation and saving come on top",
-        *table_of_times(images, batch_size, floors, known),
+        *table_of_times(images, batch_size * accumulate, floors, known),
     ]

@@ -159,7 +159,7 @@ def calls_of(step: Step, batch: int, mixed: bool = False) -> list[Call]:
         empty(batch, dtype=torch.bool),
     )
     with recorded() as calls:
-        step(MixedBatch(*data, empty(6)) if mixed else data)
+        step(*[MixedBatch(*data, empty(6)) if mixed else data] * step.accumulate)
     return calls
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.trace import META, call_of, meta_step
+from benchmarks.trace import meta_step
 from nvcnn import checkpoint, plot
 from nvcnn.cuda_graph import WARM_UP, Snapshot, capture, why_not
 from nvcnn.data.batch import Batch, prepare_input
