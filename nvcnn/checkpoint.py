@@ -10,8 +10,9 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, ends in its d
     ema                    the same of the moving averages, where there are any
     optimizer              momentum by the same names, in its dtype, counters (step, updates, good steps), loss_scale
     ranks                  per rank: the data reader's position, the random generators, BatchNorm's running statistics,
-                           the running averages of loss, top-1 and top-5
-    convolutions           the algorithm of each that has a choice, by its name
+                           their moving averages, the running averages of loss, top-1 and top-5
+    learning_rate          the initial one
+    convolutions           by the size of images, the algorithm of each that has a choice, by its name
     preprocessing          how images are prepared: the fields of `nvcnn.models.Preprocessing`
     options                what the model is built with, beside its number of classes
     class_names, kernels, loss_average
@@ -250,10 +251,11 @@ def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
     return state
 
 
-def best_so_far(settings: Settings, ranks: int) -> float:
+def best_so_far(settings: Settings, ranks: int, resumed: dict[str, Any] | None) -> float:
     """Returns the top-1, in percent, of the best checkpoint of the log directory; minus infinity without one.
 
-    Raises InputError unless it is this run's, since a better one would replace it.
+    resumed: the state from which the run goes on; where it begins anew no best counts. Raises InputError unless the
+    checkpoint is this run's, since a better one would replace it.
     """
     path = Path(settings.log_dir) / BEST
     if not settings.log_dir or not path.exists():
@@ -262,7 +264,14 @@ def best_so_far(settings: Settings, ranks: int) -> float:
     if "evaluation" not in state:
         raise InputError(f"{path} was not written there by a run, which would replace it: give it another name")
     check_same_run(settings, ranks, path, state)
-    return state["evaluation"]["top1"]
+    return state["evaluation"]["top1"] if resumed else -math.inf
+
+
+def check_learning_rate(learning_rate: float, state: dict[str, Any]) -> None:
+    """Raises InputError if the run of the checkpoint had another one, by a default that has changed since."""
+    there = state.get("learning_rate", learning_rate)  # an older one does not say it
+    if there != learning_rate:
+        raise InputError(f"the run to resume has a learning rate of {there:g}: give --learning_rate={there!r}")
 
 
 def check_same_run(settings: Settings, ranks: int, path: Path, state: dict[str, Any]) -> None:

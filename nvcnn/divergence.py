@@ -38,8 +38,15 @@ class Divergence:
             self.copied.record()
         self.pending = True
 
+    def follow(self) -> None:
+        """Judges what was copied last, and starts the next copy; if that is on its way still, does neither."""
+        if self.pending and self.copied is not None and not self.copied.query():
+            return
+        self.read()
+        self.copy()
+
     def read(self) -> None:
-        """Judges what was copied last."""
+        """Judges what was copied last, once it is there."""
         if not self.pending:
             return
         self.pending = False

@@ -87,8 +87,8 @@ def find_validation_data(settings: Settings) -> Dataset | None:
             split="validation",
             lenient=settings.skip_bad_images,
         )
-    except NoSplit as error:
-        if settings.eval_every is None:
+    except InputError as error:
+        if settings.eval_every is None and isinstance(error, NoSplit):
             return None
         raise InputError(f"{error}; or give --eval_every=0") from None
 
@@ -134,7 +134,8 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
     image_sizes = training_sizes(settings.train_size) if settings.train_size else ((0, preprocessing.training_size),)
     image_sizes = tuple((first, size) for first, size in image_sizes if first * steps_per_epoch < steps)
     preprocessing = preprocessing.trained_at(image_sizes[-1][1])
-    largest = max(size for _, size in image_sizes)
+    evaluates = settings.data_dir is not None and settings.eval_every != 0
+    largest = max([size for _, size in image_sizes] + [preprocessing.image_size] * evaluates)
     if settings.batch_size * largest**2 >= MOST_PIXELS:
         raise InputError(
             f"--batch_size={settings.batch_size}: too many images of {largest} x {largest} pixels: lower it"

@@ -94,11 +94,15 @@ class Run:
         self.left_out: list[str] = []
         if dataset is not None:
             self.backend = choose_backend(settings.data_backend, self.device)
-            dataset, self.left_out = check_data(
-                dataset, "train", settings.check_data, settings.skip_bad_images, transport, threads
-            )
+            how = settings.check_data, settings.skip_bad_images, transport, threads
+            dataset, self.left_out = check_data(dataset, "train", *how)
+            if validation is not None:
+                validation, bad = check_data(validation, "validation", *how)
+                best = checkpoint.best_so_far(settings, transport.size, state) if transport.rank == 0 else None
         origin = checkpoint.origin(state) if state else weights and weights.origin
         self.plan = plan(settings, dataset, transport.size, transport.gather(origin)[0])
+        if state:
+            checkpoint.check_learning_rate(self.plan.learning_rate, state)
         model, self.beginning = initial_model(settings, self.plan, weights)
         # By rank, from rank 0's checkpoint: the reader's position, the generators, running statistics, average losses.
         ranks = transport.gather(state and state["ranks"])[0]
@@ -133,8 +137,16 @@ class Run:
         )
         self.validation: Validation | None = None
         if validation is not None:
-            ours: dict[str, Any] = {"backend": self.backend, "transport": transport, "threads": threads}
-            self.validation = Validation(validation, settings, self.plan.preprocessing, step=self.train_step, **ours)
+            self.validation = Validation(
+                validation,
+                self.plan.preprocessing,
+                batch_size=settings.batch_size,
+                left_out=bad,
+                best=transport.gather(best)[0],
+                backend=self.backend,
+                step=self.train_step,
+                threads=threads,
+            )
         torch.manual_seed(settings.seed + transport.rank)
         if state:
             self.train_step.load_state_dict(state)
@@ -185,12 +197,14 @@ class Run:
             state=state,
         )
 
-    def batches(self) -> list[Batch | MixedBatch]:
+    def batches(self, signals: Signals) -> list[Batch | MixedBatch]:
         """Returns those of the next step."""
-        count = self.settings.accumulate
-        numbers = range(self.step * count, (self.step + 1) * count)
-        mixing = self.mixing or (lambda batch, number: batch)
-        return [mixing(next(self.data), number) for number in numbers]
+        batches: list[Batch | MixedBatch] = []
+        for number in range(self.step * self.settings.accumulate, (self.step + 1) * self.settings.accumulate):
+            with signals.waiting():
+                batch = next(self.data)
+            batches.append(self.mixing(batch, number) if self.mixing else batch)
+        return batches
 
     @property
     def epoch(self) -> int:
@@ -222,13 +236,15 @@ class Run:
         told = bool(settings.log_dir)
         due, stopped, diverged = False, False, ""  # a checkpoint is due
         with caught() as signals:
-            while self.step < self.plan.steps:
-                with signals.waiting():
-                    batches = self.batches()
+            if self.step and self.validation and self.epochs_end(eval_every):  # what was stopped may not have had that
+                stopped = not self.evaluate(metrics, signals)
+            while self.step < self.plan.steps and not stopped:
+                batches = self.batches(signals)
                 if self.step == 0 and rank == 0 and settings.log_dir:
                     with throughput.left_out():
                         self.show_input(batches[0], metrics)
                 self.train_step(*batches)
+                del batches  # before the next ones are there: they may be large
                 self.step += 1
                 metrics.step()
                 last = self.step == self.plan.steps
@@ -255,8 +271,7 @@ class Run:
                     metrics.say(f"  this takes {seconds / 60:.0f} min more, and nothing will be kept: give --log_dir")
                     told = True
                 if self.step % divergence.every == 0:
-                    divergence.read()
-                    divergence.copy()
+                    divergence.follow()
                 save, stop, diverges = vote(rank == 0 and until_save.over(), bool(signals), bool(divergence.reason))
                 stopped = stop and not last
                 due = due or save or stop or last or self.epochs_end(settings.save_every)
@@ -275,8 +290,6 @@ class Run:
                             stopped = True
                             if not saves:
                                 self.save(metrics)
-                if stopped:
-                    break
             vote.wait()
         if tensors:
             tensors.write(metrics, summarize=True)
@@ -360,6 +373,7 @@ class Run:
             "preprocessing": asdict(plan.preprocessing),
             "options": plan.options,
             "settings": as_json(settings),
+            "learning_rate": plan.learning_rate,
             "kernels": chosen_kernels(),
             "convolutions": {size: choices.algorithms for size, choices in self.choices.items()},
             "ranks": ranks,
@@ -378,7 +392,7 @@ class Run:
         if settings.data_dir:
             say(f"Input:       {self.backend}")
         if self.validation:
-            say(f"Evaluation:  {self.validation.images} images")
+            say(f"Evaluation:  {self.validation.images} images of {self.validation.place}")
         elif settings.data_dir and settings.eval_every is None:
             say(f"Evaluation:  none: there are no validation images in {settings.data_dir}")
         chosen = {size: str(choices) for size, choices in self.choices.items() if choices.algorithms}

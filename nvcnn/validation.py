@@ -4,10 +4,9 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-from nvcnn import checkpoint
-from nvcnn.check_data import check_data
 from nvcnn.data.backend import open_evaluation
 from nvcnn.data.batch import Batch
 from nvcnn.data.dataset import Dataset
@@ -15,12 +14,13 @@ from nvcnn.distributed import Transport, Vote
 from nvcnn.evaluate import count_hits, summed
 from nvcnn.models import Preprocessing
 from nvcnn.program import Signals
-from nvcnn.settings import Settings
 from nvcnn.step import Step
 
 
 class Validation:
     """The validation images of a run. `best`: the highest top-1 so far, in percent; minus infinity before the first.
+
+    `left_out`: names of bad images, which are not in `dataset` any more.
 
     All ranks make one, and evaluate together. Each evaluation opens its reader, and closes it: it would hold memory,
     and worker processes.
@@ -29,22 +29,22 @@ class Validation:
     def __init__(
         self,
         dataset: Dataset,
-        settings: Settings,
         preprocessing: Preprocessing,
         *,
+        batch_size: int,
+        left_out: list[str],
+        best: float,
         backend: str,
-        transport: Transport,
         step: Step,
         threads: int,
     ):
-        self.step, self.transport, self.normalize = step, transport, preprocessing.normalize
-        best = checkpoint.best_so_far(settings, transport.size) if transport.rank == 0 else None
-        self.best: float = transport.gather(best)[0]
-        dataset, self.left_out = check_data(
-            dataset, "validation", settings.check_data, settings.skip_bad_images, transport, threads
-        )
+        self.step, self.normalize, self.left_out, self.best = step, preprocessing.normalize, left_out, best
+        self.transport = transport = step.transport
         self.images = dataset.count("validation")
-        batch_size = min(settings.batch_size, self.images)
+        # The folder, or the first shard: where there is no val/ it may be test/.
+        first = Path(dataset.source("validation").name(0).partition(": ")[0])
+        self.place = first.relative_to(dataset.directory).parts[0]
+        batch_size = min(batch_size, self.images)
         self.batches = math.ceil(math.ceil(self.images / transport.size) / batch_size)  # of the rank that has the most
         self.data = open_evaluation(
             dataset,

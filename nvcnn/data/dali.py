@@ -221,7 +221,7 @@ def dali_resizes(device: torch.device) -> bool:
 class TrainingData:
     """Endless batches of the split "train": shuffled, randomly cropped, resized. Mirroring is left to the caller.
 
-    An epoch is `steps_per_epoch` = images // (batch_size * ranks) full batches on every rank, in which no image comes
+    An epoch is `batches_per_epoch` = images // (batch_size * ranks) full batches on every rank, in which no image comes
     twice; with `accumulate` the largest multiple of it. The few images left over are others in each epoch.
     """
 
@@ -235,15 +235,15 @@ class TrainingData:
     ) -> None:
         """state: what `state_dict()` returned, to go on with the very next batch."""
         self.images, self.options = dataset.count("train"), options
-        self.steps_per_epoch = check_position(dataset, options, state, "dali")
+        self.batches_per_epoch = check_position(dataset, options, state, "dali")
         # The reader pads each rank's share to the largest and then to full batches; what is padded is dropped here.
-        self.padded_steps = padded_steps = math.ceil(math.ceil(self.images / options.ranks) / options.batch_size)
+        self.padded_batches = padded_batches = math.ceil(math.ceil(self.images / options.ranks) / options.batch_size)
         self.epoch: int = state["epoch"] if state else 0
         self.batch: int = state["batch"] if state else 0
         resized = dali_resizes(options.device)
 
         def size_of_batch(number: int) -> Any:  # DALI asks ahead, and goes on counting where a checkpoint was
-            size = options.size_in(number // padded_steps)
+            size = options.size_in(number // padded_batches)
             return torch.full((options.batch_size, 2), size, dtype=torch.float32).numpy()
 
         def pixels(dali: Any, encoded: Any) -> Any:
@@ -281,8 +281,8 @@ class TrainingData:
         return self
 
     def __next__(self) -> Batch:
-        if self.batch == self.steps_per_epoch:
-            for _ in range(self.padded_steps - self.steps_per_epoch):
+        if self.batch == self.batches_per_epoch:
+            for _ in range(self.padded_batches - self.batches_per_epoch):
                 self.run()
             self.epoch, self.batch = self.epoch + 1, 0
         batch = self.run()

@@ -198,10 +198,10 @@ class WorkerTrainingData:
     def __init__(self, dataset: Dataset, options: TrainingOptions, state: dict[str, Any] | None = None) -> None:
         samples = Samples(dataset, "train", options)
         self.images = len(samples)
-        self.steps_per_epoch = check_position(dataset, options, state, "torch")
+        self.batches_per_epoch = check_position(dataset, options, state, "torch")
         self.epoch: int = state["epoch"] if state else 0
         self.batch: int = state["batch"] if state else 0
-        order = Order(self.images, self.steps_per_epoch, options, (self.epoch, self.batch))
+        order = Order(self.images, self.batches_per_epoch, options, (self.epoch, self.batch))
         # A run that begins draws from the generator of dropout, whose state is behind that draw when the run goes on.
         self.loader = Loader(samples, order, torch.Generator() if state else None)
 
@@ -209,7 +209,7 @@ class WorkerTrainingData:
         return self
 
     def __next__(self) -> Batch:
-        if self.batch == self.steps_per_epoch:
+        if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
         batch = next(self.loader)
         self.batch += 1

@@ -27,8 +27,8 @@ class SyntheticData:
         ranks: int = 1,
     ) -> None:
         self.images = images
-        self.steps_per_epoch = images // (batch_size * ranks)
-        if self.steps_per_epoch == 0:
+        self.batches_per_epoch = images // (batch_size * ranks)
+        if self.batches_per_epoch == 0:
             raise InputError(
                 f"--batch_size={batch_size}: a total batch of {batch_size * ranks} is more than the {images} images: "
                 "lower it"

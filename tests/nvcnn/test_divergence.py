@@ -22,8 +22,7 @@ def test_steps_that_are_skipped_in_a_row_are_counted(step):
     divergence, reasons = Divergence(step.optimizer, max_skipped=3), []
     for number, bad in enumerate((1, 1, 0, 1, 1, 1, 0)):
         train(step, number, bad)
-        divergence.read()
-        divergence.copy()
+        divergence.follow()
         reasons.append(divergence.reason)
     assert not any(reasons[:6])
     assert reasons[6] == (

@@ -14,7 +14,7 @@ from nvcnn.meta import places
 from nvcnn.metrics import Metrics
 from nvcnn.models import MODELS, Model, Preprocessing, constant
 from nvcnn.plan import find_training_data, find_validation_data
-from nvcnn.program import SAVED_AND_STOPPED, InputError, Launch
+from nvcnn.program import SAVED_AND_STOPPED, InputError, Launch, Signals
 from nvcnn.settings import Settings
 from nvcnn.step import Step
 from nvcnn.train import Run, train
@@ -47,7 +47,7 @@ def test_flags_reach_the_step():
     assert (arena.momentum.dtype, step.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (optimizer.mode, optimizer.eta, optimizer.excluded_from) == ("scale", 0.01, arena.matrices)
     assert (step.accumulate, optimizer.ranks) == (2, 4)
-    mixes = [batch.mix.tolist() for batch in whole.batches()]
+    mixes = [batch.mix.tolist() for batch in whole.batches(Signals())]
     assert mixes == [pytest.approx(mixing.draw(number, 28, 28)) for number in (0, 1)]
     assert run(schedule="onecycle", warmup_epochs=0.5).schedule.argmax() == 5
     assert (optimizer.clip_norm, optimizer.square_sums.shape[0]) == (2.0, 3)
@@ -263,6 +263,17 @@ def test_a_signal_ends_an_evaluation_with_everything_saved(evaluated_run, monkey
     state, events = evaluated_run("run", code=SAVED_AND_STOPPED)
     assert int(state["optimizer"]["counters"][0]) == 2
     assert events == []
+    monkeypatch.undo()
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
+    _, events = evaluated_run("run")
+    assert [e["step"] for e in events] == [2, 4, 6]  # the one that was stopped, too
+
+
+def test_a_run_goes_on_with_its_learning_rate_or_not_at_all(evaluated_run, monkeypatch):
+    evaluated_run("run", num_batches=2, num_epochs=None)
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.2)))
+    with pytest.raises(InputError, match=r"has a learning rate of 0.1: give --learning_rate=0.1$"):
+        evaluated_run("run", num_batches=2, num_epochs=None)
 
 
 @pytest.mark.parametrize(("save_every", "steps"), [(1, [6, 4, 2]), (2, [6, 4]), (0, [6])])

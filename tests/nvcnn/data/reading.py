@@ -36,7 +36,7 @@ def find(directory: Path, split: str = "train", **flags) -> Dataset:
 
 
 def epoch(data) -> list[Batch]:
-    return list(itertools.islice(data, data.steps_per_epoch))
+    return list(itertools.islice(data, data.batches_per_epoch))
 
 
 def joined(batches: list[Batch]) -> Batch:

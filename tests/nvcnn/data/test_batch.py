@@ -48,8 +48,8 @@ def test_synthetic_data_has_the_interface_of_training_data(device):
     assert labels.shape == flip.shape == (8,)
     assert {t.device.type for t in batch} == {device.type}
     assert next(iter(data)).images is images  # made once
-    assert (data.images, data.steps_per_epoch) == (100, 12)
-    assert synthetic(device, ranks=3).steps_per_epoch == 4
+    assert (data.images, data.batches_per_epoch) == (100, 12)
+    assert synthetic(device, ranks=3).batches_per_epoch == 4
     assert data.state_dict() == {}
     data.close()
 

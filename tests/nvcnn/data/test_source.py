@@ -36,7 +36,7 @@ orders = pytest.mark.parametrize(("kind", "backend"), [*((kind, "dali_cpu") for 
 def test_labels_belong_to_their_images(sources, device, kind, backend):
     """Batches are what the network wants. The whole image at its own size is unchanged."""
     data = training(sources[kind], backend, image_size=28, device=device, **WHOLE)
-    assert (data.images, data.steps_per_epoch) == (IMAGES, 15)
+    assert (data.images, data.batches_per_epoch) == (IMAGES, 15)
     seen = []
     for batch in epoch(data):
         images, labels, flip = batch
@@ -58,7 +58,7 @@ def test_an_epoch_has_no_image_twice(sources, device, kind, backend, ranks, batc
     make = {"ranks": ranks, "batch_size": batch_size, "accumulate": accumulate, "device": device}
     data = [training(sources[kind], backend, rank=rank, **make) for rank in range(ranks)]
     steps = IMAGES // (batch_size * ranks * accumulate) * accumulate
-    assert {d.steps_per_epoch for d in data} == {steps}
+    assert {d.batches_per_epoch for d in data} == {steps}
     seen, left_out = set(), set()
     for _ in range(3):
         labels = [label for _ in range(steps) for d in data for label in next(d).labels.tolist()]
@@ -102,7 +102,7 @@ def test_resuming_goes_on_bit_for_bit(sources, device, tmp_path, kind, backend):
     """It resumes from a small state of plain types, around the end of an epoch, where readers shuffle anew."""
     make = {"rank": 1, "ranks": 2, "batch_size": 7, "device": device}
     data = training(sources[kind], backend, threads=2, **make)
-    assert data.steps_per_epoch == 4
+    assert data.batches_per_epoch == 4
     states, batches = [data.state_dict()], []
     for _ in range(12):
         batches.append(next(data))
