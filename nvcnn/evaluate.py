@@ -169,7 +169,7 @@ def evaluate(asked: Evaluation) -> int:
             add_evaluation(path.parent, result)
         if asked.report:
             size = f"{preprocessing.image_size} x {preprocessing.image_size}"
-            about = {"Network": weights.model, "Weights": str(path), "Data": asked.data_dir}
+            about = {"Network": weights.model, "Weights": str(weights), "Data": asked.data_dir}
             about |= {"Top-1": f"{result['top1']:.3f} %", "Top-5": f"{result['top5']:.3f} %"}
             about |= {"Images": f"{result['images']} of {size} pixels", "Left out": str(len(left_out))}
             report = write_report(Path(asked.report), by_class, about, dataset.source("validation").name)

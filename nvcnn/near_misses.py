@@ -35,7 +35,11 @@ ALIASES = {  # flag: what other trainers call it; the first counts that a progra
     "warmup_epochs": "warmup lr_warmup_epochs num_warmup_epochs",
     "clip_norm": "clip_grad clip_grad_norm grad_clip max_grad_norm gradient_clip_val",
     "accumulate": "accum accumulation grad_accum_steps gradient_accumulation_steps accumulate_grad_batches",
-    "ema": "model_ema ema_decay",
+    "ema": "model_ema ema_decay model_ema_decay",
+    "mixup": "mixup_alpha",
+    "cutmix": "cutmix_alpha",
+    "zero_gamma": "zero_init_residual zero_init_last",
+    "recipe": "config cfg config_file",
     "num_classes": "classes nclass n_classes nb_classes",
     "image_size": "img_size imgsz img input_size resolution size crop_size res",
     "data_backend": "loader data_loader dataloader backend",
@@ -53,6 +57,9 @@ NO_FLAG = {  # what other trainers have a flag for: what this one does instead
     "j num_workers workers": "input takes all cores that a rank has",
     "resume auto_resume": "a run goes on from the newest checkpoint in its --log_dir",
     "opt optim optimizer": "it is SGD with Nesterov's momentum",
+    "nesterov": "momentum is always Nesterov's",
+    "norm_weight_decay bias_weight_decay": "--no_decay=1d leaves parameters of one dimension without",
+    "noema no_ema": "weights are averaged where --ema=DECAY asks for it, and not without",
 }
 
 
@@ -88,10 +95,12 @@ def of_flag(name: str, value: str, takes: Mapping[str, bool]) -> str:
     """Returns what to do about a flag that there is not. takes: those that there are, and whether they take a value."""
     word = name.lstrip("-").lower().replace("-", "_")
     near = [f"--{flag}" for flag, others in ALIASES.items() if word in others.split() and f"--{flag}" in takes]
+    instead = [said for others, said in NO_FLAG.items() if word in others.split()]
+    if instead and not near:
+        return f"there is no such flag: {instead[0]}"
     for flag in near or difflib.get_close_matches(f"--{word}", takes, 1, CLOSE):
         return f"did you mean {flag}{f'={value}' if value and takes[flag] else ''}?"
-    instead = [said for others, said in NO_FLAG.items() if word in others.split()]
-    return f"there is no such flag{f': {instead[0]}' if instead else '; --help lists all'}"
+    return "there is no such flag; --help lists all"
 
 
 def of_word(word: str, takes: Mapping[str, bool]) -> str:

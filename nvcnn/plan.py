@@ -96,8 +96,8 @@ def find_validation_data(settings: Settings) -> Dataset | None:
 def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin | None = None) -> Plan:
     """Returns what follows from these. origin: of the weights that training begins with; None: the model's own.
 
-    Raises InputError when the data set is smaller than a total batch, for --cuda_graph=on where it cannot be, and for
-    more classes, steps or pixels than there can be.
+    Raises InputError when the data set is smaller than a total batch, for --cuda_graph=on where it cannot be, for a
+    size of images that the run does not come to, and for more classes, steps or pixels than there can be.
     """
     total_batch = settings.batch_size * ranks * settings.accumulate
     if dataset:
@@ -132,7 +132,12 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
         where = f"--data_dir={settings.data_dir}" if dataset else f"--num_classes={num_classes}"
         raise InputError(f"{where}: {num_classes} classes: must be at most {MAX_CLASSES}")
     image_sizes = training_sizes(settings.train_size) if settings.train_size else ((0, preprocessing.training_size),)
-    image_sizes = tuple((first, size) for first, size in image_sizes if first * steps_per_epoch < steps)
+    for first, size in image_sizes:
+        if first * steps_per_epoch >= steps:
+            raise InputError(
+                f"--train_size={settings.train_size}: {size} begins after epoch {first}, the run has "
+                f"{steps / steps_per_epoch:g}: change one of them"
+            )
     preprocessing = preprocessing.trained_at(image_sizes[-1][1])
     evaluates = settings.data_dir is not None and settings.eval_every != 0
     largest = max([size for _, size in image_sizes] + [preprocessing.image_size] * evaluates)
@@ -168,7 +173,7 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
 def describe(settings: Settings, run: Plan) -> list[str]:
     """Returns the lines a run starts with, as the original's."""
     dtype = str(run.dtype).removeprefix("torch.")
-    low = run.dtype != torch.float32 and not torch.cuda.is_available()
+    low = run.dtype != torch.float32 and not torch.cuda.is_available() and not settings.dry_run
     assumed = f"{run.images}, assumed: there is no --data_dir" if settings.num_epochs is not None else "Synthetic"
     images = run.images if settings.data_dir else assumed
     return [

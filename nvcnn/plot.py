@@ -4,6 +4,8 @@ python -m nvcnn.plot RUN... [--out FILE.png]
 """
 
 import json
+import os
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -63,11 +65,13 @@ def read(run: Path) -> list[Event]:
 
 
 def history(run: Path) -> History:
-    """Returns what is drawn of a run. Where a step comes twice, the later line holds."""
+    """Returns what is drawn of a run. Where a step comes twice, the later line holds; of averages before others."""
     events = read(run)
 
     def of(kind: str) -> list[Event]:
-        by_step = {event["step"]: event for event in events if event["event"] == kind and "step" in event}
+        found = [event for event in events if event["event"] == kind and "step" in event]
+        averaged = {event["step"] for event in found if event.get("ema")}
+        by_step = {e["step"]: e for e in found if e.get("ema") or e["step"] not in averaged}
         return [by_step[step] for step in sorted(by_step)]
 
     epochs = [event.get("steps_per_epoch") for event in events if event["event"] == "start"]
@@ -181,7 +185,10 @@ def compare(paths: Sequence[Path], out: Path) -> None:
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         if not found[path].train:
-            raise InputError(f"{path}: holds no table line of a training: leave it out")
+            print(f"{path}: holds no table line of a training: it is left out", file=sys.stderr)
+            del found[path]
+    if not found:
+        raise InputError("none of the runs holds a table line of a training: there is nothing to draw")
     names = [(path.parent if path.name == LOG else path).resolve().name for path in found]
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, found, strict=True)]
     try:
@@ -196,11 +203,12 @@ def compare(paths: Sequence[Path], out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m nvcnn.plot", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=f"a training's --log_dir, or its {LOG}")
-    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="the picture to write (default runs.png)")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=f"a training's --log_dir, or its {LOG}")
+    parser.add_argument("--out", default="runs.png", help="the picture to write (default runs.png)")
     asked = parser.parse_args(arguments)
-    compare(asked.runs, asked.out)
-    print(f"Written to {asked.out}")
+    *runs, out = (Path(os.path.expanduser(path)) for path in (*asked.runs, asked.out))
+    compare(runs, out)
+    print(f"Written to {out}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Recipes: YAML files of flags by their own names, which are nvcnn's (recipes/NAME.yaml), or a user's."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from nvcnn.program import InputError
 
 PLACES = (Path(__file__).resolve().parent.parent / "recipes", Path(sys.prefix) / "share" / "nvcnn" / "recipes")
 SWITCH = {"true": "", "false": "no"}
+NULL = "tag:yaml.org,2002:null"
 
 
 class Line(NamedTuple):
@@ -21,19 +23,23 @@ class Line(NamedTuple):
     argument: str
 
 
-def names() -> list[str]:
-    """Returns the recipes that come with nvcnn."""
-    return sorted({file.stem for place in PLACES for file in place.glob("*.yaml")})
+def installed() -> dict[str, Path]:
+    """Returns the files of the recipes that come with nvcnn, by name, in order."""
+    return dict(sorted((file.stem, file) for place in reversed(PLACES) for file in place.glob("*.yaml")))
 
 
 def find(recipe: str) -> Path:
     """Returns the file of --recipe. Raises InputError, with the names that there are, for one that there is not."""
     if recipe.endswith((".yaml", ".yml")):
-        return Path(recipe).expanduser()
-    for place in PLACES:
-        if recipe in names() and (file := place / f"{recipe}.yaml").is_file():
-            return file
-    raise InputError(f"--recipe={recipe}: give one of {', '.join(names())}, or a FILE.yaml of your own")
+        return Path(os.path.expanduser(recipe))
+    if not (files := installed()):
+        places = " nor in ".join(map(str, PLACES))
+        raise InputError(
+            f"--recipe={recipe}: no recipes are installed, neither in {places}: give a FILE.yaml of your own"
+        )
+    if recipe not in files:
+        raise InputError(f"--recipe={recipe}: give one of {', '.join(files)}, or a FILE.yaml of your own")
+    return files[recipe]
 
 
 def read(recipe: str, flags: Mapping[str, bool]) -> Iterator[Line]:
@@ -68,6 +74,8 @@ def read(recipe: str, flags: Mapping[str, bool]) -> Iterator[Line]:
         parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if not all(isinstance(part, yaml.ScalarNode) for part in parts):
             raise InputError(f"{where}: {flag}: must be a value, or a list of values")
+        if not parts or any(part.tag == NULL or not part.value for part in parts):
+            raise InputError(f"{where}: {flag}: has no value: give one, or remove the line")
         text = ",".join(part.value for part in parts)
         if not flags[flag]:
             yield Line(where, flag, f"--{flag}={text}")

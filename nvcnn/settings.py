@@ -132,6 +132,9 @@ def check(settings: Any, right: bool, name: str, must: str) -> None:
 class Chosen(Images):
     """Weights that are there already: a run's, or a file's."""
 
+    image_size: int | None = image(None, "height and width of the images; none: those of evaluation with these weights")
+    eval_size: int | None = image(None, "the same, and stronger than --image_size; none: that")
+
     log_dir: str = run("", "a training's directory: its newest checkpoint is taken")
     checkpoint: str | None = run(None, "take this file: a checkpoint, or published weights (.pth, .safetensors)")
     model: str | None = run(None, "network of published weights; a checkpoint's is checked against it", short="-m")
@@ -193,6 +196,8 @@ class Prediction(Chosen):
         super().__post_init__()
         check(self, self.batch_size >= 1, "batch_size", "at least 1")
         check(self, self.top >= 1, "top", "at least 1")
+        if not all(self.images):
+            raise InputError("'': is no picture: leave the empty word out")
         if self.json and self.csv:
             raise InputError("--json and --csv: choose one")
 
@@ -475,6 +480,7 @@ READERS |= {int | None: int, float | None: float}
 READERS |= {str: os.path.expanduser, str | None: os.path.expanduser}  # of --data_dir=~/x a shell leaves the ~
 
 
+SWITCHES = {False: "off", True: "on"}  # in --help
 METAVARS = {int: "N", int | None: "N", float: "X", float | None: "X", tuple[float, float]: "LO,HI"}
 
 
@@ -485,7 +491,7 @@ def in_words(default: Any, help: str) -> str:
     if default in (None, ""):
         return "" if "none:" in help else " (default none)"
     texts = [str(value) for value in (default if isinstance(default, tuple) else (default,))]
-    return f" (default {'off' if default is False else ','.join(texts)})"
+    return f" (default {SWITCHES[default] if isinstance(default, bool) else ','.join(texts)})"
 
 
 def usage(settings: type) -> str:
@@ -550,7 +556,12 @@ def parse(settings: type[T], arguments: Sequence[str] | None = None) -> T:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     check_words(settings, arguments)
-    recipe = read_recipe(settings, arguments) if hasattr(settings, "recipe") else {}
+    by_hand = {word.partition("=")[0] for word in arguments}
+    asks = by_hand & {"-h", "--help", "--version"}
+    recipe = read_recipe(settings, arguments) if hasattr(settings, "recipe") and not asks else {}
+    for flag, other in (("--num_batches", "num_epochs"), ("--num_epochs", "num_batches")):
+        if flag in by_hand:  # both say how long a run is
+            recipe.pop(other, None)
     description = (settings.__doc__ or "").partition("\n")[0]
     parser = Parser(usage=usage(settings), description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"nvcnn {nvcnn.__version__}")

@@ -1,5 +1,6 @@
 """Finds the data set in a directory: what kind of files it holds, and what the labels mean."""
 
+import fnmatch
 import json
 import os
 from collections.abc import Callable, Collection
@@ -138,26 +139,33 @@ def find_kind(directory: Path) -> str:
         raise InputError(f"{flag}: {error.strerror}: prepare a data set there, or correct the path") from None
     if not names:
         raise InputError(f"{flag}: is empty: prepare a data set there, or correct the path")
-    prefixes = tuple(f"{name}-" for name in ("train", *VALIDATION))
-    shards = [n for n in names if n.startswith(prefixes) and not n.endswith(".idx")]
+
+    def shards(name: str) -> dict[str, str]:
+        """Returns an example of each kind of shards that what is called `name` has."""
+        found = {}
+        for kind, source, others in (("tars", Tars, ".idx"), ("TFRecords", Records, (".idx", ".tar"))):
+            files = [file for pattern in source.patterns(name) for file in fnmatch.filter(names, pattern)]
+            if files := [file for file in files if not file.endswith(others)]:
+                found[kind] = files[0]
+        return found
+
+    by_name = {name: shards(name) for name in ("train", *VALIDATION)}
     found: dict[str, str] = {}  # kind -> an example
-    for name in shards:
-        if name.endswith(".tar"):
-            found.setdefault("tars", name)
-        elif name.startswith(("train-", "validation-")):
-            found.setdefault("TFRecords", name)
+    for examples in by_name.values():
+        found = examples | found
     for split in ("train", "validation"):
         if folder := split_folder(directory, split):
             found.setdefault("class folders", f"{folder.name}/")
-    sets = {name.partition("-")[0]: name for name in reversed(shards)}
+    found = found or shards("test")  # beside another set it is not looked at
     paths = [directory / name for name in VALIDATION if (directory / name).is_dir()]
     for both in (
-        [sets[name] for name in VALIDATION if name in sets],
+        [min(by_name[name].values()) for name in VALIDATION if by_name[name]],
         [f"{path.name}/" for path in {path.resolve(): path for path in paths}.values()],  # one may link to the other
     ):
         if len(both) > 1:
             raise InputError(f"{flag}: holds {' and '.join(both)}, two sets to validate on: remove or rename one")
-    packed = [name for name in shards if name.endswith(PACKED)]
+    prefixes = tuple(f"{name}-" for name in by_name)
+    packed = [name for name in names if name.startswith(prefixes) and name.endswith(PACKED)]
     if packed and "class folders" not in found:
         raise InputError(f"{flag}: {packed[0]} is compressed: unpack it, as samples are read where they lie")
     if len(found) > 1:

@@ -1,4 +1,7 @@
-"""Shards of TFRecords, `train-*` and `validation-*`, as a source. An index has a line "offset size" for each record."""
+"""Shards of TFRecords as a source: `train-*`, `validation-*`, or of `val`, `valid` and `test` what looks like a shard.
+
+An index has a line "offset size" for each record.
+"""
 
 import re
 import struct
@@ -19,9 +22,13 @@ ONE_IMAGE = re.compile(  # a Feature of bytes, of which there is one at least
 
 
 class Records(ShardSource):
-    suffix = ""
     header = ""
     line = re.compile(r"(\d+) (\d+)")
+
+    @staticmethod
+    def patterns(name: str) -> list[str]:
+        """Returns narrower ones for names that other files have, too, as test-notes.md."""
+        return [f"{name}-*"] if name in ("train", "validation") else [f"{name}-*-of-*", f"{name}-*.tfrecord"]
 
     @classmethod
     def find(cls, directory: Path, split: str, lenient: bool = False) -> Self:

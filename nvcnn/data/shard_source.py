@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -27,12 +27,12 @@ SHUFFLE_BUFFER = 4096  # images; shards are shuffled when they are made, this mi
 class ShardSource:
     """The samples of some shards. A subclass is a format: how its files are named, and what a sample holds.
 
-    suffix: of the names of its shards, which begin as NAMES has it; the first of a split with files counts.
+    patterns: returns those of the names of its shards, where a split is called `name`; of NAMES, which has what a split
+    may be called, the first with files counts.
     header: what an index begins with, where {} is the number of samples.
     line: a line of an index, one for each sample; its groups are offset and size of each piece of the sample.
     """
 
-    suffix: str
     header: str
     line: re.Pattern[str]
 
@@ -49,6 +49,10 @@ class ShardSource:
         if left_out:
             self.kept = array("q", (i for i in self.kept if i not in self.left_out))
 
+    @staticmethod
+    def patterns(name: str) -> list[str]:
+        raise NotImplementedError
+
     @classmethod
     def find(cls, directory: Path, split: str, lenient: bool = False) -> Self:
         """Returns the source of a split, in order of name. Raises InputError for what is not right.
@@ -56,13 +60,13 @@ class ShardSource:
         Builds indexes that are missing. lenient: leaves out the checks that a check of every sample makes as well.
         """
         shards: list[Path] = []
-        patterns = [f"{name}-*{cls.suffix}" for name in NAMES[split]]
-        for pattern in patterns:
-            shards = shards or sorted(p for p in directory.glob(pattern) if p.suffix != ".idx" and not p.is_dir())
+        patterns = [cls.patterns(name) for name in NAMES[split]]
+        for of_name in patterns:
+            files = {path for pattern in of_name for path in directory.glob(pattern)}
+            shards = shards or sorted(path for path in files if path.suffix != ".idx" and not path.is_dir())
         if not shards:
-            raise NoSplit(
-                f"--data_dir={directory}: no {' or '.join(patterns)} files: prepare the data set, or correct the path"
-            )
+            what = " or ".join(chain.from_iterable(patterns))
+            raise NoSplit(f"--data_dir={directory}: no {what} files: prepare the data set, or correct the path")
         for shard in shards:
             to_read(shard).stat()  # a link that leads nowhere is an error even if `lenient`
             if not to_read(index_path(shard)).exists():

@@ -27,9 +27,12 @@ AGAIN = "copy or make the file again"
 
 
 class Tars(ShardSource):
-    suffix = ".tar"
     header = "v1.2 {}\n"
     line = re.compile(rf"(?:{'|'.join(IMAGES)}) (\d+) (\d+) \S+ cls (\d+) (\d+) \S+")
+
+    @staticmethod
+    def patterns(name: str) -> list[str]:
+        return [f"{name}-*.tar"]
 
     @staticmethod
     def scan(shard: Path) -> Iterator[str]:

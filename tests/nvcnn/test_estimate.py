@@ -14,7 +14,15 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.0234, "0.023 s"), (9.94, "9.9 s"), (99, "99 s"), (100, "2 min"), (5940, "99 min"), (12732, "3 h 32 min")],
+    [
+        (0, "-"),
+        (0.0234, "0.023 s"),
+        (9.94, "9.9 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (5940, "99 min"),
+        (12732, "3 h 32 min"),
+    ],
 )
 def test_durations_are_as_people_say_them(seconds, said):
     assert duration(seconds) == said

@@ -45,6 +45,13 @@ COMMANDS = {  # by heading
         "train.py --model=resnet50 -j 8",
         "train.py --model=resnet50 --resume",
         "train.py --model=resnet50 --no_fp16",
+        "train.py --model=resnet50 --mixup_alpha=0.2",
+        "train.py --model=resnet50 --model_ema_decay 0.9999",
+        "train.py --model=resnet50 --noema",
+        "train.py --model=resnet50 --zero_init_residual",
+        "train.py --config=resnet50",
+        "train.py --model=resnet50 --norm-weight-decay=0",
+        "train.py --model=resnet50 --nesterov",
         "train.py --model=resnet50 --flag=1",
         "predict.py dog.jpg --checkpoint=cats.pt --topk=3",
         "prepare.py folder --data=photos --out=prepared",
@@ -77,6 +84,16 @@ COMMANDS = {  # by heading
         "train.py --model=resnet50 --image_size=16",
         "train.py --model=lenet --image_size=32",
         "train.py --model=lenet --aux",
+        "train.py --model=resnet50 --train_size=160,192",
+        "train.py --model=resnet50 --train_size=160:12,192 --num_batches=9",
+        "train.py --model=resnet50 --ema=1",
+        "train.py --model=resnet50 --clip_norm=0",
+        "train.py --model=resnet50 --accumulate=0",
+        "train.py --model=resnet50 --mixup=-1",
+        "train.py --model=resnet50 --cutmix=1 --batch_size=1",
+        "train.py --model=lenet --zero_gamma",
+        "train.py --model=resnet50 --no_decay=bias",
+        "train.py --model=resnet50 --max_skipped=0",
         "train.py --model=resnet50 --seed=-1",
         "train.py --model=resnet50 --keep=0",
         "train.py --model=resnet50 --fp16 --bf16",
@@ -88,6 +105,7 @@ COMMANDS = {  # by heading
         "eval.py --data_dir=cats",
         "predict.py --log_dir=run",
         "predict.py dog.jpg",
+        "predict.py '' --checkpoint=cats.pt",
         "predict.py dog.jpg --checkpoint=cats.pt --json --csv",
         "export.py --checkpoint=cats.pt --out=dog.jpg",
         "export.py --checkpoint=cats.pt --out=cats.onnx --fold",
@@ -95,6 +113,16 @@ COMMANDS = {  # by heading
         "prepare.py folder --train=photos",
         "prepare.py folder --train=photos --out=photos/prepared",
         "prepare.py folder --train=cats --out=prepared",
+    ],
+    "Recipes": [
+        "train.py --recipe=resnet",
+        "train.py --recipe=none.yaml",
+        "train.py --recipe=dashes.yaml",
+        "train.py --recipe=twice.yaml",
+        "train.py --recipe=no-value.yaml",
+        "train.py --recipe=switch.yaml",
+        "train.py --recipe=words.yaml",
+        "train.py --recipe=both.yaml",
     ],
     "Data": [
         "train.py --model=lenet --data_dir=~/photos",
@@ -104,6 +132,7 @@ COMMANDS = {  # by heading
         "train.py --model=lenet --data_dir=.",
         "train.py --model=lenet --data_dir=cats",
         "train.py --model=lenet --data_dir=cats --num_classes=5 --batch_size=2",
+        "train.py --model=resnet18 --data_dir=cats --batch_size=2 --num_epochs=8 --train_size=160:12,192",
         "eval.py --data_dir=undivided --checkpoint=cats.pt",
         "eval.py --data_dir=birds --checkpoint=cats.pt",
         "eval.py --data_dir=three --checkpoint=cats.pt",
@@ -153,6 +182,15 @@ def files(tmp_path_factory) -> Path:
     (directory / "dog.jpg").write_bytes(picture(1, "JPEG", "RGB"))
     (directory / "page.pth").write_text("<!DOCTYPE html><html>404 Not Found</html>")
     (directory / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for name, text in (
+        ("dashes", "batch-size: 256"),
+        ("twice", "model: vgg16"),
+        ("no-value", "data_dir:"),
+        ("switch", "fp16: yes"),
+        ("words", "batch_size: many"),
+        ("both", "fp16: true\nbf16: true"),
+    ):
+        (directory / f"{name}.yaml").write_text(f"model: resnet50\n{text}\n")
     (directory / "cats.onnx").write_bytes(b"\x08\x08")
     (directory / "cats.json").write_text('{"classes": 2}')
     return directory

@@ -8,9 +8,10 @@ import torch
 
 from nvcnn.data.dataset import find_dataset
 from nvcnn.models import MODELS, Preprocessing
-from nvcnn.plan import dry_run, estimates, initial_model, plan
+from nvcnn.plan import dry_run, estimates, find_validation_data, initial_model, plan
 from nvcnn.program import InputError
 from nvcnn.settings import Settings
+from tests.samples import write_split
 
 
 def test_epochs_are_whole_batches(tmp_path, small_dataset):
@@ -24,6 +25,15 @@ def test_epochs_are_whole_batches(tmp_path, small_dataset):
         plan(replace(settings, accumulate=8), dataset, ranks=1)
     with pytest.raises(InputError, match=r"30 training images .* 32 \(8 ranks x --batch_size=4\)"):
         plan(settings, dataset, ranks=8)
+
+
+def test_a_set_to_test_on_without_labels_need_not_be_evaluated_on(tmp_path):
+    write_split(tmp_path, "train", images=4, shards=1)
+    write_split(tmp_path, "test", images=4, shards=1, label=lambda i: -1)
+    settings = Settings(model="lenet", data_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"test-0.*: label -1 is outside 1 .. 1000: .*; or give --eval_every=0$"):
+        find_validation_data(settings)
+    assert find_validation_data(replace(settings, eval_every=0)) is None
 
 
 @pytest.mark.parametrize(
@@ -63,17 +73,22 @@ def test_synthetic_data_is_one_epoch():
 
 
 @pytest.mark.parametrize(
-    ("epochs", "sizes", "trained_at", "line"),
+    ("epochs", "asked", "sizes", "trained_at", "line"),
     [
-        (6, ((0, 32), (2, 48), (5, 40)), 40, "32 x 32 in epochs 1 to 2, 48 x 48 in epochs 3 to 5, 40 x 40 in epoch 6"),
-        (5, ((0, 32), (2, 48)), 48, "32 x 32 in epochs 1 to 2, 48 x 48 in epochs 3 to 5"),
-        (1, ((0, 32),), 32, None),
+        (
+            6,
+            "32:2,48:3,40",
+            ((0, 32), (2, 48), (5, 40)),
+            40,
+            "32 x 32 in epochs 1 to 2, 48 x 48 in epochs 3 to 5, 40 x 40 in epoch 6",
+        ),
+        (1, "32", ((0, 32),), 32, None),
     ],
 )
-def test_sizes_by_epochs(small_dataset, capsys, monkeypatch, epochs, sizes, trained_at, line):
-    """The dry run says them, and memory for the largest. Those that the run does not come to are none of it."""
+def test_sizes_by_epochs(small_dataset, capsys, monkeypatch, epochs, asked, sizes, trained_at, line):
+    """The dry run says them, and memory for the largest."""
     data = {"data_dir": str(small_dataset), "batch_size": 10, "num_epochs": epochs}
-    settings = Settings(model="resnet18", train_size="32:2,48:3,40", image_size=40, **data)
+    settings = Settings(model="resnet18", train_size=asked, image_size=40, **data)
     dataset = find_dataset(small_dataset, num_classes=10, label_base=None, split="train")
     run = plan(settings, dataset, ranks=1)
     assert (run.image_sizes, run.preprocessing) == (sizes, Preprocessing(40).trained_at(trained_at))
@@ -85,10 +100,28 @@ def test_sizes_by_epochs(small_dataset, capsys, monkeypatch, epochs, sizes, trai
     dry_run(settings, run)
     lines = capsys.readouterr().out.splitlines()
     assert [text for text in lines if text.startswith("Sizes:")] == [f"Sizes:       {line}"] * bool(line)
-    assert {"--train_size=32:2,48:3,40", "--image_size=40", "--eval_size=40"} <= set(lines)
+    assert {f"--train_size={asked}", "--image_size=40", "--eval_size=40"} <= set(lines)
     settings = Settings(model="resnet18", image_size=largest, **data)
     dry_run(settings, plan(settings, dataset, ranks=1))
     assert next(text for text in lines if text.startswith("Memory:")) in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("length", "asked", "has"),
+    [
+        ({"num_epochs": 2}, "32:2,48", "2"),
+        ({"num_batches": 4}, "32:2,48:5,64", "1.33333"),
+        ({"num_batches": 4}, "32:1,48", None),
+    ],
+)
+def test_a_size_that_the_run_does_not_come_to_is_refused(small_dataset, length, asked, has):
+    settings = Settings(model="resnet18", data_dir=str(small_dataset), batch_size=10, train_size=asked, **length)
+    dataset = find_dataset(small_dataset, num_classes=10, label_base=None, split="train")
+    if has is None:
+        assert plan(settings, dataset, ranks=1).sizes == [32, 48]
+        return
+    with pytest.raises(InputError, match=f"--train_size={asked}: 48 begins after epoch 2, the run has {has}: change"):
+        plan(settings, dataset, ranks=1)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +140,13 @@ def test_more_than_there_can_be_is_refused(settings, message):
 
 @pytest.mark.usefixtures("without_estimates")
 def test_dry_run_says_what_a_user_plans_by(capsys):
-    settings = Settings(model="resnet50", batch_size=256, fp16=True, learning_rate=2.0)
+    settings = Settings(model="resnet50", batch_size=256, fp16=True, learning_rate=2.0, dry_run=True)
     dry_run(settings, plan(settings, None, ranks=8))
     out = capsys.readouterr().out
     for line in ("--model=resnet50", "--learning_rate=2.0", "Batch size:  256 per device, 2048 total"):
         assert line in out.splitlines()
     assert "Parameters:  25,557,032" in out
+    assert "on this CPU" not in out  # that is measured where training is
     assert "GiB a device" in out
 
 

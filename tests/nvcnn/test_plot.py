@@ -41,6 +41,15 @@ def test_points_of_a_dead_run_are_left_out(tmp_path, later, losses, evaluated):
     assert {event["step"]: event["top1"] for event in run.evaluations} == evaluated
 
 
+def test_evaluations_of_averages_come_before_others(tmp_path):
+    write(tmp_path, *BEGUN)
+    evaluations = ((2, 10, False), (2, 50, True), (2, 20, False), (3, 30, False))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        for step, top1, ema in evaluations:
+            file.write(json.dumps({"event": "eval", "step": step, "top1": top1, "ema": ema}) + "\n")
+    assert [(event["step"], event["top1"]) for event in history(tmp_path).evaluations] == [(2, 50), (3, 30)]
+
+
 @pytest.fixture
 def plotted(monkeypatch):
     """Returns the points of each line that is drawn."""
@@ -75,9 +84,13 @@ def test_runs_are_compared_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot, "drawn", lambda runs, *rest, **more: named.append([*runs]) or drawn(runs, *rest, **more))
     monkeypatch.chdir(tmp_path)
     assert main(["two", "one/metrics.jsonl", "--out=both.png"]) == 0
-    assert main(["one", "old/one", "one", "two"]) == 0
-    assert named == [["two", "one"], ["one", "old/one", "two"]]
-    assert capsys.readouterr().out == "Written to both.png\nWritten to runs.png\n"
+    write(tmp_path / "begun", ("start", 0))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["one", "~/old/one", "begun", "one", "two", "--out=~/runs.png"]) == 0
+    assert named == [["two", "one"], ["one", f"{tmp_path}/old/one", "two"]]
+    said = capsys.readouterr()
+    assert said.out == f"Written to both.png\nWritten to {tmp_path}/runs.png\n"
+    assert said.err == "begun: holds no table line of a training: it is left out\n"
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("both.png", "runs.png"))
 
 
@@ -90,7 +103,7 @@ def test_what_cannot_be_compared_is_said_and_nothing_written(tmp_path, monkeypat
     for arguments, message in (
         (["run", "nowhere"], "nowhere: no such run"),
         (["run", "empty"], "empty: no metrics.jsonl there"),
-        (["begun"], "begun: holds no table line"),
+        (["begun", "begun"], "none of the runs holds a table line"),
         (["run", "--out=picture.bmp"], "--out=picture.bmp: must end in .png"),
         (["run", "--out=no/picture.png"], "--out=no/picture.png: cannot be written"),
         ([], "RUN"),

@@ -56,7 +56,12 @@ def test_the_command_line_wins_over_the_recipe_and_that_over_defaults(recipe):
         ("keep: 0", r"--keep=0: must be at least 1 \(.*mine.yaml, line 2\)$"),
         ("fp16: true", r"--fp16 and --bf16: choose one \(.*mine.yaml, line 2\)$"),
         ("keep: [", "mine.yaml: is not YAML: .* line 3"),
-        ("seed: &a !!python/object/apply:os.abort []\nkeep: *a", "--seed: invalid int value: ''"),
+        ("seed: &a !!python/object/apply:os.abort []\nkeep: *a", "line 2: seed: has no value"),
+        ("data_dir:", "mine.yaml, line 2: data_dir: has no value: give one, or remove the line"),
+        ("log_dir: ~", "mine.yaml, line 2: log_dir: has no value"),
+        ("fp16: null", "mine.yaml, line 2: fp16: has no value"),
+        ("init: ''", "mine.yaml, line 2: init: has no value"),
+        ("crop_area: [0.5, null]", "mine.yaml, line 2: crop_area: has no value"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_file_and_line(recipe, text, message):
@@ -70,8 +75,29 @@ def test_an_error_of_the_command_line_is_not_the_recipe_s(recipe):
         parse(Settings, [recipe("model: lenet\nkeep: 2"), "--keep=0"])
 
 
+def test_a_length_of_the_command_line_is_that_of_the_run():
+    """Whichever of the two flags for it a recipe has."""
+    s = parse(Settings, ["--recipe=resnet50", "--num_batches=100"])
+    assert (s.num_epochs, s.num_batches, s.batch_size) == (None, 100, 256)
+    asked = ["--recipe=resnet50-16", "--num_batches=100"]
+    with pytest.raises(InputError, match=r"--train_size=160:12,192 needs --data_dir.*resnet50-16\.yaml, line \d+\)$"):
+        parse(Settings, asked)
+    assert parse(Settings, [*asked, "--train_size=160"]).num_epochs is None
+
+
+def test_num_epochs_wins_over_a_recipe_s_num_batches(recipe):
+    s = parse(Settings, [recipe("model: lenet\nnum_batches: 7"), "--num_epochs", "2", "--data_dir=d"])
+    assert (s.num_epochs, s.num_batches) == (2, 50)
+
+
+def test_help_needs_no_recipe(capsys):
+    with pytest.raises(SystemExit):
+        parse(Settings, ["--recipe=nosuch", "--help"])
+    assert "--recipe RECIPE" in capsys.readouterr().out
+
+
 def test_a_recipe_that_there_is_not(recipe, tmp_path):
-    with pytest.raises(InputError, match=f"--recipe=resnet: give one of {', '.join(recipes.names())}, or a FILE"):
+    with pytest.raises(InputError, match=f"--recipe=resnet: give one of {', '.join(recipes.installed())}, or a FILE"):
         parse(Settings, ["--recipe=resnet"])
     with pytest.raises(InputError, match=r"no\.yaml: No such file"):
         parse(Settings, [f"--recipe={tmp_path / 'no.yaml'}"])
@@ -82,11 +108,14 @@ def test_a_recipe_that_there_is_not(recipe, tmp_path):
 def test_an_installed_package_has_its_recipes(monkeypatch, tmp_path):
     (tmp_path / "mine.yaml").write_text("model: lenet")
     monkeypatch.setattr(recipes, "PLACES", (tmp_path / "none", tmp_path))
-    assert recipes.names() == ["mine"]
+    assert list(recipes.installed()) == ["mine"]
     assert parse(Settings, ["--recipe=mine"]).model == "lenet"
+    (tmp_path / "mine.yaml").unlink()
+    with pytest.raises(InputError, match="--recipe=mine: no recipes are installed"):
+        parse(Settings, ["--recipe=mine"])
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.installed())
 def test_every_recipe_can_be_tried_without_its_data(name):
     settings = parse(Settings, [f"--recipe={name}", "--dry_run"])
     run = plan(settings, None, ranks=8)
@@ -105,11 +134,11 @@ def test_the_commands_that_are_shown_are_the_recipes(page, name):
         rf"(?:mpiexec|\$launcher) .*launch/train\.py (--model={asked.model} .*)$", text, re.MULTILINE
     )
     shown = parse(Settings, command.split())
-    own = {key: getattr(asked, key) for key in ("data_dir", "log_dir", "num_classes", "num_images", "recipe")}
+    own = {key: getattr(asked, key) for key in ("data_dir", "log_dir", "num_images", "recipe")}
     assert replace(shown, **own) == asked
 
 
 def test_the_page_has_every_recipe():
     rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \|", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)
-    epochs = {name: parse(Settings, [f"--recipe={name}", "--dry_run"]).num_epochs for name in recipes.names()}
+    epochs = {name: parse(Settings, [f"--recipe={name}", "--dry_run"]).num_epochs for name in recipes.installed()}
     assert {name: int(n) for name, n in rows} == epochs

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from nvcnn.models import ALGORITHMS
 from nvcnn.program import InputError
 from nvcnn.settings import Evaluation, Export, Prediction, Settings, as_json, differences, parse
 
+ROOT = Path(__file__).parents[2]
 ORIGINAL = {
     "data_dir": None,
     "batch_size": 64,
@@ -178,7 +180,7 @@ def test_short_and_negative_forms():
         ("--eval_size=66", "--eval_size=66: --model=alexnet takes 67 and more"),
         ("--train_size=66:2,224", "--train_size=66: --model=alexnet takes 67 and more"),
         ("--train_size=128:2", "--train_size=128:2: must be SIZE, or SIZE:EPOCHS,...,SIZE"),
-        ("--train_size=", "--train_size=: must be"),
+        ("--train_size=", "--train_size=: is empty"),
         ("--train_size=128,224", "--train_size=128,224: must be"),
         ("--train_size=128:0,224", "--train_size=128:0,224: must be"),
         ("--train_size=128:2,224", "--train_size=128:2,224 needs --data_dir"),
@@ -253,9 +255,22 @@ def test_help_has_the_default_of_each_flag(program, capsys):
         assert re.search(r"\(default\s.+\)|\(required\)|none:", said[name], re.DOTALL), said[name]
 
 
+def test_help_says_what_is_on(capsys):
+    with pytest.raises(SystemExit):
+        parse(Evaluation, ["--help"])
+    said = capsys.readouterr().out
+    assert re.search(r"--noema: those\s+that are trained \(default on\)", said)
+    assert "training and evaluation" not in said
+
+
 def test_model_is_required():
     with pytest.raises(InputError, match="--model"):
         parse(Settings, [])
+
+
+def test_readme_has_what_a_resumed_run_may_change():
+    (flags,) = re.findall(r"these alone may\s+differ: `([^`]+)`", (ROOT / "README.md").read_text())
+    assert flags.split() == [f"--{f.name}" for f in fields(Settings) if f.metadata["may_differ"]]
 
 
 def test_what_a_resumed_run_may_change():

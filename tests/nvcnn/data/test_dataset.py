@@ -14,11 +14,12 @@ from PIL import Image
 
 from nvcnn.data.records import Records
 from nvcnn.data.shard_source import index_path
+from nvcnn.data.source import NoSplit
 from nvcnn.data.tars import Tars
 from nvcnn.data.tfrecord import encode_example
 from nvcnn.program import InputError
 from tests.nvcnn.data.reading import BACKENDS, WHOLE, epoch, find, joined, training
-from tests.samples import IMAGES, WRITERS, add, picture, record, write_folders, write_shard, write_tars
+from tests.samples import IMAGES, WRITERS, add, picture, record, write_folders, write_shard, write_split, write_tars
 
 FIRST, MIDDLE = "train-00000-of-00003", "train-00001-of-00003"  # the second is the shard that tests damage
 
@@ -135,7 +136,11 @@ REFUSED = {  # what is done to a directory of TFRecords, the words of the messag
     "a file": (lambda d: (shutil.rmtree(d), d.touch()), r"--data_dir=.*data: Not a directory"),
     "empty": (lambda d: delete(d, "*"), "is empty"),
     "no training files": (lambda d: delete(d, "train-*"), r"no train-\* files"),
-    "no validation files": (lambda d: delete(d, "val*"), r"no val-\* or .* or test-\* files", {"split": "validation"}),
+    "no validation files": (
+        lambda d: delete(d, "val*"),
+        r"no val-\*-of-\* or .* or test-.* files",
+        {"split": "validation"},
+    ),
     "no images": (lambda d: (delete(d, "*"), write_shard(d / "train-0", [])), "no images"),
     "a missing shard": (
         lambda d: (declare(d, images={"train": IMAGES}), (d / MIDDLE).unlink()),
@@ -172,8 +177,8 @@ REFUSED = {  # what is done to a directory of TFRecords, the words of the messag
         r"train-00001\.tar\.gz is compressed: unpack it",
     ),
     "two sets to validate on": (
-        lambda d: (d / "val-0").touch(),
-        r"holds val-0 and validation-00000-of-00003, two sets to validate on",
+        lambda d: (d / "val-0.tfrecord").touch(),
+        r"holds val-0\.tfrecord and validation-00000-of-00003, two sets to validate on",
     ),
     "a label above": outside(41, num_classes=40),
     "a label below": outside(1, label_base=2),
@@ -310,6 +315,20 @@ def test_what_is_validated_on_by_its_name(tmp_path, name):
     for kind in WRITERS:
         assert find(tmp_path / kind, "train").count("train") == 2
         assert find(tmp_path / kind, "validation").count("validation") == 6
+
+
+def test_files_beside_shards_are_none(tmp_path):
+    write_split(tmp_path, "valid", images=2, shards=2)  # what eval.py needs, alone
+    for name in ("val-notes.md", "valid-notes.md", "test-notes.md"):
+        (tmp_path / name).write_text("a file like any other")
+    assert find(tmp_path, "validation").count("validation") == 2
+    for shard in tmp_path.glob("valid-*-of-*"):
+        shard.rename(tmp_path / shard.name.replace("valid", "test"))
+    assert find(tmp_path, "validation").count("validation") == 2
+    write_split(tmp_path, "train", images=3, shards=1)
+    delete(tmp_path, "test-0*")
+    with pytest.raises(NoSplit, match=r"no val-\*-of-\* or val-\*\.tfrecord or validation-\* or"):
+        find(tmp_path, "validation")
 
 
 def test_a_set_to_test_on_beside_one_to_validate_on(tmp_path):
