@@ -133,7 +133,7 @@ def test_no_validation_records(launch, data, tmp_path):
     for shard in data.glob("validation-*"):
         shard.unlink()
     evaluate = ("launch/eval.py", f"--data_dir={data}")
-    refused(launch, evaluate[1], f"--log_dir={tmp_path}/run", names=["no validation-*"], script=evaluate[0])
+    refused(launch, evaluate[1], f"--log_dir={tmp_path}/run", names=["validation-*"], script=evaluate[0])
     refused(launch, evaluate[1], f"--log_dir={tmp_path}/absent", names=["no such directory"], script=evaluate[0])
     refused(launch, evaluate[1], f"--log_dir={data}", names=["no checkpoint"], script=evaluate[0])
     model = ["--model=resnet50", f"--log_dir={tmp_path}/run"]

@@ -124,7 +124,7 @@ def test_event_files(tmp_path, monkeypatch):
     resumed.input(torch.full((5, 8, 8, 3), 7, dtype=torch.uint8), ["cat", "dog", "$e$l", "", 99 * "x"])
     for step in (4, 5):
         resumed.train(step, 1, **VALUES)
-    resumed.evaluation(5, 1, {"top1": 50.0, "top5": 90.0, "images": 10})
+    resumed.evaluation(5, 1, "Top-1: 50 %", top1=50.0, top5=90.0, images=10)
     resumed.close()
     losses, found = shown("train/loss")
     assert losses == {1: 2.5, 4: 1, 5: 1}
@@ -202,7 +202,7 @@ def test_other_ranks_are_silent(tmp_path, capsys):
     quiet = Metrics(str(tmp_path), steps=3, first_step=0, rank=1)
     quiet.table_head()
     quiet.train(1, 1, **VALUES)
-    quiet.evaluation(1, 1, {"top1": 50.0, "top5": 90.0, "images": 10})
+    quiet.evaluation(1, 1, top1=50.0, top5=90.0, images=10)
     quiet.input(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ["cat"])
     quiet.end(1, Throughput(1))
     quiet.close()

@@ -87,7 +87,7 @@ def test_synthetic_data_is_one_epoch():
 )
 def test_sizes_by_epochs(small_dataset, capsys, monkeypatch, epochs, asked, sizes, trained_at, line):
     """The dry run says them, and memory for the largest."""
-    data = {"data_dir": str(small_dataset), "batch_size": 10, "num_epochs": epochs}
+    data = {"data_dir": str(small_dataset), "batch_size": 10, "num_epochs": epochs, "eval_every": 0}
     settings = Settings(model="resnet18", train_size=asked, image_size=40, **data)
     dataset = find_dataset(small_dataset, num_classes=10, label_base=None, split="train")
     run = plan(settings, dataset, ranks=1)
