@@ -148,7 +148,9 @@ def test_evaluation_counts_each_image_once(launch, records, undisturbed, tmp_pat
         results.append(json.loads(text.splitlines()[-1]))
         assert re.search(rf"^Validation Top-1: {results[-1]['top1']:.3f} % \+/- \d", text, re.MULTILINE)
     assert results[0] == results[1]
-    assert (tmp_path / "1/report.html").read_text() == (tmp_path / "3/report.html").read_text()
+    report = (tmp_path / "1/report.html").read_text()
+    assert report == (tmp_path / "3/report.html").read_text()
+    assert re.search(r"<td>Weights</td><td>[^<]*/checkpoint-\d+\.pt, nvcnn&#x27;s \w+</td>", report)
     classes = results[0].pop("classes")
     assert len(classes) == 10
     assert sum(row["top1"] * row["images"] for row in classes) / 101 == pytest.approx(results[0]["top1"])
