@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -10,6 +11,8 @@ from textwrap import dedent
 
 import pytest
 import torch
+
+from nvcnn.settings import Evaluation, Export, Prediction, Settings, parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -41,6 +44,14 @@ def test_the_model_of_the_page_is_one(tmp_path):
     logits.sum().backward()
     assert logits.shape == (2, 10)
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_understood(page):
+    programs = {"train": Settings, "eval": Evaluation, "predict": Prediction, "export": Export}
+    for name, flags in re.findall(r"^    .*?python launch/(\w+)\.py ([^#\n]*)", page.read_text(), re.MULTILINE):
+        if name in programs and "..." not in flags:
+            parse(programs[name], shlex.split(flags))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
