@@ -171,7 +171,8 @@ def read(archive: Path, cache: Path) -> tuple[Lists, str]:
     cache.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.parent) as folder, tarfile.open(archive) as tar:
         root = Path(folder)
-        tar.extractall(root, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
+        tar.extractall(root)
         theirs, ours = json.loads((root / "key.json").read_text()), key()
         if differing := [f"{name} {theirs.get(name)}, here {value}" for name, value in ours.items()
                          if theirs.get(name) != value]:  # fmt: skip

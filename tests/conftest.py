@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import tarfile
 from typing import Any
 
 import numpy
@@ -18,6 +19,9 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 import benchmarks.peers  # noqa: F401 (makes torchvision importable)
+
+# What newer Pythons ask for, and those before 3.11.4 do not have.
+tarfile.TarFile.extraction_filter = staticmethod(getattr(tarfile, "data_filter", None))  # type: ignore[assignment]
 
 # By default cuDNN takes TF32 for fp32, as matrix products may: no measure of what is computed in fp32.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

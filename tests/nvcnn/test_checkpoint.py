@@ -197,18 +197,19 @@ def settings_of(log_dir, **options):
 def test_the_best_one_is_this_runs(tmp_path):
     """It stays where it is, and one of another run, or of the user, is not written over."""
     settings, best = settings_of(tmp_path), tmp_path / checkpoint.BEST
-    assert checkpoint.best_so_far(settings_of(""), ranks=1) == checkpoint.best_so_far(settings, ranks=1) == -math.inf
+    assert checkpoint.best_so_far(settings_of(""), 1, None) == checkpoint.best_so_far(settings, 1, None) == -math.inf
     state = {"settings": as_json(settings), "ranks": [{}], "kernels": chosen_kernels(), "evaluation": {"top1": 61.5}}
     checkpoint.save(best, state, None)
     write(tmp_path, 2, keep=1)
-    assert checkpoint.best_so_far(settings, ranks=1) == 61.5
+    assert checkpoint.best_so_far(settings, 1, state) == 61.5
+    assert checkpoint.best_so_far(settings, 1, None) == -math.inf  # of a run that begins anew
     assert checkpoint.newest(tmp_path)[0] == checkpoint.path_of(tmp_path, 2)
     with pytest.raises(InputError, match=r"checkpoint-best.pt is of another run \(--seed: there 1, here 2"):
-        checkpoint.best_so_far(settings_of(tmp_path, seed=2), ranks=1)
+        checkpoint.best_so_far(settings_of(tmp_path, seed=2), 1, state)
     del state["evaluation"]
     checkpoint.save(best, state, None)
     with pytest.raises(InputError, match="was not written there by a run"):
-        checkpoint.best_so_far(settings, ranks=1)
+        checkpoint.best_so_far(settings, 1, state)
 
 
 def test_a_directory_without_a_checkpoint_protects_nothing(tmp_path):

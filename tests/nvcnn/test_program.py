@@ -39,6 +39,7 @@ sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as error:
+    sys.stdout.flush()
     end(error.code or 0)
 """
 

@@ -48,7 +48,7 @@ def test_every_image_with_its_label(tmp_path, unpacked, binary):
     source = archive(tmp_path / "cifar.tar.gz", binary)
     if unpacked:
         with tarfile.open(source) as tar:
-            tar.extractall(tmp_path / "unpacked", filter="data")
+            tar.extractall(tmp_path / "unpacked")
         source = tmp_path / "unpacked"
     write_dataset(cifar10.blueprint(source), tmp_path / "out", workers=2)
     for split, names in (("train", NAMES[:5]), ("validation", NAMES[5:])):

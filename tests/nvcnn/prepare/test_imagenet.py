@@ -105,14 +105,14 @@ def test_other_forms_of_the_same_data_give_the_same_shards(raw, folders, written
     changes = {"synsets": words}
     if how == "kit directory":
         with tarfile.open(raw.devkit) as tar:
-            tar.extractall(tmp_path, filter="data")
+            tar.extractall(tmp_path)
         changes = {"devkit": tmp_path / "ILSVRC2012_devkit_t12"}
     elif how in ("synsets per image", "labels per image"):
         labels.write_text("".join(f"{s if how[0] == 's' else LABELS[s]}\n" for _, (_, s) in images))
         changes |= {"devkit": None, "val_labels": labels}
     elif how == "flat directory":
         with tarfile.open(raw.val) as tar:
-            tar.extractall(tmp_path / "val", filter="data")
+            tar.extractall(tmp_path / "val")
         (tmp_path / "val/._ILSVRC2012_val_00000001.JPEG").write_bytes(b"of macOS")
         (tmp_path / "val/.ipynb_checkpoints").mkdir()
         changes = {"val": tmp_path / "val"}
@@ -236,7 +236,7 @@ DAMAGE = {
 def test_two_kits_in_one_directory(raw, tmp_path):
     for name in ("devkit of 2011", "devkit of 2012"):
         with tarfile.open(raw.devkit) as tar:
-            tar.extractall(tmp_path / name, filter="data")
+            tar.extractall(tmp_path / name)
     with pytest.raises(InputError, match=r"--devkit=.*: holds .*2011/.*meta\.mat and .*2012/.*: give the"):
         blueprint(raw, devkit=tmp_path)
 
