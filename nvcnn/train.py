@@ -151,6 +151,7 @@ class Run:
         if state:
             self.train_step.load_state_dict(state)
         self.step = self.train_step.broadcast()
+        self.skipped = self.step - int(self.train_step.optimizer.counters[1])  # steps, up to the last table line
         if mine:
             set_random_state(mine, self.device)
             for name in ("running", "ema_running"):
@@ -231,13 +232,13 @@ class Run:
         divergence = Divergence(self.train_step.optimizer, settings.max_skipped)
         throughput = Throughput(self.plan.total_batch, self.step)
         until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
-        skipped = self.step - int(self.train_step.optimizer.counters[1])
         eval_every = 1 if settings.eval_every is None else settings.eval_every
         told = bool(settings.log_dir)
         due, stopped, diverged = False, False, ""  # a checkpoint is due
         with caught() as signals:
             if self.step and self.validation and self.epochs_end(eval_every):  # what was stopped may not have had that
-                stopped = not self.evaluate(metrics, signals)
+                with throughput.left_out():
+                    stopped = not self.evaluate(metrics, signals)
             while self.step < self.plan.steps and not stopped:
                 batches = self.batches(signals)
                 if self.step == 0 and rank == 0 and settings.log_dir:
@@ -249,18 +250,7 @@ class Run:
                 metrics.step()
                 last = self.step == self.plan.steps
                 if self.step == 1 or self.step % settings.display_every == 0 or last:
-                    loss, top1, top5, latest, scale, updates = self.train_step.read()
-                    shown: dict[str, float] = {
-                        "loss": loss if math.isfinite(latest) else latest,
-                        "top1": 100 * top1,
-                        "top5": 100 * top5,
-                        "learning_rate": float(self.schedule[self.step - 1]),
-                        "loss_scale": scale,
-                        "images_per_second": throughput.lap(self.step),
-                        "skipped": self.step - int(updates) - skipped,
-                    }
-                    skipped = self.step - int(updates)
-                    metrics.train(self.step, self.epoch, **shown)
+                    metrics.train(self.step, self.epoch, **self.shown(throughput))
                     if tensors:
                         tensors.write(metrics, summarize=last or until_summary.over())
                         tensors.copy(self.step)
@@ -308,6 +298,21 @@ class Run:
         if diverged:
             return 1
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
+
+    def shown(self, throughput: Throughput) -> dict[str, float]:
+        """Returns what a table line shows of the latest step. Waits for the device; all ranks must call it."""
+        loss, top1, top5, latest, scale, updates = self.train_step.read()
+        skipped, before = self.step - int(updates), self.skipped
+        self.skipped = skipped
+        return {
+            "loss": loss if math.isfinite(latest) else latest,
+            "top1": 100 * top1,
+            "top5": 100 * top5,
+            "learning_rate": float(self.schedule[self.step - 1]),
+            "loss_scale": scale,
+            "images_per_second": throughput.lap(self.step),
+            "skipped": skipped - before,
+        }
 
     def show_input(self, batch: Batch | MixedBatch, metrics: Metrics) -> None:
         """Has some images of a batch drawn as the network sees them, with their classes."""
