@@ -15,12 +15,15 @@ from nvcnn.check_data import check_data
 from nvcnn.check_ranks import check_ranks
 from nvcnn.data.backend import choose_backend, open_evaluation
 from nvcnn.data.batch import Batch, prepare_input
-from nvcnn.data.dataset import find_dataset
+from nvcnn.data.dali import EvaluationData
+from nvcnn.data.dataset import Dataset, find_dataset
 from nvcnn.data.epochs import share
+from nvcnn.data.pillow_workers import WorkerEvaluationData
 from nvcnn.distributed import Transport, connect
 from nvcnn.kernel_choices import choose_algorithms
 from nvcnn.machine import use_device
 from nvcnn.metrics import add_evaluation
+from nvcnn.models import Preprocessing
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
 from nvcnn.program import InputError, launched, watched
@@ -69,6 +72,31 @@ def in_words(result: dict[str, Any], name: str) -> str:
 def lines(result: dict[str, Any]) -> list[str]:
     """Returns the original's two lines."""
     return ["-" * 64, *(f"Validation {in_words(result, name)}" for name in ("Top-1", "Top-5")), "-" * 64]
+
+
+def open_validation(
+    dataset: Dataset,
+    backend: str,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    transport: Transport,
+    device: torch.device,
+    threads: int,
+) -> EvaluationData | WorkerEvaluationData:
+    """Returns this rank's share of the validation images, prepared as the weights want them."""
+    return open_evaluation(
+        dataset,
+        backend,
+        batch_size=batch_size,
+        image_size=preprocessing.image_size,
+        crop=preprocessing.eval_crop,
+        aspect=preprocessing.eval_aspect,
+        interpolation=preprocessing.eval_interpolation,
+        rank=transport.rank,
+        ranks=transport.size,
+        device=device,
+        threads=threads,
+    )
 
 
 def find_weights(asked: Chosen) -> Weights:
@@ -134,19 +162,7 @@ def evaluate(asked: Evaluation) -> int:
     if asked.report or asked.per_class:
         first = share(dataset.count("validation"), transport.rank, transport.size).start
         tally = Tally(first, MISTAKES if asked.report else 0)
-    data = open_evaluation(
-        dataset,
-        backend,
-        batch_size=batch_size,
-        image_size=preprocessing.image_size,
-        crop=preprocessing.eval_crop,
-        aspect=preprocessing.eval_aspect,
-        interpolation=preprocessing.eval_interpolation,
-        rank=transport.rank,
-        ranks=transport.size,
-        device=device,
-        threads=threads,
-    )
+    data = open_validation(dataset, backend, preprocessing, batch_size, transport, device, threads)
     with watched(lambda: 0.0):  # there is nothing to save, so nothing else to wait for
         counts = count_hits(model, data, dtype, preprocessing.normalize, tally)
     tallies = transport.gather(tally) if tally else []

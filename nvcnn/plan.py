@@ -61,15 +61,7 @@ class Plan:
 
 def find_training_data(settings: Settings) -> Dataset | None:
     """Returns the data set of --data_dir; None without one, which is synthetic data. Raises as `find_dataset`."""
-    if settings.data_dir is None:
-        return None
-    return find_dataset(
-        settings.data_dir,
-        num_classes=settings.num_classes,
-        label_base=settings.label_base,
-        split="train",
-        lenient=settings.skip_bad_images,
-    )
+    return None if settings.data_dir is None else find_split(settings, settings.data_dir, "train")
 
 
 def find_validation_data(settings: Settings) -> Dataset | None:
@@ -80,17 +72,22 @@ def find_validation_data(settings: Settings) -> Dataset | None:
     if settings.data_dir is None or settings.eval_every == 0:
         return None
     try:
-        return find_dataset(
-            settings.data_dir,
-            num_classes=settings.num_classes,
-            label_base=settings.label_base,
-            split="validation",
-            lenient=settings.skip_bad_images,
-        )
+        return find_split(settings, settings.data_dir, "validation")
     except InputError as error:
         if settings.eval_every is None and isinstance(error, NoSplit):
             return None
         raise InputError(f"{error}; or give --eval_every=0") from None
+
+
+def find_split(settings: Settings, data_dir: str, split: str) -> Dataset:
+    """Returns the data set there after checking that split, with what the flags say of it."""
+    return find_dataset(
+        data_dir,
+        num_classes=settings.num_classes,
+        label_base=settings.label_base,
+        split=split,
+        lenient=settings.skip_bad_images,
+    )
 
 
 def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin | None = None) -> Plan:

@@ -7,11 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.backend import open_evaluation
 from nvcnn.data.batch import Batch
 from nvcnn.data.dataset import Dataset
 from nvcnn.distributed import Transport, Vote
-from nvcnn.evaluate import count_hits, summed
+from nvcnn.evaluate import count_hits, open_validation, summed
 from nvcnn.models import Preprocessing
 from nvcnn.program import Signals
 from nvcnn.step import Step
@@ -46,19 +45,8 @@ class Validation:
         self.place = first.relative_to(dataset.directory).parts[0]
         batch_size = min(batch_size, self.images)
         self.batches = math.ceil(math.ceil(self.images / transport.size) / batch_size)  # of the rank that has the most
-        self.data = open_evaluation(
-            dataset,
-            backend,
-            batch_size=batch_size,
-            image_size=preprocessing.image_size,
-            crop=preprocessing.eval_crop,
-            aspect=preprocessing.eval_aspect,
-            interpolation=preprocessing.eval_interpolation,
-            rank=transport.rank,
-            ranks=transport.size,
-            device=step.arena.weight.device,
-            threads=threads,
-        )
+        device = step.arena.weight.device
+        self.data = open_validation(dataset, backend, preprocessing, batch_size, transport, device, threads)
 
     def evaluate(self, signals: Signals) -> list[dict[str, Any]]:
         """Returns the result of each kind of weights: with --ema the trained ones', then the averages'.
