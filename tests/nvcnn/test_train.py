@@ -110,7 +110,8 @@ def test_the_first_input_is_shown_and_changes_nothing(tmp_path, monkeypatch):
         assert run.loop() == 0
         weights.append(run.train_step.arena.weight)
     ((pictures, names),) = shown
-    assert torch.equal(pictures, torch.where(batch.flip[:, None, None, None], batch.images.flip(2), batch.images)[:16])
+    seen = torch.where(batch.flip[:, None, None, None], batch.images.flip(2), batch.images)[:16]
+    assert torch.equal(pictures, seen.cpu())
     assert names == [f"class {label}" for label in batch.labels[:16].tolist()]
     assert torch.equal(weights[0], weights[2])
 
@@ -118,6 +119,8 @@ def test_the_first_input_is_shown_and_changes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("backend", "stop_at"), [("torch", 4), ("torch", 6), ("dali_cpu", 5)])
 def test_a_run_whose_images_grow_goes_on(tmp_path, monkeypatch, small_dataset, backend, stop_at):
     """In the middle of a size, and where one begins; with the algorithms that were chosen for each."""
+    if backend == "dali_cpu":
+        pytest.importorskip("nvidia.dali")
     monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1), least_size=4))
     algorithms = {8: "torch", 12: "triton", 6: "torch"}
     whole, seen, stored = Step.__call__, [], []
@@ -170,7 +173,7 @@ def test_a_run_does_not_go_on_with_other_classes(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
     write_folders(tmp_path / "data", "train", images=CLASSES)
     options = {"data_dir": str(tmp_path / "data"), "batch_size": 2, "num_batches": 1, "log_dir": str(tmp_path / "run")}
-    settings = Settings(model="net", conv="torch", **options)
+    settings = Settings(model="net", conv="torch", data_backend="torch", **options)
     assert train(settings) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     (tmp_path / "data/train/n00000").rename(tmp_path / "data/train/n99999")
@@ -234,7 +237,7 @@ def test_averages_are_evaluated_too_and_decide_the_best(evaluated_run, tmp_path,
     hits, seen = iter([5, 2, 2, 4, 3, 3]), []
 
     def count_hits(model, *_):
-        seen.append(model.bn.running_mean.clone())
+        seen.append(model.bn.running_mean.clone().cpu())
         return torch.tensor([6, next(hits), 6])
 
     monkeypatch.setattr("nvcnn.validation.count_hits", count_hits)
@@ -349,7 +352,7 @@ def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
     _, state = checkpoint.newest(tmp_path)
     running = [each.train_step.arena.running for each in before]
     assert not torch.equal(*running)
-    assert torch.equal(state["weights"]["bn.running_mean"], before[0].train_step.model.bn.running_mean)
+    assert torch.equal(state["weights"]["bn.running_mean"], before[0].train_step.model.bn.running_mean.cpu())
     for each, own, past in zip(runs(state), running, before, strict=True):
         assert torch.equal(each.train_step.arena.running, own)
         assert torch.equal(each.train_step.arena.ema_running, past.train_step.arena.ema_running)

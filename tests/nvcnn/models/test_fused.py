@@ -405,7 +405,8 @@ class Wide(nn.Module):
 
     def forward(self, x: Tensor) -> list[Operand]:
         first, second, third = (conv_bn(x, *pair) for pair in zip(self.convs, self.bns, strict=True))
-        plain = Unnormalized(F.avg_pool2d(self.convs[0](x), 3, 1, 1), self.bns[0])
+        y = self.convs[0](x).contiguous(memory_format=torch.channels_last)  # in float64 a GPU's is not
+        plain = Unnormalized(F.avg_pool2d(y, 3, 1, 1), self.bns[0])
         pooled, raw = max_pool(second, 3, 1, 1), pooling(second, 3, 1, 1)
         relu, activated = conv_relu(x, self.biased), pooling(activation(second), 3, 1, 1)
         return [first, pooled, plain, raw, second, relu, activated, third, pooling(relu, 3, 1, 1)]
