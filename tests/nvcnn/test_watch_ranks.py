@@ -114,10 +114,11 @@ def test_a_rank_that_is_slow_and_ends(watched, monkeypatch):
     now, late = time.monotonic, [0.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now() + late[0], sleep=time.sleep))
     one = watched()
-    for moves in range(24):
+    for moves in range(16):
         one.tell(doing="checks its data", moves=moves)
         assert one.said(TIMEOUT / 8) == ""
-        late[0] = 1000 if moves > 12 else 0
+    late[0] = 1000
+    assert one.said(TIMEOUT / 3) == ""
     one.tell(ends=0)
     one.end[1].close()
     assert one.said(2 * TIMEOUT) == ""
