@@ -26,7 +26,7 @@ from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_de
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
 from nvcnn.optimizer.schedule import learning_rates
 from nvcnn.plan import describe, dry_run, find_training_data, find_validation_data, initial_model, plan
-from nvcnn.program import SAVED_AND_STOPPED, Signals, caught, launched
+from nvcnn.program import SAVED_AND_STOPPED, Signals, caught, doing, here, launched
 from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
 from nvcnn.validation import Validation
@@ -52,7 +52,7 @@ def train(settings: Settings) -> int:
             origin = weights.origin if weights else None
             dry_run(settings, plan(settings, dataset, expected.ranks, origin), weights)
         return 0
-    transport = connect(settings.transport)
+    transport = connect(settings.transport, settings.rank_timeout)
     if transport.size > 1:
         settings = replace(settings, transport=transport.name)
     check_ranks(transport, settings, dataset, "train", validation)
@@ -63,6 +63,7 @@ def train(settings: Settings) -> int:
     run = Run(settings, dataset, transport, state, weights, validation)
     if run.step < run.plan.steps:
         return run.loop()
+    transport.close()
     if transport.rank == 0:
         print(f"{settings.log_dir} is trained: all {run.step} steps are done; evaluate it with eval.py")
     return 0
@@ -219,23 +220,26 @@ class Run:
     def loop(self) -> int:
         """Trains to the last step, or until a signal stops it. Returns the exit code."""
         settings, rank = self.settings, self.transport.rank
+        here.doing, here.step = "computes", self.step
         if rank == 0 and settings.log_dir:
             checkpoint.begin(settings, self.transport.size)
+            here.checkpoint = str(checkpoint.path_of(Path(settings.log_dir), self.step)) if self.step else ""
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=rank)
         self.announce(metrics)
-        if not self.plan.no_graph:
-            self.train_step.capture(settings.batch_size, self.plan.sizes, mixed=self.mixing is not None)
-        metrics.say("Training")
-        metrics.table_head()
-        tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
-        vote = Vote(self.transport, questions=3)
-        divergence = Divergence(self.train_step.optimizer, settings.max_skipped)
-        throughput = Throughput(self.plan.total_batch, self.step)
-        until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
-        eval_every = 1 if settings.eval_every is None else settings.eval_every
-        told = bool(settings.log_dir)
-        due, stopped, diverged = False, False, ""  # a checkpoint is due
         with caught() as signals:
+            if not self.plan.no_graph:
+                with doing("captures its steps"):
+                    self.train_step.capture(settings.batch_size, self.plan.sizes, mixed=self.mixing is not None)
+            metrics.say("Training")
+            metrics.table_head()
+            tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
+            vote = Vote(self.transport, questions=3)
+            divergence = Divergence(self.train_step.optimizer, settings.max_skipped)
+            throughput = Throughput(self.plan.total_batch, self.step)
+            until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
+            eval_every = 1 if settings.eval_every is None else settings.eval_every
+            told = bool(settings.log_dir)
+            due, stopped, diverged = False, False, ""  # a checkpoint is due
             if self.step and self.validation and self.epochs_end(eval_every):  # what was stopped may not have had that
                 with throughput.left_out():
                     stopped = not self.evaluate(metrics, signals)
@@ -247,6 +251,7 @@ class Run:
                 self.train_step(*batches)
                 del batches  # before the next ones are there: they may be large
                 self.step += 1
+                here.step = self.step
                 metrics.step()
                 last = self.step == self.plan.steps
                 if self.step == 1 or self.step % settings.display_every == 0 or last:
@@ -281,6 +286,7 @@ class Run:
                             if not saves:
                                 self.save(metrics)
             vote.wait()
+        here.doing = "ends"
         if tensors:
             tensors.write(metrics, summarize=True)
         metrics.end(self.step, throughput)
@@ -314,6 +320,7 @@ class Run:
             "skipped": skipped - before,
         }
 
+    @doing("draws its first images")
     def show_input(self, batch: Batch | MixedBatch, metrics: Metrics) -> None:
         """Has some images of a batch drawn as the network sees them, with their classes."""
         names, labels = self.plan.class_names, batch.labels.tolist()
@@ -323,6 +330,7 @@ class Run:
         images = pixels(self.train_step.inputs_of(batch)[0][:PICTURES], self.plan.preprocessing.normalize).cpu()
         metrics.input(images, shown[:PICTURES])
 
+    @doing("evaluates")
     def evaluate(self, metrics: Metrics, signals: Signals) -> bool:
         """Evaluates on all ranks, and saves the best. Returns whether it came to its end, before any signal."""
         assert self.validation is not None
@@ -353,6 +361,7 @@ class Run:
         kept = checkpoint.last_good(Path(settings.log_dir))
         return f"{again}, and another --log_dir, where --init=FILE goes on from weights; {kept}"
 
+    @doing("saves")
     def save(self, metrics: Metrics, evaluation: dict[str, Any] | None = None) -> None:
         """Gathers what is each rank's own to rank 0, whose BatchNorm statistics are those of the weights.
 
@@ -386,6 +395,7 @@ class Run:
             **({"evaluation": evaluation} if evaluation else {}),
         }
         checkpoint.save(path, state, None if evaluation else settings.keep)
+        here.checkpoint = here.checkpoint if evaluation else str(path)
         metrics.write("checkpoint", step=self.step, path=str(path))
         metrics.say(f"Checkpoint written to {path}")
 
