@@ -15,6 +15,7 @@ from nvcnn.data.backend import choose_backend, open_training
 from nvcnn.data.batch import Batch, MixedBatch, pixels
 from nvcnn.data.dali import TrainingData
 from nvcnn.data.dataset import Dataset
+from nvcnn.data.labels import doubts
 from nvcnn.data.mixing import Mixing
 from nvcnn.data.pillow_workers import WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
@@ -92,10 +93,13 @@ class Run:
         self.settings, self.transport = settings, transport
         self.device, threads = use_device(transport)
         self.left_out: list[str] = []
+        self.doubts: list[str] = []
         if dataset is not None:
             self.backend = choose_backend(settings.data_backend, self.device)
             how = settings.check_data, settings.skip_bad_images, transport, threads
             dataset, self.left_out = check_data(dataset, "train", *how)
+            if transport.rank == 0:
+                self.doubts = doubts(dataset.source("train"), self.backend)
             if validation is not None:
                 validation, bad = check_data(validation, "validation", *how)
                 best = checkpoint.best_so_far(settings, transport.size, state) if transport.rank == 0 else None
@@ -408,7 +412,7 @@ class Run:
         say("\n".join([*describe(settings, self.plan), *self.beginning]))
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {transport}")
         if settings.data_dir:
-            say(f"Input:       {self.backend}")
+            say("\n".join([f"Input:       {self.backend}", *(f"  {line}" for line in self.doubts)]))
         if self.validation:
             say(f"Evaluation:  {self.validation.images} images of {self.validation.place}")
         elif settings.data_dir and settings.eval_every is None:
