@@ -47,6 +47,11 @@ def gradient_order(model: nn.Module, image_size: int) -> list[str]:
     return order
 
 
+def check_batch(model: nn.Module, batch_size: int, image_size: int) -> None:
+    """Raises ValueError unless each BatchNorm in training mode gets two values a channel, or more."""
+    functional_call(model, *on_meta(model, batch_size, image_size, torch.float32))
+
+
 def activation_bytes(model: nn.Module, batch_size: int, image_size: int, dtype: torch.dtype) -> int:
     """Returns the bytes that autograd keeps from forward for backward, images included, parameters not.
 

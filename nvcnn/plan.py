@@ -13,7 +13,7 @@ from nvcnn.data.source import NoSplit
 from nvcnn.estimate import LEAST, MEASURED, picture, step_floors, table_of_times
 from nvcnn.kernel_choices import use
 from nvcnn.machine import chosen_kernels, compute_dtype, slowness
-from nvcnn.meta import activation_bytes, macs
+from nvcnn.meta import activation_bytes, check_batch, macs
 from nvcnn.models import MODELS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Conv2d, freeze_backbone
 from nvcnn.optimizer.schedule import MOST_STEPS, RISE, learning_rates
@@ -93,8 +93,9 @@ def find_split(settings: Settings, data_dir: str, split: str) -> Dataset:
 def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin | None = None) -> Plan:
     """Returns what follows from these. origin: of the weights that training begins with; None: the model's own.
 
-    Raises InputError when the data set is smaller than a total batch, for --cuda_graph=on where it cannot be, for a
-    size of images that the run does not come to, and for more classes, steps or pixels than there can be.
+    Raises InputError when the data set is smaller than a total batch or of one class, for --cuda_graph=on where it
+    cannot be, for a size of images that the run does not come to, and for more classes, steps or pixels than there can
+    be.
     """
     total_batch = settings.batch_size * ranks * settings.accumulate
     if dataset:
@@ -125,9 +126,11 @@ def plan(settings: Settings, dataset: Dataset | None, ranks: int, origin: Origin
         raise InputError(
             f"--warmup_epochs={settings.warmup_epochs}: the run has {steps / steps_per_epoch:g} epochs: lower it"
         )
+    where = f"--data_dir={settings.data_dir}" if dataset else f"--num_classes={num_classes}"
     if num_classes > MAX_CLASSES:
-        where = f"--data_dir={settings.data_dir}" if dataset else f"--num_classes={num_classes}"
         raise InputError(f"{where}: {num_classes} classes: must be at most {MAX_CLASSES}")
+    if num_classes == 1:
+        raise InputError(f"{where}: one class is nothing to learn: give images of two or more")
     image_sizes = training_sizes(settings.train_size) if settings.train_size else ((0, preprocessing.training_size),)
     for first, size in image_sizes:
         if first * steps_per_epoch >= steps:
@@ -215,7 +218,7 @@ def describe_images(model: str, preprocessing: Preprocessing, options: dict[str,
 def initial_model(settings: Settings, run: Plan, weights: Weights | None) -> tuple[nn.Module, list[str]]:
     """Returns the model that training begins with, and lines that say so. weights: on rank 0, those of --init.
 
-    Raises InputError unless they fit.
+    Raises InputError unless they fit, and where a BatchNorm would get one value a channel.
     """
     options = run.options | {"zero_gamma": settings.zero_gamma}
     model = build_model(settings.model, num_classes=run.num_classes, seed=settings.seed, **options)
@@ -226,6 +229,12 @@ def initial_model(settings: Settings, run: Plan, weights: Weights | None) -> tup
         freeze_backbone(model)
         trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
         lines.append(f"Frozen:      weights and statistics of all but {', '.join(sorted(trained))}")
+    for size in run.sizes if settings.batch_size == 1 else ():
+        try:
+            check_batch(model, 1, size)
+        except ValueError as error:
+            more = f"raise --batch_size, or --{'train_size' if settings.train_size else 'image_size'}"
+            raise InputError(f"--batch_size=1: with images of {size} x {size}, {error}: {more}") from None
     return model, lines
 
 

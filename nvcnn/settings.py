@@ -349,6 +349,9 @@ class Settings(Images):
     max_skipped: int = run(
         50, "steps in a row that may be skipped, for gradients that are not finite, before a run stops", may_differ=True
     )
+    check_ranks: int = run(
+        1000, "steps between comparisons of the ranks' weights, which are equal to the bit; 0: never", may_differ=True
+    )
     resnet_v1: bool = run(False, "bottleneck's stride in its first 1x1, as the original")
     seed: int = run(1, "weights, crops, order")
     keep: int = run(3, "checkpoints to keep", may_differ=True)
@@ -383,7 +386,7 @@ class Settings(Images):
         for name in ("learning_rate", "larc_eta", "clip_norm"):
             value = getattr(self, name)
             check(self, value is None or SMALLEST <= value <= LARGEST, name, f"a number from {SMALLEST} to {LARGEST}")
-        for name in ("save_interval", "save_every", "summary_interval", "rank_timeout", "seed"):
+        for name in ("save_interval", "save_every", "check_ranks", "summary_interval", "rank_timeout", "seed"):
             check(self, 0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
         check(self, 0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
         check(self, self.ema is None or 0 < self.ema < 1, "ema", "above 0 and below 1")

@@ -10,11 +10,12 @@ from torch import nn
 
 from nvcnn import checkpoint
 from nvcnn.check_data import check_data
-from nvcnn.check_ranks import check_ranks
+from nvcnn.check_ranks import WeightCheck, check_ranks
 from nvcnn.data.backend import choose_backend, open_training
 from nvcnn.data.batch import Batch, MixedBatch, pixels
 from nvcnn.data.dali import TrainingData
 from nvcnn.data.dataset import Dataset
+from nvcnn.data.labels import doubts
 from nvcnn.data.mixing import Mixing
 from nvcnn.data.pillow_workers import WorkerTrainingData
 from nvcnn.data.synthetic import SyntheticData
@@ -93,10 +94,13 @@ class Run:
         self.settings, self.transport = settings, transport
         self.device, threads = use_device(transport)
         self.left_out: list[str] = []
+        self.doubts: list[str] = []
         if dataset is not None:
             self.backend = choose_backend(settings.data_backend, self.device)
             how = settings.check_data, settings.skip_bad_images, transport, threads
             dataset, self.left_out = check_data(dataset, "train", *how)
+            if transport.rank == 0:
+                self.doubts = doubts(dataset.source("train"), self.backend)
             if validation is not None:
                 validation, bad = check_data(validation, "validation", *how)
                 best = checkpoint.best_so_far(settings, transport.size, state) if transport.rank == 0 else None
@@ -235,6 +239,7 @@ class Run:
             tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
             vote = Vote(self.transport, questions=3)
             divergence = Divergence(self.train_step.optimizer, settings.max_skipped)
+            weight_check = WeightCheck(self.train_step.arena, self.transport, settings.check_ranks)
             throughput = Throughput(self.plan.total_batch, self.step)
             until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
             eval_every = 1 if settings.eval_every is None else settings.eval_every
@@ -267,14 +272,15 @@ class Run:
                     told = True
                 if self.step % divergence.every == 0:
                     divergence.follow()
+                weight_check.follow(self.step)
                 save, stop, diverges = vote(rank == 0 and until_save.over(), bool(signals), bool(divergence.reason))
                 stopped = stop and not last
                 due = due or save or stop or last or self.epochs_end(settings.save_every)
                 evaluates = self.validation and (last or self.epochs_end(eval_every)) and not stopped
-                if due or evaluates or diverges:
+                if due or evaluates or diverges or weight_check.reason:
                     self.train_step.read()  # the device is done: what follows is saving and evaluation alone
                     with throughput.left_out():
-                        diverged, good = self.agree(divergence)
+                        diverged, good = self.agree(divergence, weight_check)
                         if diverged:
                             break
                         saves = due and (good or stop or last)
@@ -286,6 +292,7 @@ class Run:
                             if not saves:
                                 self.save(metrics)
             vote.wait()
+            weight_check.read()
         here.doing = "ends"
         if tensors:
             tensors.write(metrics, summarize=True)
@@ -293,7 +300,7 @@ class Run:
         self.data.close()
         if diverged and rank == 0:
             metrics.write("diverged", step=self.step, reason=diverged)
-            metrics.say(f"Diverged {diverged}: {self.remedy()}")
+            metrics.say(f"Diverged {diverged}: {self.remedy(bool(weight_check.reason))}")
         elif stopped:
             kept = "saved" if settings.log_dir else "nothing saved, since there is no --log_dir"
             metrics.say(f"Stopped by a signal after step {self.step}: {kept}")
@@ -342,24 +349,34 @@ class Run:
             self.save(metrics, results[-1])
         return bool(results)
 
-    def agree(self, divergence: Divergence) -> tuple[str, bool]:
+    def agree(self, divergence: Divergence, weight_check: WeightCheck) -> tuple[str, bool]:
         """Returns why the run must stop, empty if it need not, and whether the latest step is one to save.
 
         All ranks get the same, though each has a loss of its own.
         """
         divergence.look()
+        weight_check.look(self.step)
         found = self.transport.gather((divergence.reason, divergence.good))
-        return next((reason for reason, _ in found if reason), ""), all(good for _, good in found)
+        reasons = (weight_check.reason, *(reason for reason, _ in found))
+        return next(filter(None, reasons), ""), all(good for _, good in found)
 
-    def remedy(self) -> str:
+    def remedy(self, ranks_differ: bool) -> str:
         """Returns what to do about a run that has diverged."""
         settings = self.settings
-        scale = "--loss_scale=dynamic, or " if settings.fp16 and settings.loss_scale != "dynamic" else ""
-        again = f"give {scale}a --learning_rate below {self.plan.learning_rate:g}"
+        if ranks_differ:
+            again = (
+                "a GPU or memory is faulty, ranks have GPUs or kernels that round differently, or nvcnn has a bug; "
+                "give the command again on other machines"
+            )
+        else:
+            scaled = settings.loss_scale != "dynamic" and (settings.fp16 or float(settings.loss_scale) > 1)
+            scale = "--loss_scale=dynamic, or " * scaled
+            again = f"give {scale}a --learning_rate below {self.plan.learning_rate:g}"
         if not settings.log_dir:
             return again
         kept = checkpoint.last_good(Path(settings.log_dir))
-        return f"{again}, and another --log_dir, where --init=FILE goes on from weights; {kept}"
+        other = "" if ranks_differ else ", and another --log_dir, where --init=FILE goes on from weights"
+        return f"{again}{other}; {kept}"
 
     @doing("saves")
     def save(self, metrics: Metrics, evaluation: dict[str, Any] | None = None) -> None:
@@ -405,7 +422,7 @@ class Run:
         say("\n".join([*describe(settings, self.plan), *self.beginning]))
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {transport}")
         if settings.data_dir:
-            say(f"Input:       {self.backend}")
+            say("\n".join([f"Input:       {self.backend}", *(f"  {line}" for line in self.doubts)]))
         if self.validation:
             say(f"Evaluation:  {self.validation.images} images of {self.validation.place}")
         elif settings.data_dir and settings.eval_every is None:

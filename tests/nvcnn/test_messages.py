@@ -94,6 +94,8 @@ COMMANDS = {  # by heading
         "train.py --model=lenet --zero_gamma",
         "train.py --model=resnet50 --no_decay=bias",
         "train.py --model=resnet50 --max_skipped=0",
+        "train.py --model=lenet --num_classes=1",
+        "train.py --model=resnet18 --image_size=32 --batch_size=1",
         "train.py --model=resnet50 --seed=-1",
         "train.py --model=resnet50 --keep=0",
         "train.py --model=resnet50 --fp16 --bf16",

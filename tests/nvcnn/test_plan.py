@@ -128,6 +128,7 @@ def test_a_size_that_the_run_does_not_come_to_is_refused(small_dataset, length, 
     ("settings", "message"),
     [
         ({"num_classes": 32_769}, "--num_classes=32769: 32769 classes: must be at most 32768"),
+        ({"num_classes": 1}, "^--num_classes=1: one class is nothing to learn"),
         ({"num_batches": 2_000_000_000}, "--num_batches=2000000000: 2000000000 steps: must be at most"),
         ({"warmup_epochs": 1.1, "num_batches": 10}, "--warmup_epochs=1.1: the run has 1 epochs: lower it"),
         ({"batch_size": 2**31 // 28**2 + 1}, "--batch_size=2739138: too many images of 28 x 28 pixels"),
@@ -136,6 +137,20 @@ def test_a_size_that_the_run_does_not_come_to_is_refused(small_dataset, length, 
 def test_more_than_there_can_be_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
         plan(Settings(model="lenet", **settings), None, ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "flag"), [({"image_size": 32}, "image_size"), ({"image_size": 64, "train_size": "32"}, "train_size")]
+)
+def test_a_batch_norm_of_one_value_a_channel_is_refused(flags, flag):
+    """But not where all are frozen, and no more with 33 x 33, which leaves 2 x 2 pixels."""
+    settings = Settings(model="resnet18", batch_size=1, num_classes=9, **flags)
+    said = rf"^--batch_size=1: with images of 32 x 32, .* at least 2 values .*, got 1: raise --batch_size, or --{flag}$"
+    with pytest.raises(InputError, match=said):
+        initial_model(settings, plan(settings, None, 8), None)
+    for other in ({"batch_size": 2}, {"freeze": "backbone", "init": "w.pth"}, {"image_size": 33, "train_size": None}):
+        enough = replace(settings, **other)
+        initial_model(enough, plan(enough, None, 8), None)
 
 
 @pytest.mark.usefixtures("without_estimates")

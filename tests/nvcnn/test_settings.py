@@ -69,6 +69,7 @@ NEWER = {
     "eval_every": None,
     "save_every": 1,
     "max_skipped": 50,
+    "check_ranks": 1000,
     "seed": 1,
     "keep": 3,
     "cuda_graph": "auto",
@@ -213,6 +214,7 @@ def test_short_and_negative_forms():
         ("--save_every=-1", "--save_every=-1"),
         ("--max_skipped=0", "--max_skipped=0"),
         ("--rank_timeout=-1", "--rank_timeout=-1: must be 0 or more"),
+        ("--check_ranks=-1", "--check_ranks=-1: must be 0 or more"),
         ("--eval_every=2", "--eval_every=2 needs --data_dir"),
         ("--fp16 --bf16", "--fp16 and --bf16"),
         ("--momentum_dtype=fp16", "--momentum_dtype"),
@@ -282,6 +284,7 @@ def test_what_a_resumed_run_may_change():
     free = ["--display_every=7", "--save_interval=1", "--summary_interval=1", "--keep=9", "--data_dir=d", "--log_dir=e"]
     free += ["--log_tensors", "--transport=torch", "--eval_every=0", "--save_every=0", "--max_skipped=9"]
     free += ["--rank_timeout=9"]
+    free += ["--check_ranks=0"]
     assert differences(one, stored) == []
     assert differences(parse(Settings, ["--model=lenet", "--crop_area=0.5,1", *free]), stored) == []
     other = parse(Settings, ["--model=trivial", "--crop_area=0.6,1", "--momentum_dtype=bf16"])

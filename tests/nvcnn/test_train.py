@@ -315,6 +315,13 @@ def test_a_run_that_diverges_stops_and_keeps_its_good_checkpoints(tmp_path, monk
     assert event["step"] == 7 + max_skipped
 
 
+@pytest.mark.parametrize(
+    ("flags", "scale"), [({}, ""), ({"loss_scale": 64.0}, "--loss_scale=dynamic, or "), ({"loss_scale": "dynamic"}, "")]
+)
+def test_a_loss_scale_that_cannot_fall_is_part_of_the_remedy(flags, scale):
+    assert run(learning_rate=0.5, **flags).remedy(ranks_differ=False) == f"give {scale}a --learning_rate below 0.5"
+
+
 @pytest.mark.parametrize(("long", "times"), [(0.0, 1), (9999.0, 0)])
 def test_a_long_run_that_keeps_nothing_says_so_once(monkeypatch, capsys, long, times):
     monkeypatch.setattr("nvcnn.train.LONG", long)

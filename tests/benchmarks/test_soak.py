@@ -1,0 +1,96 @@
+"""A soak tells what grows from what does not, and counts what the ranks have, not others."""
+
+import math
+import os
+import random
+import subprocess
+
+import psutil
+import pytest
+
+from benchmarks import soak
+from nvcnn.data.dataset import find_dataset
+from tests.samples import write_split
+
+TIMES = [2.0 * n for n in range(400)]
+
+
+def noisy(level, growth, noise):
+    """Returns values that grow by so much over all times; each epoch of 7 s has a second of other ones."""
+    draw = random.Random(1)
+    return [level + growth * t / TIMES[-1] + noise * (draw.random() + (t % 7 < 1)) for t in TIMES]
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "flat"),
+    [
+        (noisy(800, 0, 5), "MB", True),
+        (noisy(800, 7, 1), "MB", True),  # less than 1 %
+        (noisy(800, 16, 5), "MB", False),
+        (noisy(800, 16, 500), "MB", True),  # nobody can tell
+        (noisy(800, -300, 5), "MB", True),
+        (noisy(40, 0, 4), "", True),
+        (noisy(40, 2, 4), "", False),
+        ([30.0] * 400, "", True),
+        (noisy(1000, -100, 50), "images/s", False),
+        (noisy(1000, -30, 10), "images/s", True),
+        (noisy(1000, 100, 50), "images/s", True),
+    ],
+)
+def test_what_is_flat(values, unit, flat):
+    row = soak.judged("name", unit, TIMES, values)
+    assert row["flat"] is flat
+    assert not math.isnan(row["+/-"])
+
+
+def test_a_slope_is_that_of_an_hour():
+    row = soak.judged("name", "MB", TIMES, [100 + t / 36 for t in TIMES])
+    assert row["an hour"] == pytest.approx(100)
+    assert row["added"] == pytest.approx(TIMES[-1] / 36, rel=1e-3)
+
+
+def test_too_few_values_are_no_slope():
+    with pytest.raises(RuntimeError, match="3 values are too few for a slope"):
+        soak.judged("name", "MB", TIMES[:3], [1.0] * 3)
+
+
+def test_warm_up_is_left_out():
+    found = {"rank 0: threads, ": [TIMES, [50.0] * 70 + [9.0] * 330], "speed, images/s": [TIMES, [7.0] * 400]}
+    rows = soak.rows_of("torch", found)
+    assert [(row["name"], row["mean"], row["flat"]) for row in rows] == [
+        ("torch, rank 0: threads", 9.0, True),
+        ("torch, speed", 7.0, True),
+    ]
+
+
+def test_ranks_are_found_and_what_they_have(tmp_path):
+    started = []
+    for rank in (1, 0):
+        variables = {"SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = os.environ | {f"OMPI_COMM_WORLD_{name}": value for name, value in variables.items()}
+        command = ["sh", "-c", f"exec 7>{tmp_path}/{rank}; sleep 60 & echo; wait"]
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+    try:
+        assert [run.stdout.readline() for run in started] == [b"\n"] * 2
+        found = soak.ranks_below(psutil.Process())
+        assert [rank.pid for rank in found] == [run.pid for run in reversed(started)]
+        one = soak.sample(found[0])
+        assert (one["open files, "], one["threads, "], one["workers, "]) == (4, 1, 1)
+        assert min(one["memory, MB"], one["memory of workers, MB"]) > 0
+        assert soak.files(tmp_path) == 2
+    finally:
+        for run in started:
+            for process in (*psutil.Process(run.pid).children(), run):
+                process.kill()
+            run.communicate()
+
+
+def test_an_epoch_is_the_first_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "IMAGES", {"train": 5, "validation": 3})
+    for split in soak.IMAGES:
+        write_split(tmp_path / "data", split, images=16, shards=2)
+    (tmp_path / "data/dataset.json").write_text('{"num_classes": 16, "label_base": 1, "images": {"train": 16}}')
+    soak.excerpt(tmp_path / "data", tmp_path / "few")
+    for split, images in soak.IMAGES.items():
+        few = find_dataset(tmp_path / "few", num_classes=None, label_base=None, split=split).source(split)
+        assert [few.read(i)[1] for i in range(len(few))] == list(range(1, images + 1))
