@@ -68,6 +68,7 @@ NEWER = {
     "resnet_v1": False,
     "eval_every": None,
     "save_every": 1,
+    "on_save_error": "stop",
     "max_skipped": 50,
     "seed": 1,
     "keep": 3,
@@ -278,6 +279,7 @@ def test_what_a_resumed_run_may_change():
     stored = json.loads(json.dumps(as_json(one)))
     free = ["--display_every=7", "--save_interval=1", "--summary_interval=1", "--keep=9", "--data_dir=d", "--log_dir=e"]
     free += ["--log_tensors", "--transport=torch", "--eval_every=0", "--save_every=0", "--max_skipped=9"]
+    free += ["--on_save_error=continue"]
     assert differences(one, stored) == []
     assert differences(parse(Settings, ["--model=lenet", "--crop_area=0.5,1", *free]), stored) == []
     other = parse(Settings, ["--model=trivial", "--crop_area=0.6,1", "--momentum_dtype=bf16"])
