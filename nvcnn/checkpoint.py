@@ -19,6 +19,7 @@ A checkpoint is a file that `torch.load(weights_only=True)` reads, ends in its d
     evaluation             of `BEST` alone: top1 and top5 in percent, images
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,7 +28,7 @@ import os
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedRandom, BufferedWriter, BytesIO
 from pathlib import Path
@@ -45,10 +46,15 @@ from nvcnn.settings import Settings, as_json, differences
 FORMAT, VERSION = "nvcnn checkpoint", 1
 BEST = "checkpoint-best.pt"  # of the highest top-1; it is never the newest, and is not removed
 DIGEST = "sha256"
+HALVES = ("an empty file", "a zip archive that is cut short")  # of what `what_is` says: may have been a checkpoint
 MARK = f"nvcnn {DIGEST} ".encode()
 COMMENT = len(MARK) + 64  # bytes: the mark, and the digest in hexadecimal digits
 
 locks: list[BufferedWriter] = []  # a lock is let go when its file is closed
+
+
+class Damaged(InputError):
+    """A file that is not what was written to it. What a disk fails to read, or is another program's, is not damaged."""
 
 
 def path_of(log_dir: Path, step: int) -> Path:
@@ -72,8 +78,13 @@ def written_whole(path: Path, part: str = ".part") -> Iterator[BufferedRandom]:
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system without this for directories
+            raise
+    finally:
+        os.close(directory)
 
 
 def save(path: Path, state: dict[str, Any], keep: int | None) -> None:
@@ -82,6 +93,7 @@ def save(path: Path, state: dict[str, Any], keep: int | None) -> None:
     Raises InputError when it cannot be written, with the checkpoint that there is then.
     """
     try:
+        check_place(path.parent)
         with written_whole(path) as file:
             write({"format": FORMAT, "version": VERSION} | state, file)
     except (OSError, RuntimeError) as error:
@@ -93,9 +105,14 @@ def save(path: Path, state: dict[str, Any], keep: int | None) -> None:
         raise InputError(f"{path}: cannot be written ({cause.strerror}); {last_good(path.parent)}") from None
     if keep is None:
         return
-    # A newer one that is damaged, over which a resumed run went back, does not count.
-    there = in_directory(path.parent)
-    for old in there[there.index(path) + keep :]:
+    try:
+        # A newer one, over which a resumed run went back, does not count.
+        there = in_directory(path.parent)
+        old_ones = there[there.index(path) + keep :] if path in there else []
+    except OSError as error:
+        print(f"{path.parent}: cannot be listed ({error.strerror}), so no older one is removed", file=sys.stderr)
+        return
+    for old in old_ones:
         try:
             old.unlink()
         except OSError as error:
@@ -152,39 +169,45 @@ def verified(path: Path) -> bool:
         for start in range(0, size, 2**20):
             digest.update(file.read(min(2**20, size - start)))
     if comment != MARK + digest.hexdigest().encode():
-        raise InputError(f"{path}: damaged, its digest differs; remove it or give another file")
+        raise Damaged(f"{path}: damaged, its digest differs; give another file")
     return True
 
 
 def read(path: Path, mmap: bool = False) -> Any:
     """Returns what torch.save wrote to a file, verified, on the CPU. mmap: tensors stay in the file while it can be.
 
-    Raises InputError for a file that is damaged, or holds more than `weights_only` allows. One without a digest, of
+    Raises InputError for a file that is `Damaged`, or holds more than `weights_only` allows. One without a digest, of
     others or of older versions, is held to zip's checksums.
     """
+    sound = False
     try:
-        whole = verified(to_read(path))
+        whole = sound = verified(to_read(path))
         zipped = zipfile.is_zipfile(path)  # what torch.save wrote before torch 1.6 is not
         if zipped and not whole:
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
                 if broken := archive.testzip():
-                    raise InputError(f"{path}: damaged at {broken}; remove it or give another file")
+                    raise Damaged(f"{path}: damaged at {broken}; give another file")
+                sound = True
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
         if not whole and isinstance(content, dict) and content.get("digest") == DIGEST:
-            raise InputError(f"{path}: damaged, its digest is lost; remove it or give another file")
+            raise Damaged(f"{path}: damaged, its digest is lost; give another file")
         return content
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError:
         raise
     except Exception as error:  # a foreign file can fail in any way
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # zipfile looks for what is before the file
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
         if kind := what_is(path):
-            raise InputError(f"{path}: is {kind}, not a checkpoint; give one, or weights") from None
+            failure = Damaged if kind in HALVES else InputError
+            raise failure(f"{path}: is {kind}, not a checkpoint; give one, or weights") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, UnpicklingError):
             reason = "damaged, or more than tensors, numbers and words; save the state_dict alone"
-        raise InputError(f"{path}: not a readable checkpoint ({reason})") from None
+        failure = InputError if sound or isinstance(error, MemoryError) else Damaged
+        raise failure(f"{path}: not a readable checkpoint ({reason})") from None
 
 
 def check(path: Path, state: Any, format: str = FORMAT, version: int = VERSION) -> dict[str, Any]:
@@ -201,10 +224,13 @@ def load(path: Path) -> dict[str, Any]:
     return check(path, read(path))
 
 
-def newest(log_dir: Path, warn=print) -> tuple[Path, dict[str, Any]] | None:
+def newest(
+    log_dir: Path, warn: Callable[[str], None] = print, damaged: list[Path] | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """Returns the newest valid checkpoint of a directory, or None if there is none. Warns of files it passed over.
 
-    Raises InputError when there are checkpoints but no valid one: training from scratch would overwrite a run.
+    damaged: gets those of them that are. Raises InputError when there are checkpoints but no valid one: training from
+    scratch would overwrite a run.
     """
     bad: list[Path] = []
     while left := [path for path in in_directory(log_dir) if path not in bad]:
@@ -214,10 +240,26 @@ def newest(log_dir: Path, warn=print) -> tuple[Path, dict[str, Any]] | None:
             if not os.path.lexists(left[0]):
                 continue  # a training at work there has removed it, and written a newer one
             bad.append(left[0])
+            if damaged is not None and isinstance(error, Damaged):
+                damaged.append(left[0])
             warn(f"{error}; trying the one before")
     if bad:
         raise InputError(f"{log_dir}: none of its {len(bad)} checkpoints can be read; give another --log_dir")
     return None
+
+
+def set_aside(path: Path) -> None:
+    """Gives a damaged file a name that nothing here reads, counts or removes, and says it."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    try:
+        path.rename(aside)
+        print(f"{path} is set aside as {aside.name}", flush=True)
+    except OSError as error:
+        print(f"{path}: cannot be set aside as {aside.name} ({error.strerror})", file=sys.stderr)
 
 
 def origin(state: dict[str, Any]) -> Origin:
@@ -228,7 +270,7 @@ def origin(state: dict[str, Any]) -> Origin:
 
 
 def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
-    """Returns the newest checkpoint of the log directory, or None if a run starts there.
+    """Returns the newest checkpoint of the log directory, or None if a run starts there. Sets damaged ones aside.
 
     Raises InputError if the directory belongs to another run, or another training is at work there.
     """
@@ -239,11 +281,14 @@ def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
         raise InputError(f"--log_dir={log_dir}: is a file; give a directory")
     if os.access(log_dir, os.W_OK):  # else there is nothing to do, or `begin` says what there is to say
         lock(log_dir)
-    found = newest(log_dir, warn=lambda line: print(line, flush=True))
+    damaged: list[Path] = []
+    found = newest(log_dir, lambda line: print(line, flush=True), damaged)
     if found is None:
         return None
     path, state = found
     check_same_run(settings, ranks, path, state)
+    for each in damaged:  # not before there is a good one: without any the run would begin anew the next time
+        set_aside(each)
     print(f"Restored checkpoint {path}", flush=True)
     before = state["settings"].get("transport")
     if ranks > 1 and before != settings.transport:
@@ -254,13 +299,19 @@ def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
 def best_so_far(settings: Settings, ranks: int, resumed: dict[str, Any] | None) -> float:
     """Returns the top-1, in percent, of the best checkpoint of the log directory; minus infinity without one.
 
-    resumed: the state from which the run goes on; where it begins anew no best counts. Raises InputError unless the
-    checkpoint is this run's, since a better one would replace it.
+    resumed: the state from which the run goes on; where it begins anew no best counts. A damaged one is set aside, and
+    the next evaluation is the best. Raises InputError unless the checkpoint is this run's, since a better one would
+    replace it.
     """
     path = Path(settings.log_dir) / BEST
     if not settings.log_dir or not path.exists():
         return -math.inf
-    state = load(path)
+    try:
+        state = load(path)
+    except Damaged as error:
+        print(f"{error}; the next evaluation is the best", flush=True)
+        set_aside(path)
+        return -math.inf
     if "evaluation" not in state:
         raise InputError(f"{path} was not written there by a run, which would replace it: give it another name")
     check_same_run(settings, ranks, path, state)
@@ -323,3 +374,21 @@ def lock(log_dir: Path) -> None:
     except OSError as error:
         print(f"{path}: cannot be locked ({error.strerror}), so start no second training there", file=sys.stderr)
     locks.append(file)
+
+
+def check_place(log_dir: Path) -> None:
+    """Raises InputError if another directory is where this process locked one: it may be another run's.
+
+    Where the lock's file has been removed, takes it anew.
+    """
+    held = [os.fstat(file.fileno()) for file in locks if Path(file.name).parent == log_dir]
+    try:
+        there = os.stat(log_dir / ".lock") if held else None
+    except FileNotFoundError:
+        os.stat(log_dir)  # what is gone is not made again: it may be a disk that is not mounted now
+        lock(log_dir)
+        return
+    if there and not any(os.path.samestat(there, one) for one in held):
+        raise InputError(
+            f"{log_dir}: is not the directory in which this run began; bring that back, or remove {log_dir}/.lock"
+        )

@@ -218,7 +218,8 @@ class Metrics:
         if self.bar is not None:
             self.bar.close()
         if self.file:
-            self.file.close()
+            with optional(self.events, self.said):  # a network file system may say only now that it is full
+                self.file.close()
         if self.board:
             with optional(self.tensorboard, self.said):
                 self.board.close()

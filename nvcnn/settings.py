@@ -346,6 +346,12 @@ class Settings(Images):
         may_differ=True,
     )
     save_every: int = run(1, "epochs between checkpoints, whatever --save_interval is; 0: never", may_differ=True)
+    on_save_error: str = run(
+        "stop",
+        "what a checkpoint that cannot be written does: end the run, or let it go on and try again a minute later",
+        choices=("stop", "continue"),
+        may_differ=True,
+    )
     max_skipped: int = run(
         50, "steps in a row that may be skipped, for gradients that are not finite, before a run stops", may_differ=True
     )

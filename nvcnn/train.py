@@ -27,13 +27,14 @@ from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_de
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
 from nvcnn.optimizer.schedule import learning_rates
 from nvcnn.plan import describe, dry_run, find_training_data, find_validation_data, initial_model, plan
-from nvcnn.program import SAVED_AND_STOPPED, Signals, caught, doing, here, launched
+from nvcnn.program import SAVED_AND_STOPPED, InputError, Signals, caught, doing, here, launched
 from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
 from nvcnn.validation import Validation
 from nvcnn.weights import Weights, read
 
 PICTURES = 16  # of the first batch, in input.png
+RETRY = 60.0  # seconds until a checkpoint that could not be written is tried again
 LONG = 60.0  # seconds; a run that takes longer and keeps nothing says so
 Data = TrainingData | WorkerTrainingData | SyntheticData
 
@@ -157,6 +158,7 @@ class Run:
             self.train_step.load_state_dict(state)
         self.step = self.train_step.broadcast()
         self.skipped = self.step - int(self.train_step.optimizer.counters[1])  # steps, up to the last table line
+        self.until_retry = Timer(-1)  # of a checkpoint that could not be written; rank 0's
         if mine:
             set_random_state(mine, self.device)
             for name in ("running", "ema_running"):
@@ -241,10 +243,10 @@ class Run:
             divergence = Divergence(self.train_step.optimizer, settings.max_skipped)
             weight_check = WeightCheck(self.train_step.arena, self.transport, settings.check_ranks)
             throughput = Throughput(self.plan.total_batch, self.step)
-            until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
+            until_summary, self.until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
             eval_every = 1 if settings.eval_every is None else settings.eval_every
             told = bool(settings.log_dir)
-            due, stopped, diverged = False, False, ""  # a checkpoint is due
+            due, stopped, diverged, unsaved = False, False, "", ""  # due: a checkpoint is
             if self.step and self.validation and self.epochs_end(eval_every):  # what was stopped may not have had that
                 with throughput.left_out():
                     stopped = not self.evaluate(metrics, signals)
@@ -273,7 +275,9 @@ class Run:
                 if self.step % divergence.every == 0:
                     divergence.follow()
                 weight_check.follow(self.step)
-                save, stop, diverges = vote(rank == 0 and until_save.over(), bool(signals), bool(divergence.reason))
+                save, stop, diverges = vote(
+                    rank == 0 and self.until_save.over(), bool(signals), bool(divergence.reason)
+                )
                 stopped = stop and not last
                 due = due or save or stop or last or self.epochs_end(settings.save_every)
                 evaluates = self.validation and (last or self.epochs_end(eval_every)) and not stopped
@@ -285,12 +289,12 @@ class Run:
                             break
                         saves = due and (good or stop or last)
                         if saves:
-                            self.save(metrics)
-                            due, until_save = False, Timer(settings.save_interval)
+                            unsaved = self.save(metrics, must=stop or last)
+                            due = False
                         if evaluates and not self.evaluate(metrics, signals):
                             stopped = True
-                            if not saves:
-                                self.save(metrics)
+                            if not saves or unsaved:
+                                unsaved = self.save(metrics, must=True)
             vote.wait()
             weight_check.read()
         here.doing = "ends"
@@ -303,13 +307,15 @@ class Run:
             metrics.say(f"Diverged {diverged}: {self.remedy(bool(weight_check.reason))}")
         elif stopped:
             kept = "saved" if settings.log_dir else "nothing saved, since there is no --log_dir"
-            metrics.say(f"Stopped by a signal after step {self.step}: {kept}")
+            metrics.say(f"Stopped by a signal after step {self.step}: {'not saved' if unsaved else kept}")
         metrics.close()
         self.transport.barrier()
         self.train_step.close()
         self.transport.close()
         if diverged:
             return 1
+        if unsaved:
+            raise InputError(unsaved)
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
 
     def shown(self, throughput: Throughput) -> dict[str, float]:
@@ -344,9 +350,9 @@ class Run:
         results = self.validation.evaluate(signals)
         for result in results:
             metrics.evaluation(self.step, self.epoch, in_words(result, "Top-1"), in_words(result, "Top-5"), **result)
-        if results and results[-1]["top1"] > self.validation.best:  # of the averages, if any: eval.py takes these
+        better = results and results[-1]["top1"] > self.validation.best  # of the averages, if any: eval.py takes these
+        if better and not self.save(metrics, results[-1], must=self.step == self.plan.steps):
             self.validation.best = results[-1]["top1"]
-            self.save(metrics, results[-1])
         return bool(results)
 
     def agree(self, divergence: Divergence, weight_check: WeightCheck) -> tuple[str, bool]:
@@ -379,23 +385,41 @@ class Run:
         return f"{again}{other}; {kept}"
 
     @doing("saves")
-    def save(self, metrics: Metrics, evaluation: dict[str, Any] | None = None) -> None:
+    def save(self, metrics: Metrics, evaluation: dict[str, Any] | None = None, *, must: bool) -> str:
         """Gathers what is each rank's own to rank 0, whose BatchNorm statistics are those of the weights.
 
-        evaluation: its result, if this is the best one.
+        evaluation: its result, if this is the best one. must: also soon after one that could not be written. Returns
+        why it is not written, on all ranks alike; empty if it is.
         """
-        settings, plan = self.settings, self.plan
+        settings = self.settings
         if not settings.log_dir:
-            return
+            return ""
         arena = self.train_step.arena
         own = {"reader": self.data.state_dict(), "running": arena.running.cpu()}
         own["average"] = self.train_step.optimizer.average.cpu()
         if arena.ema_running is not None:
             own["ema_running"] = arena.ema_running.cpu()
         ranks = self.transport.gather(own | random_state(self.device))
-        if self.transport.rank != 0:
-            return
-        log_dir = Path(settings.log_dir)
+        failure = ""
+        if self.transport.rank == 0 and not must and not self.until_retry.over():
+            failure = "too soon"
+        elif self.transport.rank == 0:
+            try:
+                self.write(metrics, ranks, evaluation)
+            except InputError as error:
+                if settings.on_save_error == "stop":
+                    raise
+                failure = str(error)
+                again = "" if must else f"; training goes on, and tries again in {RETRY:.0f} s"
+                metrics.say(f"Not saved after step {self.step}: {failure}{again}")
+            self.until_retry = Timer(RETRY if failure else -1)
+            if failure or not evaluation:
+                self.until_save = Timer(RETRY if failure else settings.save_interval)
+        return failure if settings.on_save_error == "stop" else self.transport.gather(failure)[0]
+
+    def write(self, metrics: Metrics, ranks: list[Any], evaluation: dict[str, Any] | None) -> None:
+        """Writes a checkpoint. ranks: what is each one's own."""
+        settings, plan, log_dir = self.settings, self.plan, Path(self.settings.log_dir)
         path = log_dir / checkpoint.BEST if evaluation else checkpoint.path_of(log_dir, self.step)
         state = {
             "model": settings.model,

@@ -175,7 +175,7 @@ class Arena:
 
     def state_dict(self, *, averaged: bool = False) -> dict[str, Tensor]:
         """Returns what `named` does, on the CPU, each tensor contiguous and alone."""
-        return {name: value.to("cpu", copy=True).contiguous() for name, value in self.named(averaged=averaged).items()}
+        return {name: on_host(value) for name, value in self.named(averaged=averaged).items()}
 
     @torch.no_grad()
     def load_state_dict(self, weights: dict[str, Tensor], *, averaged: bool = False) -> None:
@@ -195,12 +195,17 @@ class Arena:
 
     def momentum_dict(self) -> dict[str, Tensor]:
         """Returns the momentum of each parameter by its name, on the CPU."""
-        return {slot.name: self.view(self.momentum, slot).to("cpu", copy=True).contiguous() for slot in self.slots}
+        return {slot.name: on_host(self.view(self.momentum, slot)) for slot in self.slots}
 
     def load_momentum_dict(self, momentum: dict[str, Tensor]) -> None:
         """Copies momentum in by name."""
         for slot in self.slots:
             self.view(self.momentum, slot).copy_(momentum[slot.name])
+
+
+def on_host(value: Tensor) -> Tensor:
+    """Returns a contiguous copy on the CPU, by one pass over it."""
+    return value.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def misfit(own: dict[str, Tensor], given: dict[str, Tensor]) -> str | None:

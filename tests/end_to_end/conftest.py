@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,21 +61,31 @@ class Launcher:
     started: list[Program] = field(default_factory=list)
 
     def start(
-        self, script: str, *arguments: object, ranks: int = 1, environment: dict[str, str] | None = None, warm=True
+        self,
+        script: str,
+        *arguments: object,
+        ranks: int = 1,
+        environment: dict[str, str] | None = None,
+        warm: bool = True,
+        prefix: Sequence[object] = (),
     ) -> Program:
-        """Starts a program; `warm`: what it imports may have been imported before, where that cannot be seen."""
+        """Starts a program; `warm`: what it imports may have been imported before, where that cannot be seen.
+
+        prefix: words before its command, of a program that starts it.
+        """
         env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NVCNN_KERNELS")}
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} | (environment or {})
         output = self.directory / f"output-{len(self.started)}.txt"
         output.touch()
         process: Warm | subprocess.Popen
-        if warm and ranks == 1 and "TRITON_INTERPRET" not in env:
+        if warm and not prefix and ranks == 1 and "TRITON_INTERPRET" not in env:
             process = Warm(output, self.directory, env, ROOT / script, list(map(str, arguments)))
         else:
             program = [sys.executable, ROOT / script, *arguments]
             if ranks > 1:
                 program = [mpiexec(), "--bind-to", "none", "--oversubscribe", "-np", ranks, *program]
+            program = [*prefix, *program]
             with output.open("wb") as file:
                 process = subprocess.Popen(
                     list(map(str, program)),

@@ -166,6 +166,8 @@ def test_a_bad_checkpoint_falls_back_to_the_one_before(launch, records, tmp_path
     assert f"{newest}: is a zip archive that is cut short, not a checkpoint" in text
     assert f"{second}: not a checkpoint of nvcnn" in text
     assert "Restored checkpoint" in text
+    assert f"{newest} is set aside as {newest.name}.damaged" in text
+    assert [path.name for path in newest.parent.glob("*.damaged")] == [f"{newest.name}.damaged"]
     assert_same_bits(whole, last_checkpoint(tmp_path / "run"))
     for path in (tmp_path / "run").glob("checkpoint-[0-9]*.pt"):
         path.write_text("x")

@@ -1,5 +1,6 @@
 """A checkpoint is written whole or not at all, and read whole or refused."""
 
+import errno
 import json
 import math
 import os
@@ -7,11 +8,12 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from nvcnn import checkpoint
+from nvcnn import checkpoint, weights
 from nvcnn.machine import chosen_kernels
 from nvcnn.program import InputError
 from nvcnn.settings import Settings, as_json
@@ -92,8 +94,12 @@ def test_one_without_a_digest_is_read_and_held_to_its_checksums(tmp_path):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "pipe", "unreadable", "text"])
-def test_a_bad_one_is_passed_over_with_a_word(tmp_path, damage):
+DAMAGE = ["truncated", "empty", "flipped", "zeroed"]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "foreign", "pipe", "unreadable", "text", "unlucky", "memory"])
+def test_a_bad_one_is_passed_over_with_a_word(tmp_path, monkeypatch, damage):
+    """Not all of them are damaged: what a disk fails to read today it may read tomorrow."""
     write(tmp_path, 1)
     write(tmp_path, 2)
     path = checkpoint.path_of(tmp_path, 2)
@@ -102,6 +108,19 @@ def test_a_bad_one_is_passed_over_with_a_word(tmp_path, damage):
         path.write_bytes(data[: len(data) // 2])
     elif damage == "empty":
         path.write_bytes(b"")
+    elif damage == "zeroed":
+        path.write_bytes(bytes(len(data)))
+    elif damage in ("unlucky", "memory"):
+        raised = OSError(errno.EIO, "Input/output error") if damage == "unlucky" else RuntimeError("can't allocate")
+
+        def load(there, **options):
+            if there == path:
+                raise raised
+            return whole(there, **options)
+
+        name = "verified" if damage == "unlucky" else "torch.load"
+        whole = checkpoint.verified if damage == "unlucky" else torch.load
+        monkeypatch.setattr(f"nvcnn.checkpoint.{name}", load)
     elif damage == "flipped":
         data[data.index(torch.full((1,), 2.0).numpy().tobytes() * 10)] ^= 1
         path.write_bytes(data)
@@ -118,8 +137,9 @@ def test_a_bad_one_is_passed_over_with_a_word(tmp_path, damage):
     with pytest.raises(InputError, match=path.name) as error:
         checkpoint.load(path)
     assert "\n" not in str(error.value)
-    said = []
-    found, state = checkpoint.newest(tmp_path, warn=said.append)
+    said, damaged = [], []
+    found, state = checkpoint.newest(tmp_path, said.append, damaged)
+    assert damaged == [path] * (damage in DAMAGE)
     assert found == checkpoint.path_of(tmp_path, 1)
     assert (state["weights"]["w"] == 1).all()
     assert len(said) == 1
@@ -184,6 +204,51 @@ def test_a_failed_save_names_the_last_good_one(tmp_path):
         write(absent.parent, 1)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "nth", "number"),
+    [
+        (Path, "open", 1, errno.EROFS),
+        (torch, "save", 1, errno.EDQUOT),
+        (os, "fsync", 1, errno.ENOSPC),
+        (os, "replace", 1, errno.EIO),
+        (os, "fsync", 2, errno.EIO),  # of the directory: the new one is there, but a power cut may lose it
+    ],
+)
+def test_wherever_saving_fails_those_before_stay(tmp_path, monkeypatch, owner, name, nth, number):
+    """And the next one is written, also over what a killed run left."""
+    write(tmp_path, 1)
+    (tmp_path / ".part").write_bytes(bytes(10**5))
+    whole, calls = getattr(owner, name), []
+
+    def failing(*given, **options):
+        calls.append(given)
+        if len(calls) == nth:
+            raise OSError(number, os.strerror(number))
+        return whole(*given, **options)
+
+    monkeypatch.setattr(owner, name, failing)
+    new, last = checkpoint.path_of(tmp_path, 2), checkpoint.path_of(tmp_path, nth)
+    with pytest.raises(InputError) as error:
+        write(tmp_path, 2, keep=1)
+    assert str(error.value) == f"{new}: cannot be written ({os.strerror(number)}); the last good checkpoint is {last}"
+    assert checkpoint.load(checkpoint.path_of(tmp_path, 1))
+    write(tmp_path, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000003.pt"]
+
+
+def test_a_file_system_that_cannot_sync_directories(tmp_path, monkeypatch):
+    whole = os.fsync
+
+    def fsync(file):
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        whole(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path, 1)
+    assert checkpoint.newest(tmp_path)
+
+
 def test_one_that_cannot_be_removed_is_said(tmp_path, capsys):
     checkpoint.path_of(tmp_path, 1).mkdir()  # what root cannot unlink either
     write(tmp_path, 2, keep=1)
@@ -210,6 +275,80 @@ def test_the_best_one_is_this_runs(tmp_path):
     checkpoint.save(best, state, None)
     with pytest.raises(InputError, match="was not written there by a run"):
         checkpoint.best_so_far(settings, 1, state)
+    best.write_bytes(best.read_bytes()[:-1])
+    assert checkpoint.best_so_far(settings, 1, state) == -math.inf
+    assert (best.exists(), (tmp_path / "checkpoint-best.pt.damaged").exists()) == (False, True)
+
+
+def flip(path, where=1000):
+    data = bytearray(path.read_bytes())
+    data[where] ^= 4
+    path.write_bytes(data)
+
+
+def test_damaged_ones_are_set_aside_once_a_good_one_is_found(tmp_path, monkeypatch, capsys):
+    settings = settings_of(tmp_path)
+    state = {"settings": as_json(settings), "ranks": [{}], "kernels": chosen_kernels()}
+    one, two, three = (checkpoint.path_of(tmp_path, step) for step in (1, 2, 3))
+    for path in (one, two, three):
+        checkpoint.save(path, state | {"weights": torch.zeros(1000)}, None)
+    flip(two)
+    flip(three)
+    damaged = two.read_bytes()
+    with pytest.raises(InputError, match="of another run"):
+        checkpoint.resume(settings_of(tmp_path, seed=2), ranks=1)
+    with pytest.raises(InputError, match=r"--checkpoint=.*damaged, its digest differs; give another file"):
+        weights.read("checkpoint", str(two), None, None)
+    assert checkpoint.newest(tmp_path)[0] == one  # as eval.py finds it
+    assert {path.name for path in tmp_path.iterdir()} == {one.name, two.name, three.name, ".lock"}
+    capsys.readouterr()
+    (tmp_path / f"{two.name}.damaged").write_text("an earlier one")
+    with monkeypatch.context() as without:
+        without.setattr("os.rename", lambda *_: os.unlink(tmp_path))
+        assert checkpoint.resume(settings, ranks=1)
+        assert f"{two}: cannot be set aside as {two.name}.damaged-2 (Is a directory)" in capsys.readouterr().err
+    assert checkpoint.resume(settings, ranks=1)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{three}: damaged, its digest differs; give another file; trying the one before",
+        f"{two}: damaged, its digest differs; give another file; trying the one before",
+        f"{three} is set aside as {three.name}.damaged",
+        f"{two} is set aside as {two.name}.damaged-2",
+        f"Restored checkpoint {one}",
+    ]
+    assert checkpoint.resume(settings, ranks=1)
+    assert capsys.readouterr().out == f"Restored checkpoint {one}\n"
+    write(tmp_path, 4, keep=1)
+    assert (tmp_path / f"{two.name}.damaged-2").read_bytes() == damaged
+    four = checkpoint.path_of(tmp_path, 4)
+    flip(four)
+    before = sorted(tmp_path.iterdir())
+    for _ in range(2):  # it does not begin anew when it is started again, either
+        with pytest.raises(InputError, match="none of its 1 checkpoints can be read; give another --log_dir"):
+            checkpoint.resume(settings, ranks=1)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_log_directory_that_is_gone_or_another(tmp_path):
+    """It is not made again, and nothing is written to another one; an empty one is taken."""
+    log_dir, away, other = (tmp_path / name for name in ("run", "away", "other"))
+    for directory in (log_dir, other):
+        checkpoint.begin(settings_of(directory), ranks=1)
+        write(directory, 1)
+    log_dir.rename(away)
+    with pytest.raises(InputError, match=r"\(No such file or directory\); there is no good checkpoint"):
+        write(log_dir, 2)
+    assert not log_dir.exists()
+    other.rename(log_dir)
+    with pytest.raises(InputError, match=rf"{log_dir}: is not the directory in which this run began; bring that back"):
+        write(log_dir, 2, keep=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.in_directory(log_dir)] == [1]
+    (log_dir / ".lock").unlink()
+    write(log_dir, 2)
+    write(log_dir, 3, keep=1)
+    log_dir.rename(other)
+    away.rename(log_dir)
+    write(log_dir, 4, keep=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.in_directory(log_dir)] == [4]
 
 
 def test_a_directory_without_a_checkpoint_protects_nothing(tmp_path):

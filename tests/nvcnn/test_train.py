@@ -3,6 +3,7 @@
 import signal
 import threading
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,6 +323,93 @@ def test_a_loss_scale_that_cannot_fall_is_part_of_the_remedy(flags, scale):
     assert run(learning_rate=0.5, **flags).remedy(ranks_differ=False) == f"give {scale}a --learning_rate below 0.5"
 
 
+@pytest.mark.parametrize("ends", ["saved", "full", "stopped"])
+def test_a_run_goes_on_with_a_disk_that_is_full(tmp_path, monkeypatch, capsys, ends):
+    """Each step is to be saved: it says the first that is not, and is quiet for a while; what it must save it tries."""
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
+    step, write, tried = Step.__call__, checkpoint.write, []
+
+    def watched(self, *batches):
+        if int(self.optimizer.counters[0]) == 7 and ends == "stopped":
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *batches)
+
+    def written(content, file):
+        tried.append(int(content["optimizer"]["counters"][0]))
+        write(content, file)
+        if tried[-1] > 3 and (ends != "saved" or tried[-1] < 10):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Step, "__call__", watched)
+    monkeypatch.setattr(checkpoint, "write", written)
+    options = {"conv": "torch", "batch_size": 4, "num_batches": 10, "num_classes": CLASSES, "save_interval": 0}
+    settings = Settings(model="net", log_dir=str(tmp_path), keep=2, on_save_error="continue", **options)
+    whole = Run(settings, None, Transport(Launch()), None)
+    last = 9 if ends == "stopped" else 10
+    paths = {number: checkpoint.path_of(tmp_path, number) for number in (3, 4, last)}
+    failed = "{}: cannot be written (No space left on device); the last good checkpoint is {}"
+    if ends == "saved":
+        assert whole.loop() == 0
+    else:
+        with pytest.raises(InputError) as error:
+            whole.loop()
+        assert str(error.value) == failed.format(paths[last], paths[3])
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line.startswith("Not saved")]
+    first = f"Not saved after step 4: {failed.format(paths[4], paths[3])}; training goes on, and tries again in 60 s"
+    assert lines[0] == first
+    assert (
+        lines[1:] == [] if ends == "saved" else [f"Not saved after step {last}: {failed.format(paths[last], paths[3])}"]
+    )
+    assert ("Stopped by a signal after step 9: not saved" in said) == (ends == "stopped")
+    assert tried == [2, 3, 4, last]
+    kept = [checkpoint.step_of(path) for path in checkpoint.in_directory(tmp_path)]
+    assert kept == ([10, 3] if ends == "saved" else [3, 2])
+    assert all(checkpoint.load(path) for path in checkpoint.in_directory(tmp_path))
+
+
+class Told(Transport):
+    """Is rank 1, whose rank 0 says that its disk is full."""
+
+    def gather(self, value):
+        return ["full" if isinstance(value, str) else value, value]
+
+
+def test_a_best_one_that_rank_0_cannot_save_is_no_ranks_best(tmp_path):
+    """Were it rank 1's best, rank 1 would not come to the next save."""
+    options = {"batch_size": 2, "num_classes": 9, "log_dir": str(tmp_path), "on_save_error": "continue"}
+    one = Run(Settings(model="lenet", conv="torch", **options), None, Told(Launch(2, 1, 1)), None)
+    result = {"top1": 60.0, "top5": 90.0, "images": 9}
+    one.validation = SimpleNamespace(best=50.0, evaluate=lambda signals: [result])
+    assert one.evaluate(Metrics("", steps=1, first_step=1, rank=1), Signals())
+    assert one.validation.best == 50
+
+
+def test_a_disk_that_takes_a_minute_is_no_part_of_the_throughput(tmp_path, monkeypatch):
+    """Nor do intervals begin before it is done. A clock that is set meanwhile counts for nothing."""
+    monkeypatch.setitem(MODELS, "net", Model(lambda num_classes: Net(), SIZE, constant(0.1)))
+    now, step = [100.0], Step.__call__
+
+    def fsync(file):
+        now[0] += 60
+
+    def timed(self, *batches):
+        now[0] += 1
+        return step(self, *batches)
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0], time=lambda: 1e9 - 1000 * now[0])
+    monkeypatch.setattr("nvcnn.metrics.time", clock)
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr(Step, "__call__", timed)
+    options = {"conv": "torch", "batch_size": 4, "num_batches": 12, "num_classes": CLASSES, "save_interval": 5}
+    settings = Settings(model="net", log_dir=str(tmp_path), **options)
+    assert Run(settings, None, Transport(Launch()), None).loop() == 0
+    assert [checkpoint.step_of(path) for path in checkpoint.in_directory(tmp_path)] == [12, 7]
+    assert now[0] > 400
+    speeds = [event["images_per_second"] for event in plot.read(tmp_path) if event["event"] == "train"]
+    assert speeds == [pytest.approx(4)] * 12
+
+
 @pytest.mark.parametrize(("long", "times"), [(0.0, 1), (9999.0, 0)])
 def test_a_long_run_that_keeps_nothing_says_so_once(monkeypatch, capsys, long, times):
     monkeypatch.setattr("nvcnn.train.LONG", long)
@@ -355,7 +443,7 @@ def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
     before = runs(None)
     for each in reversed(before):
         each.train_step(next(each.data))
-        each.save(Metrics("", steps=1, first_step=1, rank=each.transport.rank))
+        each.save(Metrics("", steps=1, first_step=1, rank=each.transport.rank), must=True)
     _, state = checkpoint.newest(tmp_path)
     running = [each.train_step.arena.running for each in before]
     assert not torch.equal(*running)
