@@ -113,14 +113,11 @@ class ReshardedData:
         return {"backend": "dali", "images": self.images, "epoch": epoch, "batch": 0, "first": epoch}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position after the last batch handed out, which must be the last of a step."""
+        """Returns the position after the last batch handed out, and those of the readers, which may be further back."""
         if self.own is not None:
             return self.own.state_dict()
         if self.batch == self.batches_per_epoch:
             return self.next_epoch()
-        done = self.batch * self.options.ranks * self.options.batch_size
-        for rank in self.readers:
-            self.forward(rank, done // (self.ranks * self.batch_size))
         readers = {rank: reader.state_dict() for rank, reader in self.readers.items()}
         began = {"ranks": self.ranks, "batch_size": self.batch_size, "readers": readers}
         return {"backend": "dali", "images": self.images, "epoch": self.epoch, "batch": self.batch, "began": began}
