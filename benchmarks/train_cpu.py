@@ -23,13 +23,10 @@ import benchmarks.peers  # noqa: F401 (makes torchvision importable)
 from benchmarks import report, timing
 from benchmarks.step import plain_loop
 from nvcnn.data.batch import Batch, prepare_input
-from nvcnn.data.dali import TrainingData
 from nvcnn.data.dataset import find_dataset
-from nvcnn.data.pillow_workers import WorkerTrainingData
-from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import connect
 from nvcnn.settings import Settings
-from nvcnn.train import Run
+from nvcnn.train import Data, Run
 
 
 def lenet(num_classes: int) -> nn.Module:
@@ -56,9 +53,7 @@ class Turns:
     So our loop runs as it is, from beginning to end.
     """
 
-    def __init__(
-        self, source: TrainingData | WorkerTrainingData | SyntheticData, other: Callable[[Batch], object], steps: int
-    ):
+    def __init__(self, source: Data, other: Callable[[Batch], object], steps: int):
         self.source, self.other, self.steps = source, other, steps
         self.taken = 0
         self.ours: list[float] = []  # milliseconds a step, one value per turn

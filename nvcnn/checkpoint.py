@@ -41,6 +41,7 @@ from nvcnn.files import to_read, what_is
 from nvcnn.machine import chosen_kernels, versions
 from nvcnn.models import Origin, Preprocessing
 from nvcnn.program import InputError
+from nvcnn.resharding import PARTS, other_total
 from nvcnn.settings import Settings, as_json, differences
 
 FORMAT, VERSION = "nvcnn checkpoint", 1
@@ -290,8 +291,13 @@ def resume(settings: Settings, ranks: int) -> dict[str, Any] | None:
     for each in damaged:  # not before there is a good one: without any the run would begin anew the next time
         set_aside(each)
     print(f"Restored checkpoint {path}", flush=True)
-    before = state["settings"].get("transport")
-    if ranks > 1 and before != settings.transport:
+    before, there = state["settings"].get("transport"), len(state["ranks"])
+    if ranks != there:
+        print(
+            f"  {there} ranks trained until there, {ranks} go on with the same total batch: sums round otherwise, "
+            "BatchNorm's statistics are the mean of theirs, random generators begin anew"
+        )
+    if min(ranks, there) > 1 and before != settings.transport:
         print(f"  {before} summed over the ranks until there, {settings.transport} does now: sums may round otherwise")
     return state
 
@@ -326,17 +332,22 @@ def check_learning_rate(learning_rate: float, state: dict[str, Any]) -> None:
 
 
 def check_same_run(settings: Settings, ranks: int, path: Path, state: dict[str, Any]) -> None:
-    """Raises InputError unless the checkpoint is of a run with these settings, ranks and implementation of kernels."""
+    """Raises InputError unless the checkpoint is of a run with these settings and implementation of kernels.
+
+    On another number of ranks the total batch must be the same, whatever it is made of.
+    """
     stored, there = state["settings"], len(state["ranks"])
-    different = differences(settings, stored)
+    # From the best one no run goes on: it may be of a number of ranks that the run had before.
+    shared_out = ranks != there or "evaluation" in state
+    different = differences(settings, stored, but=PARTS if shared_out else ())
     if (stored.get("data_dir") is None) != (settings.data_dir is None):
         different.append(f"--data_dir: there {stored.get('data_dir')}, here {settings.data_dir}")
-    if ranks != there:
-        different.append(f"ranks: there {there}, here {ranks}")
     if state["kernels"] != chosen_kernels():
         different.append(f"NVCNN_KERNELS: there {state['kernels']}, here {chosen_kernels()}")
     if different:
         raise InputError(f"{path} is of another run ({'; '.join(different)}): give its flags, or another --log_dir")
+    if shared_out and (wrong := other_total(stored, there, as_json(settings), ranks)):
+        raise InputError(f"{path} has {wrong}, or another --log_dir")
 
 
 def begin(settings: Settings, ranks: int) -> None:

@@ -454,13 +454,16 @@ def as_json(settings: Settings) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
 
 
-def differences(settings: Settings, stored: dict[str, Any]) -> list[str]:
-    """Returns a line 'flag: there X, here Y' for each setting that a resumed run may not change but did."""
+def differences(settings: Settings, stored: dict[str, Any], but: Sequence[str] = ()) -> list[str]:
+    """Returns a line 'flag: there X, here Y' for each setting that a resumed run may not change but did.
+
+    but: settings that are not looked at.
+    """
     here = as_json(settings)
     return [
         f"--{f.name}: there {stored.get(f.name, f.default)}, here {here[f.name]}"
         for f in fields(settings)
-        if not f.metadata["may_differ"] and stored.get(f.name, f.default) != here[f.name]
+        if not f.metadata["may_differ"] and f.name not in but and stored.get(f.name, f.default) != here[f.name]
     ]
 
 

@@ -18,6 +18,7 @@ from nvcnn.data.dataset import Dataset
 from nvcnn.data.labels import doubts
 from nvcnn.data.mixing import Mixing
 from nvcnn.data.pillow_workers import WorkerTrainingData
+from nvcnn.data.resharded import ReshardedData
 from nvcnn.data.synthetic import SyntheticData
 from nvcnn.distributed import Transport, Vote, connect
 from nvcnn.divergence import Divergence
@@ -28,6 +29,7 @@ from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
 from nvcnn.optimizer.schedule import learning_rates
 from nvcnn.plan import describe, dry_run, find_training_data, find_validation_data, initial_model, plan
 from nvcnn.program import SAVED_AND_STOPPED, InputError, Signals, caught, doing, here, launched
+from nvcnn.resharding import resharded
 from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
 from nvcnn.validation import Validation
@@ -36,7 +38,7 @@ from nvcnn.weights import Weights, read
 PICTURES = 16  # of the first batch, in input.png
 RETRY = 60.0  # seconds until a checkpoint that could not be written is tried again
 LONG = 60.0  # seconds; a run that takes longer and keeps nothing says so
-Data = TrainingData | WorkerTrainingData | SyntheticData
+Data = TrainingData | ReshardedData | WorkerTrainingData | SyntheticData
 
 
 def train(settings: Settings) -> int:
@@ -111,7 +113,7 @@ class Run:
             checkpoint.check_learning_rate(self.plan.learning_rate, state)
         model, self.beginning = initial_model(settings, self.plan, weights)
         # By rank, from rank 0's checkpoint: the reader's position, the generators, running statistics, average losses.
-        ranks = transport.gather(state and state["ranks"])[0]
+        ranks = transport.gather(state and resharded(state, settings, transport.size))[0]
         mine = ranks[transport.rank] if ranks else None
         self.data = self.open_data(dataset, threads, mine and mine["reader"])
         self.mixing: Mixing | None = None
@@ -153,14 +155,15 @@ class Run:
                 step=self.train_step,
                 threads=threads,
             )
-        torch.manual_seed(settings.seed + transport.rank)
+        torch.manual_seed(mine["seed"] if mine and "seed" in mine else settings.seed + transport.rank)
         if state:
             self.train_step.load_state_dict(state)
         self.step = self.train_step.broadcast()
         self.skipped = self.step - int(self.train_step.optimizer.counters[1])  # steps, up to the last table line
         self.until_retry = Timer(-1)  # of a checkpoint that could not be written; rank 0's
         if mine:
-            set_random_state(mine, self.device)
+            if "seed" not in mine:  # which ranks of another number have in place of a state
+                set_random_state(mine, self.device)
             for name in ("running", "ema_running"):
                 if name in mine:  # an older checkpoint has rank 0's statistics alone
                     getattr(self.train_step.arena, name).copy_(mine[name])
@@ -446,7 +449,8 @@ class Run:
         say("\n".join([*describe(settings, self.plan), *self.beginning]))
         say(f"Device:      {self.device}, {torch.get_num_threads()} thread(s) a rank, transport {transport}")
         if settings.data_dir:
-            say("\n".join([f"Input:       {self.backend}", *(f"  {line}" for line in self.doubts)]))
+            dealt = f"; {self.data}" if isinstance(self.data, ReshardedData) else ""
+            say("\n".join([f"Input:       {self.backend}{dealt}", *(f"  {line}" for line in self.doubts)]))
         if self.validation:
             say(f"Evaluation:  {self.validation.images} images of {self.validation.place}")
         elif settings.data_dir and settings.eval_every is None:

@@ -9,6 +9,7 @@ from nvcnn.data.dali import EvaluationData, TrainingData
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.options import EvaluationOptions, TrainingOptions
 from nvcnn.data.pillow_workers import WorkerEvaluationData, WorkerTrainingData
+from nvcnn.data.resharded import ReshardedData
 from nvcnn.program import InputError
 
 
@@ -30,11 +31,13 @@ def choose_backend(asked: str | None, device: torch.device) -> str:
 
 def open_training(
     dataset: Dataset, backend: str, *, state: dict[str, Any] | None = None, **options: Any
-) -> TrainingData | WorkerTrainingData:
+) -> TrainingData | ReshardedData | WorkerTrainingData:
     """Returns the reader of the split "train". options: the fields of TrainingOptions. state: where to go on."""
     how = TrainingOptions(**options)
     if backend == "torch":
         return WorkerTrainingData(dataset, how, state)
+    if state and "began" in state:
+        return ReshardedData(dataset, how, state, decode_on_gpu=backend == "dali_gpu")
     return TrainingData(dataset, how, state, decode_on_gpu=backend == "dali_gpu")
 
 

@@ -65,10 +65,12 @@ class ClassFolders:
     def reader(self, dali: Any, order: dict[str, Any], **options: Any) -> tuple[Any, Any]:
         files = [self.name(i) for i in range(len(self))]
         if odd := [i for i, file in enumerate(files) if not is_utf_8(file)]:  # DALI takes no such name, but a link
-            self.links = tempfile.TemporaryDirectory(prefix="nvcnn-")
+            there = self.links is not None  # another reader has them, too
+            self.links = self.links or tempfile.TemporaryDirectory(prefix="nvcnn-")
             for i in odd:
                 link = f"{self.links.name}/{i}"
-                os.symlink(os.path.abspath(files[i]), link)
+                if not there:
+                    os.symlink(os.path.abspath(files[i]), link)
                 files[i] = link
         return dali.fn.readers.file(files=files, labels=self.numbers.tolist(), **order, **options)
 

@@ -223,6 +223,8 @@ class TrainingData:
 
     An epoch is `batches_per_epoch` = images // (batch_size * ranks) full batches on every rank, in which no image comes
     twice; with `accumulate` the largest multiple of it. The few images left over are others in each epoch.
+
+    A reader that begins with a later epoch than the run's first, for another number of ranks, has an order of its own.
     """
 
     def __init__(
@@ -233,17 +235,23 @@ class TrainingData:
         *,
         decode_on_gpu: bool = False,
     ) -> None:
-        """state: what `state_dict()` returned, to go on with the very next batch."""
+        """state: what `state_dict()` returned, to go on with the very next batch.
+
+        Without "reader", DALI's part, a reader of DALI begins: `state` is the begin of an epoch.
+        """
         self.images, self.options = dataset.count("train"), options
         self.batches_per_epoch = check_position(dataset, options, state, "dali")
         # The reader pads each rank's share to the largest and then to full batches; what is padded is dropped here.
         self.padded_batches = padded_batches = math.ceil(math.ceil(self.images / options.ranks) / options.batch_size)
         self.epoch: int = state["epoch"] if state else 0
         self.batch: int = state["batch"] if state else 0
+        self.first: int = state.get("first", 0) if state else 0  # the epoch with which DALI's reader began
+        first = self.first
+        later = (first,) if first else ()  # a part of its seeds
         resized = dali_resizes(options.device)
 
         def size_of_batch(number: int) -> Any:  # DALI asks ahead, and goes on counting where a checkpoint was
-            size = options.size_in(number // padded_batches)
+            size = options.size_in(first + number // padded_batches)
             return torch.full((options.batch_size, 2), size, dtype=torch.float32).numpy()
 
         def pixels(dali: Any, encoded: Any) -> Any:
@@ -251,7 +259,7 @@ class TrainingData:
                 encoded,
                 random_area=list(options.crop_area),
                 random_aspect_ratio=list(options.crop_aspect),
-                seed=derived_seed(options.seed, options.rank, "crop"),
+                seed=derived_seed(options.seed, options.rank, *later, "crop"),
                 device="mixed" if decode_on_gpu else "cpu",
             )
             if not resized:
@@ -267,14 +275,17 @@ class TrainingData:
             options,
             pixels,
             flips=0.5,
-            seed=(options.seed, options.rank),
-            checkpoint=bytes(state["reader"].tolist()) if state else None,
+            seed=(options.seed, options.rank, *later),
+            checkpoint=bytes(state["reader"].tolist()) if state and "reader" in state else None,
             resize_here=not resized,
             shard_id=options.rank,
             num_shards=options.ranks,
             pad_last_batch=True,
             # The same seed on all ranks: they share one order.
-            order={"shuffle_after_epoch": True, "shuffle_after_epoch_seed": derived_seed(options.seed, "order")},
+            order={
+                "shuffle_after_epoch": True,
+                "shuffle_after_epoch_seed": derived_seed(options.seed, *later, "order"),
+            },
         )
 
     def __iter__(self) -> "TrainingData":
@@ -300,7 +311,8 @@ class TrainingData:
     def state_dict(self) -> dict[str, Any]:
         """Returns the position after the last batch handed out, and the reader's own state."""
         reader = torch.frombuffer(bytearray(self.pipeline.pipeline.checkpoint()), dtype=torch.uint8)
-        return {"backend": "dali", "images": self.images, "epoch": self.epoch, "batch": self.batch, "reader": reader}
+        position = {"epoch": self.epoch, "batch": self.batch, "first": self.first}
+        return {"backend": "dali", "images": self.images, "reader": reader} | position
 
     def close(self) -> None:
         """Ends the threads and frees the buffers; batches handed out stay valid."""

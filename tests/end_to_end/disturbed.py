@@ -16,13 +16,13 @@ what, step = sys.argv.pop(1), int(sys.argv.pop(1))
 
 
 class Disturbed(Step):
-    def __call__(self, batch):
+    def __call__(self, *batches):
         last = self.transport.rank == self.transport.size - 1
         if last and int(self.optimizer.counters[0]) == step:
             if what == "raise":
                 raise RuntimeError(f"step {step}")
             os.kill(os.getppid() if what == "SIGUSR1" else os.getpid(), signal.Signals[what])
-        return super().__call__(batch)
+        return super().__call__(*batches)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def test_a_log_directory_of_another_run(launch, data, tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     refused(launch, "--model=trivial", "--num_classes=10", *arguments, names=["there lenet, here trivial"])
     refused(launch, *LENET, *arguments, "--seed=2", names=["--seed: there 1, here 2"])
-    refused(launch, *LENET, *arguments, names=["ranks: there 1, here 2"], ranks=2)
+    refused(launch, *LENET, *arguments, names=["here it is 8 (on 2): give --batch_size=2"], ranks=2)
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     blocker = tmp_path / "file"
     blocker.write_text("")

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from nvcnn.models import Preprocessing
+from nvcnn.models import Preprocessing, build_model
 from tests.samples import picture, write_split
 
 from .conftest import Launcher, assert_same_bits, last_checkpoint, write_records
@@ -170,9 +170,23 @@ def test_evaluation_counts_each_image_once(launch, records, undisturbed, tmp_pat
     assert f"Validation Top-1: {best:.3f} %" in text
 
 
-def test_a_run_of_more_ranks_is_not_resumed(launch, records, undisturbed):
-    arguments = (*UNTIL_THE_END, f"--data_dir={records}", f"--log_dir={undisturbed}")
-    assert "ranks: there 2, here 1" in launch.train(*arguments, code=2)
+def test_a_run_goes_on_with_other_numbers_of_ranks(launch, records, undisturbed, tmp_path):
+    """Two, one, two that add up batches: to the undisturbed run's weights, as far as sums round; then on by its own."""
+    arguments = (*COMMON, f"--num_batches={STEPS}", f"--data_dir={records}", f"--log_dir={tmp_path}/run")
+    launch.run("tests/end_to_end/disturbed.py", "SIGTERM", 5, *arguments, "--batch_size=16", ranks=2, code=3)
+    refused = launch.train(*arguments, "--batch_size=16", code=2)
+    assert "give --batch_size=16 --accumulate=2 or --batch_size=32" in refused
+    parts = ("--batch_size=16", "--accumulate=2")
+    text = launch.run("tests/end_to_end/disturbed.py", "SIGTERM", 11, *arguments, *parts, code=3)
+    assert "2 ranks trained until there, 1 go on with the same total batch" in text
+    text = launch.train(*arguments, "--batch_size=8", "--accumulate=2", ranks=2)
+    assert "the 2 reader(s) that began epoch 1 end it" in text
+    start = build_model("lenet", num_classes=10, seed=1).state_dict()
+    of_epoch = f"checkpoint-{STEPS // 2:08d}.pt"
+    whole, pieces = (torch.load(d / of_epoch, weights_only=True)["weights"] for d in (undisturbed, tmp_path / "run"))
+    for name, weight in whole.items():  # a ReLU at 0 may fall on its other side, which counts for one image
+        assert (weight - pieces[name]).norm() < 1e-2 * (weight - start[name]).norm(), name
+    assert [e["step"] for e in events(tmp_path / "run", "train")] == list(range(1, STEPS + 1))
 
 
 def test_what_a_log_directory_holds(undisturbed):

@@ -454,6 +454,17 @@ def test_each_rank_goes_on_with_its_own_statistics(tmp_path, monkeypatch):
         assert not torch.equal(each.train_step.arena.ema_running, own)
         assert torch.equal(each.train_step.optimizer.average, past.train_step.optimizer.average)
     assert not torch.equal(*(each.train_step.optimizer.average for each in before))
+    generators = [torch.Generator().manual_seed(settings.seed).get_state()]
+    for _ in range(2):
+        alone = Run(replace(settings, batch_size=8), None, Transport(Launch()), state)  # goes on for both
+        generators.append(torch.get_rng_state())
+        assert torch.equal(alone.train_step.arena.running, torch.stack(running).mean(0))
+        averages = [each.train_step.arena.ema_running for each in before]
+        assert torch.equal(alone.train_step.arena.ema_running, torch.stack(averages).mean(0))
+        losses = [each.train_step.optimizer.average for each in before]
+        assert torch.equal(alone.train_step.optimizer.average, torch.stack(losses).mean(0))
+    assert torch.equal(*generators[1:])
+    assert not torch.equal(*generators[:2])
     for rank in state["ranks"]:
         del rank["running"]  # as an older one is, of which all ranks have rank 0's
     for each in runs(state):
