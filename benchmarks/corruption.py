@@ -2,7 +2,7 @@
 
 python -m benchmarks.corruption [--inputs=1000] [--seed=1] [--out=DIR] [--jobs=N] [--only=NUMBER]
 
-Input n of a seed is always the same: a file, and what is done to it. Bits flip, it is cut or gets longer, a run of bytes
+Input n of a seed is always the same: a file, and what is done to it. Bits flip, it is cut or longer, a run of bytes
 becomes zeros, is there twice, or is removed. A process of its own reads it, and what nvcnn would do then is
 
 detected     one line says what is wrong (`InputError`)
@@ -38,7 +38,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.faults import RESULTS, difference, markdown
+from benchmarks.faults import RESULTS, difference
 from nvcnn import checkpoint, plot, weights
 from nvcnn.data import pillow
 from nvcnn.data.dataset import find_dataset
@@ -347,8 +347,7 @@ def main() -> int:
     if not options.only:
         options.out.mkdir(parents=True, exist_ok=True)
         report.write(str(options.out / "corruption.json"), "corruption", rows)
-        head = f"# Damaged files\n\n`{report.command('corruption', sys.argv[1:])}`, {report.processor()}.\n\n"
-        (options.out / "corruption.md").write_text(head + markdown(rows))
+        report.write_page(options.out / "corruption.md", "Damaged files", "corruption", rows)
     print(report.table(rows))
     return int(any(what in BAD for _, what, _ in found))
 

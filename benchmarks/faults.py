@@ -458,17 +458,10 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Returns rows, which share their keys, as a table of Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in row.values()] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def write(out: Path, rows: list[dict[str, Any]]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     report.write(str(out / "faults.json"), "faults", rows)
-    head = f"# Faults\n\n`{report.command('faults', sys.argv[1:])}`, {report.processor()}.\n\n"
-    (out / "faults.md").write_text(head + markdown(summary(rows)))
+    report.write_page(out / "faults.md", "Faults", "faults", summary(rows))
 
 
 def main() -> int:
