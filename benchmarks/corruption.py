@@ -159,11 +159,11 @@ def make(work: Path) -> None:
         write_dataset(made, work / file_format)
     for name in ("run", "images", "recipes"):
         (work / name).mkdir()
-    state = {"weights": {f"layer{i}.weight": torch.randn(40, 30) for i in range(5)}}
+    state: dict[str, Any] = {"weights": {f"layer{i}.weight": torch.randn(40, 30) for i in range(5)}}
     state |= {"settings": {"model": "lenet", "label_base": 1, "fp16": False, "bf16": False}, "ranks": [{}, {}]}
     state |= {"optimizer": {"counters": torch.tensor([3, 3, 3])}, "model": "lenet", "num_classes": CLASSES}
     checkpoint.save(work / "run/checkpoint-00000003.pt", state, None)
-    told = {"format": weights.FORMAT, "version": weights.VERSION, "model": "lenet", "num_classes": 2, "options": {}}
+    told: dict[str, Any] = {"format": weights.FORMAT, "version": weights.VERSION, "model": "lenet", "num_classes": 2, "options": {}}
     told |= {"class_names": ["a", "b"], "preprocessing": {"image_size": 28, "normalize": "imagenet", "eval_crop": 1.0}}
     with (work / "run/weights.pt").open("w+b") as file:
         checkpoint.write(told | {"state_dict": {"fc.weight": torch.randn(40, 30)}}, file)
@@ -172,8 +172,8 @@ def make(work: Path) -> None:
     (work / "run/metrics.jsonl").write_text(start + "".join(lines))
     for i, kind in enumerate(("jpg", "png", "webp", "tiff")):
         photograph(i).save(work / "images" / f"picture.{kind}")
-    for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml"):
-        shutil.copy(file, work / "recipes")
+    for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"):
+        shutil.copy(path, work / "recipes")
 
 
 def damaged(data: bytes, chance: random.Random) -> tuple[bytes, str]:
@@ -255,9 +255,9 @@ def serve(work: Path, seed: int, pipe: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     pillow.require_pillow()
-    expected: dict[str, Any] = {}
+    known: dict[tuple[str, str], Any] = {}
     while number := pipe.recv():
-        pipe.send(outcome(work, draw(work, seed, number), expected))
+        pipe.send(outcome(work, draw(work, seed, number), known))
 
 
 class Process:

@@ -69,7 +69,7 @@ def no_rename() -> None:
     def replace(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    os.replace = replace  # type: ignore[assignment]
+    os.replace = replace
 
 
 def directory() -> Path:
