@@ -11,7 +11,7 @@ from nvcnn.data.pillow import require_pillow
 from nvcnn.data.processes import forked, worker_pool
 from nvcnn.data.scan import bad_samples
 from nvcnn.distributed import Transport
-from nvcnn.program import InputError
+from nvcnn.program import InputError, doing, here
 
 PIECE = 256  # samples a process takes at a time
 SAID = 20  # bad samples that are printed at most; metrics.jsonl has all
@@ -33,7 +33,8 @@ def check_data(
     images = dataset.count(split)
     mine = range(images)[transport.rank :: transport.size]
     start = time.monotonic()
-    found = search(dataset, split, mine, what == "images" or skip_bad_images, processes, quiet=transport.rank != 0)
+    with doing("checks its data"):
+        found = search(dataset, split, mine, what == "images" or skip_bad_images, processes, quiet=transport.rank != 0)
     bad = dict(sorted(pair for part in transport.gather(found) for pair in part))
     lines = list(bad.values())
     if transport.rank == 0:
@@ -61,6 +62,7 @@ def search(
         pending = [pool.submit(forked, piece) for piece in pieces]
         for done, result in enumerate(as_completed(pending), 1):
             found += result.result()
+            here.moves += 1
             if not quiet and time.monotonic() - said > PATIENCE:
                 said = time.monotonic()
                 print(f"Checking {split} images: {100 * done / len(pieces):.0f} %", flush=True)

@@ -7,14 +7,44 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nvcnn.program import InputError, Launch, launched
+from nvcnn.program import InputError, Launch, here, launched
+from nvcnn.watch_ranks import Watch, watch_ranks
 
+FOR_EVER = timedelta(days=365)
 WITHOUT_MPI = ("torchrun", "srun", "the environment")  # an MPI that did not start its process may end it
+
+
+def waited_for(collective: Callable) -> Callable:
+    """Has a method that waits for the other ranks say so."""
+
+    @wraps(collective)
+    def waits(*arguments: Any) -> Any:
+        here.collectives += 1
+        here.waits = True  # and stays so where it fails: another rank may be to blame
+        result = collective(*arguments)
+        here.waits = False
+        return result
+
+    return waits
+
+
+def begun(wait: Callable[[], Any]) -> Callable[[], None]:
+    """Counts a collective that has begun; returns what waits for it, and says so."""
+    here.collectives += 1
+
+    def waits() -> None:
+        here.waits = True
+        wait()
+        here.waits = False
+
+    return waits
 
 
 class Transport:
@@ -23,6 +53,7 @@ class Transport:
     name = "none"
     why = ""  # this one was chosen
     bfloat16 = True  # sums bfloat16
+    watch: Watch | None = None  # over the ranks
 
     def __init__(self, launch: Launch):
         self.size, self.rank, self.local_rank = launch.size, launch.rank, launch.local_rank
@@ -47,6 +78,8 @@ class Transport:
 
     def close(self) -> None:
         """Call after the last collective."""
+        if self.watch:
+            self.watch.close()
 
 
 class Horovod(Transport):
@@ -75,13 +108,15 @@ class Horovod(Transport):
                 "run `python -m nvcnn.install_horovod --force`, or give --transport=torch"
             )
 
+    @waited_for
     def broadcast(self, tensor: Tensor) -> None:
         self.hvd.broadcast_(tensor.view(torch.uint8), root_rank=0)  # it refuses bfloat16, and bits are bits
 
     def all_reduce(self, tensor: Tensor, name: str) -> Callable[[], None]:
         handle = self.hvd.allreduce_async_(tensor, op=self.hvd.Sum, name=name)
-        return lambda: self.hvd.synchronize(handle)
+        return begun(lambda: self.hvd.synchronize(handle))
 
+    @waited_for
     def gather(self, value: Any) -> list[Any]:
         return self.hvd.allgather_object(value, name="gather")  # its default name is the type, which may differ
 
@@ -129,26 +164,34 @@ class Torch(Transport):
                 place = host, s.getsockname()[1]
         return world.bcast(place)
 
+    @waited_for
     def broadcast(self, tensor: Tensor) -> None:
         self.dist.broadcast(tensor, src=0)
 
     def all_reduce(self, tensor: Tensor, name: str) -> Callable[[], None]:
         work = self.dist.all_reduce(tensor, op=self.dist.ReduceOp.SUM, async_op=True)
-        return lambda: work.wait() and None
+        return begun(work.wait)
 
+    @waited_for
     def gather(self, value: Any) -> list[Any]:
         values = [None] * self.size
         self.dist.all_gather_object(values, value)
         return values
 
+    def wait_for_ever(self) -> None:
+        """Leaves it to the watch when to give up: a rank that is waited for may go on with what takes long."""
+        self.dist.distributed_c10d._set_pg_timeout(FOR_EVER)
+
     def close(self) -> None:
         """Ends Gloo's threads, too: one that drops a tensor while the interpreter ends would abort the process."""
+        super().close()
         self.dist.destroy_process_group()
 
 
-def connect(transport: str) -> Transport:
+def connect(transport: str, rank_timeout: float = 0) -> Transport:
     """Returns the transport of this process: none for one rank, else "horovod" or "torch", or either ("auto").
 
+    rank_timeout: seconds after which a rank that does not move ends the job; 0: never.
     Raises InputError if it is missing, or if another MPI's launcher started us: then each process would be alone.
     """
     launch = launched()
@@ -157,6 +200,9 @@ def connect(transport: str) -> Transport:
     name, why = choose(transport, launch)
     connected = Horovod(launch) if name == "horovod" else Torch(launch)
     connected.why = why
+    connected.watch = watch_ranks(connected, launch.launcher, rank_timeout)
+    if connected.watch.timeout and isinstance(connected, Torch):
+        connected.wait_for_ever()
     return connected
 
 

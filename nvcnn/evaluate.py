@@ -26,7 +26,7 @@ from nvcnn.metrics import add_evaluation
 from nvcnn.models import Preprocessing
 from nvcnn.models.layers import cast_matrices, image_channels
 from nvcnn.plan import describe_images
-from nvcnn.program import InputError, launched, watched
+from nvcnn.program import InputError, doing, here, launched, watched
 from nvcnn.report import MISTAKES, Tally, check_directory, findings, table
 from nvcnn.report import write as write_report
 from nvcnn.settings import Chosen, Evaluation
@@ -45,6 +45,7 @@ def count_hits(
     model.eval()
     seen, counts = 0, torch.zeros(2, dtype=torch.int64)
     for images, labels, flip in data:
+        here.moves += 1
         channels = image_channels(model, images.device)
         logits = model(prepare_input(images, flip, dtype=dtype, normalize=normalize, channels=channels))
         best = logits.topk(min(5, logits.shape[1])).indices
@@ -133,7 +134,7 @@ def evaluate(asked: Evaluation) -> int:
     )
     check_classes(asked.data_dir, dataset.class_names, path, weights.class_names)
     model, notes = load_model(weights)
-    transport = connect(asked.transport)
+    transport = connect(asked.transport, asked.rank_timeout)
     check_ranks(transport, asked, dataset, "validation")
     with path.open("rb") as file:
         mine = f"{path} of SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:8]}" if transport.size > 1 else ""
@@ -163,7 +164,7 @@ def evaluate(asked: Evaluation) -> int:
         first = share(dataset.count("validation"), transport.rank, transport.size).start
         tally = Tally(first, MISTAKES if asked.report else 0)
     data = open_validation(dataset, backend, preprocessing, batch_size, transport, device, threads)
-    with watched(lambda: 0.0):  # there is nothing to save, so nothing else to wait for
+    with doing("evaluates"), watched(lambda: 0.0):  # there is nothing to save, so nothing else to wait for
         counts = count_hits(model, data, dtype, preprocessing.normalize, tally)
     tallies = transport.gather(tally) if tally else []
     result = summed(counts, transport)

@@ -4,10 +4,12 @@ Exit codes: 0 done; 2 bad usage or input, one line on stderr; 3 stopped by a sig
 else. Nothing here imports torch, so that bad usage is reported at once.
 """
 
+import faulthandler
 import math
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,6 +27,8 @@ STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 NEEDED = ("numpy", "torch", "triton")  # packages without which nothing works
 AGAIN = 1.0  # seconds; a signal that comes sooner after another is the same, passed on by a launcher
 PATIENCE = 30.0  # seconds of waiting for input after a signal; schedulers often kill after as long
+BLAME = 5.0  # seconds in which the watch over the ranks says which one is to blame
+ABORT = 10.0  # seconds after which a process ends that ends the job
 
 
 class InputError(Exception):
@@ -67,6 +71,30 @@ LAUNCHERS = {
     "srun": ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     "the environment": ("RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
 }
+
+
+@dataclass
+class Here:
+    """What this process is at, for a thread to tell others. Whoever changes it stores a value, and no more."""
+
+    doing: str = "starts"
+    step: int = 0  # the latest that is done
+    collectives: int = 0  # begun with the other ranks: the one that has fewer than others is waited for
+    waits: bool = False  # for other ranks, in one of them
+    moves: int = 0  # what else shows that it goes on
+    checkpoint: str = ""  # the last good one
+
+
+here = Here()
+leaving: list[Callable[[int], None]] = []  # called with the exit code when this process ends, and has said why
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """What happens inside is `what`, also when it fails."""
+    before, here.doing = here.doing, what
+    yield
+    here.doing = before
 
 
 @dataclass(frozen=True)
@@ -141,9 +169,19 @@ def run(program: Callable[[], int]) -> NoReturn:
             abort(1)
         launch = launched_if_known()
         rank = f"rank {launch.rank}: " if launch.size > 1 else ""
+        if here.waits and leaving:
+            time.sleep(BLAME)  # another rank is to blame: then the watch ends this one, with a word about that
+        if out_of_memory(error):
+            error.add_note(f"Out of memory{f' on {socket.gethostname()}' * bool(rank)}: give a lower --batch_size")
         print(f"{rank}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
         abort(1)
     sys.exit(code)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Returns whether memory was missing, as Python, torch, DALI, CUDA or the system say it."""
+    words = ("out of memory", "can't allocate memory", "can't allocate", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(some in str(error).lower() for some in words)
 
 
 class Signals(list[int]):
@@ -155,7 +193,8 @@ class Signals(list[int]):
     def waiting(self) -> Iterator[None]:
         """What happens inside waits for input. When a signal comes and the input does not, the process ends unsaved."""
         self.waiting_since = time.monotonic()
-        yield
+        with doing("waits for input"):
+            yield
         self.waiting_since = None
 
 
@@ -234,6 +273,9 @@ def watch(reader: int, waiting_since: Callable[[], float | None]) -> None:
 
 def abort(code: int) -> NoReturn:
     """Ends this process, and with it the whole job, at once: a rank that waited for the others would wait for ever."""
+    faulthandler.dump_traceback_later(ABORT, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 (where an MPI hangs)
+    for leave in leaving:
+        leave(code)
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(0.3)  # the launcher passes on what was said here before it says its own

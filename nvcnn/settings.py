@@ -23,6 +23,7 @@ T = TypeVar("T")
 CONV = ("auto", *ALGORITHMS)
 TRANSPORTS = ("auto", "horovod", "torch")
 HOW_RANKS_TALK = "how ranks talk: Horovod where it can and its MPI started them, else torch.distributed (auto)"
+HOW_LONG_RANKS_WAIT = "seconds in which no rank moves, or one does not answer, until all end, with a line; 0: for ever"
 SCHEDULES = ("poly", "cosine", "step", "onecycle")
 BACKENDS = ("dali_gpu", "dali_cpu", "torch")
 NORMALIZE = ("signed", "imagenet")
@@ -171,10 +172,12 @@ class Evaluation(Chosen):
         None, "write report.html to this directory: accuracy by class, what is confused, the most confident mistakes"
     )
     transport: str = run("auto", HOW_RANKS_TALK, choices=TRANSPORTS)
+    rank_timeout: int = run(600, HOW_LONG_RANKS_WAIT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, self.batch_size >= 1, "batch_size", "at least 1")
+        check(self, 0 <= self.rank_timeout < 2**62, "rank_timeout", "0 or more, below 2^62")
         check(self, self.report != "", "report", "a directory")
 
 
@@ -356,6 +359,7 @@ class Settings(Images):
         may_differ=True,
     )
     transport: str = run("auto", HOW_RANKS_TALK, choices=TRANSPORTS, may_differ=True)
+    rank_timeout: int = run(600, HOW_LONG_RANKS_WAIT, may_differ=True)
     log_tensors: bool = run(
         False, "trust ratio and norms of each tensor in metrics.jsonl, at each table line", may_differ=True
     )
@@ -379,7 +383,7 @@ class Settings(Images):
         for name in ("learning_rate", "larc_eta", "clip_norm"):
             value = getattr(self, name)
             check(self, value is None or SMALLEST <= value <= LARGEST, name, f"a number from {SMALLEST} to {LARGEST}")
-        for name in ("save_interval", "save_every", "summary_interval", "seed"):
+        for name in ("save_interval", "save_every", "summary_interval", "rank_timeout", "seed"):
             check(self, 0 <= getattr(self, name) < 2**62, name, "0 or more, below 2^62")
         check(self, 0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
         check(self, self.ema is None or 0 < self.ema < 1, "ema", "above 0 and below 1")

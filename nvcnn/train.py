@@ -26,7 +26,7 @@ from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_de
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
 from nvcnn.optimizer.schedule import learning_rates
 from nvcnn.plan import describe, dry_run, find_training_data, find_validation_data, initial_model, plan
-from nvcnn.program import SAVED_AND_STOPPED, Signals, caught, launched
+from nvcnn.program import SAVED_AND_STOPPED, Signals, caught, doing, here, launched
 from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
 from nvcnn.validation import Validation
@@ -52,7 +52,7 @@ def train(settings: Settings) -> int:
             origin = weights.origin if weights else None
             dry_run(settings, plan(settings, dataset, expected.ranks, origin), weights)
         return 0
-    transport = connect(settings.transport)
+    transport = connect(settings.transport, settings.rank_timeout)
     if transport.size > 1:
         settings = replace(settings, transport=transport.name)
     check_ranks(transport, settings, dataset, "train", validation)
@@ -63,6 +63,7 @@ def train(settings: Settings) -> int:
     run = Run(settings, dataset, transport, state, weights, validation)
     if run.step < run.plan.steps:
         return run.loop()
+    transport.close()
     if transport.rank == 0:
         print(f"{settings.log_dir} is trained: all {run.step} steps are done; evaluate it with eval.py")
     return 0
@@ -219,12 +220,15 @@ class Run:
     def loop(self) -> int:
         """Trains to the last step, or until a signal stops it. Returns the exit code."""
         settings, rank = self.settings, self.transport.rank
+        here.doing, here.step = "computes", self.step
         if rank == 0 and settings.log_dir:
             checkpoint.begin(settings, self.transport.size)
+            here.checkpoint = str(checkpoint.path_of(Path(settings.log_dir), self.step)) if self.step else ""
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=rank)
         self.announce(metrics)
         if not self.plan.no_graph:
-            self.train_step.capture(settings.batch_size, self.plan.sizes, mixed=self.mixing is not None)
+            with doing("captures its steps"):
+                self.train_step.capture(settings.batch_size, self.plan.sizes, mixed=self.mixing is not None)
         metrics.say("Training")
         metrics.table_head()
         tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
@@ -247,6 +251,7 @@ class Run:
                 self.train_step(*batches)
                 del batches  # before the next ones are there: they may be large
                 self.step += 1
+                here.step = self.step
                 metrics.step()
                 last = self.step == self.plan.steps
                 if self.step == 1 or self.step % settings.display_every == 0 or last:
@@ -326,7 +331,8 @@ class Run:
     def evaluate(self, metrics: Metrics, signals: Signals) -> bool:
         """Evaluates on all ranks, and saves the best. Returns whether it came to its end, before any signal."""
         assert self.validation is not None
-        results = self.validation.evaluate(signals)
+        with doing("evaluates"):
+            results = self.validation.evaluate(signals)
         for result in results:
             metrics.evaluation(self.step, self.epoch, in_words(result, "Top-1"), in_words(result, "Top-5"), **result)
         if results and results[-1]["top1"] > self.validation.best:  # of the averages, if any: eval.py takes these
@@ -385,7 +391,9 @@ class Run:
             **self.train_step.state_dict(),
             **({"evaluation": evaluation} if evaluation else {}),
         }
-        checkpoint.save(path, state, None if evaluation else settings.keep)
+        with doing("saves"):
+            checkpoint.save(path, state, None if evaluation else settings.keep)
+        here.checkpoint = here.checkpoint if evaluation else str(path)
         metrics.write("checkpoint", step=self.step, path=str(path))
         metrics.say(f"Checkpoint written to {path}")
 

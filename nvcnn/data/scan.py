@@ -7,7 +7,7 @@ from nvcnn.data import pillow
 from nvcnn.data.dataset import Dataset
 from nvcnn.data.pillow import REPLACE, undecodable
 from nvcnn.data.source import Source
-from nvcnn.program import InputError
+from nvcnn.program import InputError, here
 
 SEARCH_TIME = 120.0  # seconds; the other ranks wait
 
@@ -17,6 +17,7 @@ def fault(dataset: Dataset, source: Source, i: int, images: bool, advice: str = 
 
     images: decodes it as well. advice: what to do about an image that cannot be decoded.
     """
+    here.moves += 1
     try:
         data, label = source.read(i)
         dataset.zero_based(label, source.name(i))

@@ -73,6 +73,7 @@ NEWER = {
     "keep": 3,
     "cuda_graph": "auto",
     "transport": "auto",
+    "rank_timeout": 600,
     "log_tensors": False,
     "dry_run": False,
 }
@@ -104,6 +105,7 @@ def test_names_and_defaults_of_an_evaluation_are_frozen():
         "per_class": False,
         "report": None,
         "transport": "auto",
+        "rank_timeout": 600,
         "data_backend": None,
         "skip_bad_images": False,
     }
@@ -210,6 +212,7 @@ def test_short_and_negative_forms():
         ("--eval_every=-1", "--eval_every=-1"),
         ("--save_every=-1", "--save_every=-1"),
         ("--max_skipped=0", "--max_skipped=0"),
+        ("--rank_timeout=-1", "--rank_timeout=-1: must be 0 or more"),
         ("--eval_every=2", "--eval_every=2 needs --data_dir"),
         ("--fp16 --bf16", "--fp16 and --bf16"),
         ("--momentum_dtype=fp16", "--momentum_dtype"),
@@ -278,6 +281,7 @@ def test_what_a_resumed_run_may_change():
     stored = json.loads(json.dumps(as_json(one)))
     free = ["--display_every=7", "--save_interval=1", "--summary_interval=1", "--keep=9", "--data_dir=d", "--log_dir=e"]
     free += ["--log_tensors", "--transport=torch", "--eval_every=0", "--save_every=0", "--max_skipped=9"]
+    free += ["--rank_timeout=9"]
     assert differences(one, stored) == []
     assert differences(parse(Settings, ["--model=lenet", "--crop_area=0.5,1", *free]), stored) == []
     other = parse(Settings, ["--model=trivial", "--crop_area=0.6,1", "--momentum_dtype=bf16"])
