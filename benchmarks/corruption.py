@@ -163,7 +163,13 @@ def make(work: Path) -> None:
     state |= {"settings": {"model": "lenet", "label_base": 1, "fp16": False, "bf16": False}, "ranks": [{}, {}]}
     state |= {"optimizer": {"counters": torch.tensor([3, 3, 3])}, "model": "lenet", "num_classes": CLASSES}
     checkpoint.save(work / "run/checkpoint-00000003.pt", state, None)
-    told: dict[str, Any] = {"format": weights.FORMAT, "version": weights.VERSION, "model": "lenet", "num_classes": 2, "options": {}}
+    told: dict[str, Any] = {
+        "format": weights.FORMAT,
+        "version": weights.VERSION,
+        "model": "lenet",
+        "num_classes": 2,
+        "options": {},
+    }
     told |= {"class_names": ["a", "b"], "preprocessing": {"image_size": 28, "normalize": "imagenet", "eval_crop": 1.0}}
     with (work / "run/weights.pt").open("w+b") as file:
         checkpoint.write(told | {"state_dict": {"fc.weight": torch.randn(40, 30)}}, file)

@@ -1,7 +1,7 @@
 """Runs a program of launch/ in which something happens: python disturbed.py PROGRAM WHAT PLACE NUMBER RANK ARGUMENTS
 
 PROGRAM: train (which has the model `tiny`, with BatchNorm), evaluate or prepare. WHAT happens the NUMBER-th time that
-the RANK comes to PLACE: start (before it meets the others), step, save, evaluate (a batch), shard (one is written).
+the RANK comes to PLACE: start (when it has met the others), step, save, evaluate (a batch), shard (one is written).
 WHAT is one of `EVENTS`, `none`, or a signal, which comes to this process. FAULT names a file that then has the time.
 """
 
@@ -133,7 +133,7 @@ def arrange(program: str, what: str, place: str, number: int, rank: int) -> None
 
     module: Any = {"train": train, "evaluate": evaluate}[program]
     at: tuple[Any, str] = {
-        "start": (module, "connect"),
+        "start": (module, "check_ranks"),
         "step": (step.Step, "__call__"),
         "save": (checkpoint, "write") if rank == 0 else (train.Run, "save"),
         "evaluate": (evaluate, "prepare_input"),
@@ -143,9 +143,20 @@ def arrange(program: str, what: str, place: str, number: int, rank: int) -> None
 
 def main() -> None:
     program, what, place, number, rank = (sys.argv.pop(1) for _ in range(5))
-    arrange(program, what, place, int(number), int(rank))
-    if program != "prepare":
-        import tests.end_to_end.tiny  # noqa: F401 (the model)
+    from nvcnn import program as start
+
+    run = start.run
+
+    def disturbed(main: Callable[[], int]) -> None:
+        def beginning() -> int:  # what takes seconds, where a signal is answered as in the program alone
+            arrange(program, what, place, int(number), int(rank))
+            if program != "prepare":
+                import tests.end_to_end.tiny  # noqa: F401 (the model)
+            return main()
+
+        run(beginning)
+
+    start.run = disturbed  # type: ignore[assignment]
     script = ROOT / "launch" / f"{program.replace('evaluate', 'eval')}.py"
     sys.argv[0] = str(script)
     runpy.run_path(str(script), run_name="__main__")

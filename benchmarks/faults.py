@@ -49,11 +49,11 @@ from benchmarks.disturbed import MARK, ROOT, kill_all, processes
 from nvcnn import checkpoint
 from nvcnn.doctor import mpi_flags
 from nvcnn.prepare.fashion_mnist import png
-from nvcnn.program import InputError
+from nvcnn.program import SAVED_AND_STOPPED, InputError
 from nvcnn.settings import Evaluation, Settings
 
-HANG, LIMIT, ORPHAN = 60, 240, 10  # seconds
-RANK_TIMEOUT = 15  # seconds
+HANG, LIMIT, ORPHAN = 90, 300, 10  # seconds
+RANK_TIMEOUT = 20  # seconds
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES, VALIDATION, EPOCHS, BATCH = 480, 100, 2, 8
 TRAINING, RANKED = ("train", "save"), ("train", "save", "evaluate")
@@ -394,6 +394,9 @@ class Harness:
             wrong["lost"] = f"step {saved} was saved, {step} is what is there"
         if first.code == 0 and first.happened and fault.kind.event in ("SIGKILL", "raise", "mpiexec"):
             wrong["lost"] = "exit code 0 of a run that did not end well"
+        stops = fault.kind.event in ("SIGTERM", "SIGINT", "SIGUSR1") and fault.place in ("step", "save", "evaluate")
+        if program == "train" and stops and first.happened and first.code not in (0, None, SAVED_AND_STOPPED):
+            wrong["lost"] = f"a signal to stop ends in {first.code}, and not saved"
         again = run(command(fault, self.work, data, log_dir, quiet=True), directory / "again.txt", mark)
         for name, ended in (("first", first), ("second", again)):
             if ended.code is None:
