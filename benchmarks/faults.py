@@ -331,11 +331,11 @@ def damage(fault: Fault, log_dir: Path) -> None:
 class Harness:
     """Has what all runs share: pictures, the data made from them, and what undisturbed runs leave.
 
-    work: a directory of its own.
+    work: a directory of its own. keep: also what a run that survived has left and printed.
     """
 
-    def __init__(self, work: Path):
-        self.work, self.lock = work, Lock()
+    def __init__(self, work: Path, keep: bool = False):
+        self.work, self.keep, self.lock = work, keep, Lock()
         for split, images in (("train", IMAGES), ("val", VALIDATION)):
             for i in range(images):
                 path = work / "pictures" / split / f"class{i % 10}" / f"{i:04d}.png"
@@ -416,7 +416,7 @@ class Harness:
             trained = "is trained" in again.text
             if not trained:
                 wrong["lost"] = f"goes on from {restored and restored[1]}, not {step}"
-        if not wrong:
+        if not wrong and not self.keep:
             shutil.rmtree(directory)
         row = {k: v for k, v in asdict(fault).items() if k not in ("kind", "chance")} | {"kind": fault.kind.title}
         verdict = next((v for v in ("hung", "lost", *VERDICTS[3:]) if v in wrong), "survived")
@@ -480,15 +480,15 @@ def main() -> int:
             print(f"left out: {kind.title}: {why}")
     file = options.out / "faults.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() and not options.only else []
+    if others := {row["seed"] for row in rows} - {options.seed}:
+        parser.error(f"{file} has runs of --seed={others.pop()}: give that, or another --out")
     done = {row["number"] for row in rows}
     numbers = [options.only] if options.only else [n for n in range(1, options.runs + 1) if n not in done]
     work = Path(tempfile.mkdtemp(prefix="nvcnn-faults-"))
-    harness = Harness(work)
-    failed = False
+    harness = Harness(work, keep=bool(options.only))
 
     def one(number: int) -> None:
-        nonlocal failed
-        row = harness.disturb(draw(options.seed, number))
+        row = {"seed": options.seed} | harness.disturb(draw(options.seed, number))
         with harness.lock:
             rows.append(row)
             rows.sort(key=lambda row: row["number"])
@@ -502,8 +502,8 @@ def main() -> int:
         list(pool.map(one, numbers))
     print(report.table(summary(rows)))
     failed = any(row["verdict"] != "survived" for row in rows)
-    if failed:
-        print(f"What the runs that did not survive have printed is in {work}")
+    if failed or options.only:
+        print(f"What they have left and printed is in {work}")
     else:
         shutil.rmtree(work)
     return int(failed)
