@@ -36,7 +36,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -377,6 +377,9 @@ class Harness:
         struck = (fault, usual * fault.at / 1000) if fault.place == "any" else (None, 0.0)
         words = command(fault, self.work, data, log_dir)
         first = run(words, directory / "first.txt", mark, *struck)
+        if fault.place == "any" and not first.happened:  # it was over before
+            shutil.rmtree(directory)
+            return self.disturb(replace(fault, at=fault.at // 2))
         wrong: dict[str, str] = {}
         if (away := log_dir.with_name("run.away")).exists():
             shutil.rmtree(log_dir, ignore_errors=True)
@@ -453,6 +456,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         seconds = sorted(row["seconds"] for row in of_kind if row["happened"] and row["code"] is not None)
         line: dict[str, Any] = {"what happens": title, "runs": len(of_kind)}
+        line |= {"happened": sum(row["happened"] for row in of_kind)}
         line |= {"survived": sum(row["verdict"] == "survived" for row in of_kind)}
         line |= {verdict: sum(verdict in row["wrong"] for row in of_kind) for verdict in VERDICTS[1:]}
         line["seconds to end, median"] = statistics.median(seconds) if seconds else "-"
