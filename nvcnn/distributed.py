@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nvcnn.program import InputError, Launch, here, launched
-from nvcnn.watch_ranks import Watch, watch_ranks
+from nvcnn.watch_ranks import Watch, end_with_launcher, watch_ranks
 
 FOR_EVER = timedelta(days=365)
 WITHOUT_MPI = ("torchrun", "srun", "the environment")  # an MPI that did not start its process may end it
@@ -197,11 +197,13 @@ def connect(transport: str, rank_timeout: float = 0) -> Transport:
     launch = launched()
     if launch.size == 1:
         return Transport(launch)
+    if launch.launcher != "the environment":  # a shell may end before what it has started
+        end_with_launcher(launch.rank)
     name, why = choose(transport, launch)
     connected = Horovod(launch) if name == "horovod" else Torch(launch)
     connected.why = why
-    connected.watch = watch_ranks(connected, launch.launcher, rank_timeout)
-    if connected.watch.timeout and isinstance(connected, Torch):
+    connected.watch = watch_ranks(connected, rank_timeout)
+    if connected.watch and isinstance(connected, Torch):
         connected.wait_for_ever()
     return connected
 

@@ -47,7 +47,7 @@ from kernels import configurations
 from kernels.configurations import cdiv
 from kernels.convolution_gradients import passed
 from kernels.norm_rows import D_BETA
-from nvcnn import checkpoint, timing
+from nvcnn import checkpoint, program, timing
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.distributed import Transport
 from nvcnn.machine import chosen_kernels
@@ -533,6 +533,7 @@ def fastest(
     try:
         with quick_captures():
             for place in missing:
+                program.here.moves += 1  # the other ranks wait
                 known[str(place)] = measure(place, device, say)
                 torch.cuda.empty_cache()  # of the graphs, which are gone
     finally:

@@ -31,6 +31,9 @@ BLAME = 5.0  # seconds in which the watch over the ranks says which one is to bl
 ABORT = 10.0  # seconds after which a process ends that ends the job
 
 
+PARENT = os.getppid()  # the launcher, if any
+
+
 class InputError(Exception):
     """Bad usage or bad input. The message is one line that names the flag, file or value and says what to do."""
 
@@ -172,7 +175,8 @@ def run(program: Callable[[], int]) -> NoReturn:
         if here.waits and leaving:
             time.sleep(BLAME)  # another rank is to blame: then the watch ends this one, with a word about that
         if out_of_memory(error):
-            error.add_note(f"Out of memory{f' on {socket.gethostname()}' * bool(rank)}: give a lower --batch_size")
+            where = f" on {socket.gethostname()}" if rank else ""
+            error.add_note(f"Out of memory{where}: free some, or give a lower --batch_size")
         print(f"{rank}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
         abort(1)
     sys.exit(code)
@@ -180,7 +184,7 @@ def run(program: Callable[[], int]) -> NoReturn:
 
 def out_of_memory(error: Exception) -> bool:
     """Returns whether memory was missing, as Python, torch, DALI, CUDA or the system say it."""
-    words = ("out of memory", "can't allocate memory", "can't allocate", "cannot allocate memory")
+    words = ("out of memory", "can't allocate", "cannot allocate")
     return isinstance(error, MemoryError) or any(some in str(error).lower() for some in words)
 
 

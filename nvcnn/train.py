@@ -226,20 +226,20 @@ class Run:
             here.checkpoint = str(checkpoint.path_of(Path(settings.log_dir), self.step)) if self.step else ""
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=rank)
         self.announce(metrics)
-        if not self.plan.no_graph:
-            with doing("captures its steps"):
-                self.train_step.capture(settings.batch_size, self.plan.sizes, mixed=self.mixing is not None)
-        metrics.say("Training")
-        metrics.table_head()
-        tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
-        vote = Vote(self.transport, questions=3)
-        divergence = Divergence(self.train_step.optimizer, settings.max_skipped)
-        throughput = Throughput(self.plan.total_batch, self.step)
-        until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
-        eval_every = 1 if settings.eval_every is None else settings.eval_every
-        told = bool(settings.log_dir)
-        due, stopped, diverged = False, False, ""  # a checkpoint is due
         with caught() as signals:
+            if not self.plan.no_graph:
+                with doing("captures its steps"):
+                    self.train_step.capture(settings.batch_size, self.plan.sizes, mixed=self.mixing is not None)
+            metrics.say("Training")
+            metrics.table_head()
+            tensors = TensorLog(self.train_step.optimizer) if settings.log_tensors and rank == 0 else None
+            vote = Vote(self.transport, questions=3)
+            divergence = Divergence(self.train_step.optimizer, settings.max_skipped)
+            throughput = Throughput(self.plan.total_batch, self.step)
+            until_summary, until_save = Timer(settings.summary_interval), Timer(settings.save_interval)
+            eval_every = 1 if settings.eval_every is None else settings.eval_every
+            told = bool(settings.log_dir)
+            due, stopped, diverged = False, False, ""  # a checkpoint is due
             if self.step and self.validation and self.epochs_end(eval_every):  # what was stopped may not have had that
                 with throughput.left_out():
                     stopped = not self.evaluate(metrics, signals)
@@ -286,6 +286,7 @@ class Run:
                             if not saves:
                                 self.save(metrics)
             vote.wait()
+        here.doing = "ends"
         if tensors:
             tensors.write(metrics, summarize=True)
         metrics.end(self.step, throughput)
@@ -319,6 +320,7 @@ class Run:
             "skipped": skipped - before,
         }
 
+    @doing("draws its first images")
     def show_input(self, batch: Batch | MixedBatch, metrics: Metrics) -> None:
         """Has some images of a batch drawn as the network sees them, with their classes."""
         names, labels = self.plan.class_names, batch.labels.tolist()
@@ -328,11 +330,11 @@ class Run:
         images = pixels(self.train_step.inputs_of(batch)[0][:PICTURES], self.plan.preprocessing.normalize).cpu()
         metrics.input(images, shown[:PICTURES])
 
+    @doing("evaluates")
     def evaluate(self, metrics: Metrics, signals: Signals) -> bool:
         """Evaluates on all ranks, and saves the best. Returns whether it came to its end, before any signal."""
         assert self.validation is not None
-        with doing("evaluates"):
-            results = self.validation.evaluate(signals)
+        results = self.validation.evaluate(signals)
         for result in results:
             metrics.evaluation(self.step, self.epoch, in_words(result, "Top-1"), in_words(result, "Top-5"), **result)
         if results and results[-1]["top1"] > self.validation.best:  # of the averages, if any: eval.py takes these
@@ -359,6 +361,7 @@ class Run:
         kept = checkpoint.last_good(Path(settings.log_dir))
         return f"{again}, and another --log_dir, where --init=FILE goes on from weights; {kept}"
 
+    @doing("saves")
     def save(self, metrics: Metrics, evaluation: dict[str, Any] | None = None) -> None:
         """Gathers what is each rank's own to rank 0, whose BatchNorm statistics are those of the weights.
 
@@ -391,8 +394,7 @@ class Run:
             **self.train_step.state_dict(),
             **({"evaluation": evaluation} if evaluation else {}),
         }
-        with doing("saves"):
-            checkpoint.save(path, state, None if evaluation else settings.keep)
+        checkpoint.save(path, state, None if evaluation else settings.keep)
         here.checkpoint = here.checkpoint if evaluation else str(path)
         metrics.write("checkpoint", step=self.step, path=str(path))
         metrics.say(f"Checkpoint written to {path}")

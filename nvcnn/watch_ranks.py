@@ -26,14 +26,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from nvcnn.program import BLAME, abort, here, leaving
+from nvcnn.program import BLAME, PARENT, Here, abort, here, leaving
 
-PARENT = os.getppid()
 BEAT = 2.0  # seconds between two messages of a rank; at most an eighth of the timeout
 MEETING = 20.0  # seconds in which ranks must reach rank 0
 KNOCK = 3.0  # seconds to try one address of it
 LONGEST = 4096  # bytes of a message
 SIOCGIFADDR = 0x8915  # linux/sockios.h
+FOLLOWS = 1.0  # seconds in which the launcher ends all, and says by which rank
 SHOWN = 4  # ranks in a message
 
 
@@ -50,23 +50,26 @@ class Other:
 
     name: str
     connection: socket.socket
-    at: dict[str, Any] = field(default_factory=lambda: {"doing": "starts", "step": 0})
+    at: dict[str, Any] = field(default_factory=lambda: asdict(Here()))
     heard: float = 0.0
     moved: float = 0.0
     received: bytes = b""
     unsent: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.connection.setblocking(False)
 
     def send(self, **message: Any) -> None:
         """Sends a message; what a rank is at it leaves out while the one before has not gone."""
         if not self.unsent or "ends" in message:
             self.unsent += json.dumps(message).encode() + b"\n"
         with suppress(OSError):  # that it has gone, `receive` finds
-            self.unsent = self.unsent[self.connection.send(self.unsent, socket.MSG_DONTWAIT) :]
+            self.unsent = self.unsent[self.connection.send(self.unsent) :]
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:
         """Returns the messages that have come, and whether the connection is still there."""
         try:
-            new = self.connection.recv(2**16, socket.MSG_DONTWAIT)
+            new = self.connection.recv(2**16)
         except BlockingIOError:
             return [], True
         except OSError:
@@ -76,15 +79,11 @@ class Other:
 
 
 class Watch:
-    """Is the thread of one rank, which watches `others`: on rank 0 all, on another rank 0. Empty: only the launcher.
+    """Is the thread of one rank, which watches `others`: on rank 0 all, on another rank 0. timeout: in seconds."""
 
-    timeout: in seconds; 0 where no rank is watched.
-    """
-
-    def __init__(self, rank: int, name: str, others: dict[int, Other], timeout: float, orphan: bool):
+    def __init__(self, rank: int, name: str, others: dict[int, Other], timeout: float):
         self.rank, self.name, self.others, self.timeout = rank, name, others, timeout
-        self.orphan = orphan  # whether it ends where its launcher does
-        self.beat = min(BEAT, timeout / 8) if timeout else BEAT
+        self.beat = min(BEAT, timeout / 8)
         self.at, self.moved = asdict(here), 0.0
         self.ends: int | None = None  # the exit code
         self.reader, self.writer = os.pipe()
@@ -125,10 +124,9 @@ class Watch:
             self.tell(**at)
             if self.others and (reason := self.judged(clock)):
                 self.end(reason)
-            if self.orphan and os.getppid() != PARENT:
-                self.say(f"{self.name} ends, since its launcher has; {self.remedy()}")
-                self.follow(1)
         self.tell(ends=self.ends)
+        os.close(self.reader)
+        os.close(self.writer)
 
     def tell(self, **message: Any) -> None:
         for other in self.others.values():
@@ -150,16 +148,16 @@ class Watch:
                 other.at, other.moved = message, clock
         if not there:
             log = "its launcher may say how it ended, and the kernel's log whether memory ran out"
-            self.end(f"{other.name} has gone, which {activity(other.at)}: {log}")
+            self.end(f"{last_seen(other.name, other.at)} has gone: {log}")
 
     def judged(self, clock: float) -> str:
-        """Returns a clause that says which rank does not move; empty while all is well."""
+        """Returns a clause that names the ranks that do not move; empty while all is well."""
         late = self.timeout + self.beat  # since a message may be that old
         silent = [other for other in self.others.values() if clock - other.heard > late]
         for_so_long = f"for {self.timeout:g} s (--rank_timeout)"
         if silent:
-            names = listed(f"{other.name}, which {activity(other.at)}" for other in silent)
-            return f"no answer {for_so_long} from {names}: it is stopped or stuck, its machine or its network down"
+            names = listed(last_seen(other.name, other.at) for other in silent)
+            return f"{names} did not answer {for_so_long}: stopped, or its machine or network is down"
         moved = max(self.moved, *(other.moved for other in self.others.values()))
         if self.rank != 0 or clock - moved < late:
             return ""
@@ -167,32 +165,45 @@ class Watch:
         fewest = behind({rank: at for rank, (_, at) in ranks.items()})
         if all(at["doing"] == "starts" and not at["waits"] for _, at in ranks.values()):
             return ""  # imports, and reading, may take long, and nobody waits
-        names = listed(f"{ranks[rank][0]}, which {activity(ranks[rank][1])}" for rank in fewest)
+        names = listed(last_seen(*ranks[rank]) for rank in fewest)
         if len(fewest) == len(ranks):
             return f"no rank has moved {for_so_long}: {names}"
-        return f"the others wait, and there was no move {for_so_long} of {names}"
+        return f"{names} did not move {for_so_long}, while the others wait"
 
     def remedy(self) -> str:
         """Returns a clause about where a run goes on."""
         checkpoint = here.checkpoint or next((other.at.get("checkpoint") for other in self.others.values()), "")
         return f"the same command goes on from {checkpoint}" if checkpoint else "there is no checkpoint yet"
 
-    def say(self, line: str) -> None:
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
-
     def end(self, reason: str) -> None:
         """Says why, and ends the job."""
         if self.rank > 1:
             time.sleep(BLAME / 2)  # rank 1 has lost rank 0 as well: it speaks, and ends this one before that is over
-        self.say(f"{reason}; {self.remedy()}")
+        say(f"{reason}; {self.remedy()}")
         self.tell(ends=1)
         abort(1)
 
     def follow(self, code: int) -> None:
         """Ends this rank after a line that says why, and has the others follow."""
         self.tell(ends=code)
-        time.sleep(1)  # the launcher ends all, and says by which rank
+        time.sleep(FOLLOWS)
         abort(code)
+
+
+def say(line: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+
+
+def end_with_launcher(rank: int) -> None:
+    """Has a thread end this rank when its launcher has gone. What the launcher prints for it is lost then."""
+
+    def watch() -> None:
+        while os.getppid() == PARENT:
+            time.sleep(BEAT)
+        say(f"rank {rank} ends, since its launcher has gone")
+        abort(1)
+
+    threading.Thread(target=watch, name="watch over the launcher", daemon=True).start()
 
 
 def behind(at: Mapping[int, Mapping[str, Any]]) -> list[int]:
@@ -201,10 +212,10 @@ def behind(at: Mapping[int, Mapping[str, Any]]) -> list[int]:
     return [rank for rank, its in order.items() if its == min(order.values())]
 
 
-def activity(at: Mapping[str, Any]) -> str:
-    """Returns what a rank did last: "computes after step 7"."""
-    what = "waits for the others" if at.get("waits") else at["doing"]
-    return f"{what} after step {at['step']}" if at["step"] else what
+def last_seen(name: str, at: Mapping[str, Any]) -> str:
+    """Returns the name of a rank with what it was at: "rank 1 on node7 (process 4711; computes, after step 7)"."""
+    what = "waits for the others" if at["waits"] else at["doing"]
+    return f"{name[:-1]}; {what}, after step {at['step']})"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -213,10 +224,10 @@ def listed(names: Iterable[str]) -> str:
     return "; ".join(every[:SHOWN]) + f"; and {len(every) - SHOWN} more" * (len(every) > SHOWN)
 
 
-def watch_ranks(transport: Gathers, launcher: str, timeout: float) -> Watch:
-    """Returns the watch of this rank. All ranks must call it. timeout: in seconds; 0: only a launcher that ends counts.
+def watch_ranks(transport: Gathers, timeout: float) -> Watch | None:
+    """Returns the watch of this rank; None for a timeout of 0 seconds. All ranks must call it.
 
-    Where not all ranks reach rank 0 by TCP none is watched, and it says so.
+    Where not all ranks reach rank 0 by TCP none is watched, and rank 0 says so.
     """
     rank, host = transport.rank, socket.gethostname()
     server = listening() if rank == 0 and timeout else None
@@ -238,7 +249,7 @@ def watch_ranks(transport: Gathers, launcher: str, timeout: float) -> Watch:
     if server:
         server.close()
     known = {r: Other(names[r], connection) for r, connection in others.items()}
-    return Watch(rank, names[rank], known, timeout if known else 0, launcher != "the environment")
+    return Watch(rank, names[rank], known, timeout) if known else None
 
 
 def listening() -> socket.socket:

@@ -1,6 +1,6 @@
 """Runs launch/train.py, but something happens before a step: python disturbed.py WHAT STEP ARGUMENTS
 
-WHAT: raise (the last rank does), SIGKILL or SIGTERM (to the last rank), SIGUSR1 (to mpiexec, which hands it on).
+WHAT: raise (the last rank does), SIGKILL, SIGSTOP or SIGTERM (to the last rank), SIGUSR1 (to mpiexec, which passes it).
 """
 
 import os

@@ -4,7 +4,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -199,10 +201,50 @@ def test_ranks_with_other_flags(launch, tmp_path, other, said):
 
 def test_a_rank_that_raises_ends_the_job(launch, records):
     arguments = (*LENET, f"--data_dir={records}", "--batch_size=8", "--num_batches=100000")
+    arguments += ("--transport=torch",)  # where rank 0's own sum fails then
     program = launch.start("tests/end_to_end/disturbed.py", "raise", 10, *arguments, ranks=2)
-    assert program.wait() not in (0, 2, 3)
+    assert program.wait() == 1
     assert "rank 1: Traceback" in program.text()
+    assert program.text().count("Traceback") == 1
     assert "RuntimeError: step 10" in program.text()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for_the_end_of(ranks: list[int]) -> None:
+    assert len(ranks) == 2
+    end = time.monotonic() + 60
+    while left := [pid for pid in ranks if alive(pid)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
+def test_a_rank_that_stands_still_ends_the_job(launch):
+    arguments = (*LENET, "--batch_size=8", "--num_batches=100000", "--rank_timeout=8")
+    program = launch.start("tests/end_to_end/disturbed.py", "SIGSTOP", 5, *arguments, ranks=2)
+    program.until("^ +1 ")
+    ranks = program.ranks()
+    assert program.wait() == 1
+    (line,) = re.findall("disturbed.py: (.*)", program.text())
+    assert re.match(r"rank 1 on \S+ \(process \d+; .*, after step \d+\) did not answer for 8 s ", line)
+    wait_for_the_end_of(ranks)
+
+
+def test_no_rank_outlives_its_launcher(launch, records):
+    """Nor do the workers of a rank."""
+    arguments = (*LENET, f"--data_dir={records}", "--data_backend=torch", "--batch_size=8", "--num_epochs=100000")
+    program = launch.start("launch/train.py", *arguments, "--transport=torch", "--eval_every=0", ranks=2)
+    program.until("^ +5 ")
+    ranks = program.ranks()
+    workers = [pid for rank in ranks for pid in subprocess.check_output(["pgrep", "-P", str(rank)], text=True).split()]
+    program.process.kill()
+    wait_for_the_end_of(ranks)
+    wait_for_the_end_of([int(workers[0]), int(workers[-1])])
 
 
 def test_low_precision_on_a_cpu_says_so_once(launch):

@@ -97,6 +97,7 @@ def test_a_run_stopped_in_every_way_ends_with_the_same_bits(launch, records, und
         program = launch.start("tests/end_to_end/disturbed.py", how, step, *arguments, *options, ranks=2)
         code = program.wait()
         assert code not in (0, 2, 3) if how == "SIGKILL" else code == 3, program.text()
+        assert (" has gone: " in program.text()) == (how == "SIGKILL")
         assert stopped_at == 0 or f"Restored checkpoint {log_dir}/checkpoint-{stopped_at:08d}.pt" in program.text()
         assert len(list(log_dir.glob("checkpoint-[0-9]*.pt"))) == (2 if how == "SIGKILL" else 3)
         stopped_at = int(last_checkpoint(log_dir)["optimizer"]["counters"][0])

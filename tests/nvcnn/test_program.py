@@ -202,10 +202,18 @@ def test_a_checkout_that_is_not_installed(program, tmp_path):
     assert ended.stderr == f"{what}activate its environment, or `pip install -e .` in the checkout\n"
 
 
-def test_what_nobody_expects_has_a_traceback():
-    program = subprocess.run([sys.executable, "-c", PROGRAM.format("1 / 0")], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("does", "ends"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero\n"),
+        ("[0] * 2**60", "MemoryError\nOut of memory: free some, or give a lower --batch_size\n"),
+    ],
+)
+def test_what_nobody_expects_has_a_traceback(does, ends):
+    program = subprocess.run([sys.executable, "-c", PROGRAM.format(does)], capture_output=True, text=True)
     assert program.returncode == 1
-    assert program.stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert program.stderr.startswith("Traceback")
+    assert program.stderr.endswith(ends)
 
 
 BAD = ["--flag", "--batch_size=x", "--model=resnet51", "--conv=fast"]
