@@ -275,11 +275,7 @@ def markdown(content: dict[str, Any]) -> str:
         if card := part["machine"].get("card"):
             lines += [", ".join(f"{name} {value}" for name, value in card.items()), ""]
         for rows in tables(part["rows"]):
-            lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-            lines += [
-                "| " + " | ".join(str(value).replace("|", "\\|") for value in row.values()) + " |" for row in rows
-            ]
-            lines.append("")
+            lines += [report.markdown(rows), ""]
     return "\n".join(lines)
 
 

@@ -30,6 +30,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows, which share their keys, as a table of Markdown."""
+    cells = [list(rows[0]), *([str(value).replace("|", "\\|") for value in row.values()] for row in rows)]
+    head, *lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
+
+
 def command(name: str, arguments: list[str]) -> str:
     """Returns what a shell takes to measure again, without the files of this machine that it wrote to."""
     words, kept = iter(arguments), ["python", "-m", f"benchmarks.{name}"]
@@ -56,3 +63,10 @@ def write(file: str, name: str, rows: list[dict[str, Any]], **machine: Any) -> N
     part = Path(f"{file}.part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(file)
+
+
+def write_page(file: Path, title: str, name: str, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows as a page of Markdown, with what ran and on what."""
+    ran = ", ".join(f"{package} {version}" for package, version in versions().items())
+    where = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
+    file.write_text(f"# {title}\n\n`{command(name, sys.argv[1:])}`, {ran}; {where}\n\n{markdown(rows)}\n")

@@ -57,7 +57,7 @@ def check_shard(path: Path, part: Mapping[str, Any], file_format: str) -> None:
     try:
         size, sha256 = to_read(path).stat().st_size, hashlib.sha256()
         lines = FORMATS[file_format].read(path, sha256)
-        index = to_read(index_path(path)).read_text()
+        index = to_read(index_path(path)).read_text("utf-8", "replace")  # damage may be any bytes
     except OSError as error:
         raise InputError(
             f"{error.filename}: cannot be read ({error.strerror}): copy the file again, or prepare again"

@@ -50,6 +50,7 @@ BROKEN = {  # what is done to a data directory, and the words of the message
     "missing": (lambda d: (d / SHARD).unlink(), rf"{SHARD}: cannot be read \(No such file"),
     "index missing": (lambda d: (d / f"{SHARD}.idx").unlink(), rf"{SHARD}\.idx: cannot be read \(No such file"),
     "index": (lambda d: flip(d / f"{SHARD}.idx", 8), rf"{SHARD}\.idx: is wrong at record 1"),
+    "no text": (lambda d: (d / f"{SHARD}.idx").write_bytes(b"0 \x9b"), rf"{SHARD}\.idx: is wrong at record 0"),
     "other": (lambda d: rewritten(d / SHARD), rf"{SHARD}: holds other records than were written"),
     "extra": (lambda d: (d / "train-00012-of-00013").touch(), r"train-00012-of-00013: is not in manifest\.json"),
     "dataset": (
