@@ -19,7 +19,7 @@ TORCH ?= $(patsubst tests/range/torch%.txt,%,$(wildcard tests/range/torch*.txt))
 
 activate := export VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/.venv/bin:$$PATH";
 
-.PHONY: help env horovod doctor train test test-full range lint count bench codegen gpu tune clean
+.PHONY: help env horovod doctor train test test-full test-cluster range lint count bench codegen gpu tune clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -81,6 +81,9 @@ test: lint  ## env, lint, types, every test
 
 test-full: lint  ## the same tests with larger parameters, and the long ones: hours
 	@$(activate) pytest -n 2 --hypothesis-profile=full
+
+test-cluster: env  ## on hosts made of namespaces (root, openssh-server, iproute2): several machines, a link that is cut
+	@$(activate) pytest -vv -rPs tests/cluster
 
 # Each version of torch in an environment of its own, with what its file says, else with the versions of constraints.txt.
 range: $(TORCH:%=.range/torch%/.packages)  ## the tests with torch and triton of tests/range/: all, or one with TORCH=2.11

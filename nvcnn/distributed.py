@@ -6,16 +6,18 @@
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from datetime import timedelta
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nvcnn.program import InputError, Launch, here, launched
-from nvcnn.watch_ranks import Watch, end_with_launcher, watch_ranks
+from nvcnn.watch_ranks import Watch, addresses, end_with_launcher, watch_ranks
 
 FOR_EVER = timedelta(days=365)
 WITHOUT_MPI = ("torchrun", "srun", "the environment")  # an MPI that did not start its process may end it
@@ -134,6 +136,8 @@ class Torch(Transport):
         self.dist = dist
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         address, port = self.meet(launch) or named_place(launch)
+        if address not in ("127.0.0.1", "localhost") and os.environ.get("LOCAL_WORLD_SIZE") != str(self.size):
+            face_others()
         try:
             socket.getaddrinfo(address, port)  # whoever does not know the name would try for half an hour
             if launch.launcher in ("torchrun", "the environment"):
@@ -160,7 +164,8 @@ class Torch(Transport):
         if self.rank == 0:
             with socket.socket() as s:
                 s.bind(("", 0))
-                host = "127.0.0.1" if machine.Get_size() == self.size else socket.gethostname()
+                alone = machine.Get_size() == self.size
+                host = "127.0.0.1" if alone else face_others() or socket.gethostname()
                 place = host, s.getsockname()[1]
         return world.bcast(place)
 
@@ -291,6 +296,31 @@ def named_place(launch: Launch, environment: Mapping[str, str] = os.environ) -> 
         f"{launch.size} ranks started by {launch.launcher} need mpi4py to meet: `pip install mpi4py`, start with "
         "torchrun, or set MASTER_ADDR and MASTER_PORT for all of them"
     )
+
+
+def face_others(environment: MutableMapping[str, str] = os.environ) -> str:
+    """Has Gloo talk by the network, and returns this machine's address there; "" where its name does.
+
+    Gloo takes the address of the machine's own name, for which Debian's /etc/hosts has 127.0.1.1. Then it is that of
+    the default route's interface, or of the only one. Raises InputError if there are several and no such route.
+    """
+    host, interface, known = socket.gethostname(), environment.get("GLOO_SOCKET_IFNAME", ""), addresses()
+    if not interface:
+        own: set[Any] = set()
+        with suppress(OSError):
+            own = {place[0] for *_, place in socket.getaddrinfo(host, None)}
+        others = [name for name, address in known.items() if not address.startswith("127.")]
+        if not others or any(address != "::1" and not address.startswith("127.") for address in own):
+            return ""
+        routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()]
+        ways = [name for name, to, *_ in routes if to == "00000000" and name in others] or others
+        if len(set(ways)) > 1:
+            raise InputError(
+                f"{host} has no address of its own that other machines reach ({', '.join(own) or 'an unknown name'}): "
+                f"set GLOO_SOCKET_IFNAME to the network interface that they do, one of {', '.join(ways)}"
+            )
+        environment["GLOO_SOCKET_IFNAME"] = interface = ways[0]
+    return known.get(interface.partition(",")[0], "")
 
 
 def first_host(nodes: str) -> str:

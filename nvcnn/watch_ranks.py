@@ -262,13 +262,19 @@ def listening() -> socket.socket:
 
 def places() -> list[str]:
     """Returns the names and addresses by which others may reach this machine."""
-    found = [os.environ.get("MASTER_ADDR", ""), socket.gethostname()]
+    found = [os.environ.get("MASTER_ADDR", ""), socket.gethostname(), *addresses().values()]
+    return [place for place in dict.fromkeys(found) if place]
+
+
+def addresses() -> dict[str, str]:
+    """Returns the address (IPv4) of each network interface that has one."""
+    found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, interface in socket.if_nameindex():
-            with suppress(OSError):  # it has no address of IPv4
+            with suppress(OSError):
                 answer = fcntl.ioctl(s, SIOCGIFADDR, struct.pack("256s", interface.encode()))
-                found.append(socket.inet_ntoa(answer[20:24]))
-    return [place for place in dict.fromkeys(found) if place]
+                found[interface] = socket.inet_ntoa(answer[20:24])
+    return found
 
 
 def admit(server: socket.socket, ranks: int, token: str) -> dict[int, socket.socket]:

@@ -9,7 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nvcnn.distributed import Horovod, Torch, Transport, Vote, agree, choose, connect, first_host, named_place
+from nvcnn import distributed
+from nvcnn.distributed import (
+    Horovod,
+    Torch,
+    Transport,
+    Vote,
+    agree,
+    choose,
+    connect,
+    face_others,
+    first_host,
+    named_place,
+)
 from nvcnn.program import InputError, Launch
 
 
@@ -113,6 +125,42 @@ def test_ranks_meet_where_their_launcher_says(parts, launch, environment, place)
     else:
         with pytest.raises(InputError, match=place):
             named_place(launch, environment)
+
+
+LO, TWO_CARDS = {"lo": "127.0.0.1"}, {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0": "10.0.0.7"}
+
+
+@pytest.mark.parametrize(
+    ("own", "addresses", "route", "given", "taken"),
+    [
+        ("10.0.0.7", TWO_CARDS, "", "", ("", "")),  # the name does
+        ("127.0.1.1", LO | {"eth0": "10.0.0.7"}, "", "", ("eth0", "10.0.0.7")),
+        ("", LO | {"eth0": "10.0.0.7"}, "", "", ("eth0", "10.0.0.7")),  # nobody knows the name
+        ("127.0.1.1", TWO_CARDS, "eth0", "", ("eth0", "10.0.0.7")),
+        ("127.0.1.1", TWO_CARDS, "", "", "GLOO_SOCKET_IFNAME .* one of docker0, eth0"),
+        ("127.0.1.1", TWO_CARDS, "eth0", "docker0", ("docker0", "172.17.0.1")),
+        ("127.0.1.1", LO, "", "", ("", "")),
+    ],
+)
+def test_ranks_talk_by_an_interface_that_others_reach(monkeypatch, tmp_path, own, addresses, route, given, taken):
+    """Debian gives a machine's own name the address 127.0.1.1."""
+
+    def resolved(host, port):
+        if not own:
+            raise socket.gaierror
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (own, 0))]
+
+    (tmp_path / "route").write_text(f"Iface Destination Gateway\n{route or 'eth0'} {'0' * 7}{not route:d} 010200C0\n")
+    monkeypatch.setattr(distributed, "Path", lambda _: tmp_path / "route")
+    monkeypatch.setattr(distributed, "addresses", lambda: addresses)
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    environment = {"GLOO_SOCKET_IFNAME": given} if given else {}
+    if isinstance(taken, str):
+        with pytest.raises(InputError, match=taken):
+            face_others(environment)
+    else:
+        address = face_others(environment)
+        assert (environment.get("GLOO_SOCKET_IFNAME", ""), address) == taken
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,9 @@ def program():
 
 run(program)
 """
+
+# Makes it the second of two ranks, where rank 0 has no error.
+SECOND = "os.environ |= {'RANK': '1', 'WORLD_SIZE': '2'}; import nvcnn.program; nvcnn.program.wait_for_rank_0 = int"
 
 # Runs a program of launch/, and exits with 9 if what must not be imported was.
 LIGHT = """
@@ -132,6 +136,7 @@ def test_what_no_launcher_sets(wrong, message):
     [
         ("return 3", 3, ""),
         ("raise InputError('--flag=1: must be 2')", 2, "train.py: --flag=1: must be 2\n"),
+        (f"{SECOND}; raise InputError('--flag=1')", 2, f"train.py: rank 1 on {socket.gethostname()}: --flag=1\n"),
         ("raise PermissionError(13, 'Permission denied', 'a/b')", 2, "train.py: a/b: Permission denied\n"),
         ("raise ModuleNotFoundError(name='torch')", 1, f"train.py: {sys.executable} has no torch: activate its env"),
         ("raise KeyboardInterrupt", 1, "train.py: interrupted\n"),
