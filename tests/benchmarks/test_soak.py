@@ -25,9 +25,9 @@ def noisy(level, growth, noise):
     ("values", "unit", "flat"),
     [
         (noisy(800, 0, 5), "MB", True),
-        (noisy(800, 7, 1), "MB", True),  # less than 1 %
-        (noisy(800, 16, 5), "MB", False),
-        (noisy(800, 16, 500), "MB", True),  # nobody can tell
+        (noisy(800, 20, 1), "MB", True),  # less than 3 %
+        (noisy(800, 30, 5), "MB", False),
+        (noisy(800, 30, 500), "MB", True),  # nobody can tell
         (noisy(800, -300, 5), "MB", True),
         (noisy(40, 0, 4), "", True),
         (noisy(40, 2, 4), "", False),
