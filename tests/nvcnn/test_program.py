@@ -131,10 +131,18 @@ def test_what_no_launcher_sets(wrong, message):
         launched({"WORLD_SIZE": "2", "RANK": "1"} | wrong)
 
 
+# Its collective fails since another rank has gone, and the watch is about to say which.
+INNOCENT = """import threading, nvcnn.program as p
+    p.here.waits, p.leaving = True, [str]
+    threading.Timer(0.3, os._exit, [7]).start()
+    1 / 0"""
+
+
 @pytest.mark.parametrize(
     ("does", "code", "says"),
     [
         ("return 3", 3, ""),
+        (INNOCENT, 7, ""),
         ("raise InputError('--flag=1: must be 2')", 2, "train.py: --flag=1: must be 2\n"),
         (f"{SECOND}; raise InputError('--flag=1')", 2, f"train.py: rank 1 on {socket.gethostname()}: --flag=1\n"),
         ("raise PermissionError(13, 'Permission denied', 'a/b')", 2, "train.py: a/b: Permission denied\n"),
