@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def check_out(out: Path, shards: Mapping[str, int], file_format: str, files: Ite
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps other runs out of a directory, and removes what a killed one left half written."""
+    """Keeps other runs out of a directory, and removes what a killed one, or a killed worker, has left half written."""
     directory = os.open(out, os.O_RDONLY)
     try:
         end = time.monotonic() + LOCK_WAIT
@@ -122,12 +122,20 @@ def locked(out: Path) -> Iterator[None]:
             except OSError:  # a network file system without locks
                 pass
             break
-        for path in (*out.iterdir(), *(out / UNFINISHED).glob("*")):
-            if is_temporary(path):
-                path.unlink(missing_ok=True)
-        yield
+        remove_half_written(out)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the directory may have gone
+                remove_half_written(out)  # of a worker that was killed, and of those that end with it
     finally:
         os.close(directory)
+
+
+def remove_half_written(out: Path) -> None:
+    for path in (*out.iterdir(), *(out / UNFINISHED).glob("*")):
+        if is_temporary(path):
+            path.unlink(missing_ok=True)
 
 
 def begun(blueprint: Blueprint, out: Path) -> dict[str, dict[str, Any]]:
