@@ -159,8 +159,8 @@ def run(program: Callable[[], int]) -> NoReturn:
         wait_for_rank_0()
         told = f"{error.filename}: {error.strerror}" if isinstance(error, PermissionError) and error.filename else error
         # Rank 0 would have said what all have: this rank has it alone, or what is on its machine.
-        where = f"rank {rank} on {socket.gethostname()}: " if (rank := launched_if_known().rank) else ""
-        print(f"{name}: {where}{told}", file=sys.stderr, flush=True)
+        mine = f"rank {launch.rank} on {socket.gethostname()}: " if (launch := launched_if_known()).rank else ""
+        print(f"{name}: {mine}{told}", file=sys.stderr, flush=True)
         abort(BAD_INPUT)
     except KeyboardInterrupt:  # outside of the training loop, which saves
         wait_for_rank_0()

@@ -102,19 +102,38 @@ class Ranks:
         self.jobs.append(job)
         return job
 
-    def mpiexec(self, hosts: list[Host], *command: object, each: int = 1, flags: tuple = (), names=()) -> Job:
-        """Starts ranks by the mpiexec of the first host; names: instead of those of the hosts in the host file."""
+    def mpiexec(
+        self,
+        hosts: list[Host],
+        *command: object,
+        each: int = 1,
+        flags: tuple = (),
+        names: tuple = (),
+        under: tuple = (),
+    ) -> Job:
+        """Starts ranks by the mpiexec of the first host; names: instead of those of the hosts in the host file.
+
+        under: the command that is given mpiexec's.
+        """
         listed = self.directory / f"hostfile-{len(self.jobs)}"
         listed.write_text("".join(f"{name} slots={each}\n" for name in names or [host.name for host in hosts]))
         keepalive = [word for name, value in KEEPALIVE.items() for word in ("--prtemca", name, value)]
         variables = [word for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS") for word in ("-x", name)]
         keepalive += ["--mca", "mpi_yield_when_idle", 1]  # the hosts share this machine's cores
-        start = ["mpiexec", "--allow-run-as-root", "--hostfile", listed, "-np", each * max(len(hosts), len(names))]
+        start = [
+            *under,
+            "mpiexec",
+            "--allow-run-as-root",
+            "--hostfile",
+            listed,
+            "-np",
+            each * max(len(hosts), len(names)),
+        ]
         return self.start({hosts[0]: [*start, "--bind-to", "none", *keepalive, *flags, *variables, "python", *command]})
 
     def torchrun(self, hosts: list[Host], *command: object) -> Job:
         """Starts a rank on each host by a torchrun there."""
-        meet = ("--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0].name}:29400", "--rdzv-conf=read_timeout=10")
+        meet = ("--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0].name}:29400")
         return self.start({host: ["torchrun", f"--nnodes={len(hosts)}", *meet, *command] for host in hosts})
 
     def by(self, launcher: str, hosts: list[Host], *command: object, each: int = 1) -> Job:

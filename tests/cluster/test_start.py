@@ -18,9 +18,9 @@ def bring_back(host):
 @pytest.mark.parametrize(
     ("names", "breaks", "mends", "said"),
     [
-        (["node1", "node9"], None, None, "ssh: Could not resolve hostname node9: "),
-        (["node1", "node2"], refuse, bring_back, "ssh: connect to host node2 port 22: Connection refused"),
-        (["node1", "node2"], lambda host: host.link("down"), None, "ssh: connect to host node2 port 22: "),
+        (("node1", "node9"), None, None, "ssh: Could not resolve hostname node9: "),
+        (("node1", "node2"), refuse, bring_back, "ssh: connect to host node2 port 22: Connection refused"),
+        (("node1", "node2"), lambda host: host.link("down"), None, "ssh: connect to host node2 port 22: "),
     ],
     ids=["no such name", "no sshd", "host down"],
 )
