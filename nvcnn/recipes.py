@@ -12,7 +12,7 @@ from nvcnn.program import InputError
 
 PLACES = (Path(__file__).resolve().parent.parent / "recipes", Path(sys.prefix) / "share" / "nvcnn" / "recipes")
 SWITCH = {"true": "", "false": "no"}
-LONGEST = 1 << 16  # bytes of a file: PyYAML takes a second for a hundred thousand
+LONGEST = 1 << 13  # bytes of a file; PyYAML takes seconds for as many brackets, by their square
 NULL = "tag:yaml.org,2002:null"
 
 

@@ -136,7 +136,7 @@ def exported(path: Path, told: dict[str, Any], tensors: dict[str, Tensor]) -> We
 
 
 def check_description(own: Weights) -> None:
-    """Raises ValueError or InputError, or what else it stumbles over, unless the network that is described can be.
+    """Raises InputError, ValueError or what else it stumbles over unless the network that is described can be.
 
     It is built, and images are prepared, by this description: one with 2**40 classes would take the memory.
     """
@@ -154,7 +154,10 @@ def check_description(own: Weights) -> None:
         and images.image_size > 0
     ):
         raise ValueError
-    check_image_size(own.model, images.image_size, "image_size")
+    try:
+        check_image_size(own.model, images.image_size, "image_size")
+    except InputError:  # of a flag that nobody gave
+        raise ValueError from None
     heads = [own.tensors.get(f"{name}.weight") for name in classifiers(skeleton(own.model, **options))]
     if {len(head) for head in heads if head is not None} != {own.num_classes}:
         raise InputError(f"{own.path}: its weights are not of {own.num_classes} classes, as it says; write it anew")

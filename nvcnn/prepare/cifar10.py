@@ -25,7 +25,7 @@ ARRAYS = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype
 LARGEST = 1 << 25  # bytes of a batch, which has 31 million
 
 
-class ArrayUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class ArrayUnpickler(pickle._Unpickler):
     """Lets a pickle call only what makes an array, so that a downloaded file cannot run code.
 
     In Python, because the one in C takes 64 GB for a place in its memo that a few bytes name.

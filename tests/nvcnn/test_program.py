@@ -132,7 +132,7 @@ def test_what_no_launcher_sets(wrong, message):
     [
         ("return 3", 3, ""),
         ("raise InputError('--flag=1: must be 2')", 2, "train.py: --flag=1: must be 2\n"),
-        ("raise InputError('a\\n\\rb\\x1b[2J\\x9b1mc\\td')", 2, "train.py: a\\n\\rb\\x1b[2J\\x9b1mc\\td\\n"),
+        (r"raise InputError('a\n\rb\x1b[2J\x9bc')", 2, "train.py: a\\n\\rb\\x1b[2J\\x9bc\n"),
         ("raise PermissionError(13, 'Permission denied', 'a/b')", 2, "train.py: a/b: Permission denied\n"),
         ("raise ModuleNotFoundError(name='torch')", 1, f"train.py: {sys.executable} has no torch: activate its env"),
         ("raise KeyboardInterrupt", 1, "train.py: interrupted\n"),
