@@ -19,7 +19,11 @@ TORCH ?= $(patsubst tests/range/torch%.txt,%,$(wildcard tests/range/torch*.txt))
 
 activate := export VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/.venv/bin:$$PATH";
 
-.PHONY: help env horovod doctor train test test-full test-cluster range lint count bench codegen gpu tune clean
+# Seconds of `make fuzz` for each target, and which of tests/fuzz/targets.py: none named, all
+FUZZ_SECONDS ?= 120
+TARGET ?=
+
+.PHONY: help env horovod doctor train test test-full test-cluster range fuzz audit lint count bench codegen gpu tune clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -106,6 +110,17 @@ range: $(TORCH:%=.range/torch%/.packages)  ## the tests with torch and triton of
 	@$(@D)/bin/pip install -qq -c $(@D)/constraints.txt -r $<
 	@touch $@
 
+fuzz: env  ## search for files that break what reads them: FUZZ_SECONDS=120 for each kind, or one with TARGET=recipe
+	@$(activate) python -c 'import atheris' 2>/dev/null || pip install -qq -c constraints.txt -e '.[fuzz]' || \
+	  { echo 'make fuzz: atheris cannot be installed here, see above' >&2; exit 2; }
+	@$(activate) python -m tests.fuzz.run --seconds=$(FUZZ_SECONDS) $(TARGET)
+
+# In an environment of its own. Strict: a version that the service cannot be asked about is no pass.
+audit:  ## known vulnerabilities of the versions in constraints.txt, by pip-audit; needs pypi.org
+	@[ -x .audit/bin/pip-audit ] || { "$(PYTHON)" -m venv --clear .audit && .audit/bin/pip install -qq pip-audit; } || \
+	  { echo 'make audit: pip-audit cannot be installed here, see above' >&2; exit 2; }
+	.audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
 count:  ## lines of code of product, benchmarks and tests
 	python3 -m benchmarks.count
 
@@ -123,5 +138,5 @@ tune:  ## on a GPU machine: measure launch configurations, write its table in ke
 	PYTHONPATH=. python3 -m benchmarks.tune
 
 clean:  ## remove .venv/, .range/ and every cache; data/ and runs/ stay
-	rm -rf .venv .range build nvcnn.egg-info .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
+	rm -rf .venv .range .fuzz .audit build nvcnn.egg-info .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,6 +37,8 @@ setup(
         "log": ["tensorboard>=2.16", "matplotlib>=3.8", "pyyaml>=6", "tqdm>=4.60"],
         # weights in .safetensors, and what launch/export.py writes
         "export": ["onnx-ir>=1,<2", "onnxscript>=0.7", "safetensors>=0.4"],
+        # `make fuzz`; no environment has it otherwise
+        "fuzz": ["atheris>=3,<4"],
         # tests, and the peers that tests and benchmarks compare with
         "dev": [
             "hypothesis>=6.100",

@@ -172,7 +172,9 @@ def read(archive: Path, cache: Path) -> tuple[Lists, str]:
     with tempfile.TemporaryDirectory(dir=cache.parent) as folder, tarfile.open(archive) as tar:
         root = Path(folder)
         tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
-        tar.extractall(root)
+        # Other kinds, and names with .. or from /, would write elsewhere.
+        plain = [one for one in tar if (one.isfile() or one.isdir()) and not {"", ".."} & set(one.name.split("/"))]
+        tar.extractall(root, plain)
         theirs, ours = json.loads((root / "key.json").read_text()), key()
         if differing := [f"{name} {theirs.get(name)}, here {value}" for name, value in ours.items()
                          if theirs.get(name) != value]:  # fmt: skip

@@ -36,6 +36,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nvcnn.files import to_read, what_is
 from nvcnn.machine import chosen_kernels, versions
@@ -184,15 +185,19 @@ def read(path: Path, mmap: bool = False) -> Any:
     try:
         whole = sound = verified(to_read(path))
         zipped = zipfile.is_zipfile(path)  # what torch.save wrote before torch 1.6 is not
-        if zipped and not whole:
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                if broken := archive.testzip():
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                    raise InputError(f"{path}: its parts are larger than the file; save the state_dict anew")
+                if not whole and (broken := archive.testzip()):  # torch.load does not look at the checksums
                     raise Damaged(f"{path}: damaged at {broken}; give another file")
                 sound = True
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
         if not whole and isinstance(content, dict) and content.get("digest") == DIGEST:
             raise Damaged(f"{path}: damaged, its digest is lost; give another file")
+        if not all(is_stored(tensor) for tensor in tensors_in(content)):
+            raise InputError(f"{path}: has tensors that are not stored as they are; save the state_dict anew")
         return content
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -211,12 +216,34 @@ def read(path: Path, mmap: bool = False) -> Any:
         raise failure(f"{path}: not a readable checkpoint ({reason})") from None
 
 
+def tensors_in(content: Any) -> Iterator[Tensor]:
+    """Yields the tensors in dicts and lists of each other, of which a pickled one may hold itself."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, dict | list | tuple):
+                waiting += value.values() if isinstance(value, dict) else value
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Returns whether the file had a byte for each of a tensor's. A view, a sparse one say it of 2**40 with a few."""
+    return (tensor.layout, tensor.device.type, tensor.is_quantized) == (
+        torch.strided,
+        "cpu",
+        False,
+    ) and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
 def check(path: Path, state: Any, format: str = FORMAT, version: int = VERSION) -> dict[str, Any]:
     """Returns `state`. Raises InputError unless it is of that format and version."""
     if not isinstance(state, dict) or state.get("format") != format:
         raise InputError(f"{path}: not a checkpoint of nvcnn")
-    if state["version"] != version:
-        raise InputError(f"{path}: {format.split()[-1]} version {state['version']}, this nvcnn reads {version}")
+    if state.get("version") != version:
+        raise InputError(f"{path}: {format.split()[-1]} version {state.get('version')}, this nvcnn reads {version}")
     return state
 
 

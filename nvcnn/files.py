@@ -1,10 +1,12 @@
 """Files that are read."""
 
+import json
 import os
 import re
 import stat
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from nvcnn.program import InputError
 
@@ -22,6 +24,14 @@ def to_read(path: Path) -> Path:
         return path
     kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
     raise InputError(f"{path}: is {kind}, not a file: remove it, or give another path")
+
+
+def from_json(text: str | bytes) -> Any:
+    """Returns what JSON says. Raises ValueError for all that cannot be read, also where Python's reader has another."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 SAFETENSORS = "a safetensors file"

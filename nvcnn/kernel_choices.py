@@ -50,6 +50,7 @@ from kernels.norm_rows import D_BETA
 from nvcnn import checkpoint, program, timing
 from nvcnn.cuda_graph import quick_captures
 from nvcnn.distributed import Transport
+from nvcnn.files import from_json
 from nvcnn.machine import chosen_kernels
 from nvcnn.meta import GRAM_ADDS, GRAM_ALONE, Place, places
 from nvcnn.models import ALGORITHMS, JOINT, functions
@@ -426,7 +427,7 @@ def read_cache(say: Callable[[str], None]) -> Measurements:
     """Returns what is known, nothing if there is no file. Reports a file that cannot be read, and discards it."""
     file = cache_file()
     try:
-        found = json.loads(file.read_text())
+        found = from_json(file.read_text())
         return {
             str(machine): {str(p): {str(a): float(t) for a, t in times.items()} for p, times in rows.items() if times}
             for machine, rows in found.items()

@@ -3,7 +3,6 @@
 python -m nvcnn.plot RUN... [--out FILE.png]
 """
 
-import json
 import os
 import sys
 import warnings
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvcnn import program
 from nvcnn.data.shard_source import atomic_writer
-from nvcnn.files import to_read
+from nvcnn.files import from_json, to_read
 from nvcnn.program import InputError
 from nvcnn.settings import Parser
 
@@ -54,7 +53,7 @@ def read(run: Path) -> list[Event]:
     for line in (run / LOG if run.is_dir() else run).read_bytes().splitlines():
         event = None
         with suppress(ValueError):
-            event = json.loads(line)
+            event = from_json(line)
         if not (isinstance(event, dict) and "event" in event and isinstance(event.get("step", 0), int)):
             continue
         if event["event"] == "start":

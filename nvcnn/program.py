@@ -37,6 +37,9 @@ PARENT = os.getppid()  # the launcher, if any
 class InputError(Exception):
     """Bad usage or bad input. The message is one line that names the flag, file or value and says what to do."""
 
+    def __str__(self) -> str:
+        return super().__str__().translate({10: "\\n", 13: "\\r"})  # a file's name may have several
+
 
 class Lasting(FileIO):
     """A standard stream that outlives its reader (`| head`) and a full disk: what cannot be written is dropped."""
@@ -57,11 +60,21 @@ class Lasting(FileIO):
             return len(data)
 
 
+CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\t\n\r"}
+
+
+class Plain(TextIOWrapper):
+    """Text in which a name cannot command the terminal: control characters are written as \\x1b is here."""
+
+    def write(self, text: str) -> int:
+        return super().write(text.translate(CONTROLS))
+
+
 def lasting(stream: Any) -> Any:
-    """Returns a text stream like this one, that is `Lasting`; for None, a closed one, what takes anything."""
+    """Returns a `Plain` text stream like this one, that is `Lasting`; for None, a closed one, what takes anything."""
     stream = stream or open(os.devnull, "w")  # noqa: SIM115 (it stays open)
     lines = stream.line_buffering or stream.write_through
-    return TextIOWrapper(BufferedWriter(Lasting(stream)), stream.encoding, stream.errors, line_buffering=lines)
+    return Plain(BufferedWriter(Lasting(stream)), stream.encoding, stream.errors, line_buffering=lines)
 
 
 # By launcher: the variable that marks it, and those of size, rank, and rank on this machine; the most telling first.

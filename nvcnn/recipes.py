@@ -12,6 +12,7 @@ from nvcnn.program import InputError
 
 PLACES = (Path(__file__).resolve().parent.parent / "recipes", Path(sys.prefix) / "share" / "nvcnn" / "recipes")
 SWITCH = {"true": "", "false": "no"}
+LONGEST = 1 << 13  # bytes of a file; PyYAML takes seconds for as many brackets, by their square
 NULL = "tag:yaml.org,2002:null"
 
 
@@ -55,16 +56,21 @@ def read(recipe: str, flags: Mapping[str, bool]) -> Iterator[Line]:
 
     path = find(recipe)
     try:
-        node = yaml.compose(to_read(path).read_bytes(), Loader=yaml.SafeLoader)
+        with to_read(path).open("rb") as file:
+            data = file.read(LONGEST + 1)
+        node = yaml.compose(data, Loader=yaml.SafeLoader) if len(data) <= LONGEST else None
     except OSError as error:
         raise InputError(f"--recipe={recipe}: {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # PyYAML lets some of Python's through
         raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if len(data) > LONGEST:
+        raise InputError(f"{path}: has more than {LONGEST} bytes, so it is no recipe")
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"{path}: must have a flag and its value on each line, as in 'batch_size: 256'")
     seen: set[str] = set()
     for key, value in node.value:
-        where, flag = f"{path}, line {key.start_mark.line + 1}", str(key.value)
+        where = f"{path}, line {key.start_mark.line + 1}"
+        flag = key.value if isinstance(key, yaml.ScalarNode) else "what begins there"
         if flag not in flags:
             near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), flags, 1)
             raise InputError(f"{where}: {flag}: is no flag" + (f"; did you mean {near[0]}?" if near else ""))
@@ -74,6 +80,8 @@ def read(recipe: str, flags: Mapping[str, bool]) -> Iterator[Line]:
         parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if not all(isinstance(part, yaml.ScalarNode) for part in parts):
             raise InputError(f"{where}: {flag}: must be a value, or a list of values")
+        if sum(len(part.value) for part in parts) > len(data):  # aliases, *name, stand for a long value many times
+            raise InputError(f"{where}: {flag}: is longer than the file: write it without aliases")
         if not parts or any(part.tag == NULL or not part.value for part in parts):
             raise InputError(f"{where}: {flag}: has no value: give one, or remove the line")
         text = ",".join(part.value for part in parts)

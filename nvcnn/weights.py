@@ -3,7 +3,6 @@
 Whose they are decides how images are prepared and what the model is built with: `nvcnn.models.ORIGINS`.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from nvcnn import checkpoint
-from nvcnn.files import SAFETENSORS, to_read, what_is
+from nvcnn.files import SAFETENSORS, from_json, to_read, what_is
 from nvcnn.machine import compute_dtype
-from nvcnn.models import MODELS, ORIGINS, Origin, Preprocessing, build_model
+from nvcnn.models import FLAGS, MODELS, ORIGINS, Origin, Preprocessing, build_model
 from nvcnn.models.layers import Classifier
 from nvcnn.optimizer.arena import misfit
 from nvcnn.program import InputError
+from nvcnn.settings import ASPECTS, INTERPOLATIONS, NORMALIZE, check_image_size
 
 FORMAT, VERSION = "nvcnn weights", 1  # of files that launch/export.py writes with torch.save
 WRAPPERS = ("state_dict", "model")  # of timm's and torchvision's training scripts
@@ -71,7 +71,10 @@ def read(flag: str, file: str, model: str | None, weights_from: str | None, ema:
                 if told.get("format") == checkpoint.FORMAT
                 else exported(path, told, content)
             )
-        except (AttributeError, KeyError, TypeError, ValueError):
+            check_description(own)
+        except InputError:
+            raise
+        except Exception:  # what a stranger has written there can be anything
             raise InputError(f"{path}: its description is damaged; write the file anew") from None
         if model not in (None, own.model):
             raise InputError(f"{path}: holds {own.model}, not --model={model}")
@@ -100,7 +103,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
     try:
         with safe_open(to_read(path), "pt") as file:
             told = file.metadata() or {}
-            own = {k: json.loads(v) for k, v in told.items() if k != "format"} if "nvcnn" in told else None
+            own = {k: from_json(v) for k, v in told.items() if k != "format"} if "nvcnn" in told else None
             return {name: file.get_tensor(name) for name in file.keys()}, own  # noqa: SIM118 (it is no dictionary)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -130,6 +133,34 @@ def exported(path: Path, told: dict[str, Any], tensors: dict[str, Tensor]) -> We
     """Returns the weights of a file of launch/export.py. `told`: what it says of itself."""
     origin = Origin(Preprocessing(**told["preprocessing"]), told["options"])
     return Weights(path, "nvcnn", told["model"], origin, tensors, told["num_classes"], tuple(told["class_names"]))
+
+
+def check_description(own: Weights) -> None:
+    """Raises InputError, ValueError or what else it stumbles over unless the network that is described can be.
+
+    It is built, and images are prepared, by this description: one with 2**40 classes would take the memory.
+    """
+    images, options = own.origin.preprocessing, own.origin.options
+    chosen = (images.normalize, NORMALIZE), (images.eval_aspect, ASPECTS), (images.eval_interpolation, INTERPOLATIONS)
+    numbers = [images.eval_crop, *options.values(), own.label_base or 0]
+    if not (
+        options.keys() <= {"epsilon", "padding", *FLAGS}
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(0 <= number < 10 for number in options.values())
+        and all(value in values for value, values in chosen)
+        and 0 < images.eval_crop <= 1
+        and all(isinstance(name, str) for name in own.class_names)
+        and all(isinstance(tensor, Tensor) for tensor in own.tensors.values())
+        and images.image_size > 0
+    ):
+        raise ValueError
+    try:
+        check_image_size(own.model, images.image_size, "image_size")
+    except InputError:  # of a flag that nobody gave
+        raise ValueError from None
+    heads = [own.tensors.get(f"{name}.weight") for name in classifiers(skeleton(own.model, **options))]
+    if {len(head) for head in heads if head is not None} != {own.num_classes}:
+        raise InputError(f"{own.path}: its weights are not of {own.num_classes} classes, as it says; write it anew")
 
 
 def foreign(path: Path, content: Any, model: str | None, weights_from: str | None) -> Weights:

@@ -21,6 +21,14 @@ class Header(tarfile.TarInfo):
     """A header that is damaged is an error, wherever it is."""
 
     @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> "Header":
+        header = super().frombuf(buf, encoding, errors)
+        # tarfile goes back by a size below 0, for ever, and reads names and the like whole, of whatever size.
+        if not 0 <= header.size < 1 << 62 or (not header.isfile() and header.size > LONGEST):
+            raise tarfile.InvalidHeaderError(f"a size of {header.size}")  # type: ignore[attr-defined]
+        return header
+
+    @classmethod
     def fromtarfile(cls, tar: Any) -> "Header":
         at = tar.fileobj.tell()
         try:
@@ -36,10 +44,17 @@ class Header(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"no tar header at byte {at}: {error}") from None
+        except (ValueError, ArithmeticError, LookupError, RecursionError) as error:  # tarfile lets them through
+            raise tarfile.ReadError(f"no tar header at byte {at}: {str(error) or type(error).__name__}") from None
+        if not 0 <= header.size < 1 << 62:  # PAX has another behind the header
+            raise tarfile.ReadError(f"no tar header at byte {at}: a size of {header.size}")
         if tar.zeros == 1:
             raise tarfile.ReadError(f"no tar header at byte {at - tarfile.BLOCKSIZE}: zeros")
         tar.zeros = 0
         return header
+
+
+LONGEST = 1 << 20  # bytes of what is no file: a name, or what PAX says of one
 
 
 class Archive(tarfile.TarFile):
@@ -66,10 +81,19 @@ class Archive(tarfile.TarFile):
 
 
 def is_file(member: tarfile.TarInfo) -> bool:
-    """Raises ReadError for a link: tar stores a file with two names once, and a link to it."""
-    if member.islnk() or member.issym():
-        raise tarfile.ReadError(f"{member.name} is a link and no file")
+    """Raises ReadError for a link: tar stores a file with two names once, and a link to it; and for a sparse file."""
+    if member.islnk() or member.issym() or member.issparse():
+        raise tarfile.ReadError(f"{member.name} is a {'sparse file' if member.issparse() else 'link and no file'}")
     return member.isfile()
+
+
+def content(tar: Archive, member: tarfile.TarInfo, most: int) -> bytes:
+    """Returns what a file in a tar holds. Raises ReadError for one of more bytes: a compressed tar may say anything."""
+    if not is_file(member) or member.size > most:
+        raise tarfile.ReadError(f"{member.name} is no file of at most {most} bytes")
+    file = tar.extractfile(member)
+    assert file
+    return file.read()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Finds the data set in a directory: what kind of files it holds, and what the labels mean."""
 
 import fnmatch
-import json
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -12,10 +11,11 @@ from nvcnn.data.class_folders import find_classes, holds_images, open_class_fold
 from nvcnn.data.records import Records
 from nvcnn.data.source import NAMES, VALIDATION, Source
 from nvcnn.data.tars import Tars
-from nvcnn.files import to_read
+from nvcnn.files import from_json, to_read
 from nvcnn.program import InputError
 
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+MOST = 10_000_000  # classes: a network is made for as many as dataset.json says
 UNFINISHED = ".unfinished"  # a directory that is there while prepare.py has not finished
 
 
@@ -194,7 +194,7 @@ def instead(directory: Path, names: list[str]) -> str:
 def read_dataset_json(path: Path) -> dict:
     """Returns the content of dataset.json, checked; an empty dictionary when the file does not exist."""
     try:
-        declared = json.loads(to_read(path).read_text())
+        declared = from_json(to_read(path).read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -206,8 +206,8 @@ def read_dataset_json(path: Path) -> dict:
     if not isinstance(declared, dict):
         raise wrong("is not a JSON object")
     for name, least in (("num_classes", 1), ("label_base", 0)):
-        if type(declared.get(name)) is not int or declared[name] < least:
-            raise wrong(f"{name} must be an integer, at least {least}")
+        if type(declared.get(name)) is not int or not least <= declared[name] <= MOST:
+            raise wrong(f"{name} must be an integer from {least} to {MOST}")
     names = declared.get("class_names")
     if names is not None and not (
         isinstance(names, list) and len(names) == declared["num_classes"] and all(isinstance(n, str) for n in names)

@@ -10,7 +10,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Self
 
-from nvcnn.data.shard_source import ShardSource, does_not_fit, index_path
+from nvcnn.data.shard_source import PLACE, ShardSource, does_not_fit, index_path
 from nvcnn.data.tfrecord import FRAMING, decode_example, masked_crc, scan
 from nvcnn.program import InputError
 
@@ -23,7 +23,7 @@ ONE_IMAGE = re.compile(  # a Feature of bytes, of which there is one at least
 
 class Records(ShardSource):
     header = ""
-    line = re.compile(r"(\d+) (\d+)")
+    line = re.compile(rf"{PLACE} {PLACE}")
 
     @staticmethod
     def patterns(name: str) -> list[str]:

@@ -21,6 +21,7 @@ from nvcnn.program import InputError
 
 OPEN_FILES = 128  # per process; the usual limit of 1024 is also for sockets, libraries and the rest
 PACKED = {b"\x1f\x8b\x08": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\3\4": "zip"}
+PLACE = "([0-9]{1,18})"  # in an index: an offset or a size, of 63 bits
 SHUFFLE_BUFFER = 4096  # images; shards are shuffled when they are made, this mixes them anew in each epoch
 
 
@@ -157,8 +158,9 @@ class ShardSource:
         for offset, size in zip(numbers[::2], numbers[1::2], strict=True):
             try:
                 pieces.append(os.pread(self.open_file(path).fileno(), size, offset))
-            except OSError as error:
-                raise InputError(f"{self.name(i)} cannot be read ({error.strerror}): {again}") from None
+            except (OSError, MemoryError) as error:  # of an index that has not been checked yet
+                why = getattr(error, "strerror", f"{size} bytes are too many")
+                raise InputError(f"{self.name(i)} cannot be read ({why}): {again}") from None
             if len(pieces[-1]) != size:
                 raise InputError(f"{self.name(i)} cannot be read (the file ends before): {again}")
         return pieces

@@ -17,7 +17,7 @@ from typing import Any
 
 from nvcnn.data.archives import Archive, is_file, opened
 from nvcnn.data.class_folders import SUFFIXES
-from nvcnn.data.shard_source import ShardSource, does_not_fit, index_path
+from nvcnn.data.shard_source import PLACE, ShardSource, does_not_fit, index_path
 from nvcnn.program import InputError
 
 IMAGES, LABELS = tuple(suffix[1:] for suffix in SUFFIXES), ("cls",)
@@ -28,7 +28,7 @@ AGAIN = "copy or make the file again"
 
 class Tars(ShardSource):
     header = "v1.2 {}\n"
-    line = re.compile(rf"(?:{'|'.join(IMAGES)}) (\d+) (\d+) \S+ cls (\d+) (\d+) \S+")
+    line = re.compile(rf"(?:{'|'.join(IMAGES)}) {PLACE} {PLACE} \S+ cls {PLACE} {PLACE} \S+")
 
     @staticmethod
     def patterns(name: str) -> list[str]:
@@ -103,7 +103,7 @@ def word(name: str) -> str:
 def number(label: bytes) -> int | str:
     """Returns the number that a label is, or its text when it is not a number."""
     text = label.decode(errors="replace").strip()
-    return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else text
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text
 
 
 def parts(member: tarfile.TarInfo) -> tuple[str, str]:

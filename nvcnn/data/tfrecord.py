@@ -68,6 +68,8 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 0x80:
             return n, at
+        if shift == 70:  # a longer one would take time by the square of its bytes
+            raise ValueError("a number of more than ten bytes")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:

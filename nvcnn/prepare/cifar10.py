@@ -10,7 +10,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from nvcnn.data.archives import opened
+from nvcnn.data.archives import content, opened
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import png
 from nvcnn.program import InputError
@@ -22,10 +22,14 @@ SHARDS = (8, 2)
 SIDE = 32  # pixels
 PIXELS = 3 * SIDE * SIDE  # bytes of an image
 ARRAYS = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+LARGEST = 1 << 25  # bytes of a batch, which has 31 million
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Lets a pickle call only what makes an array, so that a downloaded file cannot run code."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Lets a pickle call only what makes an array, so that a downloaded file cannot run code.
+
+    In Python, because the one in C takes 64 GB for a place in its memo that a few bytes name.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[-1], name) not in ARRAYS or module.split(".")[0] not in ("numpy", "_codecs"):
@@ -53,8 +57,8 @@ def read_batches(source: Path) -> dict[str, bytes]:
         with opened(source, what, again, compressed=True) as archive:
             for member in archive:
                 name = Path(member.name).name
-                if name in wanted and (file := archive.extractfile(member)) is not None:
-                    found[name] = file.read()
+                if name in wanted:
+                    found[name] = content(archive, member, LARGEST)
     for suffix in ("", ".bin"):
         names = [f"{name}{suffix}" for batches in BATCHES.values() for name in batches]
         if all(name in found for name in names):
@@ -69,9 +73,10 @@ def parse_batch(name: str, data: bytes) -> list[tuple[bytes, int]]:
             raise ValueError(f"{len(data)} bytes are not images of {PIXELS + 1}")
         return [(data[at + 1 : at + 1 + PIXELS], data[at]) for at in range(0, len(data), PIXELS + 1)]
     batch = ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
-    pixels, labels = batch[b"data"].tobytes(), batch[b"labels"]
-    if len(pixels) != PIXELS * len(labels):
-        raise ValueError(f"{len(labels)} labels, but {len(pixels)} bytes of pixels")
+    pixels, labels = batch[b"data"], batch[b"labels"]
+    if not len(data) > pixels.nbytes == PIXELS * len(labels):
+        raise ValueError(f"{len(labels)} labels, but {pixels.nbytes} bytes of pixels")
+    pixels = pixels.tobytes()
     return [(pixels[i * PIXELS : (i + 1) * PIXELS], int(label)) for i, label in enumerate(labels)]
 
 

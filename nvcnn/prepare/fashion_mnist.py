@@ -37,6 +37,7 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+LARGEST = 1 << 26  # bytes of a file, of which the largest has 47 million
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts the files
 PACKAGE = "dataset-fashion-mnist"
 ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
@@ -46,7 +47,8 @@ def read_idx(directory: Path, name: str) -> bytes:
     """Returns the content of `name`.gz, uncompressed. Raises InputError if it is unreadable or something else."""
     path = directory / f"{name}.gz"
     try:
-        data = gzip.decompress(to_read(path).read_bytes())
+        with gzip.open(to_read(path)) as file:
+            data = file.read(LARGEST)
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({why}): give a directory with Fashion-MNIST's four .gz") from None
@@ -91,7 +93,7 @@ def _from_debian(directory: Path) -> Path:
 def _from_internet(directory: Path) -> Path:
     for name in SHA256:
         with urllib.request.urlopen(f"{ADDRESS}/{name}.gz", timeout=60) as response:
-            (directory / f"{name}.gz").write_bytes(response.read())
+            (directory / f"{name}.gz").write_bytes(response.read(LARGEST))
     return directory
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from nvcnn.data.archives import is_file, opened
+from nvcnn.data.archives import content, is_file, opened
 from nvcnn.data.processes import worker_pool
 from nvcnn.files import to_read
 from nvcnn.prepare.blueprint import Blueprint, Sample
@@ -30,6 +30,7 @@ SYNSET = re.compile(r"n\d{8}")
 SHARDS = (1024, 128)
 CLASSES, IMAGES = 1000, {"train": 1_281_167, "validation": 50_000}
 META, GROUND_TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+LARGEST = 1 << 22  # bytes of a file of the kit that is read
 AGAIN = "give the .tar as it was downloaded"
 IDS = ("490", "361", "171", "822", "297")  # how the ground truth begins, in the order of ILSVRC2012_ID
 
@@ -273,7 +274,7 @@ def read_devkit(path: Path) -> Devkit:
         with opened(path, what, again, compressed=True) as tar:
             for member in tar:
                 if (name := Path(member.name).name) in (META, GROUND_TRUTH):
-                    found[name] = file.read() if (file := tar.extractfile(member)) else b""
+                    found[name] = content(tar, member, LARGEST)
     for name in (META, GROUND_TRUTH):
         if name not in found:
             raise InputError(f"{what}: has no {name}: {again}")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nvcnn.data.shard_source import atomic_writer, index_path
-from nvcnn.files import to_read
+from nvcnn.files import from_json, to_read
 from nvcnn.prepare.formats import FORMATS
 from nvcnn.program import InputError
 
 SUMMARIES = ("dataset.json", "manifest.json")
 KEYS = {"made_from", "images", "files", "shards"}  # of the manifest, beside its SHA-256
-PART = {"images", "bytes", "sha256", "encoded_anew", "bad", "source"}  # what the manifest says of a shard
+# What the manifest says of a shard.
+PART = {"images": int, "bytes": int, "sha256": str, "encoded_anew": int, "bad": list, "source": str}
 
 
 def is_temporary(path: Path) -> bool:
@@ -23,7 +24,7 @@ def is_temporary(path: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(to_read(path).read_text())
+        values = from_json(to_read(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}): delete it, and prepare the data set again") from None
     if not isinstance(values, dict):
@@ -36,7 +37,7 @@ def not_ours(path: Path) -> InputError:
 
 
 def is_part(values: Any) -> bool:
-    return isinstance(values, dict) and values.keys() >= PART
+    return isinstance(values, dict) and all(isinstance(values.get(name), kind) for name, kind in PART.items())
 
 
 def read_part(path: Path) -> dict[str, Any]:
@@ -58,8 +59,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is damaged (its SHA-256 differs): copy it again, or delete it and prepare again")
     if not (
         all(isinstance(text.get(name), dict) for name in ("made_from", "images", "shards"))
-        and text["made_from"].get("format") in FORMATS
+        and text["made_from"].get("format") in list(FORMATS)  # a list has no hash
         and all(map(is_part, text["shards"].values()))
+        and all(isinstance(n, int) for n in text["images"].values())
+        and isinstance(text.get("files", {}), dict)
     ):
         raise not_ours(path)
     return {"files": {}} | text

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -118,6 +119,26 @@ def test_an_archive_of_another_compiler_is_said_and_left(archive, tmp_path, monk
         "every kernel is compiled here"
     )
     assert not (tmp_path / "cache").exists()
+
+
+def test_an_archive_writes_in_its_folder_alone(archive, tmp_path):
+    """Python before 3.11.4 has no filter for that."""
+    hostile = tmp_path / "hostile.tar"
+    (tmp_path / "deep").mkdir()
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "deep")
+    with tarfile.open(hostile, "w") as tar:
+        for name in ("key.json", "launches.json", "cache"):
+            tar.add(tmp_path / "deep" / name, name)
+        for name in ("../../out", f"{tmp_path}/out", "link", "link/out"):
+            member = tarfile.TarInfo(name)
+            if name == "link":
+                member.type, member.linkname = tarfile.SYMTYPE, str(tmp_path)
+            tar.addfile(member)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with mock.patch.object(tarfile, "data_filter", None):
+        pack.read(hostile, tmp_path / "deep" / "cache-read")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_without_an_archive_that_is_said(tmp_path):

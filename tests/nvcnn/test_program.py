@@ -145,6 +145,7 @@ INNOCENT = """import threading, nvcnn.program as p
         (INNOCENT, 7, ""),
         ("raise InputError('--flag=1: must be 2')", 2, "train.py: --flag=1: must be 2\n"),
         (f"{SECOND}; raise InputError('--flag=1')", 2, f"train.py: rank 1 on {socket.gethostname()}: --flag=1\n"),
+        (r"raise InputError('a\n\rb\x1b[2J\x9bc')", 2, "train.py: a\\n\\rb\\x1b[2J\\x9bc\n"),
         ("raise PermissionError(13, 'Permission denied', 'a/b')", 2, "train.py: a/b: Permission denied\n"),
         ("raise ModuleNotFoundError(name='torch')", 1, f"train.py: {sys.executable} has no torch: activate its env"),
         ("raise KeyboardInterrupt", 1, "train.py: interrupted\n"),

@@ -62,6 +62,11 @@ def test_the_command_line_wins_over_the_recipe_and_that_over_defaults(recipe):
         ("fp16: null", "mine.yaml, line 2: fp16: has no value"),
         ("init: ''", "mine.yaml, line 2: init: has no value"),
         ("crop_area: [0.5, null]", "mine.yaml, line 2: crop_area: has no value"),
+        (f"init: &a {'a' * 99}\nlog_dir: [*a, *a]", "mine.yaml, line 3: log_dir: is longer than the file"),
+        ("? &a [b]\n: 3", "mine.yaml, line 2: what begins there: is no flag"),
+        (f"keep: {'[' * 600}", "mine.yaml: is not YAML: maximum recursion"),
+        ('init: "\\UFFFFFFFF"', "mine.yaml: is not YAML"),
+        ("#" * 9000, "mine.yaml: has more than 8192 bytes"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_file_and_line(recipe, text, message):

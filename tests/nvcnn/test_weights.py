@@ -1,6 +1,7 @@
 """Weights come in as their publishers have them, or an error of one line says why not."""
 
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,7 +234,29 @@ UNFIT = [
     (state_of("lenet", 10, preprocessing={}), "lenet", None, "its description is damaged"),
     ({"format": "nvcnn weights", "version": 99}, "lenet", None, "weights version 99"),
     ({"format": "nvcnn weights", "version": 1}, "lenet", None, "its description is damaged"),
+    # Of strangers: a few bytes for a tensor, or a network, of 2**40 numbers.
+    (changed(fc2_weight=torch.zeros(1).expand(2**40, 512)), "lenet", "nvcnn", "tensors that are not stored as they"),
+    (changed(fc2_weight=torch.zeros(2**20, 512, device="meta")), "lenet", "nvcnn", "are not stored as they are;"),
+    (changed(fc2_weight=torch.zeros(3, 512).to_sparse()), "lenet", "nvcnn", "tensors that are not stored as"),
+    (state_of("lenet", 10) | {"num_classes": 2**40}, "lenet", None, "its weights are not of 1099511627776 classes"),
+    (state_of("lenet", 10) | {"options": {"width": 2**40}}, "lenet", None, ": its description is damaged"),
+    (state_of("lenet", 10) | {"preprocessing": {"image_size": 2**40}}, "lenet", None, "its description is damaged; w"),
+    (state_of("lenet", 10) | {"class_names": [3]}, "lenet", None, "its description is damaged;"),
 ]
+
+
+def test_a_file_that_unpacks_to_more_than_it_is(tmp_path):
+    """torch.load takes the memory that a zip archive says its parts have."""
+    torch.save(lenet(), tmp_path / "stored.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as stored,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+        packed.writestr("archive/data/99", bytes(10_000_000))
+    with pytest.raises(InputError, match="its parts are larger than the file"):
+        read("init", str(tmp_path / "packed.pth"), "lenet", "nvcnn")
 
 
 @pytest.mark.parametrize(("content", "model", "who", "message"), UNFIT, ids=[case[3] for case in UNFIT])

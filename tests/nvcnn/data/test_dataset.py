@@ -61,6 +61,8 @@ def test_dataset_json_decides(directory):
         ("{}", "num_classes"),
         ('{"num_classes": 0, "label_base": 1}', "num_classes"),
         ('{"num_classes": true, "label_base": 1}', "num_classes"),
+        ('{"num_classes": 10000001, "label_base": 1}', "num_classes must be an integer from 1 to 10000000"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"num_classes": 61, "label_base": "1"}', "label_base"),
         ('{"num_classes": 61, "label_base": 1, "class_names": ["a"]}', "class_names"),
         ('{"num_classes": 61, "label_base": 1, "images": [61]}', "images"),
