@@ -7,7 +7,7 @@ Each backend has its share of the time, in one process a rank. An epoch has 2 56
 checkpoint and an evaluation on 640. Every two seconds each rank is looked at from outside, with its worker processes,
 and so are the directories where files could be left. The machine should do nothing else: in /dev/shm all files are
 counted. Ranks have MALLOC_ARENA_MAX=1: glibc gives new threads, as DALI starts for each evaluation, one of up to eight
-arenas a core, and each keeps what it once had, so that memory grows for hundreds of evaluations, though nothing is lost.
+arenas a core, and each keeps what it once had: memory grows for hundreds of evaluations, though nothing is lost.
 
 A fifth of the time is warm-up. The rest is cut into 20 spans, and a line laid through their means, by least squares. A
 quantity is flat unless that line's slope is more than three of its standard errors, and makes over the time that was
