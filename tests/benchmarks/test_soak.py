@@ -94,3 +94,10 @@ def test_an_epoch_is_the_first_images(tmp_path, monkeypatch):
     for split, images in soak.IMAGES.items():
         few = find_dataset(tmp_path / "few", num_classes=None, label_base=None, split=split).source(split)
         assert [few.read(i)[1] for i in range(len(few))] == list(range(1, images + 1))
+
+
+def test_a_picture_has_all_quantities(tmp_path):
+    pytest.importorskip("matplotlib")
+    series = [TIMES, [0.0] * 400]
+    soak.draw(tmp_path / "soak.png", {"torch": {"rank 0: workers, ": series, "speed, images/s": series}})
+    assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
