@@ -8,10 +8,11 @@ try:
 except ModuleNotFoundError:
     how = "activate its environment, or `pip install -e .` in the checkout"
     sys.exit(f"prepare.py: {sys.executable} has no nvcnn: {how}")
-from nvcnn.prepare.flags import parse, prepare
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from nvcnn.prepare.flags import parse, prepare  # takes a moment, in which Ctrl-C is one line as well
+
     flags = parse(arguments)
     try:
         prepare(flags)

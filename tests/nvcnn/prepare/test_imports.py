@@ -64,6 +64,25 @@ def test_the_program_imports_nothing_slow_by_itself():
     assert child("import runpy\nrunpy.run_path('launch/prepare.py')") == []
 
 
+INTERRUPTED = """
+import runpy, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "nvcnn.prepare.flags":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder)
+runpy.run_path("launch/prepare.py", run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_it_imports_is_one_line():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (1, "prepare.py: interrupted\n")
+
+
 def test_preparing_imports_pillow_alone(folders, tmp_path):
     code = "from nvcnn.prepare.flags import parse, prepare\nprepare(parse(sys.argv[1:]))"
     assert child(code, "folder", f"--train={folders[0]}", f"--out={tmp_path}/out", "--shards=2,1") == ["PIL"]
