@@ -221,9 +221,11 @@ def alive(pid: int) -> bool:
 def wait_for_the_end_of(ranks: list[int]) -> None:
     assert len(ranks) == 2
     end = time.monotonic() + 60
-    while left := [pid for pid in ranks if alive(pid)]:
-        assert time.monotonic() < end, left
+    while (left := [pid for pid in ranks if alive(pid)]) and time.monotonic() < end:
         time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def test_a_rank_that_stands_still_ends_the_job(launch):
