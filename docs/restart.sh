@@ -1,9 +1,10 @@
 #!/bin/bash
 # Runs a command until the run in LOG_DIR is trained, after failures TIMES times more at most:
 #     docs/restart.sh 10 runs/resnet50 mpiexec -np 8 python launch/train.py --log_dir=runs/resnet50 ...
-# Each time training goes on from the last checkpoint. Exit code 2, bad usage or input, ends it at once. Exit code 0
-# counts with the last step's checkpoint alone: mpiexec may end with 0 when it has lost a machine. SIGTERM and Ctrl-C
-# become SIGUSR1, on which mpiexec has its ranks save (with torchrun: STOP=TERM docs/restart.sh ...).
+# Each time training goes on from the last checkpoint. Exit code 2, bad usage or input, ends it the first time; later it
+# may be a port or a lock that the try before still holds. Exit code 0 counts with the last step's checkpoint alone:
+# mpiexec may end with 0 when it has lost a machine. SIGTERM and Ctrl-C become SIGUSR1, on which mpiexec has its ranks
+# save (with torchrun: STOP=TERM docs/restart.sh ...).
 times=$1 log_dir=$2 stopped=''
 shift 2
 trap 'stopped=yes; kill -s "${STOP:-USR1}" "$child" 2>/dev/null' TERM INT
@@ -20,7 +21,7 @@ for ((failures = 0; ; failures++)); do
   wait "$child"
   code=$?
   if [ "$code" -eq 0 ] && trained; then exit 0; fi
-  if [ "$code" -eq 2 ] || [ -n "$stopped" ] || [ "$failures" -ge "$times" ]; then
+  if [ "$code$failures" = 20 ] || [ -n "$stopped" ] || [ "$failures" -ge "$times" ]; then
     echo "restart.sh: ended with $code, $failures times started again" >&2
     exit $((code ? code : 1))
   fi

@@ -78,7 +78,7 @@ class WeightCheck:
     `reason`: which ranks differ, in words, for good and on all ranks; empty while none does.
 
     A rank's bits are summed up as integers, so any one that differs changes a sum. The sums start on their way to
-    pinned memory, and meet those of the other ranks some steps later: no step waits for the device.
+    pinned memory, and meet those of the other ranks some steps later: no step waits for the device, unless `every` is 1.
     """
 
     def __init__(self, arena: Arena, transport: Transport, every: int):
@@ -91,7 +91,7 @@ class WeightCheck:
         self.sums = torch.zeros(len(self.bits), dtype=torch.int64, pin_memory=device.type == "cuda")
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
         self.table = torch.zeros(transport.size, len(self.bits), dtype=torch.int64)  # a row for each rank
-        self.step = -1  # after which there was a sum
+        self.step = -LAG - 1  # after which there was a sum
         self.wait: Callable[[], None] | None = None  # for the table
         self.reason = ""
 

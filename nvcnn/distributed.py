@@ -208,7 +208,7 @@ def connect(transport: str, rank_timeout: float = 0) -> Transport:
     connected = Horovod(launch) if name == "horovod" else Torch(launch)
     connected.why = why
     connected.watch = watch_ranks(connected, rank_timeout)
-    if connected.watch and isinstance(connected, Torch):
+    if isinstance(connected, Torch) and (connected.watch or not rank_timeout):
         connected.wait_for_ever()
     return connected
 

@@ -32,6 +32,7 @@ ABORT = 10.0  # seconds after which a process ends that ends the job
 
 
 PARENT = os.getppid()  # the launcher, if any
+NOWHERE = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)  # now, as a process may end for lack of descriptors
 
 
 class InputError(Exception):
@@ -292,7 +293,7 @@ def watch(reader: int, waiting_since: Callable[[], float | None]) -> None:
 
 def abort(code: int) -> NoReturn:
     """Ends this process, and with it the whole job, at once: a rank that waited for the others would wait for ever."""
-    faulthandler.dump_traceback_later(ABORT, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 (where an MPI hangs)
+    faulthandler.dump_traceback_later(ABORT, exit=True, file=NOWHERE)  # where an MPI hangs
     for leave in leaving:
         leave(code)
     sys.stdout.flush()

@@ -28,7 +28,17 @@ from nvcnn.machine import chosen_kernels, random_state, set_random_state, use_de
 from nvcnn.metrics import Metrics, TensorLog, Throughput, Timer
 from nvcnn.optimizer.schedule import learning_rates
 from nvcnn.plan import describe, dry_run, find_training_data, find_validation_data, initial_model, plan
-from nvcnn.program import SAVED_AND_STOPPED, InputError, Signals, caught, doing, here, launched
+from nvcnn.program import (
+    BAD_INPUT,
+    SAVED_AND_STOPPED,
+    InputError,
+    Signals,
+    caught,
+    doing,
+    here,
+    launched,
+    wait_for_rank_0,
+)
 from nvcnn.resharding import resharded
 from nvcnn.settings import Settings, as_json
 from nvcnn.step import Step
@@ -62,6 +72,7 @@ def train(settings: Settings) -> int:
     check_ranks(transport, settings, dataset, "train", validation)
     state = checkpoint.resume(settings, transport.size) if transport.rank == 0 else None
     if state:
+        here.checkpoint = str(checkpoint.path_of(Path(settings.log_dir), int(state["optimizer"]["counters"][0])))
         check_classes(settings.data_dir, expected.class_names, settings.log_dir, state["class_names"])
     weights = initial_weights(settings) if transport.rank == 0 and state is None else None
     run = Run(settings, dataset, transport, state, weights, validation)
@@ -161,6 +172,7 @@ class Run:
         self.step = self.train_step.broadcast()
         self.skipped = self.step - int(self.train_step.optimizer.counters[1])  # steps, up to the last table line
         self.until_retry = Timer(-1)  # of a checkpoint that could not be written; rank 0's
+        self.best_unsaved = ""  # why the best one is not written
         if mine:
             if "seed" not in mine:  # which ranks of another number have in place of a state
                 set_random_state(mine, self.device)
@@ -232,7 +244,6 @@ class Run:
         here.doing, here.step = "computes", self.step
         if rank == 0 and settings.log_dir:
             checkpoint.begin(settings, self.transport.size)
-            here.checkpoint = str(checkpoint.path_of(Path(settings.log_dir), self.step)) if self.step else ""
         metrics = Metrics(settings.log_dir, steps=self.plan.steps, first_step=self.step, rank=rank)
         self.announce(metrics)
         with caught() as signals:
@@ -317,8 +328,11 @@ class Run:
         self.transport.close()
         if diverged:
             return 1
-        if unsaved:
-            raise InputError(unsaved)
+        if unsaved := unsaved or self.best_unsaved:
+            if rank == 0:
+                raise InputError(unsaved)
+            wait_for_rank_0()
+            return BAD_INPUT
         return 0 if not stopped else SAVED_AND_STOPPED if settings.log_dir else 1
 
     def shown(self, throughput: Throughput) -> dict[str, float]:
@@ -353,9 +367,10 @@ class Run:
         results = self.validation.evaluate(signals)
         for result in results:
             metrics.evaluation(self.step, self.epoch, in_words(result, "Top-1"), in_words(result, "Top-5"), **result)
-        better = results and results[-1]["top1"] > self.validation.best  # of the averages, if any: eval.py takes these
-        if better and not self.save(metrics, results[-1], must=self.step == self.plan.steps):
-            self.validation.best = results[-1]["top1"]
+        if results and results[-1]["top1"] > self.validation.best:  # of the averages, if any: eval.py takes these
+            self.best_unsaved = self.save(metrics, results[-1], must=True)
+            if not self.best_unsaved:
+                self.validation.best = results[-1]["top1"]
         return bool(results)
 
     def agree(self, divergence: Divergence, weight_check: WeightCheck) -> tuple[str, bool]:

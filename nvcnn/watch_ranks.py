@@ -9,7 +9,6 @@ Whatever a rank does it has to move within `timeout` seconds: begin a collective
 `here.moves` up. Where no rank has, the one is named that has begun the fewest collectives: the others wait for it.
 """
 
-import atexit
 import fcntl
 import json
 import os
@@ -79,10 +78,13 @@ class Other:
 
 
 class Watch:
-    """Is the thread of one rank, which watches `others`: on rank 0 all, on another rank 0. timeout: in seconds."""
+    """Is the thread of one rank, which watches `others`: on rank 0 all, on another rank 0. timeout: in seconds.
 
-    def __init__(self, rank: int, name: str, others: dict[int, Other], timeout: float):
-        self.rank, self.name, self.others, self.timeout = rank, name, others, timeout
+    delay: seconds for which it leaves it to others to speak, who have lost rank 0 as well. They end this one meanwhile.
+    """
+
+    def __init__(self, rank: int, name: str, others: dict[int, Other], timeout: float, delay: float = 0.0):
+        self.rank, self.name, self.others, self.timeout, self.delay = rank, name, others, timeout, delay
         self.beat = min(BEAT, timeout / 8)
         self.at, self.moved = asdict(here), 0.0
         self.ends: int | None = None  # the exit code
@@ -95,14 +97,13 @@ class Watch:
         self.thread = threading.Thread(target=self.run, name="watch over the ranks", daemon=True)
         self.thread.start()
         leaving.append(self.close)
-        atexit.register(self.close)
 
     def close(self, code: int = 0) -> None:
         """Tells the others that this rank ends: with 0 well, else for a reason that it has said."""
         if self.ends is not None:
             return
-        self.ends = code
         os.write(self.writer, b"\0")
+        self.ends = code  # from here on the thread may close what was written to
         if threading.current_thread() is not self.thread:
             self.thread.join(1)
 
@@ -171,15 +172,14 @@ class Watch:
         return f"{names} did not move {for_so_long}, while the others wait"
 
     def remedy(self) -> str:
-        """Returns a clause about where a run goes on."""
+        """Returns a clause about where a run goes on; empty if there is no checkpoint."""
         checkpoint = here.checkpoint or next((other.at.get("checkpoint") for other in self.others.values()), "")
-        return f"the same command goes on from {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        return f"; the same command goes on from {checkpoint}" if checkpoint else ""
 
     def end(self, reason: str) -> None:
         """Says why, and ends the job."""
-        if self.rank > 1:
-            time.sleep(BLAME / 2)  # rank 1 has lost rank 0 as well: it speaks, and ends this one before that is over
-        say(f"{reason}; {self.remedy()}")
+        time.sleep(self.delay)
+        say(reason + self.remedy())
         self.tell(ends=1)
         abort(1)
 
@@ -249,7 +249,9 @@ def watch_ranks(transport: Gathers, timeout: float) -> Watch | None:
     if server:
         server.close()
     known = {r: Other(names[r], connection) for r, connection in others.items()}
-    return Watch(rank, names[rank], known, timeout) if known else None
+    first = [offer["host"] for offer in offers].index(host) == rank
+    delay = 0 if rank < 2 else BLAME / 2 if first else BLAME * 3 / 4
+    return Watch(rank, names[rank], known, timeout, delay) if known else None
 
 
 def listening() -> socket.socket:
@@ -283,7 +285,7 @@ def admit(server: socket.socket, ranks: int, token: str) -> dict[int, socket.soc
     end = time.monotonic() + MEETING
     while len(admitted) < ranks - 1 and (left := end - time.monotonic()) > 0:
         server.settimeout(left)
-        with suppress(OSError, ValueError):
+        with suppress(TimeoutError, ConnectionError, ValueError):
             connection, _ = server.accept()
             connection.settimeout(KNOCK)
             its, rank = connection.recv(64).decode().split()  # so few bytes come at once
@@ -299,7 +301,7 @@ def knock(offer: dict[str, Any], rank: int, host: str) -> dict[int, socket.socke
     for place in ["127.0.0.1"] * (host == offer["host"]) + offer["places"]:
         if time.monotonic() > end:
             break
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # a name may be none
             connection = socket.create_connection((place, offer["port"]), timeout=KNOCK)
             connection.sendall(f"{offer['token']} {rank}".encode())
             if connection.recv(64).decode() == offer["token"]:

@@ -99,6 +99,7 @@ def test_the_job_for_kubernetes_starts_a_rank_for_each_gpu():
         ("1 3 0", 3, 3, 0),  # a failure, a signal
         ("lost 0", 3, 2, 0),  # mpiexec has lost a host, and says 0
         ("2 0", 3, 1, 2),  # bad usage
+        ("1 2 0", 3, 3, 0),  # a port that the one before still holds
         ("1 1 1 0", 2, 3, 1),
         ("lost lost 0", 1, 2, 1),
         ("signal 0", 3, 1, 3),  # it had come to the loop, which passes it on

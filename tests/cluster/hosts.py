@@ -8,6 +8,7 @@ kernel kills the first process of the namespaces then, with it all others in the
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,11 @@ class Host(Place):
                 if os.readlink(process / "ns/pid") == mine and command and not own:
                     found[int(process.name)] = command
         return found
+
+    def kill_all(self) -> None:
+        for process in self.processes():
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, signal.SIGKILL)
 
 
 def first_child(process: subprocess.Popen) -> int:

@@ -93,8 +93,7 @@ def test_a_link_that_is_cut_ends_the_job_and_it_resumes(ranks, hosts, data, undi
     print(f"{launcher}: exit codes {codes}, no rank left {took:.0f} s after the cut, {stated} s are stated")
     assert took < stated + 30, job.text()
     for host in hosts:
-        for process in host.processes():
-            os.kill(process, signal.SIGKILL)
+        host.kill_all()
     assert "node2" in job.text()
     assert not (run / "checkpoint-00000016.pt").exists()
     hosts[1].limit("")

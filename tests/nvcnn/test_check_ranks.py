@@ -91,7 +91,7 @@ def test_the_images_that_training_evaluates_on(tmp_path):
 
 def test_the_programs_compare_before_they_write(tmp_path, monkeypatch):
     for program in (train, evaluate):
-        monkeypatch.setattr(program, "connect", lambda _: WithAnother({"torch": "0.1"}))
+        monkeypatch.setattr(program, "connect", lambda *_: WithAnother({"torch": "0.1"}))
     with pytest.raises(InputError, match="rank 1 differs"):
         train.train(Settings(model="lenet", log_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -57,7 +57,7 @@ def test_measured_figures_are_those_of_the_results(place):
         (file,) = RESULTS.glob(f"nvidia-{gpu.lower()}*.json")
         sections = json.loads(file.read_text())["sections"]
         found = []
-        for name in ("step", "step-tuned") if model == "resnet50" else (f"step-{model}",):
+        for name in ("step", "step-tuned", "step-auto") if model == "resnet50" else (f"step-{model}",):
             for row in sections.get(name, {"rows": ()})["rows"]:
                 if row["name"] == "nvcnn --conv=auto":
                     found.append(row["images/s"])

@@ -362,7 +362,7 @@ def test_ctrl_c(main, monkeypatch, capsys, given, said):
     def interrupted(flags):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(main.__globals__, "prepare", interrupted)
+    monkeypatch.setattr("nvcnn.prepare.flags.prepare", interrupted)
     assert main(["folder", "--train=y", "--out=x", *given]) == 3
     assert said in capsys.readouterr().err
 
