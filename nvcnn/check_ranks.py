@@ -78,7 +78,8 @@ class WeightCheck:
     `reason`: which ranks differ, in words, for good and on all ranks; empty while none does.
 
     A rank's bits are summed up as integers, so any one that differs changes a sum. The sums start on their way to
-    pinned memory, and meet those of the other ranks some steps later: no step waits for the device, unless `every` is 1.
+    pinned memory, and meet those of the other ranks some steps later: no step waits for the device, but each does with
+    `every` 1.
     """
 
     def __init__(self, arena: Arena, transport: Transport, every: int):

@@ -25,7 +25,8 @@ class Header(tarfile.TarInfo):
         header = super().frombuf(buf, encoding, errors)
         # tarfile goes back by a size below 0, for ever, and reads names and the like whole, of whatever size.
         if not 0 <= header.size < 1 << 62 or (not header.isfile() and header.size > LONGEST):
-            raise tarfile.InvalidHeaderError(f"a size of {header.size}")  # type: ignore[attr-defined]
+            size = f"a size of {header.size}" + f", {LONGEST} at most" * (header.size > 0)
+            raise tarfile.InvalidHeaderError(size)  # type: ignore[attr-defined]
         return header
 
     @classmethod
