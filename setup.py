@@ -47,6 +47,7 @@ setup(
             "onnx-ir>=1,<2",
             "onnxruntime>=1.20",
             "onnxscript>=0.7",
+            "psutil",
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-timeout>=2.2",
