@@ -410,13 +410,13 @@ class Harness:
         program = fault.setting[0]
         setting = ("prepare", "", "", 1) if program == "prepare" else fault.setting
         with self.lock:
-            data, trained = self.data(program), self.trained() if program == "evaluate" else None
+            data, weights = self.data(program), self.trained() if program == "evaluate" else None
         undisturbed = self.pool.submit(self.locked, *setting)  # the first of a setting takes as long as the others
         directory = self.work / f"run-{fault.number}"
         directory.mkdir()
         log_dir, mark = directory / "run", directory / "mark"
-        if trained:
-            shutil.copytree(trained, log_dir)
+        if weights:
+            shutil.copytree(weights, log_dir)
         struck = (fault, undisturbed.result()[0] * fault.at / 1000) if fault.place == "any" else (None, 0.0)
         words = command(fault, self.work, data, log_dir)
         first = run(words, directory / "first.txt", mark, *struck)
