@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -172,7 +172,7 @@ def make(work: Path) -> None:
     }
     told |= {"class_names": ["a", "b"], "preprocessing": {"image_size": 28, "normalize": "imagenet", "eval_crop": 1.0}}
     with (work / "run/weights.pt").open("w+b") as file:
-        checkpoint.write(told | {"state_dict": {"fc.weight": torch.randn(40, 30)}}, file)
+        checkpoint.write(told | {"state_dict": {"fc2.weight": torch.randn(2, 512)}}, file)
     lines = [f'{{"event": "train", "step": {i}, "epoch": 1, "loss": {1 / i}, "time": 1.5}}\n' for i in range(1, 30)]
     start = '{"event": "start", "step": 0, "steps": 29, "steps_per_epoch": 10, "ranks": 1}\n'
     (work / "run/metrics.jsonl").write_text(start + "".join(lines))
@@ -238,30 +238,32 @@ def read(work: Path, reader: Reader, file: str, data: bytes | None = None) -> An
 
 def outcome(work: Path, given: Input, known: dict[tuple[str, str], Any]) -> tuple[str, str]:
     """Returns one of OUTCOMES, and what was said. known: what is read of whole files, by reader and file."""
-    reader, whole = given.reader, (given.reader.name, given.file)
-    if whole not in known:
-        known[whole] = read(work, reader, given.file)
+    reader = given.reader
     try:
         found = read(work, reader, given.file, given.data)
     except (InputError, PermissionError) as error:
         return ("detected", str(error)) if len(str(error).splitlines()) == 1 else ("traceback", str(error))
     except BaseException:
         return "traceback", traceback.format_exc()
-    if not (where := unlike(known[whole], found)):
+    if not (where := unlike(known[reader.name, given.file], found)):
         return "tolerated", ""
     return ("wrong" if reader.covered else "changed"), where
+
+
+def known_of(work: Path, given: Iterable[Input]) -> dict[tuple[str, str], Any]:
+    """Returns what is read of the files as they were written, by reader and file. That must go well."""
+    files = {(one.reader.name, one.file): one.reader for one in given}
+    return {(name, file): read(work, reader, file) for (name, file), reader in files.items()}
 
 
 def unlike(one: Any, other: Any) -> str:
     return difference(one, other, "content")
 
 
-def serve(work: Path, seed: int, pipe: Any) -> None:
+def serve(work: Path, seed: int, known: dict[tuple[str, str], Any], pipe: Any) -> None:
     """Is a process that answers the numbers of inputs which are sent to it, until it gets 0."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
-    pillow.require_pillow()
-    known: dict[tuple[str, str], Any] = {}
     while number := pipe.recv():
         pipe.send(outcome(work, draw(work, seed, number), known))
 
@@ -269,14 +271,14 @@ def serve(work: Path, seed: int, pipe: Any) -> None:
 class Process:
     """Reads inputs one by one in a process, which is begun anew when it has died or hangs."""
 
-    def __init__(self, work: Path, seed: int):
-        self.work, self.seed = work, seed
+    def __init__(self, work: Path, seed: int, known: dict[tuple[str, str], Any]):
+        self.work, self.seed, self.known = work, seed, known
         self.begin()
 
     def begin(self) -> None:
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(self.work, self.seed, theirs))
+        self.process = context.Process(target=serve, args=(self.work, self.seed, self.known, theirs))
         self.process.start()
         theirs.close()
 
@@ -318,7 +320,9 @@ def try_all(
         with redirect_stdout(io.StringIO()):
             make(work)
         found: list[tuple[Input, str, str]] = []
-        processes = [Process(work, seed) for _ in range(jobs)]
+        pillow.require_pillow()
+        known = known_of(work, (draw(work, seed, number) for number in numbers))
+        processes = [Process(work, seed, known) for _ in range(jobs)]
 
         def share(job: int) -> None:
             for number in numbers[job::jobs]:

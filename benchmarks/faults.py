@@ -8,15 +8,17 @@ disturbed: of a training all that the last checkpoint holds but the settings, of
 directory, of an evaluation the result.
 
 After each run DIR (benchmarks/results) gets faults.json, with a row for each, and faults.md, a table by what happened;
-given again, the command goes on behind the last row. Exit code 1: a run did not survive. It takes about 25 seconds a
-run on two cores.
+given again, the command goes on behind the last row, unless that is of other code. Exit code 1: a run did not survive.
+It takes about 25 seconds a run on two cores.
 
 survived    none of what follows
-lost        other bits, or a step that was saved is not gone on from, or the command does not work again
+lost        other bits, or a step that was saved is not gone on from, or the command does not work again, or its exit
+            code was not one that is right, such as 0 before all was done
 hung        a run did not end within HANG seconds after the fault, or LIMIT seconds of its start
 traceback   one was printed where there is a better message: anywhere but where the harness raises, or takes the memory
 orphan      a process of the run was there ORPHAN seconds after the launcher had ended
 half        a file that is not whole was left in the directory, after the second run or a fault that kills nothing
+missed      nothing happened, also when it was tried sooner in the run
 """
 
 import argparse
@@ -58,13 +60,16 @@ RESULTS = ROOT / "benchmarks" / "results"
 IMAGES, VALIDATION, EPOCHS, BATCH = 480, 100, 2, 8
 TRAINING, RANKED = ("train", "save"), ("train", "save", "evaluate")
 STEPS = {2: EPOCHS * (IMAGES // (2 * BATCH)), 3: EPOCHS * (IMAGES // (3 * BATCH))}
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # that ask to stop
+# Files that decide what a run does.
+CODE = ("nvcnn", "kernels", "launch", "benchmarks/faults.py", "benchmarks/disturbed.py", "tests/end_to_end/tiny.py")
 PLACES = {
     "train": ("start", "step", "save", "evaluate", "any"),
     "save": ("step", "save", "any"),
     "evaluate": ("start", "evaluate", "any"),
     "prepare": ("shard", "any"),
 }
-VERDICTS = ("survived", "lost", "hung", "traceback", "orphan", "half")
+VERDICTS = ("survived", "lost", "hung", "traceback", "orphan", "half", "missed")
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,8 @@ class Kind:
 
     event: one of `disturbed.EVENTS`, or a signal. places: where, if not wherever the program can be. rank: to which
     one, None for any. flag: the flag of train.py without which it makes no sense. raises: a traceback is right.
-    after: what is done to the directory, once the run has ended. code: what the disturbed run may end with, None for
-    anything but 0.
+    after: what is done to the directory, once the run has ended. codes: what the disturbed run may end with, empty for
+    anything but 0; a signal's, where one is waited for. 0 is right only once all was done.
     """
 
     title: str
@@ -89,21 +94,23 @@ class Kind:
 
 
 EVERYWHERE = (*RANKED, "prepare")
+SAVED = (SAVED_AND_STOPPED, 0)  # it may have been at its end
+ENOUGH = (0, 1, 2, 128 + signal.SIGABRT)  # there may be memory enough; C++ aborts without
 KINDS = (
     Kind("SIGKILL of a rank", "SIGKILL", RANKED),
     Kind("SIGKILL of mpiexec", "mpiexec", RANKED),
     Kind("SIGKILL of all", "all", EVERYWHERE),
     Kind("SIGSTOP of a rank", "SIGSTOP", RANKED, ("start", "step", "save", "evaluate"), flag="rank_timeout"),
-    Kind("SIGTERM", "SIGTERM", EVERYWHERE),
-    Kind("SIGINT", "SIGINT", EVERYWHERE),
-    Kind("SIGUSR1", "SIGUSR1", TRAINING),
-    Kind("an exception on a rank", "raise", RANKED, ("start", "step", "save", "evaluate"), raises=True),
-    Kind("no memory on a rank", "memory", RANKED, ("step", "evaluate"), raises=True),
-    Kind("SIGKILL of a data worker", "worker", ("train", "prepare"), ("step", "shard")),
-    Kind("the disk is full", "write", (*TRAINING, "prepare"), ("step", "start"), rank=0),
-    Kind("files cannot be renamed", "rename", TRAINING, ("step", "save"), rank=0),
-    Kind("the directory becomes read-only", "readonly", (*TRAINING, "prepare"), ("step", "shard"), rank=0),
-    Kind("the directory vanishes", "vanish", (*TRAINING, "prepare"), ("step", "shard"), rank=0),
+    Kind("SIGTERM", "SIGTERM", EVERYWHERE, codes=SAVED),
+    Kind("SIGINT", "SIGINT", EVERYWHERE, codes=SAVED),
+    Kind("SIGUSR1", "SIGUSR1", TRAINING, codes=SAVED),
+    Kind("an exception on a rank", "raise", RANKED, ("start", "step", "save", "evaluate"), raises=True, codes=(1,)),
+    Kind("no memory on a rank", "memory", RANKED, ("step", "evaluate"), raises=True, codes=ENOUGH),
+    Kind("SIGKILL of a data worker", "worker", ("train", "prepare"), ("step", "shard"), codes=(0, 2)),
+    Kind("the disk is full", "write", (*TRAINING, "prepare"), ("step", "start"), rank=0, codes=(2,)),
+    Kind("files cannot be renamed", "rename", TRAINING, ("step", "save"), rank=0, codes=(2,)),
+    Kind("the directory becomes read-only", "readonly", (*TRAINING, "prepare"), ("step", "shard"), 0, codes=(2,)),
+    Kind("the directory vanishes", "vanish", (*TRAINING, "prepare"), ("step", "shard"), rank=0, codes=(2,)),
     Kind("a bit of the newest checkpoint flips", "all", ("save",), ("step",), after="flip"),
     Kind("the newest checkpoint is cut", "all", ("save",), ("step",), after="cut"),
     Kind("a stale part is left", "all", ("save", "prepare"), after="part"),
@@ -223,10 +230,21 @@ def strike(fault: Fault, mark: Path, process: subprocess.Popen) -> None:
         kill_all(str(mark))
         return
     number = signal.SIGKILL if event == "mpiexec" else signal.Signals[event]
-    ranks = {int(e["OMPI_COMM_WORLD_RANK"]): p for p, e in processes(str(mark)).items() if "OMPI_COMM_WORLD_RANK" in e}
-    pid = process.pid if event == "mpiexec" else ranks.get(fault.rank, process.pid)
+    pid = process.pid if event == "mpiexec" else ranks_of(processes(str(mark))).get(fault.rank, process.pid)
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def ranks_of(found: dict[int, dict[str, str]]) -> dict[int, int]:
+    """Returns the process of each rank. found: environments by process; a rank's workers have that of the rank."""
+    ranks = {pid: int(e["OMPI_COMM_WORLD_RANK"]) for pid, e in found.items() if "OMPI_COMM_WORLD_RANK" in e}
+    own = {}
+    for pid, rank in ranks.items():
+        with suppress(OSError):  # it has just ended
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if ranks.get(parent) != rank:
+                own[rank] = pid
+    return own
 
 
 def run(words: list[str], output: Path, mark: Path, fault: Fault | None = None, after: float = 0.0) -> Ended:
@@ -266,17 +284,24 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 def difference(one: Any, other: Any, where: str = "checkpoint") -> str:
-    """Returns the first place where two checkpoints differ in anything but their settings; empty if there is none."""
+    """Returns the first place where two checkpoints differ by a bit, but for their settings; empty if there is none."""
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return where
         pairs = [(f"{where}, {name}", one[name], other[name]) for name in one.keys() - {"settings"}]
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+    elif isinstance(one, list | tuple) and type(one) is type(other) and len(one) == len(other):
         pairs = [(f"{where}, {i}", *pair) for i, pair in enumerate(zip(one, other, strict=True))]
     else:
-        same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-        return "" if same else where
+        return "" if type(one) is type(other) and bits(one) == bits(other) else where
     return next((found for name, a, b in pairs if (found := difference(a, b, name))), "")
+
+
+def bits(value: Any) -> Any:
+    """Returns what is equal for the same bits: zero has a sign, and what is not a number equals itself."""
+    if isinstance(value, torch.Tensor):
+        data = value.contiguous().reshape(-1).view(torch.uint8)
+        return value.dtype, value.shape, data.numpy().tobytes()
+    return value.hex() if isinstance(value, float) else value
 
 
 def half_written(directory: Path) -> list[str]:
@@ -328,6 +353,19 @@ def damage(fault: Fault, log_dir: Path) -> None:
         found[0].write_bytes(data)
 
 
+def wrong_code(fault: Fault, code: int | None) -> str:
+    """Returns why a run in which it happened must not end with that code; empty if it may."""
+    codes = fault.kind.codes
+    if fault.kind.event in SIGNALS:
+        if fault.place == "any":  # also before it waits for one, and once all is done
+            return ""
+        if fault.place == "start" or fault.program == "evaluate":
+            codes = ()
+    if code is None or (code in codes if codes else code != 0):
+        return ""
+    return f"exit code {code}, which must be {' or '.join(map(str, codes)) or 'another'}"
+
+
 class Harness:
     """Has what all runs share: pictures, the data made from them, and what undisturbed runs leave.
 
@@ -342,6 +380,7 @@ class Harness:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(picture(i, i % 10))
         self.undisturbed = cache(self.undisturbed)  # type: ignore[method-assign]
+        self.pool = ThreadPoolExecutor()
 
     def undisturbed(self, program: str, backend: str, transport: str, ranks: int) -> tuple[float, Any, Path]:
         """Returns seconds, what is left to compare, and the directory, of a run in which nothing happens."""
@@ -356,6 +395,10 @@ class Harness:
             raise RuntimeError(f"an undisturbed run fails:\n{shlex.join(words)}\n{ended.text}")
         return ended.seconds, left(program, directory, ended), directory
 
+    def locked(self, *setting: Any) -> tuple[float, Any, Path]:
+        with self.lock:
+            return self.undisturbed(*setting)
+
     def data(self, program: str) -> Path:
         return Path() if program == "prepare" else self.undisturbed("prepare", "", "", 1)[2]
 
@@ -364,20 +407,21 @@ class Harness:
 
     def disturb(self, fault: Fault) -> dict[str, Any]:
         """Does one run, and the one after it. Returns a row."""
+        program = fault.setting[0]
+        setting = ("prepare", "", "", 1) if program == "prepare" else fault.setting
         with self.lock:
-            program = fault.setting[0]
-            setting = ("prepare", "", "", 1) if program == "prepare" else fault.setting
-            usual, expected, _ = self.undisturbed(*setting)
-            data = self.data(program)
+            data, weights = self.data(program), self.trained() if program == "evaluate" else None
+        undisturbed = self.pool.submit(self.locked, *setting)  # the first of a setting takes as long as the others
         directory = self.work / f"run-{fault.number}"
         directory.mkdir()
         log_dir, mark = directory / "run", directory / "mark"
-        if program == "evaluate":
-            shutil.copytree(self.trained(), log_dir)
-        struck = (fault, usual * fault.at / 1000) if fault.place == "any" else (None, 0.0)
+        if weights:
+            shutil.copytree(weights, log_dir)
+        struck = (fault, undisturbed.result()[0] * fault.at / 1000) if fault.place == "any" else (None, 0.0)
         words = command(fault, self.work, data, log_dir)
         first = run(words, directory / "first.txt", mark, *struck)
-        if fault.place == "any" and not first.happened:  # it was over before
+        expected = undisturbed.result()[1]
+        if not first.happened and fault.at > 1:  # it was over before
             shutil.rmtree(directory)
             return self.disturb(replace(fault, at=fault.at // 2))
         wrong: dict[str, str] = {}
@@ -390,16 +434,15 @@ class Harness:
         if half_written(log_dir) and not kills:
             wrong["half"] = f"{half_written(log_dir)} after the first run"
         saved = last_saved(log_dir)
+        if first.happened and (found := wrong_code(fault, first.code)):
+            wrong["lost"] = found
+        elif first.code == 0 and (found := unlike(expected, left(program, log_dir, first))):
+            wrong["lost"] = f"exit code 0, though not all is done: {found}"
         damage(fault, log_dir)
         step, _ = newest(log_dir) if program == "train" else (-1, None)
         allowed = 1 if fault.kind.after in ("flip", "cut") else 0
-        if program == "train" and fault.kind.event != "vanish" and saved > step + allowed:
+        if program == "train" and saved > step + allowed:
             wrong["lost"] = f"step {saved} was saved, {step} is what is there"
-        if first.code == 0 and first.happened and fault.kind.event in ("SIGKILL", "raise", "mpiexec"):
-            wrong["lost"] = "exit code 0 of a run that did not end well"
-        stops = fault.kind.event in ("SIGTERM", "SIGINT", "SIGUSR1") and fault.place in ("step", "save", "evaluate")
-        if program == "train" and stops and first.happened and first.code not in (0, None, SAVED_AND_STOPPED):
-            wrong["lost"] = f"a signal to stop ends in {first.code}, and not saved"
         again = run(command(fault, self.work, data, log_dir, quiet=True), directory / "again.txt", mark)
         for name, ended in (("first", first), ("second", again)):
             if ended.code is None:
@@ -419,6 +462,8 @@ class Harness:
             trained = "is trained" in again.text
             if not trained:
                 wrong["lost"] = f"goes on from {restored and restored[1]}, not {step}"
+        if not first.happened:
+            wrong["missed"] = f"{fault.place} {fault.at}"
         if not wrong and not self.keep:
             shutil.rmtree(directory)
         row = {k: v for k, v in asdict(fault).items() if k not in ("kind", "chance")} | {"kind": fault.kind.title}
@@ -465,10 +510,34 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def write(out: Path, rows: list[dict[str, Any]]) -> None:
+def code_version() -> str:
+    """Returns the last commit of the code that runs, and a digest of what has changed since."""
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", *words, "--", *CODE], cwd=ROOT, check=True, capture_output=True).stdout
+
+    changes = git("diff", "HEAD")
+    return git("log", "-1", "--format=%h").decode().strip() + (
+        f", changed ({hashlib.sha256(changes).hexdigest()[:8]})" if changes else ""
+    )
+
+
+def rows_before(file: Path, seed: int, code: str) -> list[dict[str, Any]]:
+    """Returns the rows to go on behind. Raises InputError if they are of another seed, or of other code."""
+    if not file.exists():
+        return []
+    content = json.loads(file.read_text())
+    if others := {row["seed"] for row in content["rows"]} - {seed}:
+        raise InputError(f"{file} has runs of --seed={others.pop()}: give that, or another --out")
+    if (other := content["machine"].get("code")) != code:
+        raise InputError(f"{file} has runs of the code at {other}, this is {code}: remove it, or give another --out")
+    return content["rows"]
+
+
+def write(out: Path, rows: list[dict[str, Any]], code: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    report.write(str(out / "faults.json"), "faults", rows)
-    report.write_page(out / "faults.md", "Faults", "faults", summary(rows))
+    report.write(str(out / "faults.json"), "faults", rows, code=code)
+    report.write_page(out / "faults.md", f"Faults, of the code at {code}", "faults", summary(rows))
 
 
 def main() -> int:
@@ -482,10 +551,11 @@ def main() -> int:
     for kind in KINDS:
         if why := missing(kind):
             print(f"left out: {kind.title}: {why}")
-    file = options.out / "faults.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() and not options.only else []
-    if others := {row["seed"] for row in rows} - {options.seed}:
-        parser.error(f"{file} has runs of --seed={others.pop()}: give that, or another --out")
+    code = code_version()
+    try:
+        rows = [] if options.only else rows_before(options.out / "faults.json", options.seed, code)
+    except InputError as error:
+        parser.error(str(error))
     done = {row["number"] for row in rows}
     numbers = [options.only] if options.only else [n for n in range(1, options.runs + 1) if n not in done]
     work = Path(tempfile.mkdtemp(prefix="nvcnn-faults-"))
@@ -497,7 +567,7 @@ def main() -> int:
             rows.append(row)
             rows.sort(key=lambda row: row["number"])
             if not options.only:
-                write(options.out, rows)
+                write(options.out, rows, code)
         what = [row[k] for k in ("program", "backend", "transport", "ranks", "place", "at", "rank")]
         print(f"{number:4d} {row['verdict']:9s} {row['seconds']:6.1f} s  {row['kind']}:", *what, row["wrong"] or "")
         sys.stdout.flush()

@@ -12,11 +12,14 @@ arenas a core, and each keeps what it once had: memory grows for hundreds of eva
 A fifth of the time is warm-up. The rest is cut into 20 spans, and a line laid through their means, by least squares. A
 quantity is flat unless that line's slope is more than three of its standard errors, and makes over the time that was
 measured more than what is allowed: 3 % of the memory, which goes up and down by 20 MB, 1 file, thread or process, 5 %
-of the speed. Exit code 1: something is not flat.
+of the speed. Nor may the last span's mean be further from the first one's than what is allowed and three times the
+noise, which is judged by the median step from one span to the next: a late jump is no line. Exit code 1: something is
+not flat.
 """
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -97,28 +100,33 @@ def files(directory: Path) -> int:
     return sum(len(names) for _, _, names in os.walk(directory))
 
 
-def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """Returns the slope of a line through the means of SPANS spans of time, and its standard error.
-
-    Raises RuntimeError for values of fewer than four spans.
-    """
+def means_of(times: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean times and values of SPANS spans of time. Raises RuntimeError for fewer than four of them."""
     edges = np.linspace(times[0], times[-1], SPANS + 1)[1:-1]
     span = np.searchsorted(edges, times, side="right")
     known = np.unique(span)
     if len(known) < 4:
         raise RuntimeError(f"{len(times)} values are too few for a slope: give more --hours")
-    means = [[np.mean(np.asarray(a)[span == n]) for n in known] for a in (times, values)]
-    (found, _), covariance = np.polyfit(means[0] - np.mean(means[0]), means[1], 1, cov=True)
+    at, mean = (np.array([np.mean(np.asarray(a)[span == n]) for n in known]) for a in (times, values))
+    return at, mean
+
+
+def slope(at: np.ndarray, means: np.ndarray) -> tuple[float, float]:
+    """Returns the slope of a line through the means of spans, and its standard error."""
+    (found, _), covariance = np.polyfit(at - np.mean(at), means, 1, cov=True)
     return float(found), float(np.sqrt(covariance[0, 0]))
 
 
 def judged(name: str, unit: str, times: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
     """Returns the row of a quantity, whose values were measured at these times, in seconds."""
-    found, error = slope(times, values)
+    at, means = means_of(times, values)
+    found, error = slope(at, means)
     mean, seconds = float(np.mean(values)), times[-1] - times[0]
     allowed = ALLOWED[unit] * mean if unit in ALLOWED else COUNT
-    added = found * seconds
-    flat = abs(found) <= 3 * error or (added >= allowed if allowed < 0 else added <= allowed)
+    added, jump = found * seconds, float(means[-1] - means[0])
+    noise = 3 * 1.4826 * float(np.median(np.abs(np.diff(means))))  # of two normal values' difference, by their median
+    sign = math.copysign(1, allowed)
+    flat = (abs(found) <= 3 * error or sign * added <= abs(allowed)) and sign * jump <= abs(allowed) + noise
     return {
         "name": name,
         "mean": timing.significant(mean),
@@ -126,6 +134,7 @@ def judged(name: str, unit: str, times: Sequence[float], values: Sequence[float]
         "an hour": timing.significant(round(3600 * found, 3)),
         "+/-": timing.significant(round(3600 * error, 3)),
         "added": timing.significant(round(added, 3)),
+        "last - first": timing.significant(round(jump, 3)),
         "allowed": timing.significant(allowed),
         "flat": flat,
     }
@@ -160,17 +169,22 @@ def soak(backend: str, model: str, data_dir: Path, seconds: float, directory: Pa
         wait(run, lambda: any(event["event"] == "train" for event in plot.read(log_dir)), printed)
         launcher = psutil.Process(run.pid)
         ranks = ranks_below(launcher)
+        if len(ranks) != RANKS and run.poll() is None:
+            raise RuntimeError(f"{len(ranks)} ranks are there, not {RANKS}: {tail(printed)}")
         end = time.time() + seconds
-        while time.time() < end and run.poll() is None:
-            for number, rank in enumerate(ranks):
-                for name, value in sample(rank).items():
-                    add(f"rank {number}: {name}", time.time(), value)
-            for name, place in (("log directory", log_dir), ("TMPDIR", temporary), ("/dev/shm", Path("/dev/shm"))):
-                add(f"files of {name}, ", time.time(), files(place))
-            time.sleep(EVERY)
-        if run.poll() is None:
+        try:
+            while time.time() < end and run.poll() is None:
+                for number, rank in enumerate(ranks):
+                    for name, value in sample(rank).items():
+                        add(f"rank {number}: {name}", time.time(), value)
+                for name, place in (("log directory", log_dir), ("TMPDIR", temporary), ("/dev/shm", Path("/dev/shm"))):
+                    add(f"files of {name}, ", time.time(), files(place))
+                time.sleep(EVERY)
+        except psutil.Error:  # a rank has ended, and so does its launcher
+            run.wait(PATIENCE)
+        if goes_on := run.poll() is None:
             run.send_signal(signal.SIGUSR1)
-        if run.wait(PATIENCE) != SAVED_AND_STOPPED:
+        if run.wait(PATIENCE) != SAVED_AND_STOPPED or not goes_on:
             raise RuntimeError(f"training ended with exit code {run.returncode}: {tail(printed)}")
     finally:
         doctor.stop(run)

@@ -44,8 +44,19 @@ def test_what_must_not_be_is_counted(tmp_path, monkeypatch, reads, outcome):
     whole = (tmp_path / "files" / "one").read_bytes()
     read = lambda d, file: whole if file.read_bytes() == whole else reads(d, file)  # noqa: E731
     monkeypatch.setattr(corruption, "READERS", (corruption.Reader("one", "files", "*", read, True),))
-    process = corruption.Process(tmp_path, 1)
+    process = corruption.Process(tmp_path, 1, {("one", "one"): whole})
     try:
         assert [process(number)[0] for number in (1, 2)] == [outcome, outcome]
     finally:
         process.close()
+
+
+def test_what_cannot_be_read_undamaged_is_an_error(monkeypatch):
+    def make(work):
+        (work / "files").mkdir()
+        (work / "files" / "one").write_bytes(b"12345678")
+
+    monkeypatch.setattr(corruption, "make", make)
+    monkeypatch.setattr(corruption, "READERS", (corruption.Reader("one", "files", "*", fails, True),))
+    with pytest.raises(ZeroDivisionError):
+        corruption.try_all([1], 1, 1)

@@ -35,6 +35,10 @@ def noisy(level, growth, noise):
         (noisy(1000, -100, 50), "images/s", False),
         (noisy(1000, -30, 10), "images/s", True),
         (noisy(1000, 100, 50), "images/s", True),
+        (noisy(800, 0, 5)[:380] + noisy(1600, 0, 5)[380:], "MB", False),  # a late jump is no line
+        (noisy(40, 0, 4)[:380] + noisy(60, 0, 4)[380:], "", False),
+        (noisy(1000, 0, 50)[:380] + noisy(500, 0, 50)[380:], "images/s", False),
+        (noisy(1000, 0, 50)[:380] + noisy(1500, 0, 50)[380:], "images/s", True),
     ],
 )
 def test_what_is_flat(values, unit, flat):
@@ -83,6 +87,27 @@ def test_ranks_are_found_and_what_they_have(tmp_path):
             for process in (*psutil.Process(run.pid).children(), run):
                 process.kill()
             run.communicate()
+
+
+@pytest.mark.parametrize(("ranks", "said"), [(1, "1 ranks are there, not 2"), (2, "training ended with exit code -9")])
+def test_ranks_that_are_not_there_end_it_in_a_line(tmp_path, monkeypatch, ranks, said):
+    """The launcher is a stand-in, which is killed as its ranks are looked at."""
+    launcher = tmp_path / "mpiexec"
+    launcher.write_text("#!/bin/sh\nexec sleep 60\n")
+    launcher.chmod(0o755)
+    monkeypatch.setattr(soak.doctor, "find_program", lambda _: str(launcher))
+    monkeypatch.setattr(soak.doctor, "mpi_flags", lambda *_: [])
+    monkeypatch.setattr(soak, "excerpt", lambda *_: None)
+    monkeypatch.setattr(soak.plot, "read", lambda _: [{"event": "train"}])
+    monkeypatch.setattr(soak, "ranks_below", lambda process: [process] * ranks)
+
+    def gone(process):
+        process.kill()
+        raise psutil.NoSuchProcess(process.pid)
+
+    monkeypatch.setattr(soak, "sample", gone)
+    with pytest.raises(RuntimeError, match=said):
+        soak.soak("torch", "lenet", tmp_path, 60, tmp_path)
 
 
 def test_an_epoch_is_the_first_images(tmp_path, monkeypatch):
