@@ -428,7 +428,8 @@ class Run:
                 if settings.on_save_error == "stop":
                     raise
                 failure = str(error)
-                again = "" if must else f"; training goes on, and tries again in {RETRY:.0f} s"
+                goes_on = not must or (evaluation and self.step < self.plan.steps)
+                again = f"; training goes on, and tries again in {RETRY:.0f} s" if goes_on else ""
                 metrics.say(f"Not saved after step {self.step}: {failure}{again}")
             self.until_retry = Timer(RETRY if failure else -1)
             if failure or not evaluation:

@@ -12,6 +12,8 @@ from multiprocessing import forkserver, get_context
 from pathlib import Path
 from unittest import mock
 
+from nvcnn import watch_ranks
+
 context = get_context("forkserver")
 IMPORTED = ("torch._dynamo", "matplotlib.figure", "nvidia.dali.fn", "nvcnn.evaluate", "nvcnn.train")
 context.set_forkserver_preload([*IMPORTED, __name__])
@@ -25,6 +27,7 @@ def begin(output: Path, directory: Path, environment: dict[str, str], script: Pa
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
+    watch_ranks.PARENT = os.getppid()  # it was another process's when that was imported
     sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
     runpy.run_path(str(script), run_name="__main__")
 
