@@ -25,8 +25,8 @@ class Tiny(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = max_pool(conv_bn(x, self.conv1, self.bn1), kernel_size=3, stride=2, padding=1)
-        x = PendingAdd(conv_bn(x, self.conv2, self.bn2), conv_bn(x, self.skip, self.bn3))
-        return self.fc(kernels.global_average(activation(x)))
+        added = PendingAdd(conv_bn(x, self.conv2, self.bn2), conv_bn(x, self.skip, self.bn3))
+        return self.fc(kernels.global_average(activation(added)))
 
 
 MODELS["tiny"] = Model(Tiny, 28, lambda total_batch: 0.1)
