@@ -136,7 +136,7 @@ def test_an_archive_writes_in_its_folder_alone(archive, tmp_path):
                 member.type, member.linkname = tarfile.SYMTYPE, str(tmp_path)
             tar.addfile(member)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with mock.patch.object(tarfile, "data_filter", None):
+    with mock.patch.object(tarfile, "data_filter", None, create=True):
         pack.read(hostile, tmp_path / "deep" / "cache-read")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
