@@ -28,8 +28,12 @@ LARGEST = 1 << 25  # bytes of a batch, which has 31 million
 class ArrayUnpickler(pickle._Unpickler):
     """Lets a pickle call only what makes an array, so that a downloaded file cannot run code.
 
-    In Python, because the one in C takes 64 GB for a place in its memo that a few bytes name.
+    In Python, because the one in C takes 64 GB for a place in its memo that a few bytes name. Without bytearrays, which
+    no such file has: they are made as large as it says before they are read.
     """
+
+    dispatch = pickle._Unpickler.dispatch.copy()
+    del dispatch[pickle.BYTEARRAY8[0]]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[-1], name) not in ARRAYS or module.split(".")[0] not in ("numpy", "_codecs"):

@@ -76,6 +76,7 @@ HOSTILE = [
     ("manifest_json", b'{"made_from": {"format": []}, "images": {}, "shards": {}}'),
     ("safetensors_file", targets.safetensors({"a": torch.zeros(2)}, {"nvcnn": "[" * 100_000})),
     ("cifar", b"\x80\x02Nr\xff\xff\xff\x0f."),  # a place in the memo for which 4 GB would be taken
+    ("cifar", b"\x96" + (1 << 32).to_bytes(8, "little") + b"1"),  # a bytearray of 4 GB
     ("cifar", b"cos\nsystem\n(S'touch hacked'\ntR."),
     ("torch_file", saved({"format": "nvcnn checkpoint"})),
     ("torch_file", saved(state() | {"weights": [1]})),
