@@ -231,11 +231,9 @@ def tensors_in(content: Any) -> Iterator[Tensor]:
 
 def is_stored(tensor: Tensor) -> bool:
     """Returns whether the file had a byte for each of a tensor's. A view, a sparse one say it of 2**40 with a few."""
-    return (tensor.layout, tensor.device.type, tensor.is_quantized) == (
-        torch.strided,
-        "cpu",
-        False,
-    ) and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def check(path: Path, state: Any, format: str = FORMAT, version: int = VERSION) -> dict[str, Any]:

@@ -29,8 +29,6 @@ AGAIN = 1.0  # seconds; a signal that comes sooner after another is the same, pa
 PATIENCE = 30.0  # seconds of waiting for input after a signal; schedulers often kill after as long
 BLAME = 5.0  # seconds in which the watch over the ranks says which one is to blame
 ABORT = 10.0  # seconds after which a process ends that ends the job
-
-
 PARENT = os.getppid()  # the launcher, if any
 NOWHERE = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)  # now, as a process may end for lack of descriptors
 
