@@ -63,7 +63,8 @@ class Records(ShardSource):
     def read(self, i: int) -> tuple[bytes, int | str]:
         (framed,) = self.read_pieces(i)
         data = framed[12:-4]
-        if struct.unpack("<QI", framed[:12]) != (len(framed) - FRAMING, masked_crc(framed[:8])):
+        announced = len(data), masked_crc(framed[:8])
+        if len(framed) < FRAMING or struct.unpack("<QI", framed[:12]) != announced:
             raise InputError(f"{self.name(i)} is not one: the index is of another file (delete it, it is built anew)")
         if struct.unpack("<I", framed[-4:])[0] != masked_crc(data):
             raise InputError(f"{self.name(i)} is damaged (its CRC differs): copy or make the file again")

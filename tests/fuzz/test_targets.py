@@ -65,6 +65,7 @@ HOSTILE = [
     ("tfrecord_index", b"0 " + b"9" * 30 + b"\n"),
     ("tfrecord_index", b"0 " + b"9" * 5000 + b"\n"),
     ("tfrecord_index", b"0 " + b"9" * 18 + b"\n"),
+    ("tfrecord_index", b"0 7\n7 4242772\n"),  # a record shorter than what is around its data
     ("tar_index", b"v1.2 1\njpg 512 " + b"9" * 30 + b" 0.jpg cls 2048 1 0.cls\n"),
     ("example", b"\x0a" + b"\xff" * 10_000),
     ("recipe", b"learning_rate: " + b"[" * 600),
