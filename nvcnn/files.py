@@ -61,6 +61,11 @@ def what_is(path: Path) -> str:
         return ""
     if path.suffix == ".onnx":
         return "an ONNX model"
-    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
-        return "a zip archive that is cut short"
+    if start.startswith(b"PK"):
+        try:
+            whole = zipfile.is_zipfile(path)
+        except zipfile.BadZipFile:  # it says that it has further parts
+            whole = False
+        if not whole:
+            return "a zip archive that is cut short"
     return next((kind for begin, kind in KINDS.items() if re.match(begin, start, re.DOTALL)), "")

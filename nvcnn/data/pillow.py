@@ -44,8 +44,7 @@ def decode(data: bytes) -> "Image.Image":
             raise ValueError("image file is truncated")
         image = of_8_bits(image)
     except Image.DecompressionBombError:
-        width, height = size(data)
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}") from None
+        raise ValueError(f"{size(data)} pixels are more than {MAX_PIXELS:,}") from None
     except UnidentifiedImageError:
         what = unknown(data) or "not a JPEG, PNG, BMP, WebP, TIFF, PPM or JPEG 2000 file"
         raise ValueError(f"it is {what}") from None
@@ -77,13 +76,16 @@ def unknown(data: bytes) -> str | None:
     return None if bits in (None, 8) else f"a JPEG of {bits} bits: save it with 8"
 
 
-def size(data: bytes) -> tuple[int, int]:
-    """Returns width and height of an image of any size."""
+def size(data: bytes) -> str:
+    """Returns "width x height" of an image of any size, or "its" where the decoder refuses it at once."""
     from PIL import Image
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS).size
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return f"{image.width} x {image.height}"
+    except Exception:  # a WebP that is cut short
+        return "its"
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

@@ -21,12 +21,34 @@ DIRECTORIES = ("", "cifar-10-batches-py", "cifar-10-batches-bin")
 SHARDS = (8, 2)
 SIDE = 32  # pixels
 PIXELS = 3 * SIDE * SIDE  # bytes of an image
-ARRAYS = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 LARGEST = 1 << 25  # bytes of a batch, which has 31 million
 
 
+class Pickled:
+    """Stands for an array or a dtype: what makes it, and its state. At a wrong state numpy's own may crash."""
+
+    def __init__(self, *made_of: Any):
+        self.made_of, self.state = made_of, ()
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+
+def latin1(text: str, _: str) -> bytes:
+    """Returns the bytes that pickle writes as such a text, where it has no bytes of its own."""
+    return text.encode("latin1")
+
+
+# By module and name: numpy 1 calls it core, numpy 2 _core.
+STAND_INS = {(f"numpy.{core}.multiarray", "_reconstruct"): Pickled for core in ("core", "_core")} | {
+    ("numpy", "ndarray"): Pickled,
+    ("numpy", "dtype"): Pickled,
+    ("_codecs", "encode"): latin1,
+}
+
+
 class ArrayUnpickler(pickle._Unpickler):
-    """Lets a pickle call only what makes an array, so that a downloaded file cannot run code.
+    """Lets a pickle call only what stands for an array, so that a downloaded file cannot run code.
 
     In Python, because the one in C takes 64 GB for a place in its memo that a few bytes name. Without bytearrays, which
     no such file has: they are made as large as it says before they are read.
@@ -36,9 +58,9 @@ class ArrayUnpickler(pickle._Unpickler):
     del dispatch[pickle.BYTEARRAY8[0]]
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module.split(".")[-1], name) not in ARRAYS or module.split(".")[0] not in ("numpy", "_codecs"):
+        if (module, name) not in STAND_INS:
             raise pickle.UnpicklingError(f"wants {module}.{name}")
-        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)  # numpy 2 has renamed it
+        return STAND_INS[module, name]
 
 
 def read_batches(source: Path) -> dict[str, bytes]:
@@ -77,10 +99,12 @@ def parse_batch(name: str, data: bytes) -> list[tuple[bytes, int]]:
             raise ValueError(f"{len(data)} bytes are not images of {PIXELS + 1}")
         return [(data[at + 1 : at + 1 + PIXELS], data[at]) for at in range(0, len(data), PIXELS + 1)]
     batch = ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
-    pixels, labels = batch[b"data"], batch[b"labels"]
-    if not len(data) > pixels.nbytes == PIXELS * len(labels):
-        raise ValueError(f"{len(labels)} labels, but {pixels.nbytes} bytes of pixels")
-    pixels = pixels.tobytes()
+    labels = batch[b"labels"]
+    _, _, dtype, by_columns, pixels = batch[b"data"].state  # what numpy.ndarray.__setstate__ takes
+    if dtype.made_of[0] not in ("u1", b"u1") or by_columns:
+        raise ValueError("its pixels are not bytes, row by row")
+    if len(pixels) != PIXELS * len(labels):
+        raise ValueError(f"{len(labels)} labels, but {len(pixels)} bytes of pixels")
     return [(pixels[i * PIXELS : (i + 1) * PIXELS], int(label)) for i, label in enumerate(labels)]
 
 

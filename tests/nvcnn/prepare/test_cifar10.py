@@ -3,6 +3,7 @@
 import gzip
 import os
 import pickle
+import struct
 import tarfile
 
 import numpy as np
@@ -66,6 +67,23 @@ def test_every_image_with_its_label(tmp_path, unpacked, binary):
         ]
         assert sorted(stored) == sorted(expected)
         assert stored != expected
+
+
+def test_a_batch_as_python_2_and_numpy_1_wrote_it():
+    """The archive on the web is: texts are bytes, and numpy's module has another name."""
+    pixels, labels = batch(NAMES[0])
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\1b\x87R(K\1K\x08M\0\x0c\x86"
+    dtype = b"cnumpy\ndtype\nU\2u1K\0K\1\x87R(K\3U\1|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89"
+    data = b"T" + struct.pack("<I", pixels.nbytes) + pixels.tobytes() + b"tb"
+    numbers = b"U\6labels](" + b"".join(b"K%c" % label for label in labels) + b"e"
+    written = b"\x80\2}(U\4data" + array + dtype + data + numbers + b"u."
+    assert pickle.loads(written, encoding="bytes")[b"data"].tolist() == pixels.tolist()
+    assert cifar10.parse_batch(NAMES[0], written) == [
+        (one.tobytes(), label) for one, label in zip(pixels, labels, strict=True)
+    ]
+    for wrong in written.replace(b"U\2u1", b"U\2i1"), written.replace(b"tb\x89", b"tb\x88"):
+        with pytest.raises(ValueError, match="its pixels are not bytes, row by row"):
+            cifar10.parse_batch(NAMES[0], wrong)
 
 
 class Evil:
