@@ -25,10 +25,11 @@ setup(
     # torch warns at each start without numpy, and objects of several ranks are gathered through it.
     install_requires=["numpy>=1.26", "torch>=2.11,<2.16", "triton>=3.6,<3.10"],
     extras_require={
-        # real images: the reader, and what launch/prepare.py writes records with; here and in log what reads recipes
-        "dali": ["nvidia-dali-cuda130>=2.0,<3", "google-crc32c>=1.5", "pillow>=10", "pyyaml>=6", "scipy>=1.10"],
+        # real images: the reader, and what launch/prepare.py writes records with; here and in log what reads recipes.
+        # Older ones of DALI and Pillow are known to be open to a stranger's picture (SECURITY.md).
+        "dali": ["nvidia-dali-cuda130>=2.3,<3", "google-crc32c>=1.5", "pillow>=13", "pyyaml>=6"],
         # real images without DALI, for --data_backend=torch
-        "images": ["google-crc32c>=1.5", "pillow>=10"],
+        "images": ["google-crc32c>=1.5", "pillow>=13"],
         # more than one rank: mpi4py, and what Horovod imports and is built with
         "mpi": ["mpi4py>=4", "cffi>=1.4", "cloudpickle", "cmake>=3.18", "packaging", "psutil", "pyyaml", "wheel"],
         # an mpiexec inside the environment, where the machine has none
@@ -54,6 +55,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.9",
             "safetensors>=0.4",
+            "scipy>=1.10",
             "timm>=1.0",
             "torchvision>=0.26,<0.30",
             "types-PyYAML",

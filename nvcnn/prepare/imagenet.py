@@ -5,10 +5,9 @@ Russakovsky et al. 2015, arXiv:1409.0575. ILSVRC2012_img_train.tar holds a tar f
 synset in sorted order, counted from 1 in TFRecords, as in TensorFlow's build_imagenet_data and torchvision's folders.
 
 Of validation images the development kit tells the class, by its ILSVRC2012_ID, which is in another order: meta.mat
-has the synset of each. It is MATLAB's format, read with scipy.
+has the synset of each. It is MATLAB's format.
 """
 
-import io
 import math
 import re
 import sys
@@ -24,6 +23,7 @@ from nvcnn.files import to_read
 from nvcnn.prepare.blueprint import Blueprint, Sample
 from nvcnn.prepare.encode import SUFFIXES, Encoding
 from nvcnn.prepare.folder import encode_file, encoding_flags, file_size, scan_folders, to_samples
+from nvcnn.prepare.matlab import structures
 from nvcnn.program import InputError
 
 SYNSET = re.compile(r"n\d{8}")
@@ -290,14 +290,14 @@ def read_devkit(path: Path) -> Devkit:
 
 def read_meta(what: str, data: bytes) -> tuple[dict[int, str], dict[str, str]]:
     """Returns the synset of each ILSVRC2012_ID, and the words of each synset."""
+    synsets: dict[int, str] = {}
+    words: dict[str, str] = {}
     try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise InputError(f"{what}: meta.mat needs scipy: pip install scipy, or give --val_labels instead") from None
-    try:
-        rows = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
-        fields = [rows[name].tolist() for name in ("ILSVRC2012_ID", "WNID", "words")]
-        ids = [int(number) for number in fields[0]]
-    except Exception as error:  # scipy raises what its parsing stumbles over
+        for row in structures(data, "synsets"):
+            number, synset, meaning = (row[field] for field in ("ILSVRC2012_ID", "WNID", "words"))
+            if not isinstance(synset, str) or not isinstance(meaning, str):
+                raise ValueError(f"it has no name or no words for {number}")
+            synsets[int(number)], words[synset] = synset, meaning  # type: ignore[arg-type]
+    except Exception as error:  # damaged data is whatever its parsing stumbles over
         raise InputError(f"{what}: meta.mat cannot be read ({error}): download the kit again") from None
-    return dict(zip(ids, fields[1], strict=True)), dict(zip(fields[1], fields[2], strict=True))
+    return synsets, words

@@ -100,6 +100,10 @@ def archive(data: bytes, folder: Path) -> None:
             read(path)
 
 
+def meta_mat(data: bytes, folder: Path) -> None:
+    imagenet.read_meta("--devkit", data)
+
+
 def image(data: bytes, folder: Path) -> None:
     headers.shown_alike(data)
     headers.jpeg_bits(data)
@@ -233,6 +237,17 @@ def archives() -> list[bytes]:
     return [*tars(), *(samples(mode=mode, **kit) for mode in ("w", "w:gz", "w:xz", "w:bz2"))]
 
 
+def synsets() -> list[bytes]:
+    import numpy as np
+    from scipy.io import savemat
+
+    rows = np.array([(1, "n0", "a, b"), (2, "n1", "c")], [(name, "O") for name in ("ILSVRC2012_ID", "WNID", "words")])
+    files = io.BytesIO(), io.BytesIO()
+    for file, packed in zip(files, (False, True), strict=True):
+        savemat(file, {"synsets": rows}, do_compression=packed)
+    return [file.getvalue() for file in files]
+
+
 def declared() -> list[bytes]:
     return [json.dumps({"num_classes": 2, "label_base": 1, "class_names": ["a", "b"], "images": {"train": 9}}).encode()]
 
@@ -280,6 +295,7 @@ TARGETS: dict[Callable[[bytes, Path], None], Callable[[Path], list[bytes]]] = {
     tar: lambda _: tars(),
     tar_index: partial(indexes, Tars, samples(), "train-0.tar"),
     archive: lambda _: archives(),
+    meta_mat: lambda _: synsets(),
     image: lambda _: images(),
     recipe: lambda _: recipe_seeds(),
     torch_file: lambda _: [

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
@@ -315,9 +314,3 @@ def test_folders_that_are_not_imagenets(raw, tmp_path):
     (tmp_path / "train/n02119789").rename(tmp_path / "train/fox")
     with pytest.raises(InputError, match=r"--train=.*fox is not a synset.*prepare\.py folder"):
         blueprint(raw, **folders)
-
-
-def test_without_scipy(raw, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(InputError, match=r"meta\.mat needs scipy: pip install scipy, or give --val_labels"):
-        blueprint(raw)
