@@ -21,6 +21,10 @@ DIRECTORIES = ("", "cifar-10-batches-py", "cifar-10-batches-bin")
 SHARDS = (8, 2)
 SIDE = 32  # pixels
 PIXELS = 3 * SIDE * SIDE  # bytes of an image
+ARRAYS = {  # what a pickled one names; numpy 1 and 2 have it at two places
+    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+}
 LARGEST = 1 << 25  # bytes of a batch, which has 31 million
 
 
@@ -34,19 +38,6 @@ class Pickled:
         self.state = state
 
 
-def latin1(text: str, _: str) -> bytes:
-    """Returns the bytes that pickle writes as such a text, where it has no bytes of its own."""
-    return text.encode("latin1")
-
-
-# By module and name: numpy 1 calls it core, numpy 2 _core.
-STAND_INS = {(f"numpy.{core}.multiarray", "_reconstruct"): Pickled for core in ("core", "_core")} | {
-    ("numpy", "ndarray"): Pickled,
-    ("numpy", "dtype"): Pickled,
-    ("_codecs", "encode"): latin1,
-}
-
-
 class ArrayUnpickler(pickle._Unpickler):
     """Lets a pickle call only what stands for an array, so that a downloaded file cannot run code.
 
@@ -57,10 +48,22 @@ class ArrayUnpickler(pickle._Unpickler):
     dispatch = pickle._Unpickler.dispatch.copy()
     del dispatch[pickle.BYTEARRAY8[0]]
 
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self.encoded: dict[str, bytes] = {}
+
+    def latin1(self, text: str, _: str) -> bytes:
+        """Returns the bytes that Python 3 writes as a text in protocols without bytes; the same ones for the same."""
+        if text not in self.encoded:
+            self.encoded[text] = text.encode("latin1")
+        return self.encoded[text]
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in STAND_INS:
-            raise pickle.UnpicklingError(f"wants {module}.{name}")
-        return STAND_INS[module, name]
+        if (module, name) == ("_codecs", "encode"):
+            return self.latin1
+        if (module, name) in ARRAYS:
+            return Pickled
+        raise pickle.UnpicklingError(f"wants {module}.{name}")
 
 
 def read_batches(source: Path) -> dict[str, bytes]:
@@ -98,7 +101,7 @@ def parse_batch(name: str, data: bytes) -> list[tuple[bytes, int]]:
         if not data or len(data) % (PIXELS + 1):
             raise ValueError(f"{len(data)} bytes are not images of {PIXELS + 1}")
         return [(data[at + 1 : at + 1 + PIXELS], data[at]) for at in range(0, len(data), PIXELS + 1)]
-    batch = ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+    batch = ArrayUnpickler(data).load()
     labels = batch[b"labels"]
     _, _, dtype, by_columns, pixels = batch[b"data"].state  # what numpy.ndarray.__setstate__ takes
     if dtype.made_of[0] not in ("u1", b"u1") or by_columns:

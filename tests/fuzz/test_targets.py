@@ -81,6 +81,8 @@ HOSTILE = [
     ("cifar", b"\x96" + (1 << 32).to_bytes(8, "little") + b"1"),  # a bytearray of 4 GB
     ("cifar", b"cos\nsystem\n(S'touch hacked'\ntR."),
     ("cifar", targets.batches()[-1].replace(b"NNNJ", b"NN0J")),  # numpy crashes at this state of a dtype
+    # The same text made bytes a thousand times.
+    ("cifar", b"c_codecs\nencode\np0\n0(V" + b"a" * 100_000 + b"\nVlatin1\ntp1\n0(" + b"h\0h\1R" * 1000 + b"l."),
     ("image", b"RIFF:\0\0\0WEBPVP8 .\0\0\0\xf0\1\0\x9d\1*\x106x\x9b>9\x80\0"),  # large, and cut short
     ("torch_file", saved({"format": "nvcnn checkpoint"})),
     ("torch_file", re.sub(rb"(PK\x06\x07.{12})\x01", rb"\g<1>M", saved(state()), flags=re.DOTALL)),  # of 77 parts

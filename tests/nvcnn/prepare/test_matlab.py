@@ -4,11 +4,11 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pytest
 
 from nvcnn.prepare.matlab import structures
 
-np = pytest.importorskip("numpy")
 scipy_io = pytest.importorskip("scipy.io")
 
 
