@@ -7,7 +7,9 @@ Each backend has its share of the time, in one process a rank. An epoch has 2 56
 checkpoint and an evaluation on 640. Every two seconds each rank is looked at from outside, with its worker processes,
 and so are the directories where files could be left. The machine should do nothing else: in /dev/shm all files are
 counted. Ranks have MALLOC_ARENA_MAX=1: glibc gives new threads, as DALI starts for each evaluation, one of up to eight
-arenas a core, and each keeps what it once had: memory grows for hundreds of evaluations, though nothing is lost.
+arenas a core, and each keeps what it once had: memory grows for hundreds of evaluations, though nothing is lost. The cores of a machine
+that others use, too, may be half as fast for minutes: with each look a fixed loop is timed, by its own CPU time, and the
+speed is judged as it would be if that loop always took as long.
 
 A fifth of the time is warm-up. The rest is cut into 20 spans, and a line laid through their means, by least squares. A
 quantity is flat unless that line's slope is more than three of its standard errors, and makes over the time that was
@@ -43,6 +45,10 @@ IMAGES = {"train": 2560, "validation": 640}  # of an epoch: 20 steps of two batc
 EVERY = 2.0  # seconds between samples
 SPANS = 20
 WARM_UP = 0.2  # of the time
+LOOP = 200_000  # multiplications of the loop that is timed, some 30 ms: 1 % of two cores
+CORE = "a fixed loop, ms"
+SPEED = "speed, images/s"
+NEAR = 30.0  # seconds around a table line in which the loop's times count
 PATIENCE = 300.0  # seconds for the first table line, and for the end
 # What may be added over the time that is measured: of the mean, or so many. Speed may rise.
 ALLOWED = {"MB": 0.03, "images/s": -0.05}
@@ -93,6 +99,21 @@ def sample(rank: psutil.Process) -> Sample:
         except psutil.Error:  # it has just ended
             continue
     return found | {"workers, ": len(workers), "memory of workers, MB": sum(workers)}
+
+
+def core() -> float:
+    """Returns the CPU time of a fixed loop, in ms."""
+    start = time.process_time()
+    sum(i * i for i in range(LOOP))
+    return 1000 * (time.process_time() - start)
+
+
+def at_a_steady_core(found: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
+    """Returns the quantities with the speed as if the fixed loop took its mean time always; without the loop."""
+    (at, loops), (times, speeds) = (tuple(map(np.asarray, found[name])) for name in (CORE, SPEED))
+    around = [np.mean(loops[abs(at - time) <= NEAR]) for time in times]
+    steady = [times.tolist(), (speeds * around / np.mean(loops)).tolist()]
+    return {name: steady if name == SPEED else series for name, series in found.items() if name != CORE}
 
 
 def files(directory: Path) -> int:
@@ -179,6 +200,7 @@ def soak(backend: str, model: str, data_dir: Path, seconds: float, directory: Pa
                         add(f"rank {number}: {name}", time.time(), value)
                 for name, place in (("log directory", log_dir), ("TMPDIR", temporary), ("/dev/shm", Path("/dev/shm"))):
                     add(f"files of {name}, ", time.time(), files(place))
+                add(CORE, time.time(), core())
                 time.sleep(EVERY)
         except psutil.Error:  # a rank has ended, and so does its launcher
             run.wait(PATIENCE)
@@ -192,7 +214,7 @@ def soak(backend: str, model: str, data_dir: Path, seconds: float, directory: Pa
     print(f"{backend}: {kinds.count('eval')} evaluations, {kinds.count('checkpoint')} checkpoints", flush=True)
     for event in plot.read(log_dir):
         if event["event"] == "train":
-            add("speed, images/s", event["time"], event["images_per_second"])
+            add(SPEED, event["time"], event["images_per_second"])
     return found
 
 
@@ -225,7 +247,7 @@ def rows_of(backend: str, found: dict[str, list[list[float]]]) -> list[dict[str,
     ends = [(times[0], times[-1]) for name, (times, _) in found.items() if "speed" not in name]
     begin, end = min(first for first, _ in ends), max(last for _, last in ends)
     rows = []
-    for name, (times, values) in found.items():
+    for name, (times, values) in at_a_steady_core(found).items():
         what, _, unit = name.rpartition(", ")
         rows.append(judged(f"{backend}, {what}", unit, *zip(*warm(times, values, begin, end), strict=True)))
     return rows

@@ -60,11 +60,23 @@ def test_too_few_values_are_no_slope():
 
 def test_warm_up_is_left_out():
     found = {"rank 0: threads, ": [TIMES, [50.0] * 70 + [9.0] * 330], "speed, images/s": [TIMES, [7.0] * 400]}
+    found[soak.CORE] = [TIMES, [1.0] * 400]
     rows = soak.rows_of("torch", found)
     assert [(row["name"], row["mean"], row["flat"]) for row in rows] == [
         ("torch, rank 0: threads", 9.0, True),
         ("torch, speed", 7.0, True),
     ]
+
+
+@pytest.mark.parametrize(("slower", "flat"), [(2.0, True), (1.0, False)])
+def test_a_core_that_becomes_slow_is_no_training_that_does(slower, flat):
+    """The speed is half from the middle on; so is the core's, or not."""
+    half = len(TIMES) // 2
+    speed = noisy(1000, 0, 50)[:half] + noisy(500, 0, 25)[half:]
+    loops = noisy(30, 0, 5)[:half] + [slower * one for one in noisy(30, 0, 5)[half:]]
+    (row,) = soak.rows_of("torch", {soak.SPEED: [TIMES, speed], soak.CORE: [TIMES, loops]})
+    assert (row["name"], row["flat"]) == ("torch, speed", flat)
+    assert soak.core() > 0
 
 
 def test_ranks_are_found_and_what_they_have(tmp_path):
