@@ -8,7 +8,7 @@ checkpoint and an evaluation on 640. Every two seconds each rank is looked at fr
 and so are the directories where files could be left. The machine should do nothing else: in /dev/shm all files are
 counted. Ranks have MALLOC_ARENA_MAX=1: glibc gives new threads, as DALI starts for each evaluation, one of up to eight
 arenas a core, and each keeps what it once had: memory grows for hundreds of evaluations, though nothing is lost. The
-cores of a machine that others use, too, may be half as fast for minutes: with each look a fixed loop is timed, by its
+cores of a machine that others use, too, may be a third slower for minutes: with each look a fixed loop is timed, by its
 own CPU time, and the speed is judged as it would be if that loop always took as long.
 
 A fifth of the time is warm-up. The rest is cut into 20 spans, and a line laid through their means, by least squares. A
