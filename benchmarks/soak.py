@@ -45,10 +45,10 @@ IMAGES = {"train": 2560, "validation": 640}  # of an epoch: 20 steps of two batc
 EVERY = 2.0  # seconds between samples
 SPANS = 20
 WARM_UP = 0.2  # of the time
-LOOP = 200_000  # multiplications of the loop that is timed, some 30 ms: 1 % of two cores
+LOOP = 200_000  # multiplications of the loop that is timed, some 15 ms: less than 1 % of a core
 CORE = "a fixed loop, ms"
 SPEED = "speed, images/s"
-NEAR = 30.0  # seconds around a table line in which the loop's times count
+NEAR = 30.0  # seconds around a moment over which the loop's times are averaged
 PATIENCE = 300.0  # seconds for the first table line, and for the end
 # What may be added over the time that is measured: of the mean, or so many. Speed may rise.
 ALLOWED = {"MB": 0.03, "images/s": -0.05}
@@ -111,7 +111,7 @@ def core() -> float:
 def at_a_steady_core(found: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
     """Returns the quantities with the speed as if the fixed loop took its mean time always; without the loop."""
     (at, loops), (times, speeds) = (tuple(map(np.asarray, found[name])) for name in (CORE, SPEED))
-    around = [np.mean(loops[abs(at - time) <= NEAR]) for time in times]
+    around = np.interp(times, at, [np.mean(loops[abs(at - time) <= NEAR]) for time in at])
     steady = [times.tolist(), (speeds * around / np.mean(loops)).tolist()]
     return {name: steady if name == SPEED else series for name, series in found.items() if name != CORE}
 

@@ -15,6 +15,7 @@ from nvcnn.program import InputError
 
 pytest.importorskip("google_crc32c")
 pytest.importorskip("safetensors")
+pytest.importorskip("scipy")
 pytest.importorskip("yaml")
 import torch
 
